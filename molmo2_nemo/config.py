@@ -1,0 +1,474 @@
+"""Configuration: the dataclasses behind conf/, and every check that needs no GPU and no process group.
+
+YAML in conf/ is for people, these dataclasses are for the program. Hydra merges the first into the second
+(`register()` below), so a misspelt key or a wrong type is refused by name. `check()` refuses combinations
+that cannot work. Both run before torch.distributed starts. Nothing here imports torch.
+"""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONF_DIR = REPOSITORY / "conf"
+COMPONENTS = ("vit", "connector", "llm")
+
+# Rows of the extra vocabulary by offset from the base vocabulary (molmo2: olmo/tokenizer.py).
+EXTRA_TOKENS = (
+    "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>", "<im_low>",
+    "<frame_start>", "<frame_end>", "<|video|>",
+    "<|points|>", "<|token_index|>", "<|vit_index|>", "<|vit_loc|>",
+)  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message is one sentence: the key, its value, what to do."""
+
+
+@dataclass
+class VisionConfig:
+    """Geometry of crops and pooling windows: what the processors and the model must agree on.
+
+    Defaults are the released models' (public `olmo/preprocessing/multicrop_preprocessor.py`).
+    """
+
+    image_size: int = 378  # pixels, square crops
+    patch_size: int = 14  # pixels
+    image_pooling: int = 2  # patches on a side of an image token's window
+    video_pooling: int = 3  # patches on a side of a video token's window
+    overlap_margin: int = 4  # patches dropped on each inner side of a tile
+
+    @property
+    def patches_per_crop(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        return self.patch_size**2 * 3
+
+
+@dataclass
+class VitConfig:
+    """Vision transformer (SigLIP 2 so400m/14 in the released models)."""
+
+    num_layers: int = 25  # of SigLIP's 27: deeper ones are never read
+    hidden_size: int = 1152
+    num_attention_heads: int = 16
+    head_dim: int = 72
+    ffn_hidden_size: int = 4304
+    layernorm_epsilon: float = 1e-6
+    feature_layers: list[int] = field(default_factory=lambda: [24, 18])  # concatenated in this order
+
+
+@dataclass
+class ConnectorConfig:
+    """Attention pooling over a window of patches, then a SwiGLU projector."""
+
+    hidden_size: int = 1152
+    num_attention_heads: int = 16
+    head_dim: int = 72
+    ffn_hidden_size: int = MISSING
+
+
+@dataclass
+class ModelConfig:
+    """Architecture. `hf_path` set: all of it is read from that Hugging Face folder's config.json."""
+
+    name: str = MISSING
+    hf_path: Optional[str] = None
+    tokenizer: str = MISSING  # folder or hub name
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    vit: VitConfig = field(default_factory=VitConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    num_query_groups: int = MISSING  # key/value heads
+    head_dim: int = MISSING
+    ffn_hidden_size: int = MISSING
+    vocab_size: int = MISSING  # base vocabulary, also the width of the logits
+    additional_vocab_size: int = 128
+    max_position_embeddings: int = 36864
+    layernorm_epsilon: float = 1e-6
+    qk_norm: str = "per_head"  # per_head (Qwen3) | full_width (OLMo 3)
+    norm_after: bool = False  # OLMo 3: norm on each sublayer's output
+    tie_embeddings: bool = False
+    rope_theta: float = 1e6
+    rope_scaling: Optional[dict[str, Any]] = None  # transformers' rope_parameters without rope_theta
+    rope_scaling_layers: Optional[list[int]] = None  # None: all layers, when rope_scaling is set
+    init_std: float = 0.02
+    # Ids under their names in transformers' Molmo2Config; None: the base vocabulary's size plus EXTRA_TOKENS' offsets.
+    vision_token_ids: Optional[dict[str, int]] = None
+
+
+@dataclass
+class ParallelConfig:
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    cp_comm_type: str = "a2a"  # a2a (Ulysses) | all_gather (keys and values)
+    num_layers_in_first_pipeline_stage: Optional[int] = None
+    num_layers_in_last_pipeline_stage: Optional[int] = None
+    layer_spec: str = "auto"  # auto | local | transformer_engine
+
+
+@dataclass
+class DataConfig:
+    blend: str = MISSING  # conf/blend/NAME.yaml, or a path to a YAML file
+    root: str = MISSING  # folder that holds the blend's sources
+    tokenizer: str = MISSING
+    seq_length: int = MISSING  # tokens of a packed row
+    max_crops: int = MISSING  # crops of a packed row
+    max_crops_per_image: int = 8
+    max_frames: int = MISSING
+    max_fps: float = 2.0
+    packing_buffer_size: int = 48
+    shuffle_buffer_size: int = 100
+    num_workers: int = 2
+    seed: int = 1
+    point_separator: str = ";"
+    loss_weighting: str = "root"  # flat: 1 everywhere | root: 2/sqrt(tokens) and the flat overrides
+    style_prefix: str = "demo"  # length: "style n:" | demo: none for demo styles, "style: " for the rest
+
+
+@dataclass
+class ComponentOptim:
+    lr: float = MISSING  # peak
+    warmup_steps: int = MISSING
+    freeze: bool = False
+
+
+@dataclass
+class OptimConfig:
+    vit: ComponentOptim = field(default_factory=ComponentOptim)
+    connector: ComponentOptim = field(default_factory=ComponentOptim)  # and the extra vocabulary's rows
+    llm: ComponentOptim = field(default_factory=ComponentOptim)
+    freeze_embedding: bool = True  # the base table, and with it a tied head
+    min_lr_ratio: float = 0.1
+    decay: str = "cosine"  # cosine | linear | constant
+    clip_grad: float = 1.0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-6
+
+
+@dataclass
+class StageSchedule:
+    """What a schedule (conf/schedule/*.yaml) says of one stage."""
+
+    max_steps: int = MISSING
+    global_batch_size: int = MISSING
+    micro_batch_size: int = 1
+    seq_length: int = MISSING
+    max_frames: int = MISSING
+    max_crops: int = MISSING
+    context_parallel_size: int = 1
+    lr_vit: float = MISSING
+    lr_connector: float = MISSING
+    lr_llm: float = MISSING
+    warmup_vit: int = MISSING
+    warmup_connector: int = MISSING
+    warmup_llm: int = MISSING
+    hidden_dropout: float = 0.0
+
+
+@dataclass
+class ScheduleConfig:
+    stage1: StageSchedule = field(default_factory=StageSchedule)
+    stage2: StageSchedule = field(default_factory=StageSchedule)
+    stage3: StageSchedule = field(default_factory=StageSchedule)
+
+
+@dataclass
+class TrainConfig:
+    max_steps: int = MISSING
+    micro_batch_size: int = MISSING  # packed rows per rank and micro-batch
+    global_batch_size: int = MISSING  # packed rows per step over all data-parallel ranks
+    seed: int = 6198
+    device: str = "auto"  # auto | cpu | cuda
+    precision: str = "auto"  # auto (fp32 on cpu, bf16 on cuda) | fp32 | bf16 | fp8
+    init_from: Optional[str] = None  # checkpoint whose weights start this stage
+    save_every: int = 1000
+    keep_last: int = 3
+    log_every: int = 10
+    validate_every: int = 1000
+    validation_batches: int = 8  # micro-batches per data-parallel rank
+    timeout_minutes: float = 20.0  # of a collective
+
+
+@dataclass
+class Config:
+    stage: str = MISSING
+    name: str = MISSING
+    run_dir: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    # Any field of Megatron's own dataclasses: transformer.recompute_granularity=full, ...
+    transformer: dict[str, Any] = field(default_factory=dict)  # TransformerConfig
+    optimizer: dict[str, Any] = field(default_factory=dict)  # OptimizerConfig
+    ddp: dict[str, Any] = field(default_factory=dict)  # DistributedDataParallelConfig
+
+
+def register() -> None:
+    """Make `Config` the schema that conf/stage*.yaml are merged into (their defaults list names it)."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="molmo2_nemo_schema", node=Config)
+
+
+def to_dataclass(cfg: DictConfig) -> Config:
+    """The typed configuration. Raises ConfigError naming the first key without a value."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if "model" in cfg and cfg.model.get("hf_path"):
+        missing = [key for key in missing if not key.startswith("model.")]
+        fill_from_hf(cfg)
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value: set it on the command line, {missing[0]}=...")
+    return OmegaConf.to_object(cfg)
+
+
+def fill_from_hf(cfg: DictConfig) -> None:
+    """Replace `cfg.model` by the architecture of `cfg.model.hf_path`, a Hugging Face folder."""
+    from molmo2_nemo.hf.architecture import model_config_from_hf
+
+    model = model_config_from_hf(Path(cfg.model.hf_path))
+    tokenizer = None if OmegaConf.is_missing(cfg.model, "tokenizer") else cfg.model.tokenizer
+    if tokenizer is not None:
+        model.tokenizer = tokenizer
+    model.hf_path = cfg.model.hf_path
+    OmegaConf.update(cfg, "model", OmegaConf.structured(model), merge=False)
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the stored tables: a multiple of 128, so that they do not depend on the layout."""
+    return -(-vocab_size // 128) * 128
+
+
+def vision_token_ids(model: ModelConfig) -> dict[str, int]:
+    """Ids that the model's own configuration names, under their names in transformers' Molmo2Config."""
+    if model.vision_token_ids is not None:
+        return dict(model.vision_token_ids)
+    tokens = {
+        "image_start_token_id": "<im_start>", "low_res_image_start_token_id": "<low_res_im_start>",
+        "image_end_token_id": "<im_end>", "image_patch_id": "<im_patch>",
+        "frame_start_token_id": "<frame_start>", "frame_end_token_id": "<frame_end>",
+    }  # fmt: skip
+    return {name: model.vocab_size + EXTRA_TOKENS.index(token) for name, token in tokens.items()}
+
+
+def _refuse(condition: bool, message: str) -> None:
+    if condition:
+        raise ConfigError(message)
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    _refuse(value not in choices, f"{key}={value} is unknown: choose one of {', '.join(choices)}.")
+
+
+def check_model(m: ModelConfig) -> None:
+    """Refuse an architecture that cannot be built. Raises ConfigError."""
+    v = m.vision
+    _check_choice("model.qk_norm", m.qk_norm, ("per_head", "full_width"))
+    _refuse(
+        m.num_attention_heads % m.num_query_groups != 0,
+        f"model.num_attention_heads={m.num_attention_heads} is not divisible by "
+        f"model.num_query_groups={m.num_query_groups}: give each key/value head a whole number of query heads.",
+    )
+    _refuse(
+        v.image_size % v.patch_size != 0,
+        f"model.vision.image_size={v.image_size} is not a multiple of model.vision.patch_size={v.patch_size}: "
+        f"use {v.image_size // v.patch_size * v.patch_size}.",
+    )
+    _refuse(
+        v.image_size // v.patch_size <= 2 * v.overlap_margin,
+        f"model.vision.overlap_margin={v.overlap_margin} leaves nothing of a crop of "
+        f"{v.image_size // v.patch_size} patches: make it smaller.",
+    )
+    bad = [layer for layer in m.vit.feature_layers if not -m.vit.num_layers <= layer < m.vit.num_layers]
+    _refuse(
+        bool(bad),
+        f"model.vit.feature_layers={m.vit.feature_layers} names layers outside the {m.vit.num_layers} of "
+        "model.vit.num_layers: correct one of the two.",
+    )
+    _refuse(
+        m.additional_vocab_size < len(EXTRA_TOKENS),
+        f"model.additional_vocab_size={m.additional_vocab_size} cannot hold the {len(EXTRA_TOKENS)} special "
+        "tokens: use 128.",
+    )
+
+
+def check_parallel(p: ParallelConfig, m: ModelConfig, world_size: int) -> None:
+    """Refuse a layout the model or the number of ranks does not allow. Raises ConfigError."""
+    tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        _refuse(getattr(p, key) < 1, f"parallel.{key}={getattr(p, key)} must be at least 1.")
+    _check_choice("parallel.cp_comm_type", p.cp_comm_type, ("a2a", "all_gather"))
+    _check_choice("parallel.layer_spec", p.layer_spec, ("auto", "local", "transformer_engine"))
+    _refuse(
+        world_size % (tp * pp * cp) != 0,
+        f"{world_size} rank(s) cannot be divided into groups of parallel.tensor_model_parallel_size={tp} x "
+        f"pipeline_model_parallel_size={pp} x context_parallel_size={cp} = {tp * pp * cp}: start a multiple of "
+        f"{tp * pp * cp} ranks (torchrun --nproc-per-node) or lower one of the three.",
+    )
+    _refuse(128 % tp != 0, f"parallel.tensor_model_parallel_size={tp} must be a power of two up to 128.")
+    for key, value in (("num_attention_heads", m.num_attention_heads), ("num_query_groups", m.num_query_groups)):
+        _refuse(
+            value % tp != 0,
+            f"parallel.tensor_model_parallel_size={tp} does not divide model.{key}={value}: "
+            f"choose a tensor parallel size that divides {value}.",
+        )
+    _refuse(
+        m.ffn_hidden_size % tp != 0,
+        f"parallel.tensor_model_parallel_size={tp} does not divide model.ffn_hidden_size={m.ffn_hidden_size}.",
+    )
+    _refuse(
+        p.cp_comm_type == "a2a" and m.num_attention_heads % (tp * cp) != 0,
+        f"parallel.context_parallel_size={cp} with cp_comm_type=a2a needs model.num_attention_heads="
+        f"{m.num_attention_heads} divisible by tensor x context parallel size = {tp * cp}: lower one of them or "
+        "set parallel.cp_comm_type=all_gather.",
+    )
+    _refuse(
+        p.sequence_parallel and tp == 1,
+        "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1: set one or the other.",
+    )
+    layers_per_stage(p, m)
+
+
+def layers_per_stage(p: ParallelConfig, m: ModelConfig) -> list[int]:
+    """Decoder layers on each pipeline stage. Raises ConfigError when they cannot be dealt out."""
+    pp = p.pipeline_model_parallel_size
+    first, last = p.num_layers_in_first_pipeline_stage, p.num_layers_in_last_pipeline_stage
+    if pp == 1:
+        _refuse(
+            first is not None or last is not None,
+            "parallel.num_layers_in_first/last_pipeline_stage needs parallel.pipeline_model_parallel_size > 1.",
+        )
+        return [m.num_layers]
+    fixed = [n for n in (first, last) if n is not None]
+    rest, stages = m.num_layers - sum(fixed), pp - len(fixed)
+    _refuse(
+        min(fixed, default=1) < 1 or rest < stages or (rest % stages if stages else rest) != 0,
+        f"model.num_layers={m.num_layers} cannot be dealt to parallel.pipeline_model_parallel_size={pp} stages with "
+        f"num_layers_in_first_pipeline_stage={first} and num_layers_in_last_pipeline_stage={last}: the layers left "
+        "over must be a positive multiple of the stages left over.",
+    )
+    middle = [rest // stages] * stages if stages else []
+    return ([first] if first else []) + middle + ([last] if last else [])
+
+
+def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig) -> None:
+    """Refuse budgets that hold nothing. Raises ConfigError."""
+    _check_choice("data.loss_weighting", d.loss_weighting, ("flat", "root"))
+    _check_choice("data.style_prefix", d.style_prefix, ("length", "demo"))
+    multiple = p.context_parallel_size * (p.tensor_model_parallel_size if p.sequence_parallel else 1)
+    _refuse(
+        d.seq_length < 1 or d.seq_length % multiple != 0,
+        f"data.seq_length={d.seq_length} is not a positive multiple of the {multiple} ranks that share a row "
+        f"(context parallel{' x tensor parallel' if p.sequence_parallel else ''}): use "
+        f"{max(1, -(-d.seq_length // multiple)) * multiple}.",
+    )
+    _refuse(
+        d.max_crops < d.max_crops_per_image + 1,
+        f"data.max_crops={d.max_crops} cannot hold one image of data.max_crops_per_image={d.max_crops_per_image} "
+        f"tiles and its overview: use at least {d.max_crops_per_image + 1}.",
+    )
+    _refuse(
+        d.max_frames < 1 or d.max_frames > d.max_crops,
+        f"data.max_frames={d.max_frames} does not fit data.max_crops={d.max_crops} (a frame is one crop): lower "
+        "the one or raise the other.",
+    )
+    side = v.image_size // v.patch_size
+    tokens = 2 * (-(-side // v.image_pooling)) ** 2
+    _refuse(
+        d.seq_length <= tokens,
+        f"data.seq_length={d.seq_length} cannot hold the {tokens} patch tokens of the smallest image: raise it.",
+    )
+    for key in ("packing_buffer_size", "max_crops_per_image"):
+        _refuse(getattr(d, key) < 1, f"data.{key}={getattr(d, key)} must be at least 1.")
+    _refuse(d.num_workers < 0, f"data.num_workers={d.num_workers} must not be negative.")
+
+
+def check_megatron_fields(cfg: Config) -> None:
+    """Refuse names that Megatron's dataclasses lack, and those that another key already decides."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer import TransformerConfig
+
+    ours = {
+        "transformer": {
+            "num_layers": "model.num_layers", "hidden_size": "model.hidden_size",
+            "num_attention_heads": "model.num_attention_heads", "num_query_groups": "model.num_query_groups",
+            "kv_channels": "model.head_dim", "ffn_hidden_size": "model.ffn_hidden_size",
+            "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
+            "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
+            "context_parallel_size": "parallel.context_parallel_size",
+            "sequence_parallel": "parallel.sequence_parallel", "cp_comm_type": "parallel.cp_comm_type",
+            "virtual_pipeline_model_parallel_size": "parallel (interleaving is not built yet)",
+            "calculate_per_token_loss": "the loss, which is always normalised over the global batch",
+        },
+        "optimizer": {"lr": "optim.llm.lr", "min_lr": "optim.min_lr_ratio", "clip_grad": "optim.clip_grad"},
+        "ddp": {},
+    }  # fmt: skip
+    classes = {"transformer": TransformerConfig, "optimizer": OptimizerConfig, "ddp": DistributedDataParallelConfig}
+    for prefix, cls in classes.items():
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key, value in getattr(cfg, prefix).items():
+            _refuse(key not in known, f"{prefix}.{key}={value}: Megatron's {cls.__name__} has no field {key}.")
+            decided = ours[prefix].get(key)
+            _refuse(decided is not None, f"{prefix}.{key}={value} is decided by {decided}: set it there.")
+
+
+def check(cfg: Config, world_size: int) -> None:
+    """All checks that need no data on disk. Raises ConfigError with one sentence."""
+    _check_choice("stage", cfg.stage, ("stage1", "stage2", "stage3"))
+    check_model(cfg.model)
+    check_parallel(cfg.parallel, cfg.model, world_size)
+    check_data(cfg.data, cfg.model.vision, cfg.parallel)
+    t, p = cfg.train, cfg.parallel
+    _check_choice("train.device", t.device, ("auto", "cpu", "cuda"))
+    _check_choice("train.precision", t.precision, ("auto", "fp32", "bf16", "fp8"))
+    _check_choice("optim.decay", cfg.optim.decay, ("cosine", "linear", "constant"))
+    for key in ("max_steps", "micro_batch_size", "global_batch_size", "save_every", "keep_last", "log_every"):
+        _refuse(getattr(t, key) < 1, f"train.{key}={getattr(t, key)} must be at least 1.")
+    ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
+    rows = t.micro_batch_size * (world_size // ranks)
+    _refuse(
+        t.global_batch_size % rows != 0,
+        f"train.global_batch_size={t.global_batch_size} is not a multiple of train.micro_batch_size="
+        f"{t.micro_batch_size} x {world_size // ranks} data-parallel ranks = {rows}: use "
+        f"{-(-t.global_batch_size // rows) * rows}.",
+    )
+    _refuse(
+        all(getattr(cfg.optim, c).freeze for c in COMPONENTS),
+        "optim.vit.freeze, optim.connector.freeze and optim.llm.freeze are all true: nothing would be trained.",
+    )
+    check_megatron_fields(cfg)
+
+
+def world_size_from_environment() -> int:
+    """Ranks of this job: torchrun's WORLD_SIZE, else srun's SLURM_NTASKS inside a step, else 1."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        return int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
+    return 1
+
+
+def model_config_to_json(model: ModelConfig) -> str:
+    """What a checkpoint records of its architecture."""
+    return json.dumps(dataclasses.asdict(model), indent=2, sort_keys=True) + "\n"
+
+
+def model_config_from_json(text: str) -> ModelConfig:
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), json.loads(text)))

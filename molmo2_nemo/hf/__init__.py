@@ -1,0 +1,1 @@
+"""Hugging Face: architecture and weights, in and out."""

@@ -1,0 +1,148 @@
+"""Our ModelConfig from and to transformers' Molmo2Config, and RoPE tables by transformers' own formulas."""
+
+from pathlib import Path
+
+import torch
+
+from molmo2_nemo.config import (
+    ConfigError,
+    ConnectorConfig,
+    ModelConfig,
+    VisionConfig,
+    VitConfig,
+    vision_token_ids,
+)
+
+
+def model_config_from_hf(path: Path) -> ModelConfig:
+    """The architecture in a Hugging Face folder's config.json (native or released layout), its processor's geometry.
+
+    Raises ConfigError for a folder that is no Molmo2 or uses what these modules do not build.
+    """
+    from transformers import Molmo2Config
+
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} has no config.json: name a Hugging Face model folder.")
+    raw, _ = Molmo2Config.get_config_dict(path)
+    if raw.get("model_type") != "molmo2":
+        raise ConfigError(f"{path}/config.json says model_type={raw.get('model_type')!r}: only molmo2 can be read.")
+    hf = Molmo2Config.from_pretrained(path)
+    text, vit, adapter = hf.text_config, hf.vision_config, hf.adapter_config
+
+    def require(key, value, expected):
+        if value != expected:
+            raise ConfigError(f"{path}/config.json: {key}={value!r} is not supported, only {expected!r}.")
+
+    require("text_config.attention_bias", text.attention_bias, False)
+    require("text_config.hidden_act", text.hidden_act, "silu")
+    require("vision_config.hidden_act", vit.hidden_act, "gelu_pytorch_tanh")
+    require("vision_config.num_key_value_heads", vit.num_key_value_heads, vit.num_attention_heads)
+    require("vision_config.attention_bias", vit.attention_bias, True)
+    require("adapter_config.num_key_value_heads", adapter.num_key_value_heads, adapter.num_attention_heads)
+    require("adapter_config.attention_bias", adapter.attention_bias, True)
+    require("adapter_config.hidden_act", adapter.hidden_act, "silu")
+    require("adapter_config.mlp_bias", adapter.mlp_bias, False)
+    require("adapter_config.hidden_size", adapter.hidden_size, vit.hidden_size)
+    require("adapter_config.text_hidden_size", adapter.text_hidden_size, text.hidden_size)
+    require("vision_config.image_size", len(set(vit.image_size)), 1)
+    rope = dict(text.rope_parameters)
+    theta = rope.pop("rope_theta")
+    scaled = rope.get("rope_type", "default") != "default"
+    all_layers = list(text.rope_scaling_layers) == list(range(text.num_hidden_layers))
+    return ModelConfig(
+        name=path.name,
+        tokenizer=str(path),
+        vision=_vision_geometry(path, vit.image_size[0], vit.patch_size),
+        vit=VitConfig(
+            num_layers=vit.num_hidden_layers, hidden_size=vit.hidden_size,
+            num_attention_heads=vit.num_attention_heads, head_dim=vit.head_dim,
+            ffn_hidden_size=vit.intermediate_size, layernorm_epsilon=vit.layer_norm_eps,
+            feature_layers=list(adapter.vision_feature_layer),
+        ),
+        connector=ConnectorConfig(
+            hidden_size=adapter.hidden_size, num_attention_heads=adapter.num_attention_heads,
+            head_dim=adapter.head_dim, ffn_hidden_size=adapter.intermediate_size,
+        ),
+        num_layers=text.num_hidden_layers, hidden_size=text.hidden_size,
+        num_attention_heads=text.num_attention_heads, num_query_groups=text.num_key_value_heads,
+        head_dim=text.head_dim, ffn_hidden_size=text.intermediate_size, vocab_size=text.vocab_size,
+        additional_vocab_size=text.additional_vocab_size, max_position_embeddings=text.max_position_embeddings,
+        layernorm_epsilon=text.rms_norm_eps, qk_norm="per_head" if text.qk_norm_type == "qwen3" else "full_width",
+        norm_after=text.norm_after, tie_embeddings=False, rope_theta=theta, rope_scaling=rope if scaled else None,
+        rope_scaling_layers=list(text.rope_scaling_layers) if scaled and not all_layers else None,
+        init_std=text.initializer_range,
+        vision_token_ids={name: getattr(hf, name) for name in _TOKEN_FIELDS},
+    )  # fmt: skip
+
+
+_TOKEN_FIELDS = (
+    "image_start_token_id", "low_res_image_start_token_id", "image_end_token_id", "image_patch_id",
+    "frame_start_token_id", "frame_end_token_id",
+)  # fmt: skip
+
+
+def _vision_geometry(path: Path, image_size: int, patch_size: int) -> VisionConfig:
+    """Crop geometry, with pooling and margins from the folder's processor where it has one."""
+    import json
+
+    vision = VisionConfig(image_size=image_size, patch_size=patch_size)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (path / name).is_file():
+            saved = json.loads((path / name).read_text())
+            image = saved.get("image_processor", saved)
+            if "overlap_margins" in image:
+                vision.overlap_margin = image["overlap_margins"][0]
+            if "pooling_size" in image:
+                vision.image_pooling = image["pooling_size"][0]
+            if "video_processor" in saved:
+                vision.video_pooling = saved["video_processor"]["pooling_size"][0]
+            break
+    # A crop needs patches between its margins; a small model without processor files gets the largest that fits.
+    vision.overlap_margin = min(vision.overlap_margin, (image_size // patch_size - 1) // 2)
+    return vision
+
+
+def hf_config(model: ModelConfig, dtype: str = "float32"):
+    """transformers' Molmo2Config of this architecture."""
+    from transformers import Molmo2Config
+
+    vit, connector = model.vit, model.connector
+    rope = {"rope_type": "default", **(model.rope_scaling or {}), "rope_theta": model.rope_theta}
+    text = dict(
+        hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_query_groups, head_dim=model.head_dim, vocab_size=model.vocab_size,
+        additional_vocab_size=model.additional_vocab_size, num_hidden_layers=model.num_layers,
+        intermediate_size=model.ffn_hidden_size, max_position_embeddings=model.max_position_embeddings,
+        rope_parameters=rope, rope_scaling_layers=model.rope_scaling_layers, rms_norm_eps=model.layernorm_epsilon,
+        qk_norm_type="qwen3" if model.qk_norm == "per_head" else "olmo", norm_after=model.norm_after,
+        initializer_range=model.init_std,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=vit.hidden_size, intermediate_size=vit.ffn_hidden_size, num_hidden_layers=vit.num_layers,
+        num_attention_heads=vit.num_attention_heads, num_key_value_heads=vit.num_attention_heads,
+        head_dim=vit.head_dim, layer_norm_eps=vit.layernorm_epsilon, patch_size=model.vision.patch_size,
+        image_size=[model.vision.image_size] * 2,
+    )  # fmt: skip
+    adapter = dict(
+        vision_feature_layer=list(vit.feature_layers), hidden_size=connector.hidden_size,
+        num_attention_heads=connector.num_attention_heads, num_key_value_heads=connector.num_attention_heads,
+        head_dim=connector.head_dim, intermediate_size=connector.ffn_hidden_size,
+        text_hidden_size=model.hidden_size,
+    )  # fmt: skip
+    # The head is always written out, also when it is tied here (the released checkpoints do the same).
+    return Molmo2Config(
+        text_config=text, vision_config=vision, adapter_config=adapter, tie_word_embeddings=False,
+        architectures=["Molmo2ForConditionalGeneration"], dtype=dtype, **vision_token_ids(model),
+    )  # fmt: skip
+
+
+def rope_tables(model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+    """Inverse frequencies float32 [D/2]: plain, scaled (None without scaling), and the scaled table's factor."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    exponent = torch.arange(0, model.head_dim, 2, dtype=torch.float) / model.head_dim
+    plain = 1.0 / (model.rope_theta**exponent)
+    if not model.rope_scaling:
+        return plain, None, 1.0
+    scaled, factor = ROPE_INIT_FUNCTIONS[model.rope_scaling["rope_type"]](hf_config(model).text_config)
+    return plain, scaled, factor

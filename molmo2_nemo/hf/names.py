@@ -1,0 +1,192 @@
+"""One table: each checkpoint tensor, the released Hugging Face tensors it is made of, and how to go both ways.
+
+Released names are those of the checkpoints on the Hub (and of transformers' `save_pretrained`); native names are
+the module names of transformers' Molmo2ForConditionalGeneration. Sources: public `olmo/hf_model/` of
+allenai/molmo2, transformers `conversion_mapping.py`.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molmo2_nemo.config import ModelConfig, padded_vocab_size
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of our checkpoint. `join` makes it from the released ones, `split` undoes that bit for bit."""
+
+    key: str
+    shape: tuple[int, ...]
+    released: tuple[str, ...]
+    join: Callable[[list[Tensor]], Tensor]
+    split: Callable[[Tensor], list[Tensor]]
+
+
+def interleave_qkv(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
+    """Megatron's fused projection: per key/value head its query heads, its key, its value. Rows first."""
+    parts = [x.reshape(groups, -1, *x.shape[1:]) for x in (q, k, v)]
+    return torch.cat(parts, dim=1).reshape(-1, *q.shape[1:])
+
+
+def separate_qkv(qkv: Tensor, groups: int, head_dim: int) -> list[Tensor]:
+    """Undo `interleave_qkv`."""
+    grouped = qkv.reshape(groups, -1, *qkv.shape[1:])
+    q, k, v = grouped.split([grouped.shape[1] - 2 * head_dim, head_dim, head_dim], dim=1)
+    return [x.reshape(-1, *qkv.shape[1:]) for x in (q, k, v)]
+
+
+def tensor_table(model: ModelConfig) -> list[Entry]:
+    """All tensors of a checkpoint of this architecture, the extra and base embeddings included."""
+    entries = []
+
+    def add(key, shape, *released, join=lambda xs: xs[0], split=lambda x: [x]):
+        entries.append(Entry(key, tuple(shape), released, join, split))
+
+    def linear(key, name, rows, columns):
+        add(f"{key}.weight", (rows, columns), f"{name}.weight")
+        add(f"{key}.bias", (rows,), f"{name}.bias")
+
+    def norm(key, name, width, bias=False):
+        add(f"{key}.weight", (width,), f"{name}.weight")
+        if bias:
+            add(f"{key}.bias", (width,), f"{name}.bias")
+
+    def stacked(parts, shape):
+        """Released tensors one above the other in ours."""
+        return dict(join=torch.cat, split=lambda x: list(x.chunk(parts)))
+
+    # Vision transformer.
+    vit, vision, backbone = model.vit, model.vision, "model.vision_backbone"
+    H, inner, heads = vit.hidden_size, vit.num_attention_heads * vit.head_dim, vit.num_attention_heads
+    linear("vision.vit.patch_embedding", f"{backbone}.image_vit.patch_embedding", H, vision.patch_dim)
+    add("vision.vit.position_embedding", (vision.patches_per_crop, H), f"{backbone}.image_vit.positional_embedding")
+    for i in range(vit.num_layers):
+        key, name = f"vision.vit.encoder.layers.{i}", f"{backbone}.image_vit.transformer.resblocks.{i}"
+        norm(f"{key}.input_layernorm", f"{name}.attention_norm", H, bias=True)
+        norm(f"{key}.pre_mlp_layernorm", f"{name}.ffn_norm", H, bias=True)
+        for kind, shape in (("weight", (3 * inner, H)), ("bias", (3 * inner,))):
+            add(
+                f"{key}.self_attention.linear_qkv.{kind}", shape,
+                *(f"{name}.attention.{w}.{kind}" for w in ("wq", "wk", "wv")),
+                join=lambda xs: interleave_qkv(*xs, groups=heads),
+                split=lambda x: separate_qkv(x, heads, vit.head_dim),
+            )  # fmt: skip
+        linear(f"{key}.self_attention.linear_proj", f"{name}.attention.wo", H, inner)
+        linear(f"{key}.mlp.linear_fc1", f"{name}.feed_forward.w1", vit.ffn_hidden_size, H)
+        linear(f"{key}.mlp.linear_fc2", f"{name}.feed_forward.w2", H, vit.ffn_hidden_size)
+
+    # Connector.
+    connector = model.connector
+    features, inner = H * len(vit.feature_layers), connector.num_attention_heads * connector.head_dim
+    pooling, projector = f"{backbone}.image_pooling_2d", f"{backbone}.image_projector"
+    for ours, theirs in (("query", "wq"), ("key", "wk"), ("value", "wv")):
+        linear(f"vision.connector.{ours}", f"{pooling}.{theirs}", inner, features)
+    linear("vision.connector.output", f"{pooling}.wo", connector.hidden_size, inner)
+    ffn = connector.ffn_hidden_size
+    # w1 is the gate, w3 the other factor: ours is [gate; up].
+    add("vision.connector.projector.linear_fc1.weight", (2 * ffn, connector.hidden_size),
+        f"{projector}.w1.weight", f"{projector}.w3.weight", **stacked(2, None))  # fmt: skip
+    add("vision.connector.projector.linear_fc2.weight", (model.hidden_size, ffn), f"{projector}.w2.weight")
+
+    # Language model.
+    H, D, groups = model.hidden_size, model.head_dim, model.num_query_groups
+    q_width, kv_width, rows = model.num_attention_heads * D, groups * D, padded_vocab_size(model.vocab_size)
+
+    def table(key, name):
+        add(
+            key, (rows, H), name,
+            join=lambda xs: torch.nn.functional.pad(xs[0], (0, 0, 0, rows - xs[0].shape[0])),
+            split=lambda x: [x[: model.vocab_size]],
+        )  # fmt: skip
+
+    table("embedding.word_embeddings.weight", "model.transformer.wte.embedding")
+    add("embedding.extra_embedding", (model.additional_vocab_size, H), "model.transformer.wte.new_embedding")
+    for i in range(model.num_layers):
+        key, name = f"decoder.layers.{i}", f"model.transformer.blocks.{i}"
+        attention_norm, mlp_norm = (
+            ("post_attention_norm", "post_mlp_norm") if model.norm_after else ("input_layernorm", "pre_mlp_layernorm")
+        )
+        norm(f"{key}.{attention_norm}", f"{name}.attn_norm", H)
+        norm(f"{key}.{mlp_norm}", f"{name}.ff_norm", H)
+        add(
+            f"{key}.self_attention.linear_qkv.weight", (q_width + 2 * kv_width, H), f"{name}.self_attn.att_proj.weight",
+            join=lambda xs: interleave_qkv(*xs[0].split([q_width, kv_width, kv_width]), groups=groups),
+            split=lambda x: [torch.cat(separate_qkv(x, groups, D))],
+        )  # fmt: skip
+        per_head = model.qk_norm == "per_head"
+        norm(f"{key}.self_attention.q_layernorm", f"{name}.self_attn.q_norm", D if per_head else q_width)
+        norm(f"{key}.self_attention.k_layernorm", f"{name}.self_attn.k_norm", D if per_head else kv_width)
+        add(f"{key}.self_attention.linear_proj.weight", (H, q_width), f"{name}.self_attn.attn_out.weight")
+        # Released rows are [up; gate], ours [gate; up].
+        add(
+            f"{key}.mlp.linear_fc1.weight", (2 * model.ffn_hidden_size, H), f"{name}.mlp.ff_proj.weight",
+            join=lambda xs: torch.cat(xs[0].chunk(2)[::-1]), split=lambda x: [torch.cat(x.chunk(2)[::-1])],
+        )  # fmt: skip
+        add(f"{key}.mlp.linear_fc2.weight", (H, model.ffn_hidden_size), f"{name}.mlp.ff_out.weight")
+    norm("decoder.final_layernorm", "model.transformer.ln_f", H)
+    if not model.tie_embeddings:
+        table("output_layer.weight", "lm_head.weight")
+    return entries
+
+
+_NATIVE_RULES = [
+    (r"^model\.vision_backbone\.image_vit\.transformer\.resblocks\.", "model.vision_tower.layers."),
+    (r"^model\.vision_backbone\.image_vit\.", "model.vision_tower."),
+    (r"^model\.vision_backbone\.", "model.multi_modal_projector."),
+    (r"^model\.transformer\.ln_f\.", "model.language_model.norm."),
+    (r"^model\.transformer\.blocks\.", "model.language_model.layers."),
+    (r"\.attention\.wq\.", ".self_attn.q_proj."),
+    (r"\.attention\.wk\.", ".self_attn.k_proj."),
+    (r"\.attention\.wv\.", ".self_attn.v_proj."),
+    (r"\.attention\.wo\.", ".self_attn.o_proj."),
+    (r"\.feed_forward\.w1\.", ".mlp.fc1."),
+    (r"\.feed_forward\.w2\.", ".mlp.fc2."),
+    (r"\.attention_norm\.", ".layer_norm1."),
+    (r"\.ffn_norm\.", ".layer_norm2."),
+    (r"image_pooling_2d\.w([qkvo])\.", r"image_pooling_2d.\1_proj."),
+    (r"image_projector\.w1\.", "image_projector.gate_proj."),
+    (r"image_projector\.w2\.", "image_projector.down_proj."),
+    (r"image_projector\.w3\.", "image_projector.up_proj."),
+    (r"\.attn_norm\.", ".input_layernorm."),
+    (r"\.ff_norm\.", ".post_attention_layernorm."),
+    (r"\.self_attn\.attn_out\.", ".self_attn.o_proj."),
+    (r"\.mlp\.ff_out\.", ".mlp.down_proj."),
+]
+
+
+def native_parts(released: str) -> list[str]:
+    """Native names whose rows, one above the other, make the released tensor (embeddings are read apart)."""
+    name = released
+    for pattern, replacement in _NATIVE_RULES:
+        name = re.sub(pattern, replacement, name)
+    if name.endswith(".self_attn.att_proj.weight"):
+        return [name.replace("att_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+    if name.endswith(".mlp.ff_proj.weight"):
+        return [name.replace("ff_proj", part) for part in ("up_proj", "gate_proj")]
+    return [name]
+
+
+EMBEDDING_PARTS = ("model.transformer.wte.embedding", "model.transformer.wte.new_embedding")
+NATIVE_EMBEDDING = "model.language_model.embed_tokens.weight"
+
+
+def read_released(name: str, model: ModelConfig, available, read: Callable[[str], Tensor]) -> Tensor:
+    """The released tensor `name` from a folder that holds released or native names.
+
+    The joined embedding may have been cut anywhere (transformers 5.23 halves it): it is joined and cut again at
+    the base vocabulary's size. Raises KeyError naming what is missing.
+    """
+    if name in EMBEDDING_PARTS:
+        parts = [part for part in EMBEDDING_PARTS if part in available] or [NATIVE_EMBEDDING]
+        rows = torch.cat([read(part) for part in parts])
+        expected = model.vocab_size + model.additional_vocab_size
+        if rows.shape[0] != expected:
+            raise KeyError(f"{' + '.join(parts)} have {rows.shape[0]} rows, not {expected}")
+        return rows[: model.vocab_size] if name == EMBEDDING_PARTS[0] else rows[model.vocab_size :]
+    if name in available:
+        return read(name)
+    return torch.cat([read(part) for part in native_parts(name)])

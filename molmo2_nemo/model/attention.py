@@ -1,0 +1,125 @@
+"""Core attention with an explicit mask, under tensor and context parallelism.
+
+These modules stand where Megatron's layer specs expect `core_attention`. The mask arrives as `attention_bias`
+because Megatron hands that argument to recomputed layers as it is, whatever its type.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+
+@functools.cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, scale: float) -> Tensor:
+    """Attention of [B, N, Q, D] queries over [B, G, K, D] keys and values, N a multiple of G. Returns [B, N, Q, D]."""
+    grouped = query.shape[1] != key.shape[1]
+    if isinstance(mask, BlockMask):
+        flex = _compiled_flex_attention() if query.is_cuda else flex_attention
+        return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Exchange dim-0 slices of a [ranks, ...] tensor; its own inverse, hence its own backward."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        out = torch.empty_like(x)
+        torch.distributed.all_to_all_single(out, x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllToAll.apply(grad.contiguous(), ctx.group), None
+
+
+class _AllGatherSequence(torch.autograd.Function):
+    """[S/ranks, ...] -> [S, ...]; backward sums over the ranks and keeps the own slice."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        torch.distributed.all_reduce(grad, group=ctx.group)
+        return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
+
+
+def sequence_to_heads(x: Tensor, group) -> Tensor:
+    """Ulysses: [S/c, B, N, D] on each of c ranks -> [S, B, N/c, D] (arXiv 2309.14509)."""
+    c = group.size()
+    s, B, N, D = x.shape
+    x = x.view(s, B, c, N // c, D).permute(2, 0, 1, 3, 4).contiguous()
+    return _AllToAll.apply(x, group).view(c * s, B, N // c, D)
+
+
+def heads_to_sequence(x: Tensor, group) -> Tensor:
+    """The way back: [S, B, N/c, D] -> [S/c, B, N, D]."""
+    c = group.size()
+    S, B, n, D = x.shape
+    x = _AllToAll.apply(x.view(c, S // c, B, n, D).contiguous(), group)
+    return x.permute(1, 2, 0, 3, 4).reshape(S // c, B, c * n, D)
+
+
+class PackedAttention(MegatronModule):
+    """Decoder attention over packed rows: full sequences per rank, or split over the context parallel group.
+
+    `a2a` (Ulysses) exchanges sequence slices for heads and sees whole rows; key/value heads are repeated when
+    there are fewer of them than ranks. `all_gather` keeps the local queries and gathers keys and values. Ring
+    attention does not fit arbitrary masks.
+    """
+
+    def __init__(self, config, layer_number, attn_mask_type=None, attention_type=None, cp_comm_type=None,
+                 softmax_scale=None, pg_collection=None):  # fmt: skip
+        super().__init__(config)
+        self.cp_group = pg_collection.cp
+        self.cp_comm_type = cp_comm_type
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(self, query, key, value, attention_mask, /, *, attn_mask_type=None, attention_bias=None,
+                packed_seq_params=None):  # fmt: skip
+        """query [s, B, N, D], key and value [s, B, G, D] with s = S / context parallel size -> [s, B, N*D]."""
+        ranks = self.cp_group.size()
+        ulysses = ranks > 1 and self.cp_comm_type == "a2a"
+        if ulysses:
+            if key.shape[2] % ranks:
+                repeats = query.shape[2] // key.shape[2]
+                key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
+            query, key, value = (sequence_to_heads(x, self.cp_group) for x in (query, key, value))
+        elif ranks > 1:
+            key, value = _AllGatherSequence.apply(torch.stack((key, value), dim=1), self.cp_group).unbind(dim=1)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = attend(q, k, v, attention_bias, self.scale).permute(2, 0, 1, 3)
+        if ulysses:
+            out = heads_to_sequence(out.contiguous(), self.cp_group)
+        return out.reshape(*out.shape[:2], -1)
+
+
+class CropAttention(MegatronModule):
+    """ViT attention: every patch of a crop sees every other."""
+
+    def __init__(self, config, layer_number, attn_mask_type=None, attention_type=None, cp_comm_type=None,
+                 softmax_scale=None, pg_collection=None):  # fmt: skip
+        super().__init__(config)
+        self.scale = config.kv_channels**-0.5
+
+    def forward(self, query, key, value, attention_mask, /, *, attn_mask_type=None, attention_bias=None,
+                packed_seq_params=None):  # fmt: skip
+        """[P, C, N, D] each -> [P, C, N*D]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = attend(q, k, v, None, self.scale).permute(2, 0, 1, 3)
+        return out.reshape(*out.shape[:2], -1)

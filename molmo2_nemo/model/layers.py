@@ -1,0 +1,212 @@
+"""Norms, the decoder layer in its Qwen3 and OLMo 3 forms, and the layer specs that assemble them."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, get_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from molmo2_nemo.config import ModelConfig
+from molmo2_nemo.model.attention import CropAttention, PackedAttention
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm computed in float32. Megatron's torch norm refuses sequence parallelism; marking the weight is all it takes."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class FullWidthRMSNorm(nn.Module):
+    """OLMo 3's q/k norm: one RMSNorm over all heads of a projection, before they are split.
+
+    Under tensor parallelism a rank holds some of the heads, so the sum of squares is reduced over the group.
+    The weight is kept whole on every rank and sliced in forward: its gradient is then non-zero in the own slice
+    only, and Megatron's sum over ranks for q/k norms gives the whole gradient.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int, tp_group):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_heads * hidden_size, dtype=config.params_dtype))
+        self.eps, self.tp_group = eps, tp_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, B, N/t, D] -> the same."""
+        x32 = x.float()
+        square_sum = x32.pow(2).sum((-2, -1), keepdim=True)
+        width, rank = x.shape[-2] * x.shape[-1], self.tp_group.rank()
+        if self.tp_group.size() > 1:
+            square_sum = _SumBothWays.apply(square_sum, self.tp_group)
+        x32 = x32 * torch.rsqrt(square_sum / (width * self.tp_group.size()) + self.eps)
+        weight = self.weight[rank * width : (rank + 1) * width].view(x.shape[-2:])
+        return weight * x32.to(x.dtype)
+
+
+class _SumBothWays(torch.autograd.Function):
+    """All-reduce in forward and in backward: every rank's output depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        x = x.contiguous().clone()
+        torch.distributed.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumBothWays.apply(grad, ctx.group), None
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm behind Megatron's signature."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+
+
+class DecoderLayer(TransformerLayer):
+    """A Megatron layer that picks its own RoPE table: OLMo 3 scales some layers only.
+
+    `rotary_pos_emb` is [2, s, B, 1, D]: table 0 unscaled, table 1 scaled; or [1, ...] when all layers agree.
+    """
+
+    rope_table = 0
+
+    def forward(self, *args, **kwargs):
+        kwargs["rotary_pos_emb"] = kwargs["rotary_pos_emb"][self.rope_table]
+        return super().forward(*args, **kwargs)
+
+
+class PostNormDecoderLayer(DecoderLayer):
+    """OLMo 3's order: x + norm(attention(x)), then x + norm(mlp(x)); nothing is normalised on the way in."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        norm = decoder_norm(config)
+        self.post_attention_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        self.post_mlp_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        self.self_attn_bda = _after(self.post_attention_norm)
+        self.mlp_bda = _after(self.post_mlp_norm)
+
+
+def _after(norm: nn.Module):
+    """Megatron's bias-dropout-add with `norm` applied to the sublayer's output first."""
+
+    def build(training, fused):
+        add = get_bias_dropout_add(training, fused)
+
+        def normed_add(output_with_bias, residual, probability):
+            output, bias = output_with_bias
+            return add((norm(output), bias), residual, probability)
+
+        return normed_add
+
+    return build
+
+
+def layer_backend(config: TransformerConfig) -> BackendSpecProvider:
+    """Local torch modules, or Transformer Engine's; the latter is imported only when asked for."""
+    return get_backend(config.transformer_impl)
+
+
+def decoder_norm(config: TransformerConfig):
+    return layer_backend(config).layer_norm(rms_norm=True) if config.transformer_impl != "local" else RMSNorm
+
+
+def _mlp(backend: BackendSpecProvider):
+    def build(config, pg_collection, is_mtp_layer=False, name=None, input_size=None):
+        submodules = MLPSubmodules(
+            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+        )
+        return MLP(config, submodules, tp_group=pg_collection.tp, ffn_hidden_size=config.ffn_hidden_size,
+                   input_size=input_size)  # fmt: skip
+
+    return build
+
+
+def gated_mlp(config: TransformerConfig, input_size: int, pg_collection) -> MLP:
+    """SwiGLU from `input_size` to `config.hidden_size` (the connector's projector)."""
+    return _mlp(layer_backend(config))(config, pg_collection, input_size=input_size)
+
+
+def decoder_block_spec(model: ModelConfig, config: TransformerConfig, pg_collection) -> TransformerBlockSubmodules:
+    """Decoder layers of this pipeline stage and the final norm."""
+    backend, norm = layer_backend(config), decoder_norm(config)
+
+    def qk_norm(num_heads):
+        if model.qk_norm == "per_head":
+            return norm
+
+        def build(config, hidden_size, eps):
+            return FullWidthRMSNorm(config, hidden_size, eps, num_heads, pg_collection.tp)
+
+        return build
+
+    layer = ModuleSpec(
+        module=PostNormDecoderLayer if model.norm_after else DecoderLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if model.norm_after else norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.arbitrary},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=backend.column_parallel_linear(),
+                    core_attention=PackedAttention,
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=qk_norm(model.num_attention_heads),
+                    k_layernorm=qk_norm(model.num_query_groups),
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp if model.norm_after else norm,
+            mlp=_mlp(backend),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+
+
+def vit_block_spec(num_layers: int, config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Pre-norm encoder layers with LayerNorm and biases; no final norm."""
+    backend = layer_backend(config)
+    norm = LayerNorm if config.transformer_impl == "local" else backend.layer_norm(rms_norm=False)
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.no_mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=backend.column_parallel_linear(),
+                    core_attention=CropAttention,
+                    linear_proj=backend.row_parallel_linear(),
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=_mlp(backend),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=None)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")

@@ -1,0 +1,65 @@
+"""Which token may attend to which: packed documents, message-tree branches, bidirectional vision tokens.
+
+Source of the rule: public `olmo/models/molmo2/molmo2.py` of allenai/molmo2, and arXiv 2601.10611 section 3.
+Nothing here knows of ranks.
+"""
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+# Packed example k of a row adds k times this to its segment ids; padding has segment id -1.
+SEGMENTS_PER_EXAMPLE = 100_000
+
+
+def mask_mod(segment_ids: torch.Tensor, vision_mask: torch.Tensor, query_offset: int = 0):
+    """The rule as a FlexAttention predicate `(batch, head, query, key) -> bool tensor`.
+
+    A key is visible when it is not padding, belongs to a segment not below the query's (a branch sees its root
+    but no sibling and no earlier document), and either precedes the query or both are vision tokens of the same
+    document. Every token sees itself, so that padding rows stay finite.
+
+    segment_ids: int64 [B, S]; vision_mask: bool [B, S]; query_offset: position of query 0 in the row.
+    """
+
+    def rule(b, h, q, k):
+        q = q + query_offset
+        query_segment, key_segment = segment_ids[b, q], segment_ids[b, k]
+        same_document = query_segment // SEGMENTS_PER_EXAMPLE == key_segment // SEGMENTS_PER_EXAMPLE
+        both_vision = vision_mask[b, q] & vision_mask[b, k] & same_document
+        visible = (key_segment >= 0) & (query_segment <= key_segment) & ((k <= q) | both_vision)
+        return visible | (k == q)
+
+    return rule
+
+
+def dense_mask(
+    segment_ids: torch.Tensor, vision_mask: torch.Tensor, query_offset: int = 0, num_queries: int | None = None
+) -> torch.Tensor:
+    """bool [B, 1, Q, S], True where attention is allowed. For the CPU and for short sequences."""
+    B, S = segment_ids.shape
+    device = segment_ids.device
+    b = torch.arange(B, device=device).view(B, 1, 1)
+    q = torch.arange(S if num_queries is None else num_queries, device=device).view(1, -1, 1)
+    k = torch.arange(S, device=device).view(1, 1, S)
+    return mask_mod(segment_ids, vision_mask, query_offset)(b, 0, q, k).unsqueeze(1)
+
+
+def block_mask(
+    segment_ids: torch.Tensor, vision_mask: torch.Tensor, query_offset: int = 0, num_queries: int | None = None
+) -> BlockMask:
+    """The same rule as a FlexAttention BlockMask; only blocks that hold a visible pair are stored.
+
+    `_compile` evaluates the predicate block by block: on a GPU no S x S tensor is ever made.
+    """
+    B, S = segment_ids.shape
+    return create_block_mask(
+        mask_mod(segment_ids, vision_mask, query_offset),
+        B, None, S if num_queries is None else num_queries, S,
+        device=segment_ids.device, _compile=segment_ids.is_cuda,
+    )  # fmt: skip
+
+
+def make_mask(segment_ids, vision_mask, query_offset: int = 0, num_queries: int | None = None):
+    """A BlockMask on a GPU, a dense mask on a CPU (FlexAttention has no backward there)."""
+    make = block_mask if segment_ids.is_cuda else dense_mask
+    return make(segment_ids, vision_mask, query_offset, num_queries)

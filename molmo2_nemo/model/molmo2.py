@@ -1,0 +1,182 @@
+"""Molmo2: vision tower, embeddings with an extra vocabulary, decoder, head. One instance is one pipeline stage."""
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from molmo2_nemo.config import ModelConfig, padded_vocab_size, vision_token_ids
+from molmo2_nemo.hf.architecture import rope_tables
+from molmo2_nemo.model.layers import decoder_block_spec
+from molmo2_nemo.model.mask import make_mask
+from molmo2_nemo.model.vision import VisionTower
+
+
+class Molmo2(LanguageModule):
+    """The part of Molmo2 that this rank's pipeline stage holds.
+
+    model: the architecture. configs: Megatron's TransformerConfig for "decoder", "vit" and "connector".
+    solo: process groups of one rank, for the vision tower's layers.
+    """
+
+    def __init__(self, model: ModelConfig, configs: dict[str, TransformerConfig], solo: ProcessGroupCollection):
+        config = configs["decoder"]
+        super().__init__(config)
+        self.model = model
+        self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
+        self.pre_process = parallel_state.is_pipeline_first_stage()
+        self.post_process = parallel_state.is_pipeline_last_stage()
+        self.share_embeddings_and_output_weights = model.tie_embeddings
+        self.rope = RotaryTables(model)
+        rows = padded_vocab_size(model.vocab_size)
+        if self.pre_process:
+            self.vision = VisionTower(
+                model, configs["vit"], configs["connector"], solo,
+                parallel_state.get_tensor_and_context_parallel_group(),
+            )  # fmt: skip
+            self.embedding = Embedding(model, rows, config, self.tp_group)
+        self.decoder = TransformerBlock(
+            config, decoder_block_spec(model, config, self.pg_collection),
+            pre_process=self.pre_process, post_process=self.post_process, pg_collection=self.pg_collection,
+        )  # fmt: skip
+        for layer in self.decoder.layers:
+            if self.rope.scaled and layer.layer_number - 1 in self.rope.scaled_layers:
+                layer.rope_table = 1
+                # YaRN multiplies rotated queries and keys by a factor: the same as scaling the scores by its square.
+                layer.self_attention.core_attention.scale *= self.rope.attention_factor**2
+        if self.post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                model.hidden_size, rows, config=config, init_method=config.init_method, bias=False,
+                skip_bias_add=False, gather_output=False, tp_group=self.tp_group,
+                skip_weight_param_allocation=self.pre_process and model.tie_embeddings,
+            )  # fmt: skip
+        self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor):
+        """Called by Megatron's pipeline schedules with the previous stage's output."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, vision_mask: Tensor,
+        crops: Tensor | None = None, pooling: Tensor | None = None, vision_units: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Token losses, logits, or the hidden states for the next stage.
+
+        All [B, S] inputs are whole rows on every rank; crops, pooling and vision_units (see VisionTower) matter on
+        the first stage only. With s = S / context parallel size this returns, on the last stage, float32 losses
+        [B, s] of this rank's part of the rows when `labels` (int64 [B, S]) are given, else this tensor-parallel
+        rank's slice of the logits, [B, s, padded V / tensor parallel size]; on other stages [s, B, H].
+        """
+        S = input_ids.shape[1]
+        cp_rank, cp_size = self.cp_group.rank(), self.cp_group.size()
+        local = slice(cp_rank * S // cp_size, (cp_rank + 1) * S // cp_size)
+        hidden = None
+        if self.pre_process:
+            visual_tokens = self.vision(crops, pooling, vision_units)
+            hidden = self.embedding(input_ids, visual_tokens, local)
+            if self.config.sequence_parallel:
+                hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
+        gathers_keys = cp_size > 1 and self.config.cp_comm_type == "all_gather"
+        mask = make_mask(
+            segment_ids, vision_mask, *((local.start, S // cp_size) if gathers_keys else (0, S))
+        )
+        hidden = self.decoder(
+            hidden, attention_mask=None, attention_bias=mask, rotary_pos_emb=self.rope(position_ids[:, local])
+        )
+        if not self.post_process:
+            return hidden
+        tied = self.embedding.word_embeddings.weight if self.pre_process and self.model.tie_embeddings else None
+        logits, _ = self.output_layer(hidden, weight=tied)
+        logits = self._mask_padding(logits.float())
+        if labels is None:
+            return logits.transpose(0, 1)
+        return self.compute_language_model_loss(labels[:, local], logits)
+
+    def _mask_padding(self, logits: Tensor) -> Tensor:
+        """Padding columns of the head get no probability: losses are over the base vocabulary only."""
+        width = logits.shape[-1]
+        column = torch.arange(width, device=logits.device) + self.tp_group.rank() * width
+        return logits.masked_fill(column >= self.model.vocab_size, torch.finfo(logits.dtype).min)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        """Every tensor under its own key, one key per layer, so that a checkpoint does not know its layout."""
+        metadata = {**(metadata or {}), "non_homogeneous_layers": True}
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        tp_rank = self.tp_group.rank()
+        dp_cp_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        parameters = dict(self.named_parameters(prefix=prefix.rstrip(".")))
+        # Layers keep FP8 scaling history as extra state; it is rebuilt within steps and would tie a checkpoint to
+        # its layer spec.
+        state = {name: entry for name, entry in state.items() if "_extra_state" not in name}
+        for name, entry in state.items():
+            parameter = parameters.get(name)
+            if parameter is not None and not getattr(parameter, "tensor_model_parallel", False):
+                # Whole on every rank: the first of the tensor x data parallel ranks writes it.
+                entry.replica_id = (0, tp_rank, dp_cp_rank)
+        return state
+
+
+class Embedding(nn.Module):
+    """Base table, split over tensor parallel ranks and padded; the extra rows, whole on every rank.
+
+    The first extra id equals the base vocabulary's size, so padding rows of the base table are never looked up.
+    """
+
+    def __init__(self, model: ModelConfig, rows: int, config: TransformerConfig, tp_group):
+        super().__init__()
+        self.vocab_size = model.vocab_size
+        self.patch_id = vision_token_ids(model)["image_patch_id"]
+        self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
+            rows, model.hidden_size, init_method=config.init_method, config=config, tp_group=tp_group
+        )
+        self.extra_embedding = nn.Parameter(
+            torch.empty(model.additional_vocab_size, model.hidden_size, dtype=config.params_dtype)
+        )
+        nn.init.normal_(self.extra_embedding, std=model.init_std)
+
+    def forward(self, input_ids: Tensor, visual_tokens: Tensor, local: slice) -> Tensor:
+        """input_ids [B, S], visual_tokens [T, H] for the row-major <im_patch> of all rows -> [s, B, H] of `local`."""
+        ids = input_ids[:, local]
+        extra = ids >= self.vocab_size
+        base = self.word_embeddings(ids.masked_fill(extra, 0))
+        rows = self.extra_embedding[(ids - self.vocab_size).clamp(min=0)]
+        hidden = torch.where(extra.unsqueeze(-1), rows, base)
+        is_patch = input_ids == self.patch_id
+        index = is_patch.flatten().cumsum(0).view_as(is_patch) - 1
+        index, is_patch = index[:, local], is_patch[:, local]
+        # Added to the placeholder's embedding, not put in its place.
+        added = torch.zeros_like(hidden)
+        added[is_patch] = visual_tokens[index[is_patch]].to(hidden.dtype)
+        return (hidden + added).transpose(0, 1).contiguous()
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        from megatron.core.utils import make_sharded_tensor_for_checkpoint
+
+        state = self.word_embeddings.sharded_state_dict(f"{prefix}word_embeddings.", sharded_offsets, metadata)
+        key = f"{prefix}extra_embedding"
+        state[key] = make_sharded_tensor_for_checkpoint(self.extra_embedding, key, sharded_offsets)
+        return state
+
+
+class RotaryTables(nn.Module):
+    """Angles of rotary embeddings at given positions; a scaled table beside the plain one where layers differ."""
+
+    def __init__(self, model: ModelConfig):
+        super().__init__()
+        plain, scaled, self.attention_factor = rope_tables(model)
+        self.scaled = scaled is not None
+        self.scaled_layers = set(
+            range(model.num_layers) if model.rope_scaling_layers is None else model.rope_scaling_layers
+        )
+        tables = torch.stack([plain] if scaled is None else [plain, scaled])
+        self.register_buffer("inverse_frequencies", tables, persistent=False)  # float32 [R, D/2]
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """int64 [B, s] -> float32 angles [R, s, B, 1, D]."""
+        angles = position_ids.t()[None, :, :, None].float() * self.inverse_frequencies[:, None, None, :].float()
+        return torch.cat((angles, angles), dim=-1).unsqueeze(3)

@@ -1,0 +1,160 @@
+"""Process groups, the accelerator, and Megatron's configuration objects."""
+
+import datetime
+import importlib.util
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+
+from molmo2_nemo.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig, world_size_from_environment
+from molmo2_nemo.model.layers import gelu_tanh
+
+
+def resolve_device(train: TrainConfig) -> str:
+    """`cpu` or `cuda`. Raises ConfigError when a GPU is asked for and none is there."""
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device=cuda, but torch sees no GPU: use train.device=cpu or check the driver.")
+    device = train.device if train.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu" and train.precision not in ("auto", "fp32"):
+        raise ConfigError(f"train.precision={train.precision} needs a GPU: use train.precision=fp32 on a CPU.")
+    return device
+
+
+def resolve_precision(train: TrainConfig, device: str) -> str:
+    """`fp32`, `bf16` or `fp8`; auto means fp32 on a CPU and bf16 on a GPU."""
+    return ("fp32" if device == "cpu" else "bf16") if train.precision == "auto" else train.precision
+
+
+def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, seed: int) -> None:
+    """Start torch.distributed from torchrun's or srun's environment, or alone, then Megatron's groups and seeds."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    world_size = world_size_from_environment()
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    alone = world_size == 1 and "MASTER_PORT" not in os.environ
+    if device == "cpu":
+        from molmo2_nemo import cpu
+
+        cpu.install()
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "gloo" if device == "cpu" else "nccl",
+            store=dist.HashStore() if alone else None, rank=rank, world_size=world_size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )  # fmt: skip
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        create_gloo_process_groups=device != "cpu",
+    )
+    seed_everything(seed)
+
+
+def seed_everything(seed: int) -> None:
+    """The same seed on all data-parallel ranks; Megatron offsets it by tensor parallel rank where it must differ."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def solo_groups() -> ProcessGroupCollection:
+    """Groups of one rank, for Megatron layers that are not split: the vision tower's. Collective."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    own = groups[dist.get_rank()]
+    solo = ProcessGroupCollection()
+    solo.tp = solo.cp = solo.pp = own
+    return solo
+
+
+def model_replica_group() -> dist.ProcessGroup:
+    """All tensor x context x pipeline parallel ranks that work on the same rows. Collective."""
+    replica = parallel_state.get_data_parallel_rank()
+    replicas = [None] * dist.get_world_size()
+    dist.all_gather_object(replicas, replica)
+    own = None
+    for index in sorted(set(replicas)):
+        group = dist.new_group([rank for rank, r in enumerate(replicas) if r == index])
+        own = group if index == replica else own
+    return own
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed; nothing of it is imported."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def layer_spec(parallel: ParallelConfig, device: str) -> str:
+    """`local` or `transformer_engine`. Raises ConfigError when the latter is asked for and not there."""
+    if parallel.layer_spec == "transformer_engine" and not (device == "cuda" and has_transformer_engine()):
+        raise ConfigError(
+            "parallel.layer_spec=transformer_engine needs a GPU and transformer_engine installed (pip install "
+            ".[gpu]): use parallel.layer_spec=local."
+        )
+    if parallel.layer_spec != "auto":
+        return parallel.layer_spec
+    return "transformer_engine" if device == "cuda" and has_transformer_engine() else "local"
+
+
+def transformer_configs(
+    model: ModelConfig, parallel: ParallelConfig, device: str, precision: str, overrides: dict, dropout: float = 0.0
+) -> dict[str, TransformerConfig]:
+    """Megatron's TransformerConfig for the decoder, the ViT and the connector's projector.
+
+    overrides: fields of the decoder's TransformerConfig set by the user. Raises ConfigError with Megatron's own
+    reason when it refuses the combination.
+    """
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    impl = layer_spec(parallel, device)
+    common = dict(
+        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, transformer_impl=impl,
+        use_cpu_initialization=device == "cpu", gradient_accumulation_fusion=False, persist_layer_norm=False,
+        bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False,
+        attention_dropout=0.0, calculate_per_token_loss=True, init_method_std=model.init_std,
+    )  # fmt: skip
+    decoder = dict(
+        common, num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads, num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim, normalization="RMSNorm", layernorm_epsilon=model.layernorm_epsilon,
+        add_bias_linear=False, gated_linear_unit=True, activation_func=F.silu, qk_layernorm=True,
+        hidden_dropout=dropout,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size, sequence_parallel=parallel.sequence_parallel,
+        cp_comm_type=parallel.cp_comm_type,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+    )  # fmt: skip
+    if precision == "fp8":
+        decoder.update(fp8="hybrid")
+    vit = dict(
+        common, num_layers=model.vit.num_layers, hidden_size=model.vit.hidden_size,
+        ffn_hidden_size=model.vit.ffn_hidden_size, num_attention_heads=model.vit.num_attention_heads,
+        kv_channels=model.vit.head_dim, normalization="LayerNorm", layernorm_epsilon=model.vit.layernorm_epsilon,
+        add_bias_linear=True, activation_func=gelu_tanh, hidden_dropout=0.0,
+    )  # fmt: skip
+    connector = dict(
+        common, num_layers=1, hidden_size=model.hidden_size, ffn_hidden_size=model.connector.ffn_hidden_size,
+        num_attention_heads=1, add_bias_linear=False, gated_linear_unit=True, activation_func=F.silu,
+        hidden_dropout=0.0,
+    )  # fmt: skip
+    try:
+        return {
+            "decoder": TransformerConfig(**{**decoder, **overrides}),
+            "vit": TransformerConfig(**vit),
+            "connector": TransformerConfig(**connector),
+        }
+    except (ValueError, AssertionError, TypeError) as error:
+        set_by_user = ", ".join(f"transformer.{k}={v}" for k, v in overrides.items()) or "this configuration"
+        raise ConfigError(f"Megatron refuses {set_by_user}: {error}") from error

@@ -1,0 +1,141 @@
+"""Build a model for this rank, load weights into it, and run one global batch through Megatron's schedules."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from molmo2_nemo import checkpoint_dir
+from molmo2_nemo.config import ConfigError, ModelConfig, ParallelConfig
+from molmo2_nemo.model.molmo2 import Molmo2
+from molmo2_nemo.parallel import solo_groups, transformer_configs
+
+# What the model's forward takes of a micro-batch; the rest is for the loss and the log.
+MODEL_INPUTS = ("input_ids", "position_ids", "segment_ids", "vision_mask", "crops", "pooling", "vision_units")
+
+
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, device: str, precision: str, transformer: dict | None = None,
+    ddp: dict | None = None, freeze: Callable[[str], bool] = lambda name: False, dropout: float = 0.0,
+) -> DistributedDataParallel:  # fmt: skip
+    """This rank's pipeline stage inside Megatron's DistributedDataParallel. Collective.
+
+    transformer, ddp: the user's fields for TransformerConfig and DistributedDataParallelConfig.
+    freeze: parameter name -> True where it is not trained. Raises ConfigError on a combination Megatron refuses.
+    """
+    configs = transformer_configs(model, parallel, device, precision, transformer or {}, dropout)
+    configs["decoder"].finalize_model_grads_func = _finalize_gradients
+    module = Molmo2(model, configs, solo_groups()).to(device)
+    if module.pre_process:
+        _copy_from_first_tensor_parallel_rank(module)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not freeze(name))
+    ddp_config = {"grad_reduce_in_fp32": True, "overlap_grad_reduce": False, **(ddp or {})}
+    try:
+        return DistributedDataParallel(configs["decoder"], DistributedDataParallelConfig(**ddp_config), module)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"Megatron refuses ddp settings {ddp_config}: {error}") from error
+
+
+def _copy_from_first_tensor_parallel_rank(module: Molmo2) -> None:
+    """Give replicated first-stage parameters one value: Megatron seeds tensor parallel ranks differently."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    source = parallel_state.get_tensor_model_parallel_src_rank()
+    for parameter in [*module.vision.parameters(), module.embedding.extra_embedding]:
+        dist.broadcast(parameter.data, source, group=group)
+
+
+def _finalize_gradients(model, num_tokens=None, **kwargs) -> None:
+    """Megatron's reductions, then the vision tower's sum over tensor parallel ranks (each encoded other crops).
+
+    `num_tokens` is ignored: the losses were already divided by the global batch's weight.
+    """
+    finalize_model_grads(model, None)
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return
+    gradients = [
+        parameter.main_grad
+        for chunk in model
+        for parameter in chunk.parameters()
+        if parameter.requires_grad and getattr(parameter, "vision_data_parallel", False)
+    ]
+    if gradients:
+        flat = torch._utils._flatten_dense_tensors(gradients)
+        dist.all_reduce(flat, group=group)
+        for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients)):
+            gradient.copy_(summed)
+
+
+def sharded_model_state(model: DistributedDataParallel) -> dict:
+    """Megatron's sharded state dict of the wrapped model, with layout-free keys."""
+    return unwrap_model(model).sharded_state_dict()
+
+
+def load_weights(model: DistributedDataParallel, checkpoint: Path) -> None:
+    """Weights of a checkpoint of any layout into this rank's part. Collective.
+
+    Raises ConfigError when the checkpoint is damaged or of another architecture.
+    """
+    saved = checkpoint_dir.read_model(checkpoint)
+    module = unwrap_model(model)
+    refuse_other_architecture(saved, module.model, checkpoint)
+    state = sharded_model_state(model)
+    module.load_state_dict(dist_checkpointing.load(state, str(checkpoint)), strict=False)
+
+
+def refuse_other_architecture(saved: ModelConfig, wanted: ModelConfig, checkpoint: Path) -> None:
+    """Raise ConfigError naming the first key of the architecture that differs; names and paths may."""
+    for key in vars(saved):
+        if key in ("name", "hf_path", "tokenizer", "vision_token_ids", "init_std", "max_position_embeddings"):
+            continue
+        if getattr(saved, key) != getattr(wanted, key):
+            raise ConfigError(
+                f"checkpoint {checkpoint} has model.{key}={getattr(saved, key)}, this run has {getattr(wanted, key)}: "
+                "start from a checkpoint of the same model."
+            )
+
+
+def global_weight(batches: list[dict]) -> Tensor:
+    """Sum of the loss weights of the global batch, over micro-batches and data-parallel ranks. float64 scalar."""
+    total = sum(batch["loss_weights"].double().sum() for batch in batches)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total
+
+
+def forward_backward(
+    model: DistributedDataParallel, batches: list[dict], total_weight: Tensor, forward_only: bool = False
+) -> list[Tensor]:
+    """One global batch. Returns, on the last pipeline stage, the weighted token losses of each micro-batch.
+
+    The loss is sum(weight x cross entropy) / total_weight over all micro-batches and ranks: it does not depend on
+    the layout. Returned tensors are float32 [B, S / context parallel size], undivided. Gradients are in main_grad.
+    """
+    config = unwrap_model(model).config
+    rows, seq_length = batches[0]["input_ids"].shape
+    cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    local = slice(cp_rank * seq_length // cp_size, (cp_rank + 1) * seq_length // cp_size)
+
+    def forward_step(iterator, model):
+        batch = next(iterator)
+        output = model(**{name: batch.get(name) for name in MODEL_INPUTS}, labels=batch["labels"])
+
+        def loss(token_losses):
+            weighted = token_losses * batch["loss_weights"][:, local]
+            # The integer count that Megatron asks for is not used: see _finalize_gradients.
+            return (weighted.sum() / total_weight).float(), torch.zeros((), dtype=torch.int), weighted.detach()
+
+        return output, loss
+
+    run = get_forward_backward_func()
+    return run(
+        forward_step_func=forward_step, data_iterator=iter(batches), model=[model], num_microbatches=len(batches),
+        seq_length=seq_length, micro_batch_size=rows, forward_only=forward_only,
+    )  # fmt: skip

@@ -1,0 +1,75 @@
+"""Small random Molmo2 models made by transformers: the oracle's side of the parity tests."""
+
+from pathlib import Path
+
+import torch
+
+V = 200  # not a multiple of 128, so that padded tables are tested
+
+
+def _config(text: dict, vision: dict | None = None, layers=(-1, -2)):
+    from transformers import Molmo2Config
+
+    text = {
+        **dict(
+            hidden_size=48, num_attention_heads=4, num_key_value_heads=4, head_dim=16, vocab_size=V,
+            additional_vocab_size=128, num_hidden_layers=4, intermediate_size=96, max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+        **text,
+    }  # fmt: skip
+    vision = {
+        **dict(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
+            head_dim=16, image_size=[70, 70], patch_size=14,
+        ),
+        **(vision or {}),
+    }  # fmt: skip
+    adapter = dict(
+        vision_feature_layer=list(layers), hidden_size=vision["hidden_size"], num_attention_heads=2,
+        num_key_value_heads=2, head_dim=12, intermediate_size=40, text_hidden_size=text["hidden_size"],
+    )  # fmt: skip
+    ids = dict(
+        image_start_token_id=V, low_res_image_start_token_id=V + 4, image_end_token_id=V + 1, image_patch_id=V + 2,
+        frame_start_token_id=V + 7, frame_end_token_id=V + 8,
+    )  # fmt: skip
+    return Molmo2Config(text_config=text, vision_config=vision, adapter_config=adapter, **ids)
+
+
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "attention_factor": 1.2079441541679836,
+    "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def configs() -> dict:
+    """Name -> Molmo2Config: both language model forms, tied and untied heads, odd crop grids, feature layers."""
+    olmo = dict(qk_norm_type="olmo", norm_after=True)
+    return {
+        "qwen3_gqa": _config(dict(num_key_value_heads=2), dict(image_size=[98, 98]), layers=(2, 0)),
+        "qwen3_tied": _config(dict(num_attention_heads=8, head_dim=8)),
+        "qwen3_wide_heads": _config(dict(num_attention_heads=8, head_dim=20)),
+        "qwen3_all_layers_scaled": _config(dict(rope_parameters=YARN)),
+        "olmo3": _config(olmo),
+        # 4 x 4 patches: pooling windows of 3 need padding; layers out of order and counted from both ends.
+        "olmo3_yarn": _config(
+            dict(olmo, rope_parameters=YARN, rope_scaling_layers=[1, 3]), dict(image_size=[56, 56]), layers=(0, -1)
+        ),
+    }
+
+
+def save(name: str, folder: Path, seed: int = 0) -> Path:
+    """A random model of `configs()[name]` saved by transformers itself into folder / name."""
+    from transformers import Molmo2ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    model = Molmo2ForConditionalGeneration(configs()[name])
+    # Norm weights away from one, biases away from zero: a swapped or dropped one must show.
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
+    if name.endswith("_tied"):
+        with torch.no_grad():
+            model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight[:V])
+    model.save_pretrained(folder / name)
+    return folder / name
