@@ -5,7 +5,7 @@
         model.json           architecture
         config.yaml          resolved configuration (training checkpoints)
         .metadata *.distcp   Megatron's distributed checkpoint (PyTorch DCP files)
-        loader_dp000.pt      data loader state per data-parallel rank (training checkpoints)
+        loader_dp000.state   data loader state per data-parallel rank (training checkpoints)
 
 Nothing here needs a process group.
 """

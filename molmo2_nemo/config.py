@@ -6,8 +6,10 @@ that cannot work. Both run before torch.distributed starts. Nothing here imports
 """
 
 import dataclasses
+import difflib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -224,7 +226,40 @@ def register() -> None:
     """Make `Config` the schema that conf/stage*.yaml are merged into (their defaults list names it)."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="molmo2_nemo_schema", node=Config)
+    schema = OmegaConf.structured(Config)
+    for prefix in ("transformer", "optimizer", "ddp"):
+        # Their keys are Megatron's own; `check_megatron_fields` refuses the unknown ones.
+        OmegaConf.set_struct(schema[prefix], False)
+    ConfigStore.instance().store(name="molmo2_nemo_schema", node=schema)
+
+
+def refuse_unknown_overrides(arguments: list[str]) -> None:
+    """Raise ConfigError for the first `key=value` whose key is not in the schema or whose option has no file."""
+    for argument in arguments:
+        match = re.fullmatch(r"(\+{0,2}|~)([A-Za-z_][\w./]*)(?:@[\w.]+)?(?:=(.*))?", argument, re.DOTALL)
+        if argument.startswith("-") or match is None or match[3] is None:
+            continue
+        key, value = match[2], match[3]
+        if (CONF_DIR / key).is_dir():
+            options = sorted(path.stem for path in (CONF_DIR / key).glob("*.yaml"))
+            _refuse(
+                value not in options and "," not in value,
+                f"{key}={value}: conf/{key} has no {value}.yaml; choose one of {', '.join(options)}.",
+            )
+            continue
+        if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
+            continue
+        cls, path = Config, key.split(".")
+        for depth, name in enumerate(path):
+            if not dataclasses.is_dataclass(cls):
+                break  # a free dictionary: Megatron's fields, or rope_scaling
+            types = {f.name: f.type for f in dataclasses.fields(cls)}
+            if name not in types:
+                where = ".".join(path[:depth])
+                close = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
+                known = f"did you mean {'.'.join([*path[:depth], close[0]])}" if close else f"known are {', '.join(types)}"
+                raise ConfigError(f"{key}={value}: {where or 'the configuration'} has no key {name}; {known}.")
+            cls = types[name]
 
 
 def to_dataclass(cfg: DictConfig) -> Config:

@@ -65,7 +65,6 @@ def install() -> None:
         return
     cuda = torch.cuda
     cuda.current_device = lambda: _CPU
-    cuda.device_count = lambda: 1
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, lambda *args, **kwargs: None)
     cuda.memory_allocated = cuda.max_memory_allocated = lambda *args, **kwargs: 0

@@ -54,7 +54,6 @@ def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, se
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        create_gloo_process_groups=device != "cpu",
     )
     seed_everything(seed)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
@@ -37,6 +37,7 @@ from molmo2_nemo.hf import convert
 from molmo2_nemo.hf.architecture import model_config_from_hf
 from molmo2_nemo.hf.names import read_released
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
+from molmo2_nemo.training.checkpoint import save_sharded
 from molmo2_nemo.training.step import (
     MODEL_INPUTS,
     build_model,
@@ -254,7 +255,7 @@ def released_gradients(model, architecture, scratch: Path) -> dict[str, torch.Te
         checkpoint_dir.aside(scratch / "gradients")
     dist.barrier()
     folder = scratch / ".gradients.tmp"
-    dist_checkpointing.save(state, str(folder))
+    save_sharded(state, folder)
     return dict(convert.released_tensors(folder, architecture))
 
 
@@ -348,7 +349,7 @@ def compare(args, layout: ParallelConfig, folder: Path) -> dict:
         if dist.get_rank() == 0:
             temporary = checkpoint_dir.aside(exported)
         dist.barrier()
-        dist_checkpointing.save(sharded_model_state(model), str(exported.with_name(".step_00000001.tmp")))
+        save_sharded(sharded_model_state(model), exported.with_name(".step_00000001.tmp"))
         if dist.get_rank() == 0:
             checkpoint_dir.publish(temporary, exported, model_config, {"step": 1, "stage": "parity"})
             convert.export_hf(exported, args.export / folder.name, progress=lambda line: None)

@@ -47,6 +47,13 @@ class HuggingFaceWeights:
         with safe_open(self.folder / self.files[name], "pt") as file:
             return file.get_tensor(name)
 
+    def shape_of(self, name: str) -> Tensor:
+        """A tensor of the right shape without memory."""
+        if name not in self.files:
+            raise KeyError(name)
+        with safe_open(self.folder / self.files[name], "pt") as file:
+            return torch.empty(file.get_slice(name).get_shape(), device="meta")
+
 
 class _LazyPlanner(DefaultSavePlanner):
     """Writes tensors that are made when their turn comes; the state dict holds meta tensors of their shapes."""
@@ -69,28 +76,32 @@ def import_hf(folder: Path, checkpoint: Path, progress: Callable[[str], None] = 
     model = model_config_from_hf(folder)
     weights = HuggingFaceWeights(folder)
 
-    def read(name):
+    # Everything is looked at before anything is written.
+    for entry in tensor_table(model):
         try:
-            return read_released(name, model, weights, weights)
+            shape = entry.join([read_released(name, model, weights, weights.shape_of) for name in entry.released]).shape
         except KeyError as error:
             raise ConfigError(f"{folder} lacks {error.args[0]}: it cannot be imported.") from None
+        except RuntimeError as error:
+            raise ConfigError(f"{folder}: {' + '.join(entry.released)} do not fit config.json: {error}.") from None
+        if tuple(shape) != entry.shape:
+            raise ConfigError(
+                f"{folder}: {' + '.join(entry.released)} make {tuple(shape)}, config.json says {entry.shape}."
+            )
 
-    head, embedding = read("lm_head.weight"), read(EMBEDDING_PARTS[0])
-    model.tie_embeddings = torch.equal(head, embedding)
+    def read(name):
+        return read_released(name, model, weights, weights)
+
+    embedding = read(EMBEDDING_PARTS[0])
+    model.tie_embeddings = torch.equal(read("lm_head.weight"), embedding)
     dtype = embedding.dtype
-    del head, embedding
+    del embedding
     state, make = {}, {}
     for entry in tensor_table(model):
 
         def build(entry=entry):
-            tensor = entry.join([read(name) for name in entry.released])
-            if tuple(tensor.shape) != entry.shape:
-                raise ConfigError(
-                    f"{folder}: {' + '.join(entry.released)} make {tuple(tensor.shape)}, config.json says "
-                    f"{entry.shape}."
-                )
             progress(entry.key)
-            return tensor.contiguous()
+            return entry.join([read(name) for name in entry.released]).contiguous()
 
         state[entry.key] = torch.empty(entry.shape, dtype=dtype, device="meta")
         make[entry.key] = build
@@ -187,9 +198,9 @@ def export_hf(
     if tokenizer is not None:
         from molmo2_nemo.data.processor import build_processor
 
-        processor = build_processor(
-            tokenizer, model.vision, max_crops_per_image=max_crops, max_frames=max_frames, max_fps=max_fps
-        )
+        processor = build_processor(tokenizer, model.vision, max_crops)
+        processor.video_processor.num_frames = max_frames
+        processor.video_processor.max_fps = max_fps
         processor.save_pretrained(temporary)
         _write_generation_config(temporary, processor.tokenizer)
     temporary.rename(folder)

@@ -1,0 +1,231 @@
+"""The training run of one stage: check, build, resume or start, loop, save."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from omegaconf import DictConfig, OmegaConf
+
+from molmo2_nemo import checkpoint_dir, parallel
+from molmo2_nemo.config import Config, ConfigError, check, to_dataclass, world_size_from_environment
+from molmo2_nemo.data import blend
+from molmo2_nemo.data.loader import restore_state, save_state, train_loader, validation_loader
+from molmo2_nemo.training import checkpoint
+from molmo2_nemo.training.batches import BatchSource
+from molmo2_nemo.training.metrics import LossBySource, RunLog, memory_gib, merge_counters, train_line
+from molmo2_nemo.training.optimizer import build_optimizer, is_frozen, parameter_table, set_learning_rates
+from molmo2_nemo.training.step import build_model, forward_backward, global_weight, load_weights
+
+
+def run_stage(cfg: DictConfig) -> None:
+    """Entry point of the recipes: one sentence and exit status 2 for a setting that cannot work, else train."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    try:
+        config = to_dataclass(cfg)
+        check(config, world_size_from_environment())
+        device = parallel.resolve_device(config.train)
+        with user_errors():
+            sources = blend.load_blend(config.data)
+        start = find_start(config)
+        train(config, device, sources, start, OmegaConf.to_yaml(cfg, resolve=True))
+    except ConfigError as error:
+        # Before the ranks are joined all of them find the same error; later it may be one rank's own.
+        if rank == 0 or dist.is_initialized():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def user_errors():
+    """The data modules raise ValueError with a sentence for what a user did."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+@dataclasses.dataclass
+class Start:
+    """Where the weights come from: a checkpoint of this run, the weights of another, or nowhere (random)."""
+
+    resume: Path | None
+    init_from: Path | None
+    ignored: list[str]
+
+
+def find_start(config: Config) -> Start:
+    """Newest complete checkpoint of the run directory, else train.init_from. Raises ConfigError on a damaged one."""
+    resume, ignored = checkpoint_dir.latest_complete(Path(config.run_dir) / "checkpoints")
+    if resume is not None:
+        return Start(resume, None, ignored)
+    if config.train.init_from is None:
+        return Start(None, None, ignored)
+    init_from = checkpoint_dir.resolve(config.train.init_from)
+    checkpoint_dir.read_marker(init_from)
+    return Start(None, init_from, ignored)
+
+
+def train(config: Config, device: str, sources: list, start: Start, config_yaml: str) -> None:
+    """Run the stage to train.max_steps. Every rank of the job calls this."""
+    t, run_dir = config.train, Path(config.run_dir)
+    parallel.initialize(config.parallel, device, t.timeout_minutes, t.seed)
+    precision = parallel.resolve_precision(t, device)
+    optim, tied = config.optim, config.model.tie_embeddings
+    ddp = {"use_distributed_optimizer": device == "cuda", **config.ddp}
+    schedule = getattr(config.schedule, config.stage)
+    model = build_model(
+        config.model, config.parallel, device, precision, config.transformer, ddp,
+        freeze=lambda name: is_frozen(name, optim, tied), dropout=schedule.hidden_dropout,
+    )  # fmt: skip
+    optimizer = build_optimizer(config, model, precision)
+    log = RunLog(run_dir, first_step=1)
+    log.say(banner(config, device, precision, sources))
+    for line in start.ignored:
+        log.say(f"ignored: {line}")
+    counts = parameter_table(model)
+    log.say("rank 0 trains (freezes): " + ", ".join(f"{c} {n:,} ({f:,})" for c, (n, f) in counts.items()))
+
+    step = tokens_seen = 0
+    if start.resume is not None:
+        step = checkpoint.load(start.resume, model, optimizer)
+        tokens_seen = checkpoint_dir.read_marker(start.resume).get("tokens_seen", 0)
+        log.say(f"resumed step {step} from {start.resume}")
+    elif start.init_from is not None:
+        load_weights(model, start.init_from)
+        optimizer.reload_model_params()
+        log.say(f"weights from {start.init_from}")
+    else:
+        log.say("weights: random (train.init_from=CHECKPOINT starts from trained ones)")
+
+    group = parallel.model_replica_group()
+    loader, validation = make_loaders(config, sources, group, run_dir)
+    if loader is not None and start.resume is not None:
+        state = checkpoint.loader_state(start.resume)
+        if state is None:
+            raise ConfigError(
+                f"checkpoint {start.resume} has no loader state for data-parallel rank "
+                f"{parallel_state.get_data_parallel_rank()}: continue with as many data-parallel ranks as it was saved "
+                "with, or use train.init_from to start from its weights alone."
+            )
+        with user_errors():
+            restore_state(loader, state)
+    batches_from = BatchSource(iter(loader) if loader is not None else None, group, device)
+    replicas = parallel_state.get_data_parallel_world_size()
+    micro_batches = t.global_batch_size // (t.micro_batch_size * replicas)
+    losses = LossBySource([source.name for source in sources], device)
+    counters: dict[str, int] = {}
+    data_wait, grad_norms = 0.0, []
+    info = {"stage": config.stage, "layout": dataclasses.asdict(config.parallel)}
+    model.train()
+    log.interval()
+    while step < t.max_steps:
+        step += 1
+        # Random numbers are a function of (seed, step): a resumed run draws what an uninterrupted one would.
+        parallel.seed_everything(t.seed + step)
+        started = time.monotonic()
+        batches = [batches_from.next() for _ in range(micro_batches)]
+        data_wait += time.monotonic() - started
+        rates = set_learning_rates(optimizer, config, step)
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        total_weight = global_weight(batches)
+        if not total_weight > 0:
+            raise ConfigError(f"step {step}: no token of the global batch carries loss; check data.blend={config.data.blend}.")
+        losses.add(batches, forward_backward(model, batches, total_weight))
+        _, grad_norm, _ = optimizer.step()
+        grad_norms.append(float(grad_norm))
+        for name, count in merge_counters(batches).items():
+            counters[name] = counters.get(name, 0) + count
+        last = step == t.max_steps
+        if step % t.log_every == 0 or last or step == 1:
+            figures = losses.reduce()
+            seconds = log.interval()
+            tokens_seen += figures["tokens"]
+            figures.update(
+                tokens_seen=tokens_seen, lr=rates, grad_norm=sum(grad_norms) / len(grad_norms),
+                tokens_per_second=figures["tokens"] / seconds, samples_per_second=figures["examples"] / seconds,
+                fill=figures["tokens"] / (figures["rows"] * config.data.seq_length), seconds=seconds,
+                data_wait_share=data_wait / seconds, memory_gib=memory_gib(device), data=dict(counters),
+            )  # fmt: skip
+            data_wait, grad_norms = 0.0, []
+            log.write("train", step, figures)
+            log.say(train_line(step, t.max_steps, figures))
+        if t.validation_batches > 0 and (step % t.validate_every == 0 or last):
+            figures = validate(config, model, validation, group, device, sources)
+            log.write("validation", step, figures)
+            by_source = " ".join(f"{s} {x:.3f}" for s, x in figures["loss_by_source"].items())
+            log.say(f"step {step} validation | loss {figures['loss']:.4f} ({by_source}) | {figures['rows']} rows")
+            log.interval()
+        if step % t.save_every == 0 or last:
+            state = save_state(loader) if loader is not None else None
+            path = checkpoint.save(
+                run_dir / "checkpoints", step, model, optimizer, state, {**info, "tokens_seen": tokens_seen},
+                config_yaml, t.keep_last,
+            )  # fmt: skip
+            log.say(f"saved {path}")
+            log.interval()
+    log.say(f"{config.stage} finished at step {step}: {tokens_seen:,} tokens" + data_report(counters))
+    log.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def make_loaders(config: Config, sources: list, group, run_dir: Path):
+    """(training, validation) loaders on the first rank of a replica, (None, None) elsewhere."""
+    if dist.get_rank() != dist.get_process_group_ranks(group)[0]:
+        return None, None
+    rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    common = dict(
+        data=config.data, vision=config.model.vision, sources=sources, rank=rank, world_size=replicas,
+        data_parallel_group=parallel_state.get_data_parallel_group(),
+        micro_batch_size=config.train.micro_batch_size, run_dir=run_dir,
+    )  # fmt: skip
+    with user_errors():
+        return train_loader(**common), validation_loader(**common) if config.train.validation_batches else None
+
+
+def validate(config: Config, model, loader, group, device: str, sources: list) -> dict:
+    """Loss on the first train.validation_batches held-out micro-batches of each replica."""
+    batches_from = BatchSource(iter(loader) if loader is not None else None, group, device)
+    losses = LossBySource([source.name for source in sources], device)
+    model.eval()
+    with torch.no_grad():
+        for _ in range(config.train.validation_batches):
+            batch = batches_from.next()
+            # Replicas may hold different numbers of held-out rows: stop together.
+            ended = torch.tensor(batch is None, dtype=torch.int32, device=device)
+            dist.all_reduce(ended, op=dist.ReduceOp.MAX)
+            if ended:
+                break
+            losses.add([batch], forward_backward(model, [batch], torch.ones((), device=device), forward_only=True))
+    model.train()
+    return losses.reduce()
+
+
+def banner(config: Config, device: str, precision: str, sources: list) -> str:
+    """What is about to run, in three lines."""
+    p, t, d = config.parallel, config.train, config.data
+    total = sum(source.weight for source in sources)
+    shares = ", ".join(f"{source.name} {source.weight / total:.1%}" for source in sources)
+    return (
+        f"{config.stage} '{config.name}': model {config.model.name}, {dist.get_world_size()} {device} rank(s), "
+        f"{precision}, TP {p.tensor_model_parallel_size}{' + SP' if p.sequence_parallel else ''}, "
+        f"PP {p.pipeline_model_parallel_size}, CP {p.context_parallel_size}, "
+        f"DP {parallel_state.get_data_parallel_world_size()}\n"
+        f"{t.max_steps:,} steps of {t.global_batch_size} rows x {d.seq_length:,} tokens, {d.max_crops} crops a row, "
+        f"at most {d.max_frames} frames a video\nblend {d.blend}: {shares}"
+    )
+
+
+def data_report(counters: dict[str, int]) -> str:
+    """What rank 0's replica dropped or shortened, if anything."""
+    notable = {name: count for name, count in counters.items() if name != "examples" and count}
+    return f"; data: {json.dumps(notable)}" if notable else ""
+

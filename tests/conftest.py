@@ -1,0 +1,41 @@
+"""Fixtures shared by tests: a way to run the project's commands as a user would, and small random models."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def run(command: list, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
+    """Run a command in the repository and return its output; never raises on a failing one."""
+    return subprocess.run(
+        [str(part) for part in command], cwd=REPOSITORY, text=True, capture_output=True, timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment},
+    )  # fmt: skip
+
+
+def python(*arguments, **kwargs) -> subprocess.CompletedProcess:
+    return run([sys.executable, *arguments], **kwargs)
+
+
+def torchrun(ranks: int, *arguments, **kwargs) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    return run([*launcher, *arguments], **kwargs)
+
+
+def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert result.returncode == 0, f"{result.args}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    return result
+
+
+@pytest.fixture(scope="session")
+def hf_models(tmp_path_factory) -> dict[str, Path]:
+    """Name -> folder of a random Molmo2 saved by transformers."""
+    import hf_models
+
+    folder = tmp_path_factory.mktemp("hf")
+    return {name: hf_models.save(name, folder) for name in hf_models.configs()}

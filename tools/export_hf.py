@@ -1,0 +1,55 @@
+"""Turn a checkpoint of any layout into a Hugging Face folder that plain transformers loads as a native Molmo2.
+
+Writes sharded safetensors, configuration, generation configuration, tokenizer, processor and chat template under a
+temporary name and renames the folder when it is whole. Memory stays near one shard. Needs no GPU.
+
+    python tools/export_hf.py runs/molmo2/stage2 OUT                  # newest complete checkpoint of a run
+    python tools/export_hf.py runs/molmo2/stage2/checkpoints/step_00000500 OUT --dtype bfloat16 --max-shard-gib 4
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from molmo2_nemo import checkpoint_dir
+from molmo2_nemo.config import ConfigError
+from molmo2_nemo.hf.convert import export_hf
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CKPT", help="a step_* directory, or a run directory")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored in the checkpoint")
+    parser.add_argument("--max-shard-gib", type=float, default=4.0)
+    parser.add_argument("--tokenizer", help="folder of the tokenizer; default: the checkpoint's model")
+    parser.add_argument("--max-crops", type=int, help="tiles of an image; default: as in training, else 8")
+    parser.add_argument("--max-frames", type=int, help="frames of a video; default: as in training, else 384")
+    args = parser.parse_args()
+    try:
+        checkpoint = checkpoint_dir.resolve(args.checkpoint)
+        trained = training_data_settings(checkpoint)
+        export_hf(
+            checkpoint, args.out, dtype=getattr(torch, args.dtype) if args.dtype else None,
+            max_shard_bytes=int(args.max_shard_gib * 2**30),
+            tokenizer=args.tokenizer or checkpoint_dir.read_model(checkpoint).tokenizer,
+            max_crops=args.max_crops or trained.get("max_crops_per_image", 8),
+            max_frames=args.max_frames or trained.get("max_frames", 384), max_fps=trained.get("max_fps", 2.0),
+        )  # fmt: skip
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.out} holds {checkpoint}; load it with transformers' AutoModelForImageTextToText and AutoProcessor")
+
+
+def training_data_settings(checkpoint: Path) -> dict:
+    """The `data` part of the configuration a training checkpoint carries; empty for an imported one."""
+    import yaml
+
+    path = checkpoint / "config.yaml"
+    return yaml.safe_load(path.read_text())["data"] if path.is_file() else {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# From nothing to a Hugging Face model on a CPU: sample data, three chained stages on two ranks, export, questions.
+# Arguments are overrides for all three stages: tools/quickstart.sh train.max_steps=20
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tools/setup.sh
+
+data=data/sample
+runs=runs/quickstart
+python=.venv/bin/python
+export OMP_NUM_THREADS=1
+
+say() { printf '\n== %s\n' "$*"; }
+
+# A finished stage is kept when this is run again with the same overrides; anything else starts over.
+overrides="$* $(cat conf/schedule/quickstart.yaml conf/model/tiny.yaml | cksum)"
+if [[ "$(cat $runs/overrides 2>/dev/null)" != "$overrides" ]]; then
+  rm -rf "$runs"
+  mkdir -p "$runs"
+  echo "$overrides" > "$runs/overrides"
+fi
+
+say "sample data"
+$python tools/make_sample_data.py --out "$data"
+
+stage() {  # stage NUMBER RECIPE LAYOUT [OVERRIDE...]
+  local number=$1 recipe=$2 layout=$3
+  shift 3
+  say "stage $number: $recipe on 2 CPU ranks, parallel=$layout"
+  local started=$SECONDS
+  .venv/bin/torchrun --standalone --nproc-per-node 2 "recipes/$recipe.py" model=tiny data=sample schedule=quickstart \
+    optim=from_scratch parallel="$layout" name=quickstart run_dir="$runs/stage$number" train.log_every=20 "$@" \
+    2> >(tee "$runs/stage$number.err" >&2) || { echo "stage $number failed; its own error is above and in $runs/stage$number.err" >&2; exit 1; }
+  echo $((SECONDS - started)) > "$runs/stage$number/seconds"
+}
+
+stage 1 stage1_pretrain tp2 "$@"
+stage 2 stage2_sft tp2 train.init_from="$runs/stage1" "$@"
+stage 3 stage3_long_context cp2 train.init_from="$runs/stage2" "$@"
+
+say "export"
+rm -rf "$runs/hf"
+$python tools/export_hf.py "$runs/stage3" "$runs/hf"
+
+say "questions to the exported model, with plain transformers"
+$python tools/ask.py "$runs/hf" --quiz "$data/quiz/quiz.json" --json "$runs/answers.json"
+
+say "report"
+$python tools/report_quickstart.py "$runs"
