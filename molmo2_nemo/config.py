@@ -264,12 +264,13 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
 
 def to_dataclass(cfg: DictConfig) -> Config:
     """The typed configuration. Raises ConfigError naming the first key without a value."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if "model" in cfg and cfg.model.get("hf_path"):
-        missing = [key for key in missing if not key.startswith("model.")]
+    if cfg.model.hf_path is not None:
         fill_from_hf(cfg)
+    elif not OmegaConf.is_missing(cfg.model, "name") and cfg.model.name == "hf":
+        raise ConfigError("model.hf_path has no value: name a Hugging Face folder, model.hf_path=DIR.")
+    missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise ConfigError(f"{missing[0]} has no value: set it on the command line, {missing[0]}=...")
+        raise ConfigError(f"{missing[0]} has no value: set it on the command line, {missing[0]}=VALUE.")
     return OmegaConf.to_object(cfg)
 
 

@@ -4,6 +4,7 @@ import datetime
 import importlib.util
 import os
 import random
+import subprocess
 
 import numpy as np
 import torch
@@ -36,8 +37,9 @@ def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, se
     """Start torch.distributed from torchrun's or srun's environment, or alone, then Megatron's groups and seeds."""
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     world_size = world_size_from_environment()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    alone = world_size == 1 and "MASTER_PORT" not in os.environ
+    alone = world_size == 1
+    if not alone:
+        set_rendezvous()
     if device == "cpu":
         from molmo2_nemo import cpu
 
@@ -56,6 +58,26 @@ def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, se
         context_parallel_size=parallel.context_parallel_size,
     )
     seed_everything(seed)
+
+
+def set_rendezvous() -> None:
+    """MASTER_ADDR and MASTER_PORT where the launcher gave none: the first host of a Slurm job, a port by its id.
+
+    Raises ConfigError when there is no Slurm job either.
+    """
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return
+    if "SLURM_JOB_ID" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} but MASTER_ADDR or MASTER_PORT is not set: start the ranks with "
+            "torchrun or srun."
+        )
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
+    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60)
+    os.environ.setdefault("MASTER_ADDR", hosts.stdout.split()[0] if hosts.stdout.split() else "127.0.0.1")
+    # One port per step: two steps of a job may run side by side on a node.
+    number = int(os.environ["SLURM_JOB_ID"]) * 10 + int(os.environ.get("SLURM_STEP_ID", "0"))
+    os.environ.setdefault("MASTER_PORT", str(20000 + number % 20000))
 
 
 def seed_everything(seed: int) -> None:

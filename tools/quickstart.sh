@@ -29,7 +29,7 @@ stage() {  # stage NUMBER RECIPE LAYOUT [OVERRIDE...]
   say "stage $number: $recipe on 2 CPU ranks, parallel=$layout"
   local started=$SECONDS
   .venv/bin/torchrun --standalone --nproc-per-node 2 "recipes/$recipe.py" model=tiny data=sample schedule=quickstart \
-    optim=from_scratch parallel="$layout" name=quickstart run_dir="$runs/stage$number" train.log_every=20 "$@" \
+    optim=from_scratch parallel="$layout" name=quickstart run_dir="$runs/stage$number" train.log_every=50 "$@" \
     2> >(tee "$runs/stage$number.err" >&2) || { echo "stage $number failed; its own error is above and in $runs/stage$number.err" >&2; exit 1; }
   echo $((SECONDS - started)) > "$runs/stage$number/seconds"
 }

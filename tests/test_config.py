@@ -1,0 +1,168 @@
+"""Every shipped configuration builds; what cannot work is refused in a sentence that names key, value and mend."""
+
+import re
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from molmo2_nemo import config
+from molmo2_nemo.config import CONF_DIR, ConfigError
+
+STAGES = ("stage1", "stage2", "stage3")
+
+
+def build(stage, *overrides):
+    config.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return config.to_dataclass(compose(stage, overrides=list(overrides)))
+
+
+def refusal(stage, *overrides, world_size=1):
+    with pytest.raises(ConfigError) as error:
+        config.check(build(stage, *overrides), world_size)
+    message = str(error.value)
+    assert "\n" not in message and message.endswith((".", "?")), message
+    return message
+
+
+def options(group):
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("model", [m for m in options("model") if m != "hf"])
+@pytest.mark.parametrize("schedule", ["seed", "report"])
+def test_every_model_and_schedule_is_accepted(stage, model, schedule):
+    # Four heads do not divide by a context parallel size of eight.
+    extra = ["parallel.cp_comm_type=all_gather"] if model == "tiny" else []
+    config.check(build(stage, f"model={model}", f"schedule={schedule}", *extra), 8)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_quickstart_is_accepted(stage):
+    parallel = "cp2" if stage == "stage3" else "tp2"
+    settings = ["model=tiny", "data=sample", "schedule=quickstart", "optim=from_scratch", f"parallel={parallel}"]
+    config.check(build(stage, *settings), 2)
+
+
+def test_no_option_is_left_untested():
+    assert options("schedule") == ["quickstart", "report", "seed"]
+    assert options("data") == ["catalogue", "sample"] and options("optim") == ["default", "from_scratch"]
+
+
+@pytest.mark.parametrize("parallel", options("parallel"))
+def test_every_parallel_preset_is_accepted(parallel):
+    config.check(build("stage2", "model=molmo2_8b", f"parallel={parallel}"), 8)
+
+
+def test_seed_schedule_is_the_default():
+    # Figures of the project's brief.
+    expected = {"stage1": (100_000, 4096, 128), "stage2": (50_000, 4096, 128), "stage3": (2_000, 36_864, 384)}
+    for stage, (steps, tokens, frames) in expected.items():
+        cfg = build(stage)
+        assert (cfg.train.max_steps, cfg.data.seq_length, cfg.data.max_frames) == (steps, tokens, frames)
+    assert build("stage3").parallel.context_parallel_size == 8
+
+
+def test_report_schedule_holds_the_report():
+    # arXiv 2601.10611: steps, tokens of a row; rates and warm-ups of ViT, connector, LLM.
+    expected = {
+        "stage1": (32_000, 2_560, (6e-6, 2e-4, 2e-5), (2000, 200, 2000)),
+        "stage2": (30_000, 16_384, (5e-6, 5e-6, 1e-5), (200, 200, 200)),
+        "stage3": (2_000, 36_864, (5e-6, 5e-6, 1e-5), (200, 200, 200)),
+    }  # fmt: skip
+    for stage, (steps, tokens, rates, warmups) in expected.items():
+        cfg = build(stage, "schedule=report")
+        o = cfg.optim
+        assert (cfg.train.max_steps, cfg.data.seq_length, cfg.train.global_batch_size) == (steps, tokens, 128)
+        assert (o.vit.lr, o.connector.lr, o.llm.lr) == rates
+        assert (o.vit.warmup_steps, o.connector.warmup_steps, o.llm.warmup_steps) == warmups
+
+
+def test_stage1_blend_has_the_asked_ratios():
+    sources = yaml.safe_load((CONF_DIR / "blend" / "stage1.yaml").read_text())["sources"]
+    assert [source["weight"] for source in sources.values()] == [60, 15, 10, 5, 10]
+    for stage in ("stage2", "stage3"):
+        blend = yaml.safe_load((CONF_DIR / "blend" / f"{stage}.yaml").read_text())
+        assert blend["weighting"] == "sqrt" and len(blend["sources"]) > 100
+
+
+@pytest.mark.parametrize(
+    "stage, overrides, world_size, expected",
+    [
+        ("stage2", ["model=molmo2_8b", "parallel.tensor_model_parallel_size=16"], 16,
+         "parallel.tensor_model_parallel_size=16 does not divide model.num_query_groups=8"),
+        ("stage2", ["parallel.tensor_model_parallel_size=3"], 3, "must be a power of two"),
+        ("stage2", ["parallel=tp2"], 1, "1 rank(s) cannot be divided"),
+        ("stage3", [], 4, "4 rank(s) cannot be divided"),
+        ("stage2", ["parallel.sequence_parallel=true"], 1, "parallel.sequence_parallel=true needs"),
+        ("stage2", ["parallel.pipeline_model_parallel_size=5"], 5, "cannot be dealt to parallel.pipeline_model"),
+        ("stage2", ["parallel=pp2", "parallel.num_layers_in_first_pipeline_stage=36"], 2, "cannot be dealt"),
+        ("stage3", ["model=molmo2_8b", "parallel.context_parallel_size=64"], 64, "set parallel.cp_comm_type=all_gather"),
+        ("stage2", ["parallel.cp_comm_type=ring"], 1, "parallel.cp_comm_type=ring is unknown"),
+        ("stage2", ["data.max_crops=4"], 1, "data.max_crops=4 cannot hold one image"),
+        ("stage2", ["data.max_frames=200"], 1, "data.max_frames=200 does not fit data.max_crops=128"),
+        ("stage2", ["data.seq_length=100"], 1, "data.seq_length=100 cannot hold the 392 patch tokens"),
+        ("stage2", ["parallel=tp2", "data.seq_length=4097"], 2, "use 4098"),
+        ("stage2", ["train.global_batch_size=100"], 8, "train.global_batch_size=100 is not a multiple"),
+        ("stage2", ["optim.vit.freeze=true", "optim.connector.freeze=true", "optim.llm.freeze=true"], 1, "nothing would"),
+        ("stage2", ["transformer.nonsense=1"], 1, "transformer.nonsense=1: Megatron's TransformerConfig has no field"),
+        ("stage2", ["transformer.hidden_size=64"], 1, "is decided by model.hidden_size"),
+        ("stage2", ["optimizer.lr=1"], 1, "is decided by optim.llm.lr"),
+        ("stage2", ["model.vision.image_size=380"], 1, "use 378"),
+        ("stage2", ["train.precision=fp7"], 1, "choose one of auto, fp32, bf16, fp8"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(stage, overrides, world_size, expected):
+    assert expected in refusal(stage, *overrides, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("data.seqlen=5", "data.seqlen=5: data has no key seqlen; did you mean data.seq_length."),
+        ("+train.steps=5", "train.steps=5: train has no key steps; did you mean train.max_steps."),
+        ("modell=tiny", "modell=tiny: the configuration has no key modell; did you mean model."),
+        ("model=large", "model=large: conf/model has no large.yaml; choose one of hf, molmo2_4b"),
+        ("optim.vit.warmup=3", "did you mean optim.vit.warmup_steps"),
+    ],
+)
+def test_unknown_keys_and_options_are_named(argument, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        config.refuse_unknown_overrides([argument])
+
+
+def test_known_overrides_pass():
+    config.refuse_unknown_overrides(
+        ["model=tiny", "parallel.tensor_model_parallel_size=4", "transformer.recompute_granularity=full", "--cfg", "job",
+         "hydra.verbose=true", "model.rope_scaling.factor=2", "optimizer.adam_eps=1e-8"]
+    )  # fmt: skip
+
+
+def test_megatron_fields_are_set_from_the_command_line():
+    cfg = build("stage2", "transformer.recompute_granularity=full", "optimizer.adam_eps=1e-8", "ddp.bucket_size=1000")
+    config.check(cfg, 1)
+    assert (cfg.transformer, cfg.optimizer, cfg.ddp) == (
+        {"recompute_granularity": "full"}, {"adam_eps": 1e-8}, {"bucket_size": 1000}
+    )  # fmt: skip
+
+
+def test_a_key_without_a_value_is_named():
+    with pytest.raises(ConfigError, match="model.hf_path has no value"):
+        build("stage2", "model=hf")
+
+
+def test_uneven_pipeline_stages():
+    cfg = build("stage2", "parallel.pipeline_model_parallel_size=4", "parallel.num_layers_in_first_pipeline_stage=6")
+    assert config.layers_per_stage(cfg.parallel, cfg.model) == [6, 10, 10, 10]
+
+
+def test_architecture_survives_json():
+    for model in ("tiny", "molmo2_o_7b"):
+        original = build("stage2", f"model={model}").model
+        assert config.model_config_from_json(config.model_config_to_json(original)) == original
+
+
