@@ -271,7 +271,16 @@ def to_dataclass(cfg: DictConfig) -> Config:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"{missing[0]} has no value: set it on the command line, {missing[0]}=VALUE.")
-    return OmegaConf.to_object(cfg)
+    config = OmegaConf.to_object(cfg)
+    config.model.tokenizer = tokenizer_location(config.model.tokenizer)
+    config.data.tokenizer = tokenizer_location(config.data.tokenizer)
+    return config
+
+
+def tokenizer_location(name: str) -> str:
+    """A tokenizer that ships with this package may be named from the repository's root wherever the user stands."""
+    shipped = REPOSITORY / name
+    return str(shipped) if not Path(name).exists() and shipped.is_dir() else name
 
 
 def fill_from_hf(cfg: DictConfig) -> None:

@@ -4,12 +4,12 @@ import json
 
 import pytest
 from conftest import succeeded, torchrun
+from test_convert import as_released, assert_same, released_file
 
 LAYOUTS = {
     "one_rank": (1, []),
     "tp2_sp": (2, ["--tensor-parallel", 2, "--sequence-parallel"]),
     "cp2_all_gather": (2, ["--context-parallel", 2, "--cp-comm-type", "all_gather"]),
-    "tp2_dp2": (4, ["--tensor-parallel", 2]),
     "tp2_sp_cp2_a2a": (4, ["--tensor-parallel", 2, "--sequence-parallel", "--context-parallel", 2]),
     # 4 key/value heads or fewer over 4 ranks: some must be repeated.
     "cp4_a2a": (4, ["--context-parallel", 4]),
@@ -25,8 +25,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_gradients_agree_with_transformers(layout, hf_models, tmp_path):
     ranks, flags = LAYOUTS[layout]
-    figures = tmp_path / "figures.json"
-    succeeded(torchrun(ranks, "tools/check_parity.py", *hf_models.values(), *flags, "--json", figures))
+    figures, exported = tmp_path / "figures.json", tmp_path / "exported"
+    output = ["--json", figures, "--export", exported]
+    succeeded(torchrun(ranks, "tools/check_parity.py", *hf_models.values(), *flags, *output))
     by_model = json.loads(figures.read_text())
     assert set(by_model) == set(hf_models)
     for name, found in by_model.items():
@@ -36,6 +37,8 @@ def test_logits_and_gradients_agree_with_transformers(layout, hf_models, tmp_pat
         assert found["causal_mask_would_differ_by"] > 1e-2, (name, found)
         # Rounding is all that separates us; a wrong term would be far larger than this.
         assert found["gradients"] <= 1e-4, (name, found)
+        # Imported, dealt to this layout, gathered and exported: not a bit has changed.
+        assert_same(released_file(exported / name), as_released(hf_models[name]))
 
 
 def test_a_layout_that_does_not_fit_is_refused_in_one_sentence(hf_models):

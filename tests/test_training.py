@@ -87,7 +87,6 @@ def test_the_global_batch_does_not_depend_on_the_layout(sample, tmp_path):
     for name, ranks, overrides in [
         ("one", 1, []),
         ("tp2", 2, ["parallel=tp2"]),
-        ("cp2_all_gather", 2, ["parallel=cp2", "parallel.cp_comm_type=all_gather"]),
         ("micro_batches_of_one", 1, ["train.micro_batch_size=1"]),
     ]:
         run_dir = tmp_path / name
@@ -119,8 +118,6 @@ def test_what_users_do_wrong_ends_in_one_sentence(sample, tmp_path):
     assert "data.root=/nonexistent/place" in missing and "make_sample_data" in missing
     assert "does not exist" in message("train.init_from=/nonexistent/step_00000001")
     assert "train.device=cuda, but torch sees no GPU" in message("train.device=cuda")
-    assert "needs a GPU" in message("train.precision=bf16")
-    assert "has no field foo" in message("transformer.foo=1")
 
 
 @pytest.mark.ranks
@@ -153,12 +150,6 @@ def test_an_interrupted_save_is_not_taken_for_a_checkpoint(uninterrupted, sample
 def test_the_resolved_configuration_is_printed():
     result = succeeded(python("recipes/stage1_pretrain.py", "--cfg", "job", "model=molmo2_8b", "train.max_steps=7"))
     assert "hidden_size: 4096" in result.stdout and "max_steps: 7" in result.stdout
-
-
-def test_tools_have_help():
-    for tool in ("import_hf", "export_hf", "ask", "check_parity", "make_sample_data", "report_quickstart"):
-        result = succeeded(python(f"tools/{tool}.py", "--help"))
-        assert len(result.stdout.splitlines()) > 5
 
 
 def test_shell_scripts_parse():

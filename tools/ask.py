@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 
 def answer(model, processor, question: str, image: Path | None = None, video: Path | None = None) -> str:
@@ -18,7 +20,7 @@ def answer(model, processor, question: str, image: Path | None = None, video: Pa
     content = [{"type": "text", "text": question}]
     kwargs = {}
     if image is not None:
-        content.insert(0, {"type": "image", "path": str(image)})
+        content.insert(0, {"type": "image", "image": Image.open(image).convert("RGB")})
     if video is not None:
         frames, metadata = read_video(video, processor.video_processor)
         content.insert(0, {"type": "video", "video": frames})
@@ -41,15 +43,17 @@ def read_video(path: Path, video_processor):
     from transformers.video_utils import VideoMetadata
 
     with av.open(str(path)) as container:
+        rate = float(container.streams.video[0].average_rate)
         frames = list(container.decode(video=0))
-        times = [float(frame.time) for frame in frames]
-    duration = times[-1]
+        times = [float(frame.time - frames[0].time) for frame in frames]
+    duration = times[-1] + 1 / rate
     step, limit = 1 / video_processor.max_fps, video_processor.num_frames
     if (limit - 1) * step < duration:
         wanted = torch.linspace(0, duration, limit).tolist()
     else:
         wanted = [i * step for i in range(int(duration / step) + 1) if i * step < duration] + [duration]
-    chosen = [min(range(len(times)), key=lambda i: abs(times[i] - t)) for t in wanted]
+    # The frame on screen at a time is the last one that began by then.
+    chosen = [max(i for i, begin in enumerate(times) if begin <= t + 1e-6) for t in wanted]
     pixels = torch.stack([torch.from_numpy(frames[i].to_ndarray(format="rgb24")).permute(2, 0, 1) for i in chosen])
     # The prompt's timestamps are index / fps: indices in milliseconds give the times exactly.
     metadata = VideoMetadata(
@@ -72,6 +76,7 @@ def main() -> None:
         parser.error(f"{args.model} is not a folder: export a checkpoint with tools/export_hf.py first")
     if (args.question is None) == (args.quiz is None):
         parser.error("give a question, or --quiz")
+    logging.disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(args.model).eval()
     processor = AutoProcessor.from_pretrained(args.model)
     if args.question is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from molmo2_nemo import checkpoint_dir
-from molmo2_nemo.config import ConfigError
+from molmo2_nemo.config import ConfigError, tokenizer_location
 from molmo2_nemo.hf.convert import export_hf
 
 
@@ -34,7 +34,7 @@ def main() -> None:
         export_hf(
             checkpoint, args.out, dtype=getattr(torch, args.dtype) if args.dtype else None,
             max_shard_bytes=int(args.max_shard_gib * 2**30),
-            tokenizer=args.tokenizer or checkpoint_dir.read_model(checkpoint).tokenizer,
+            tokenizer=args.tokenizer or tokenizer_location(checkpoint_dir.read_model(checkpoint).tokenizer),
             max_crops=args.max_crops or trained.get("max_crops_per_image", 8),
             max_frames=args.max_frames or trained.get("max_frames", 384), max_fps=trained.get("max_fps", 2.0),
         )  # fmt: skip

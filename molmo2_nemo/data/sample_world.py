@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw
 
 from molmo2_nemo.data.points import NO_POINTS, Points, Tracks, render_content, to_json
 
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "val")
 SHARD_SAMPLES = 1000
 SIDE = 70  # pixels: side of most images and of all videos
@@ -170,7 +170,7 @@ def _scene(rng: np.random.Generator, names: list[tuple[str, str]], width: int = 
     """A still scene: every thing in a cell of its own, all centres at least 5 pixels apart in x."""
     columns, rows = width // 35, height // 35
     cell_width, cell_height = width / columns, height / rows
-    smallest, largest = (20, 30) if len(names) <= 2 else (18, 24)
+    smallest, largest = (24, 30) if len(names) <= 2 else (20, 26)
     while True:
         things = []
         for (colour, shape), cell in zip(names, rng.permutation(columns * rows)):
