@@ -32,10 +32,13 @@ from PIL import Image, ImageDraw
 
 from molmo2_nemo.data.points import NO_POINTS, Points, Tracks, render_content, to_json
 
-VERSION = 2
+VERSION = 3
 SPLITS = ("train", "val")
 SHARD_SAMPLES = 1000
-SIDE = 70  # pixels: side of most images and of all videos
+SIDE = 84  # pixels: side of most images and of all videos
+# Pixels: what an image token of the tiny model sees (2 x 2 patches of 14). A still thing lies within one, so that few
+# steps are enough to learn what it is.
+CELL = 28
 FPS = 8
 HELD_OUT_EVERY = 20  # one combination in so many is held out
 
@@ -167,20 +170,16 @@ def _combination(split: str, draw: Callable[[], list]) -> list:
 
 
 def _scene(rng: np.random.Generator, names: list[tuple[str, str]], width: int = SIDE, height: int = SIDE) -> Scene:
-    """A still scene: every thing in a cell of its own, all centres at least 5 pixels apart in x."""
-    columns, rows = width // 35, height // 35
-    cell_width, cell_height = width / columns, height / rows
-    smallest, largest = (24, 30) if len(names) <= 2 else (20, 26)
-    while True:
-        things = []
-        for (colour, shape), cell in zip(names, rng.permutation(columns * rows)):
-            size = rng.uniform(smallest, largest)
-            x = cell % columns * cell_width + rng.uniform(size / 2 + 2, cell_width - size / 2 - 2)
-            y = cell // columns * cell_height + rng.uniform(size / 2 + 2, cell_height - size / 2 - 2)
-            things.append(Thing(colour, shape, float(x), float(y), float(size)))
-        things.sort(key=lambda thing: thing.x)
-        if all(right.x - left.x >= 5 for left, right in zip(things, things[1:])):
-            return Scene(things, *_background(rng), width, height)
+    """A still scene: every thing in a cell and a column of its own."""
+    columns, rows = width // CELL, height // CELL
+    things = []
+    for (colour, shape), column in zip(names, rng.permutation(columns)):
+        size = rng.uniform(22, CELL - 2)
+        jitter = (CELL - size) / 2
+        x = (column + 0.5) * CELL + rng.uniform(-jitter, jitter)
+        y = (rng.integers(rows) + 0.5) * CELL + rng.uniform(-jitter, jitter)
+        things.append(Thing(colour, shape, float(x), float(y), float(size)))
+    return Scene(sorted(things, key=lambda thing: thing.x), *_background(rng), width, height)
 
 
 def _background(rng: np.random.Generator) -> tuple[str, int, int]:
@@ -192,11 +191,13 @@ def _image(rng: np.random.Generator, split: str, counts: tuple[float, ...] = (0.
     """A still scene of different things; `counts` are the probabilities of 1, 2, ... of them."""
     number = 1 + rng.choice(len(counts), p=counts)
     names = _combination(split, lambda: _names(rng, number))
-    return _scene(rng, names, *_size(rng))
+    return _scene(rng, names, *_size(rng, number))
 
 
-def _size(rng: np.random.Generator) -> tuple[int, int]:
-    return _pick(rng, [(70, 70)] * 17 + [(112, 70), (70, 112), (112, 112)])
+def _size(rng: np.random.Generator, number: int) -> tuple[int, int]:
+    """Width and height with a column for each of `number` things; tiles of the tiny model fit these sizes exactly."""
+    sizes = [(SIDE, SIDE)] * 17 + [(140, SIDE), (SIDE, 140), (140, 140)]
+    return _pick(rng, [size for size in sizes if size[0] // CELL >= number])
 
 
 def _video(rng: np.random.Generator, split: str) -> Scene:
@@ -217,13 +218,13 @@ def _video(rng: np.random.Generator, split: str) -> Scene:
         return Thing(*name, float(x), float(y), float(size))
 
     # The moving thing keeps to one half of the picture, the still one to the other.
-    size, travel = rng.uniform(20, 26), rng.uniform(28, 38)
+    size, travel = rng.uniform(22, 28), rng.uniform(36, 50)
     start = rng.uniform(size / 2 + 2, SIDE - size / 2 - 2 - travel) + travel * (direction in ("left", "up"))
     across = rng.uniform(size / 2 + 2, half - size / 2 - 2)
     things = [place(names[0], size, start, SIDE - across if flipped else across)]
     things[0].direction = direction
     for name in names[1:]:
-        size = rng.uniform(20, 26)
+        size = rng.uniform(22, 28)
         along, across = rng.uniform(size / 2 + 2, SIDE - size / 2 - 2), rng.uniform(size / 2 + 2, half - size / 2 - 2)
         things.append(place(name, size, along, across if flipped else SIDE - across))
     return Scene(things, *_background(rng), num_frames=num_frames, speed=float(travel / (num_frames - 1)))
@@ -351,7 +352,7 @@ def _count(rng: np.random.Generator, split: str) -> Sample:
         return [target] * repeats + rest
 
     names = _combination(split, draw)
-    scene = _scene(rng, names, *_size(rng))
+    scene = _scene(rng, names, *_size(rng, len(names)))
     labels = [" ".join(names[0]), _pick(rng, ["shape", names[-1][1], f"{names[-1][0]} shape"])]
     if rng.random() < 0.1:
         labels[1] = " ".join(_names(rng, 1)[0])

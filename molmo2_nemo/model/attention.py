@@ -12,6 +12,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from molmo2_nemo.model.collectives import all_gather, all_to_all
+
 
 @functools.cache
 def _compiled_flex_attention():
@@ -27,51 +29,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask |
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
-class _AllToAll(torch.autograd.Function):
-    """Exchange dim-0 slices of a [ranks, ...] tensor; its own inverse, hence its own backward."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        out = torch.empty_like(x)
-        torch.distributed.all_to_all_single(out, x, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _AllToAll.apply(grad.contiguous(), ctx.group), None
-
-
-class _AllGatherSequence(torch.autograd.Function):
-    """[S/ranks, ...] -> [S, ...]; backward sums over the ranks and keeps the own slice."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        torch.distributed.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        torch.distributed.all_reduce(grad, group=ctx.group)
-        return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
-
-
 def sequence_to_heads(x: Tensor, group) -> Tensor:
     """Ulysses: [S/c, B, N, D] on each of c ranks -> [S, B, N/c, D] (arXiv 2309.14509)."""
     c = group.size()
     s, B, N, D = x.shape
     x = x.view(s, B, c, N // c, D).permute(2, 0, 1, 3, 4).contiguous()
-    return _AllToAll.apply(x, group).view(c * s, B, N // c, D)
+    return all_to_all(x, group).view(c * s, B, N // c, D)
 
 
 def heads_to_sequence(x: Tensor, group) -> Tensor:
     """The way back: [S, B, N/c, D] -> [S/c, B, N, D]."""
     c = group.size()
     S, B, n, D = x.shape
-    x = _AllToAll.apply(x.view(c, S // c, B, n, D).contiguous(), group)
+    x = all_to_all(x.view(c, S // c, B, n, D).contiguous(), group)
     return x.permute(1, 2, 0, 3, 4).reshape(S // c, B, c * n, D)
 
 
@@ -101,7 +71,7 @@ class PackedAttention(MegatronModule):
                 key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
             query, key, value = (sequence_to_heads(x, self.cp_group) for x in (query, key, value))
         elif ranks > 1:
-            key, value = _AllGatherSequence.apply(torch.stack((key, value), dim=1), self.cp_group).unbind(dim=1)
+            key, value = all_gather(torch.stack((key, value), dim=1), self.cp_group).unbind(dim=1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = attend(q, k, v, attention_bias, self.scale).permute(2, 0, 1, 3)
         if ulysses:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from molmo2_nemo.config import ModelConfig
 from molmo2_nemo.model.attention import CropAttention, PackedAttention
+from molmo2_nemo.model.collectives import all_reduce
 
 
 class RMSNorm(nn.Module):
@@ -52,25 +53,10 @@ class FullWidthRMSNorm(nn.Module):
         square_sum = x32.pow(2).sum((-2, -1), keepdim=True)
         width, rank = x.shape[-2] * x.shape[-1], self.tp_group.rank()
         if self.tp_group.size() > 1:
-            square_sum = _SumBothWays.apply(square_sum, self.tp_group)
+            square_sum = all_reduce(square_sum, self.tp_group)
         x32 = x32 * torch.rsqrt(square_sum / (width * self.tp_group.size()) + self.eps)
         weight = self.weight[rank * width : (rank + 1) * width].view(x.shape[-2:])
         return weight * x32.to(x.dtype)
-
-
-class _SumBothWays(torch.autograd.Function):
-    """All-reduce in forward and in backward: every rank's output depends on every rank's input."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        x = x.contiguous().clone()
-        torch.distributed.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _SumBothWays.apply(grad, ctx.group), None
 
 
 class LayerNorm(nn.LayerNorm):

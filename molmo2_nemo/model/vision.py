@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from molmo2_nemo.config import ModelConfig
+from molmo2_nemo.model.collectives import all_gather
 from molmo2_nemo.model.layers import gated_mlp, vit_block_spec
 
 
@@ -115,7 +116,8 @@ class VisionTower(MegatronModule):
         own_pooling = F.pad(own_pooling, (0, 0, 0, padded - own_pooling.shape[0]), value=0)
         tokens = self.connector(self.vit(own_crops), own_pooling)
         if ranks > 1:
-            tokens = _GatherVisualTokens.apply(tokens, self.group)
+            # Each context parallel rank brings the gradient of its own tokens, each tensor parallel rank a copy.
+            tokens = all_gather(tokens, self.group, copies=parallel_state.get_tensor_model_parallel_world_size())
         counts = [share[3] - share[2] for share in shares]
         kept = torch.cat([torch.arange(n, device=tokens.device) + r * padded for r, n in enumerate(counts)])
         return tokens[kept]
@@ -136,24 +138,3 @@ def split_units(units: list[list[int]], ranks: int) -> list[tuple[int, int, int,
         shares.append((crop_start, crop, window_start, window))
     return shares
 
-
-class _GatherVisualTokens(torch.autograd.Function):
-    """[n, H] on every rank -> [ranks x n, H].
-
-    In backward each context parallel rank brings the gradient of its own tokens and each tensor parallel rank an
-    identical copy: the sum over the group, divided by the number of copies, is the gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, tokens, group):
-        ctx.group = group
-        parts = [torch.empty_like(tokens) for _ in range(group.size())]
-        torch.distributed.all_gather(parts, tokens.contiguous(), group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        torch.distributed.all_reduce(grad, group=ctx.group)
-        grad = grad / parallel_state.get_tensor_model_parallel_world_size()
-        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
