@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh
 
 data=data/sample
-runs=runs/quickstart
+runs=${QUICKSTART_RUNS:-runs/quickstart}
 python=.venv/bin/python
 export OMP_NUM_THREADS=1
 
@@ -26,6 +26,10 @@ $python tools/make_sample_data.py --out "$data"
 stage() {  # stage NUMBER RECIPE LAYOUT [OVERRIDE...]
   local number=$1 recipe=$2 layout=$3
   shift 3
+  if [[ -f "$runs/stage$number/seconds" ]]; then
+    say "stage $number: finished earlier, kept in $runs/stage$number"
+    return
+  fi
   say "stage $number: $recipe on 2 CPU ranks, parallel=$layout"
   local started=$SECONDS
   .venv/bin/torchrun --standalone --nproc-per-node 2 "recipes/$recipe.py" model=tiny data=sample schedule=quickstart \
