@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--video", type=Path)
     parser.add_argument("--quiz", type=Path, help="JSON list of {image or video, question, answer}, paths beside it")
     parser.add_argument("--json", type=Path, help="write questions, answers and labels here")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # the question may follow --image
     if not Path(args.model).is_dir():
         parser.error(f"{args.model} is not a folder: export a checkpoint with tools/export_hf.py first")
     if (args.question is None) == (args.quiz is None):

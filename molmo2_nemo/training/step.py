@@ -118,7 +118,6 @@ def forward_backward(
     The loss is sum(weight x cross entropy) / total_weight over all micro-batches and ranks: it does not depend on
     the layout. Returned tensors are float32 [B, S / context parallel size], undivided. Gradients are in main_grad.
     """
-    config = unwrap_model(model).config
     rows, seq_length = batches[0]["input_ids"].shape
     cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     local = slice(cp_rank * seq_length // cp_size, (cp_rank + 1) * seq_length // cp_size)
