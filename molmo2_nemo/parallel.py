@@ -4,6 +4,7 @@ import datetime
 import importlib.util
 import os
 import random
+import shutil
 import subprocess
 
 import numpy as np
@@ -73,8 +74,14 @@ def set_rendezvous() -> None:
             "torchrun or srun."
         )
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
-    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60)
-    os.environ.setdefault("MASTER_ADDR", hosts.stdout.split()[0] if hosts.stdout.split() else "127.0.0.1")
+    if "MASTER_ADDR" not in os.environ and os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    elif "MASTER_ADDR" not in os.environ:
+        if shutil.which("scontrol") is None:
+            raise ConfigError(f"MASTER_ADDR is not set and scontrol is not here to name the first of {nodes}: export it.")
+        command = ["scontrol", "show", "hostnames", nodes]
+        hosts = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
     # One port per step: two steps of a job may run side by side on a node.
     number = int(os.environ["SLURM_JOB_ID"]) * 10 + int(os.environ.get("SLURM_STEP_ID", "0"))
     os.environ.setdefault("MASTER_PORT", str(20000 + number % 20000))
