@@ -501,6 +501,11 @@ def check(cfg: Config, world_size: int) -> None:
     check_megatron_fields(cfg)
 
 
+def rank_from_environment() -> int:
+    """This process among the ranks of the job: torchrun's RANK, else srun's SLURM_PROCID, else 0."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
 def world_size_from_environment() -> int:
     """Ranks of this job: torchrun's WORLD_SIZE, else srun's SLURM_NTASKS inside a step, else 1."""
     if "WORLD_SIZE" in os.environ:

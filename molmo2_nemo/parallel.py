@@ -15,7 +15,14 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from molmo2_nemo.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig, world_size_from_environment
+from molmo2_nemo.config import (
+    ConfigError,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    rank_from_environment,
+    world_size_from_environment,
+)
 from molmo2_nemo.model.layers import gelu_tanh
 
 
@@ -36,7 +43,7 @@ def resolve_precision(train: TrainConfig, device: str) -> str:
 
 def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, seed: int) -> None:
     """Start torch.distributed from torchrun's or srun's environment, or alone, then Megatron's groups and seeds."""
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    rank = rank_from_environment()
     world_size = world_size_from_environment()
     alone = world_size == 1
     if not alone:

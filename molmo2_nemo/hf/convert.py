@@ -41,17 +41,18 @@ class HuggingFaceWeights:
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
-    def __call__(self, name: str) -> Tensor:
+    def _open(self, name: str):
         if name not in self.files:
             raise KeyError(name)
-        with safe_open(self.folder / self.files[name], "pt") as file:
+        return safe_open(self.folder / self.files[name], "pt")
+
+    def __call__(self, name: str) -> Tensor:
+        with self._open(name) as file:
             return file.get_tensor(name)
 
     def shape_of(self, name: str) -> Tensor:
         """A tensor of the right shape without memory."""
-        if name not in self.files:
-            raise KeyError(name)
-        with safe_open(self.folder / self.files[name], "pt") as file:
+        with self._open(name) as file:
             return torch.empty(file.get_slice(name).get_shape(), device="meta")
 
 
@@ -123,11 +124,11 @@ def write_checkpoint(checkpoint: Path, model: ModelConfig, state: dict, make: di
     checkpoint_dir.publish(temporary, checkpoint, model, info)
 
 
-def read_tensors(checkpoint: Path, keys: list[str], shapes: dict[str, tuple], dtypes: dict) -> dict[str, Tensor]:
-    """Whole tensors of a checkpoint, whatever layout wrote it."""
-    state = {key: torch.empty(shapes[key], dtype=dtypes[key]) for key in keys}
+def read_tensor(checkpoint: Path, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A whole tensor of a checkpoint, whatever layout wrote it."""
+    state = {key: torch.empty(shape, dtype=dtype)}
     dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
-    return state
+    return state[key]
 
 
 def checkpoint_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
@@ -143,7 +144,7 @@ def released_tensors(checkpoint: Path, model: ModelConfig):
     for entry in tensor_table(model):
         if entry.key not in dtypes:
             raise ConfigError(f"checkpoint {checkpoint} lacks {entry.key}: its model.json does not describe it.")
-        tensor = read_tensors(checkpoint, [entry.key], {entry.key: entry.shape}, dtypes)[entry.key]
+        tensor = read_tensor(checkpoint, entry.key, entry.shape, dtypes[entry.key])
         yield from zip(entry.released, entry.split(tensor))
         if model.tie_embeddings and entry.released == (EMBEDDING_PARTS[0],):
             # Released folders carry a tied head as a copy.

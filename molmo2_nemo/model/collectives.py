@@ -1,8 +1,14 @@
-"""Collectives with a backward, for tensors that differ on every rank of a group."""
+"""What each rank of a group holds, and collectives with a backward for tensors that differ between ranks."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def context_slice(seq_length: int, cp_group: dist.ProcessGroup) -> slice:
+    """The part of a row that this context parallel rank works on: contiguous, the same length on every rank."""
+    rank, size = cp_group.rank(), cp_group.size()
+    return slice(rank * seq_length // size, (rank + 1) * seq_length // size)
 
 
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from molmo2_nemo.config import ModelConfig, padded_vocab_size, vision_token_ids
 from molmo2_nemo.hf.architecture import rope_tables
+from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.layers import decoder_block_spec
 from molmo2_nemo.model.mask import make_mask
 from molmo2_nemo.model.vision import VisionTower
@@ -73,8 +74,8 @@ class Molmo2(LanguageModule):
         rank's slice of the logits, [B, s, padded V / tensor parallel size]; on other stages [s, B, H].
         """
         S = input_ids.shape[1]
-        cp_rank, cp_size = self.cp_group.rank(), self.cp_group.size()
-        local = slice(cp_rank * S // cp_size, (cp_rank + 1) * S // cp_size)
+        cp_size = self.cp_group.size()
+        local = context_slice(S, self.cp_group)
         hidden = None
         if self.pre_process:
             visual_tokens = self.vision(crops, pooling, vision_units)

@@ -54,8 +54,8 @@ def save(folder: Path, step: int, model, optimizer, loader_state, info: dict, co
     return final
 
 
-def load(checkpoint: Path, model, optimizer) -> int:
-    """Continue from a training checkpoint of any layout. Collective. Returns its step.
+def load(checkpoint: Path, model, optimizer) -> dict:
+    """Continue from a training checkpoint of any layout. Collective. Returns its marker.
 
     Raises ConfigError when it is damaged, of another architecture, or holds weights only.
     """
@@ -71,7 +71,7 @@ def load(checkpoint: Path, model, optimizer) -> int:
         ) from error
     module.load_state_dict(loaded["model"], strict=False)
     optimizer.load_state_dict(loaded["optimizer"])
-    return marker["step"]
+    return marker
 
 
 def loader_state(checkpoint: Path) -> bytes | None:

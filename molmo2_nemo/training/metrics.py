@@ -10,6 +10,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from molmo2_nemo.model.collectives import context_slice
+
 
 class LossBySource:
     """Weighted losses, weights and counts since the last `reduce`, by data source."""
@@ -24,18 +26,18 @@ class LossBySource:
         """weighted_losses: what `forward_backward` returned (empty except on the last pipeline stage)."""
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             return
-        cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+        cp_group = parallel_state.get_context_parallel_group()
+        first = cp_group.rank() == 0  # counts what all context parallel ranks share
         for batch, weighted in zip(batches, weighted_losses):
-            S = batch["input_ids"].shape[1]
-            local = slice(cp_rank * S // cp_size, (cp_rank + 1) * S // cp_size)
+            local = context_slice(batch["input_ids"].shape[1], cp_group)
             source = batch["source_ids"][:, local].long()
             source = torch.where(source >= 0, source, len(self.sources)).flatten()
             weights = batch["loss_weights"][:, local]
             self.sums[0].index_add_(0, source, weighted.flatten().double())
             self.sums[1].index_add_(0, source, weights.flatten().double())
             tokens = (batch["segment_ids"][:, local] >= 0).sum()
-            examples = batch["counters"].get("examples", 0) if cp_rank == 0 else 0
-            rows = batch["input_ids"].shape[0] if cp_rank == 0 else 0
+            examples = batch["counters"].get("examples", 0) if first else 0
+            rows = batch["input_ids"].shape[0] if first else 0
             self.counts += torch.tensor(
                 [tokens, (weights > 0).sum(), examples, rows], dtype=torch.float64, device=self.counts.device
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config import ConfigError, ModelConfig, ParallelConfig
+from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.molmo2 import Molmo2
 from molmo2_nemo.parallel import solo_groups, transformer_configs
 
@@ -119,8 +120,7 @@ def forward_backward(
     the layout. Returned tensors are float32 [B, S / context parallel size], undivided. Gradients are in main_grad.
     """
     rows, seq_length = batches[0]["input_ids"].shape
-    cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-    local = slice(cp_rank * seq_length // cp_size, (cp_rank + 1) * seq_length // cp_size)
+    local = context_slice(seq_length, parallel_state.get_context_parallel_group())
 
     def forward_step(iterator, model):
         batch = next(iterator)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,14 @@ from megatron.core import parallel_state
 from omegaconf import DictConfig, OmegaConf
 
 from molmo2_nemo import checkpoint_dir, parallel
-from molmo2_nemo.config import Config, ConfigError, check, to_dataclass, world_size_from_environment
+from molmo2_nemo.config import (
+    Config,
+    ConfigError,
+    check,
+    rank_from_environment,
+    to_dataclass,
+    world_size_from_environment,
+)
 from molmo2_nemo.data import blend
 from molmo2_nemo.data.loader import restore_state, save_state, train_loader, validation_loader
 from molmo2_nemo.training import checkpoint
@@ -26,7 +32,7 @@ from molmo2_nemo.training.step import build_model, forward_backward, global_weig
 
 def run_stage(cfg: DictConfig) -> None:
     """Entry point of the recipes: one sentence and exit status 2 for a setting that cannot work, else train."""
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    rank = rank_from_environment()
     try:
         config = to_dataclass(cfg)
         check(config, world_size_from_environment())
@@ -94,8 +100,8 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
 
     step = tokens_seen = 0
     if start.resume is not None:
-        step = checkpoint.load(start.resume, model, optimizer)
-        tokens_seen = checkpoint_dir.read_marker(start.resume).get("tokens_seen", 0)
+        marker = checkpoint.load(start.resume, model, optimizer)
+        step, tokens_seen = marker["step"], marker.get("tokens_seen", 0)
         log.say(f"resumed step {step} from {start.resume}")
     elif start.init_from is not None:
         load_weights(model, start.init_from)
