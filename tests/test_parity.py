@@ -41,6 +41,18 @@ def test_logits_and_gradients_agree_with_transformers(layout, hf_models, tmp_pat
         assert_same(released_file(exported / name), as_released(hf_models[name]))
 
 
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks, flags", [(5, []), (2, ["--tensor-parallel", 2, "--sequence-parallel"])])
+def test_ranks_and_micro_batches_of_different_media(ranks, flags, hf_models, tmp_path):
+    """One document a row: text only, an image, three images, a video, a tree; on a rank each, or one after another."""
+    models = [hf_models[name] for name in ("olmo3", "qwen3_gqa")]
+    figures = tmp_path / "figures.json"
+    succeeded(torchrun(ranks, "tools/check_parity.py", *models, "--rows", 5, *flags, "--json", figures))
+    for name, found in json.loads(figures.read_text()).items():
+        assert found["logits"] <= 1e-4 and found["gradients"] <= 1e-4, (name, found)
+
+
 def test_a_layout_that_does_not_fit_is_refused_in_one_sentence(hf_models):
     result = torchrun(3, "tools/check_parity.py", hf_models["olmo3"], "--tensor-parallel", 3)
     assert result.returncode != 0

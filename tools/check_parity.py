@@ -273,6 +273,7 @@ def main() -> None:
     parser.add_argument("--first-stage-layers", type=int, help="decoder layers on the first pipeline stage")
     parser.add_argument("--distributed-optimizer", action="store_true", help="shard gradients as ZeRO-1 does")
     parser.add_argument("--recompute", action="store_true", help="full activation recomputation")
+    parser.add_argument("--rows", type=int, help="rows the five documents are dealt to (default 2 per replica)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-logit-difference", type=float, default=1e-4)
     parser.add_argument("--max-gradient-difference", type=float, default=1e-3)
@@ -321,7 +322,9 @@ def compare(args, layout: ParallelConfig, folder: Path) -> dict:
     load_weights(model, imported)
 
     replicas = parallel_state.get_data_parallel_world_size()
-    rows = 2 * replicas
+    rows = args.rows or 2 * replicas
+    if rows % replicas or rows > 5:
+        raise ConfigError(f"--rows {rows} must be a multiple of the {replicas} data-parallel replicas, and at most 5.")
     batches, places = pack(
         random_documents(model_config, args.seed), rows, model_config, args.seed,
         layout.context_parallel_size * layout.tensor_model_parallel_size,
