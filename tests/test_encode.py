@@ -1,6 +1,7 @@
 import copy
 import io
 import itertools
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from PIL import Image
 from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
 
 from molmo2_nemo.config import DataConfig, VisionConfig
-from molmo2_nemo.data.encode import DEMO_STYLES, ROOT_SEGMENT, Encoder, loss_weight, style_prefix
+from molmo2_nemo.data.encode import COUNTERS, DEMO_STYLES, ROOT_SEGMENT, Encoder, loss_weight, style_prefix
+from molmo2_nemo.data.blend import SourceOptions
 from molmo2_nemo.data.processor import build_processor, decode_image
+from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.video import frame_times
 from molmo2_nemo.model.mask import dense_mask
 
@@ -95,12 +98,16 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
+def plan_of(encoder, sample, generator, *options):
+    return encoder.plan(read_example(json.dumps(sample)), generator, *options)
+
+
 def compare(vision, images, encoder=None):
     """Ours against transformers': the prompt's tokens, the pooling windows, every pixel."""
     encoder = encoder or (ENCODER if vision is TINY else REAL_ENCODER)
     oracle = ORACLES[id(vision)]
     sample, media = sample_of(images)
-    plan = encoder.plan(sample, rng())
+    plan = plan_of(encoder, sample, rng())
     crops, pooling = encoder.pixels(plan, media)
     parts = [*[{"type": "image"}] * len(images), {"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": parts}]
@@ -152,7 +159,7 @@ def test_several_images(sizes):
 
 
 def test_text_alone():
-    plan = ENCODER.plan(sample_of()[0], rng())
+    plan = plan_of(ENCODER, sample_of()[0], rng())
     expected = "<|im_end|><|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\na cat"
     assert plan.input_ids.tolist() == TOKENIZER.encode(expected)
     crops, pooling = ENCODER.pixels(plan, {})
@@ -178,7 +185,7 @@ def test_videos(vision, num_frames):
     data = write_video([np.array(noise(66, 34, seed=i)) for i in range(num_frames)], fps)
     video = {"part": "video.mp4", "width": 66, "height": 34, "fps": fps, "num_frames": num_frames}
     video["duration"] = (num_frames - 1) / fps
-    plan = encoder.plan(sample_of(video=video)[0], rng())
+    plan = plan_of(encoder, sample_of(video=video)[0], rng())
     crops, pooling = encoder.pixels(plan, {"video.mp4": data})
     # The frames that are on screen at those times, by index, given to transformers with their own time stamps.
     indices = [min(math.floor(time * fps + 1e-4), num_frames - 1) for time in plan.times]
@@ -217,7 +224,7 @@ def targets(plan):
 
 def test_turns_and_targets():
     turns = [user("A?"), assistant("one two"), user("B?"), assistant("three")]
-    plan = ENCODER.plan(sample_of(branches=[[{"role": "system", "content": "Be short."}, *turns]])[0], rng())
+    plan = plan_of(ENCODER, sample_of(branches=[[{"role": "system", "content": "Be short."}, *turns]])[0], rng())
     text = (
         "<|im_end|><|im_start|>user\nSystem: Be short.\nA?<|im_end|>\n<|im_start|>assistant\none two<|im_end|>"
         "<|im_end|>\n<|im_start|>user\nB?<|im_end|>\n<|im_start|>assistant\nthree"
@@ -236,7 +243,7 @@ def test_points_are_written_with_the_separator_of_the_stage():
     points = {"type": "points", "label": "cat", "groups": [[1, [[0.5, 0.25]]], [2, [[0.1, 0.2]]]], "kind": "image"}
     turns = [user("Point."), assistant("<points 0/>") | {"points": [points]}]
     for separator in ("\t", ";"):
-        plan = make_encoder(point_separator=separator).plan(sample_of(branches=[turns], style="pointing")[0], rng())
+        plan = plan_of(make_encoder(point_separator=separator), sample_of(branches=[turns], style="pointing")[0], rng())
         text = f'<points coords="1 1 500 250{separator}2 2 100 200">cat</points><|im_end|>'
         assert targets(plan) == text
         assert set(plan.loss_weights.tolist()) == {0.0, np.float32(0.2)}
@@ -244,14 +251,14 @@ def test_points_are_written_with_the_separator_of_the_stage():
 
 def test_special_tokens_spelt_in_a_text_stay_text():
     text = "<im_patch><|im_end|><frame_start><|image|>"
-    plan = ENCODER.plan(sample_of([noise(70, 70)], [[user(text), assistant(text)]])[0], rng())
+    plan = plan_of(ENCODER, sample_of([noise(70, 70)], [[user(text), assistant(text)]])[0], rng())
     assert (plan.input_ids == IM_PATCH).sum() == plan.vision_units[0][1]
     assert (plan.labels == EOS).sum() == 1
     assert targets(plan) == text + "<|im_end|>"
 
 
 def test_leading_line_breaks_of_a_question_are_joined_as_transformers_joins_them():
-    plan = ENCODER.plan(sample_of(branches=[[user("\n\nWell?\n"), assistant("no")]])[0], rng())
+    plan = plan_of(ENCODER, sample_of(branches=[[user("\n\nWell?\n"), assistant("no")]])[0], rng())
     prompt = "<|im_end|><|im_start|>user\n\n\nWell?\n<|im_end|>\n<|im_start|>assistant\n"
     assert plan.input_ids.tolist() == [*TOKENIZER.encode(prompt), *TOKENIZER.encode("no")]
 
@@ -261,7 +268,7 @@ def test_leading_line_breaks_of_a_question_are_joined_as_transformers_joins_them
     [
         ("pointing", 0.2), ("point_count", 0.2), ("counting", 0.2), ("multi_image_count_then_point", 0.2),
         ("video_point_track_per_frame", 0.2), ("video_long_caption", 0.1), ("video_merged_caption", 0.1),
-        ("user_qa", 2 / 3 / 2), ("long_caption", 2 / 3 / 2), ("video_short_answer", 2 / 3 / 2),
+        ("user_qa", 2 / 3 / 2), ("video_object_caption", 2 / 3 / 2), ("long_caption", 2 / 3 / 2), ("video_short_answer", 2 / 3 / 2),
     ],
 )  # fmt: skip
 def test_weights_by_style(style, weight):
@@ -282,10 +289,10 @@ def test_style_prefixes():
 
 def test_prefixes_stand_before_the_question():
     branches = [[user("Why?"), assistant("so")]]
-    plan = ENCODER.plan(sample_of(branches=branches, style="vqa2")[0], rng())
+    plan = plan_of(ENCODER, sample_of(branches=branches, style="vqa2")[0], rng())
     assert "user\nvqa2: Why?<" in TOKENIZER.decode(plan.input_ids)
     branches = [[user(""), assistant("so")]]
-    plan = make_encoder(style_prefix="length").plan(sample_of(branches=branches, style="pointing")[0], rng())
+    plan = plan_of(make_encoder(style_prefix="length"), sample_of(branches=branches, style="pointing")[0], rng())
     assert "user\npointing:<" in TOKENIZER.decode(plan.input_ids)
 
 
@@ -303,7 +310,7 @@ def test_tree():
     root = 1 + ENCODER.visual.image_tokens(70, 70)[0].size
     orders = set()
     for seed in range(30):
-        plan = ENCODER.plan(sample, rng(seed))
+        plan = plan_of(ENCODER, sample, rng(seed))
         assert (plan.segment_ids[:root] == ROOT_SEGMENT).all()
         assert plan.position_ids[:root].tolist() == list(range(root))
         order = []
@@ -311,7 +318,7 @@ def test_tree():
             own = plan.segment_ids == m
             # Each branch is what the branch alone gives: its tokens, positions and targets, in another weight.
             for index, branch in enumerate(BRANCHES):
-                alone = ENCODER.plan(sample_of([noise(70, 70)], [branch])[0], rng())
+                alone = plan_of(ENCODER, sample_of([noise(70, 70)], [branch])[0], rng())
                 if alone.input_ids[root:].tolist() == plan.input_ids[own].tolist():
                     order.append(index)
                     assert plan.labels[own].tolist() == alone.labels[root:].tolist()
@@ -323,12 +330,12 @@ def test_tree():
         assert np.array_equal(plan.segment_ids[root:], np.sort(plan.segment_ids[root:]))
         orders.add(tuple(order))
     assert len(orders) == 6
-    again = [ENCODER.plan(sample, rng(7)).input_ids.tolist() for _ in range(2)]
+    again = [plan_of(ENCODER, sample, rng(7)).input_ids.tolist() for _ in range(2)]
     assert again[0] == again[1]
 
 
 def test_a_tree_of_one_branch_is_a_plain_example():
-    plan = ENCODER.plan(sample_of([noise(70, 70)], BRANCHES[:1])[0], rng())
+    plan = plan_of(ENCODER, sample_of([noise(70, 70)], BRANCHES[:1])[0], rng())
     assert not plan.segment_ids.any() and plan.position_ids.tolist() == list(range(plan.num_tokens))
 
 
@@ -337,8 +344,8 @@ def test_mask_of_trees_by_brute_force():
     pieces = []  # (input_ids, segment_ids, list of (example, branch or None))
     for example, branches in enumerate([BRANCHES, BRANCHES[:1], BRANCHES[:2]]):
         images = [noise(20, 20)] * (2 if example == 0 else 1)
-        plan = ENCODER.plan(sample_of(images, branches)[0], rng(example))
-        root = 1 + len(ENCODER._image_tokens(plan.images)[0])
+        plan = plan_of(ENCODER, sample_of(images, branches)[0], rng(example))
+        root = 1 + len(ENCODER._image_tokens(plan.images, 4)[0])
         branch, tags = -1, [(example, None)] * root
         for position in plan.position_ids[root:]:
             branch += position == root
@@ -373,9 +380,9 @@ def test_whatever_does_not_fit_is_cut_or_dropped_and_counted(seq_length, words, 
     encoder = shared_encoder(seq_length)
     branches = [[user("Q" * (n % 7)), assistant(" a" * n)] for n in words]
     sample, _ = sample_of([noise(70, 70)] * num_images, branches)
-    plan = encoder.plan(sample, rng(seed))
+    plan = plan_of(encoder, sample, rng(seed))
     counts = plan.counters
-    whole = shared_encoder(4096).plan(sample, rng(seed))
+    whole = plan_of(shared_encoder(4096), sample, rng(seed))
     assert plan.num_tokens <= seq_length
     if whole.num_tokens <= seq_length:
         assert plan.input_ids.tolist() == whole.input_ids.tolist() and not counts["truncated"]
@@ -402,7 +409,7 @@ def shared_encoder(seq_length):
 
 
 def test_too_many_crops():
-    plan = make_encoder(max_crops=5).plan(sample_of([noise(300, 300)] * 2)[0], rng())
+    plan = plan_of(make_encoder(max_crops=5), sample_of([noise(300, 300)] * 3)[0], rng())
     assert plan.num_tokens == 0 and plan.counters == {"dropped_too_many_crops": 1}
 
 
@@ -411,13 +418,13 @@ def video_of(duration, **more):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.floats(0, 300), st.integers(1, 40), st.integers(1, 40), st.integers(60, 700), st.integers(0, 80))
+@given(st.floats(0, 300), st.integers(1, 40), st.integers(1, 40), st.integers(60, 700), st.integers(1, 80))
 def test_a_video_is_thinned_to_whole_frames(duration, max_frames, max_crops, seq_length, words):
     encoder = copy.copy(ENCODER)
     encoder.data = replace(ENCODER.data, max_frames=max_frames, max_crops=max_crops, seq_length=seq_length)
     sample, _ = sample_of(branches=[[user("Q"), assistant(" a" * words)]], video=video_of(duration))
-    plan = encoder.plan(sample, rng())
-    text = ENCODER.plan(sample_of(branches=[[user("Q"), assistant(" a" * words)]])[0], rng()).num_tokens
+    plan = plan_of(encoder, sample, rng())
+    text = plan_of(ENCODER, sample_of(branches=[[user("Q"), assistant(" a" * words)]])[0], rng()).num_tokens
     if not plan.num_tokens:
         assert text + len(encoder.visual.video_tokens([0.0])) > seq_length - words
         return
@@ -432,9 +439,121 @@ def test_a_video_is_thinned_to_whole_frames(duration, max_frames, max_crops, seq
     if len(times) < min(unlimited, max_crops):  # one or two more would not have fitted beside the text
         more = frame_times(duration, len(times) + 2)
         assert text + len(encoder.visual.video_tokens(more)) > seq_length
-    if len(times) > 1:
+    if text + len(encoder.visual.video_tokens([0.0])) <= seq_length:
         assert not plan.counters["truncated"]
 
+
+# --- what a source's options and the budget change ------------------------------------------------------------------
+
+
+def test_weights_of_a_source():
+    sample, _ = sample_of(branches=[[user("Q"), assistant("one two")], [user("R"), assistant("three")]])
+
+    def weights(*options, **changes):
+        return set(plan_of(make_encoder(**changes), sample, rng(), *options).loss_weights.tolist()) - {0.0}
+
+    plain, report = weights(), weights(loss_weighting="root_report")
+    assert {round(2 * weight, 5) for weight in plain} == {round(weight, 5) for weight in report}
+    assert weights(SourceOptions(token_weight=0.25)) == {0.25} == weights(SourceOptions(token_weight=0.25), loss_weighting="flat")
+    assert weights(SourceOptions(loss_weighting="flat")) == {1.0}
+    assert weights(SourceOptions(loss_weighting="root_report")) == report
+    assert loss_weight("pointing", 9, 4, "root_report") == 0.2
+
+
+def test_subtitles_near_the_frames_follow_them():
+    lines = [[0.0, 0.4, "far away"], [1.0, 2.96, "just before"], [3.0, 4.0, "hello"], [5.02, 6, "after"], [9, 9, "late"]]
+    video = video_of(12.0, subtitles=lines, clip=[2.0, 6.0])
+    times = [0.0, 4.0]
+    encoder = make_encoder(max_frames=2)
+    plan = plan_of(encoder, sample_of(video=video)[0], rng())
+    assert plan.times == times
+    near = [(s, e, t) for s, e, t in lines if any(s - 1 <= time <= e + 1 for time in times)]
+    assert [t for _, _, t in near] == ["far away", "just before", "hello"]
+    messages = [
+        {"role": "subtitle", "content": "\n".join(f"{s:.1f} - {e:.1f} {t}" for s, e, t in near)},
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is it?"}]},
+    ]
+    text = TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    visual = encoder.visual.video_tokens(times).tolist()
+    before, after = text.split("<|video|>")
+    expected = [EOS, *TOKENIZER.encode(before), *visual, *TOKENIZER.encode(after)]
+    assert plan.input_ids[: len(expected)].tolist() == expected
+    without = plan_of(encoder, sample_of(video=video | {"subtitles": lines[-1:]})[0], rng())
+    assert "subtitle" not in TOKENIZER.decode(without.input_ids)
+
+
+def test_a_source_gets_its_share_of_high_resolution():
+    sample, _ = sample_of([noise(1200, 800)])
+    options = SourceOptions(high_res_probability=0.3)
+    plans = [plan_of(REAL_ENCODER, sample, rng(seed), options) for seed in range(400)]
+    high = sum(plan.max_crops == 24 for plan in plans)
+    assert abs(high / 400 - 0.3) < 3 * math.sqrt(0.3 * 0.7 / 400)
+    crops = {limit: REAL_ENCODER.visual.image_tokens(1200, 800, limit)[1] for limit in (8, 24)}
+    assert {(plan.max_crops, plan.num_crops) for plan in plans} == set(crops.items()) and crops[24] > crops[8]
+    two, _ = sample_of([noise(1200, 800)] * 2)
+    always = SourceOptions(high_res_probability=1.0)
+    assert plan_of(REAL_ENCODER, two, rng(), always).max_crops == 8
+    # Where 24 do not fit into the row, the usual resolution is taken, and not counted as shrunk.
+    for limit in ({"max_crops": 10, "max_frames": 10, "seq_length": 4096}, {"seq_length": 1500}):
+        plan = plan_of(make_encoder(REAL, **limit), sample, rng(), always)
+        assert plan.max_crops == 8 and plan.num_tokens and not plan.counters["images_shrunk"]
+
+
+@pytest.mark.parametrize("seq_length", [1900, 2600, 4096, 7500])
+def test_images_get_the_most_crops_that_fit(seq_length):
+    encoder = make_encoder(REAL, seq_length=seq_length)
+    images = [noise(1000, 150), noise(300, 900), noise(640, 480)]
+    sample, media = sample_of(images)
+    plan = plan_of(encoder, sample, rng())
+    text = plan_of(ENCODER, sample_of()[0], rng()).num_tokens
+    sizes = {
+        limit: text + sum(len(TOKENIZER.encode(f"Image {k}")) + len(encoder.visual.image_tokens(im.width, im.height, limit)[0])
+        for k, im in enumerate(images, start=1)) for limit in range(1, 9)
+    }  # fmt: skip
+    best = max(limit for limit, size in sizes.items() if size <= seq_length)
+    assert plan.num_tokens == sizes[best] and plan.max_crops == best
+    assert plan.counters["images_shrunk"] == (3 if best < 8 else 0) and not plan.counters["truncated"]
+    crops, pooling = encoder.pixels(plan, media)
+    assert len(crops) == plan.num_crops and len(pooling) == (plan.input_ids == IM_PATCH).sum()
+
+
+def test_more_images_than_allowed_are_counted():
+    plan = plan_of(ENCODER, sample_of([noise(9, 9)] * 6)[0], rng())
+    assert plan.counters == {"dropped_too_many_images": 1}
+
+
+def test_tracks_hold_only_what_the_frames_show():
+    frames = [[half / 2, [["a", 0.1, half / 100], ["b", 0.9, 0.5]]] for half in range(40)]
+    task = {"task": "tracking", "label": "ball", "frames": frames, "fps": 2, "style": "video_point_track_per_frame"}
+    for seq_length in (300, 700, 4096):
+        encoder = make_encoder(seq_length=seq_length, max_frames=30, max_crops=48)
+        video = video_of(20.0, annotation_fps=2)
+        plan = plan_of(encoder, sample_of(branches=[task], video=video)[0], rng())
+        assert plan.num_tokens <= seq_length and not plan.counters["truncated"]
+        # The end of the video is cut off, the rest is kept at the rate of the annotations.
+        assert plan.times == [half / 2 for half in range(len(plan.times))] and len(plan.times) <= 30
+        answer = targets(plan)
+        told = [float(part.split()[0]) for part in answer.split('coords="')[1].split('"')[0].split(";")]
+        assert told == plan.times
+        assert plan.counters["frames"] + plan.counters["frames_thinned"] == 30
+    assert len(plan.times) == 30
+
+
+def test_many_texts_leave_half_of_the_row_to_the_video():
+    branches = [[user(f"Q{n}"), assistant(" a" * 60)] for n in range(12)]
+    encoder = make_encoder(seq_length=600, max_frames=40)
+    plan = plan_of(encoder, sample_of(branches=branches, video=video_of(30.0))[0], rng())
+    text = (plan.segment_ids != ROOT_SEGMENT).sum()
+    assert text <= 300 and plan.counters["branches"] + plan.counters["dropped_branches"] == 12
+    assert plan.counters["branches"] >= 3 and plan.num_tokens > 600 - 2 * len(encoder.visual.video_tokens([100.0]))
+    # Where everything fits, nothing is dropped.
+    plan = plan_of(make_encoder(seq_length=2048, max_frames=20), sample_of(branches=branches, video=video_of(30.0))[0], rng())
+    assert plan.counters["branches"] == 12 and len(plan.times) == 20
+
+
+def test_every_count_has_a_name():
+    for sample in (sample_of([noise(70, 70)] * 2)[0], sample_of(video=video_of(30.0))[0], sample_of()[0]):
+        assert set(plan_of(ENCODER, sample, rng()).counters) <= set(COUNTERS)
 
 # --- broken samples -------------------------------------------------------------------------------------------------
 
@@ -447,28 +566,21 @@ def test_a_video_is_thinned_to_whole_frames(duration, max_frames, max_crops, seq
         {"branches": [[user("Q"), assistant("<points 0/>") | {"points": [{"type": "?"}]}]]},
         {"branches": [[user("Q"), assistant("<points 0/>") | {"points": {}, "content": 3}]]},
         {"branches": [[user("Q\ud800"), assistant("A")]]},
+        {"branches": [[user("Q"), assistant(" ")]]}, {"surprise": 1},
         {"images": [{"part": "x"}]}, {"images": [{"part": "x", "width": 0, "height": 4}]}, {"images": None},
         {"images": [{"width": 3, "height": 4}]}, {"images": [{"part": "x", "width": 3.5, "height": 4}]},
-        {"style": None}, {"video": {"part": "v"}}, {"video": video_of(1.0, num_frames="9")}, {"video": video_of(-1.0)}, {"video": video_of(math.nan)},
+        {"style": 3}, {"video": {"part": "v"}}, {"video": video_of(1.0, num_frames="9")}, {"video": video_of(-1.0)}, {"video": video_of(math.nan)},
         {"video": video_of(math.inf)}, {"video": video_of(1.0), "images": [{"part": "x", "width": 1, "height": 4}]},
     ],
 )  # fmt: skip
 def test_malformed_json_is_refused(change):
     with pytest.raises(ValueError):
-        ENCODER.plan(sample_of()[0] | change, rng())
-
-
-def test_missing_keys_are_refused():
-    for key in ("style", "images", "video", "branches"):
-        sample, _ = sample_of()
-        del sample[key]
-        with pytest.raises(ValueError, match=key):
-            ENCODER.plan(sample, rng())
+        plan_of(ENCODER, sample_of()[0] | change, rng())
 
 
 def test_media_that_cannot_be_decoded():
     sample, media = sample_of([noise(70, 50)])
-    plan = ENCODER.plan(sample, rng())
+    plan = plan_of(ENCODER, sample, rng())
     data = media["img0.png"]
     for broken in ({}, {"img0.png": b""}, {"img0.png": data[: len(data) // 2]}, {"img0.png": png(noise(70, 51))}):
         with pytest.raises(ValueError):

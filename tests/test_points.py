@@ -144,11 +144,40 @@ def test_json_round_trip(value):
 
 def test_render_content():
     points = [to_json(Points("a", [(1, [(0.1, 0.2)]), (2, [(0.3, 0.4)])])), to_json(Tracks("b", [(0.5, [(9, 0, 1)])]))]
-    message = {"role": "assistant", "content": "<points 1/> and <points 0/>.", "points": points}
+    content = "<points 1/> and <points 0/>."
     a, b = '<points coords="1 1 100 200\t2 2 300 400">a</points>', '<tracks coords="0.5 1 000 1000">b</tracks>'
-    assert render_content(message, "\t") == f"{b} and {a}."
-    assert render_content(message, ";") == f"{b} and {a}.".replace("\t", ";")
-    assert render_content({"role": "user", "content": "<points 0/>"}) == "<points 0/>"
+    assert render_content(content, points, "\t") == f"{b} and {a}."
+    assert render_content(content, points, ";") == f"{b} and {a}.".replace("\t", ";")
+    assert render_content("<points 0/>", []) == "<points 0/>"
+
+
+@given(tracks, st.lists(st.floats(0, 20), max_size=8))
+def test_tracks_are_cut_to_the_frames_that_are_seen(value, times):
+    kept = [frame for frame in value.frames if any(abs(frame[0] - time) <= 0.05 for time in times)]
+    entry = json.loads(json.dumps(to_json(value)))
+    assert render_content("<points 0/>", [entry], ";", times) == format_tracks(Tracks(value.label, kept))
+    points = to_json(Points("a", [(7.0, [(0.1, 0.2)])], "video"))
+    assert render_content("<points 0/>", [points], ";", times) == '<points coords="7.0 1 100 200">a</points>'
+
+
+@given(tracks)
+def test_ends_are_the_first_and_last_point_of_each_object(value):
+    value.ends = True
+    whole, ends = parse(format_tracks(Tracks(value.label, value.frames))), parse(format_tracks(value))
+    seen = lambda found: [(t, i, x, y) for track in found for t, frame in track.frames for i, x, y in frame]  # noqa: E731
+    expected = []
+    for number in {i for _, i, _, _ in seen(whole)}:
+        own = sorted(point for point in seen(whole) if point[1] == number)
+        expected += {own[0], own[-1]}
+    assert sorted(seen(ends)) == sorted(expected)
+    assert from_json(json.loads(json.dumps(to_json(value)))).ends
+
+
+def test_an_alternative_text_stands_before_the_coordinates():
+    points = Points("cat", [(1, [(0.1, 0.2)])], alt='a "black" <cat>')
+    text = '<points alt="a \'black\' cat" coords="1 1 100 200">cat</points>'
+    assert format_points(points) == text and parse(text) == [Points("cat", [(1, [(0.1, 0.2)])])]
+    assert from_json(to_json(points)) == points
 
 
 @pytest.mark.parametrize(
@@ -161,7 +190,7 @@ def test_render_content():
         lambda: format_points(Points("a", [(1, [(0, 0)])]), ","),
         lambda: format_points(Points("a", [(1, [(0, 0)])], "sound")),
         lambda: format_tracks(Tracks("a", [(-1.0, [(1, 0, 0)])])),
-        lambda: render_content({"content": "<points 1/>", "points": [to_json(Points("a", [(1, [(0, 0)])]))]}),
+        lambda: render_content("<points 1/>", [to_json(Points("a", [(1, [(0, 0)])]))]),
         lambda: from_json({"type": "points", "label": "a"}),
         lambda: from_json({"type": "lines"}),
     ],

@@ -81,9 +81,16 @@ def test_chat_template_numbers_several_images():
     assert prompt == "Image 1<|image|>Image 2<|image|><|im_start|>user\nSame?<|im_end|>\n"
 
 
-def test_chat_template_refuses_an_unknown_role():
-    with pytest.raises(Exception, match="system, user or assistant, not tool"):
-        TOKENIZER.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+def test_chat_template_puts_subtitles_between_the_video_and_the_first_turn():
+    subtitle = {"role": "subtitle", "content": "0.0 - 0.5 Look."}
+    prompt = TOKENIZER.apply_chat_template([subtitle, *content(VIDEO, text("What?"))], tokenize=False)
+    assert prompt == "<|video|>subtitle\n0.0 - 0.5 Look.<|im_start|>user\nWhat?<|im_end|>\n"
+
+
+@pytest.mark.parametrize("roles", [["tool"], ["user", "subtitle"]])
+def test_chat_template_refuses_an_unknown_role_and_late_subtitles(roles):
+    with pytest.raises(Exception, match=f"system, user or assistant .*, not {roles[-1]}"):
+        TOKENIZER.apply_chat_template([{"role": role, "content": "x"} for role in roles], tokenize=False)
 
 
 @pytest.fixture(scope="module")

@@ -1,37 +1,50 @@
 """One sample -> tokens, labels, weights, positions, segment ids (`Encoder.plan`), then pixels (`Encoder.pixels`).
 
-The two halves are apart so that samples can wait for their packed row undecoded. A sample is the JSON that
-sample_world.py describes: a style, images or a video, and branches, conversations about the same visual input.
+The two halves are apart so that samples can wait for their packed row undecoded.
 
-    root      BOS, then ["Image k"] image tokens for each image, or time stamp and frame tokens for each frame
+    root      BOS, then ["Image k"] image tokens for each image, or time stamp and frame tokens for each frame and the
+              subtitles, or nothing
     branch    <|im_start|>user\n question <|im_end|>\n<|im_start|>assistant\n answer EOS, repeated; a later turn starts
               with <|im_end|>\n after the EOS, as in Molmo2's training data
+
+The token budget decides what is seen. A video gets as many uniformly sampled frames as fit beside its text; of texts
+that would take more than half of the row, branches are dropped first. Images keep their resolution if the first branch
+fits beside them, otherwise all of them get the most crops that do; then branches that do not fit are dropped, and the
+last one kept may lose its end.
 
 Source of the rules: public `olmo/preprocessing` and `olmo/data` of allenai/molmo2, and arXiv 2601.10611.
 """
 
-import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from molmo2_nemo.config import DataConfig, VisionConfig
+from molmo2_nemo.data.blend import SourceOptions
 from molmo2_nemo.data.points import render_content
-from molmo2_nemo.data.processor import VisualInputs, build_processor, decode_image
-from molmo2_nemo.data.video import frame_times, pick_frames
+from molmo2_nemo.data.processor import VisualInputs, build_processor, read_image
+from molmo2_nemo.data.schema import Example, Image, Message, Video
+from molmo2_nemo.data.tasks import Conversation, converse
+from molmo2_nemo.data.video import annotation_times, frame_times, pick_frames
 
 # Segment id of what all branches of a tree see; branch m has segment m, a plain example segment 0.
 ROOT_SEGMENT = 10_000
+# Seconds: a subtitle is shown if a frame is seen while it lasts, or this long before or after.
+SUBTITLE_REACH = 1.0
 
-# What is counted of the samples of a batch. Every sample ends up in `examples` or in one of `dropped_*`.
+PLAIN = SourceOptions()
+
+# What is counted of a source's samples. Every sample ends up in `examples` or in one of `dropped_*`.
 COUNTERS = (
     "examples", "branches", "tokens", "loss_tokens", "images", "frames", "crops",
     "truncated",  # branches whose end was cut off
     "dropped_branches",  # branches without room for a single loss token
-    "frames_thinned",  # frames left out because they did not fit beside the text, or into a row
-    "dropped_malformed", "dropped_too_long", "dropped_too_many_crops", "dropped_undecodable",
+    "frames_thinned", "videos_thinned",  # frames left out because they did not fit beside the text, or into a row
+    "images_shrunk",  # images that got fewer crops than data.max_crops_per_image for the same reason
+    "dropped_malformed", "dropped_undecodable", "dropped_unreadable",  # broken
+    "dropped_too_long", "dropped_too_many_crops", "dropped_too_many_images",
 )  # fmt: skip
 
 # Styles without a prefix in stages 2 and 3: what a demo's user asks for, and multiple choice, which explains itself.
@@ -44,6 +57,10 @@ DEMO_STYLES = frozenset(
     multi_image_mc multi_image_mc_exp mantis_instruct_mc eval_multi_image_mc video_multiple_choice""".split()
 )
 POINTING_WORDS = frozenset("point pointing count counting track tracking".split())
+# Captions of videos as Molmo2-Cap has them; those of other sets weigh as any answer.
+VIDEO_CAPTIONS = frozenset(
+    "video_long_caption video_short_caption video_merged_caption clip_caption frame_caption".split()
+)
 
 
 @dataclass
@@ -61,9 +78,10 @@ class Plan:
     segment_ids: np.ndarray  # int32
     vision_units: list[tuple[int, int]]  # (crops, pooling windows) of each image or frame
     counters: Counter
-    images: list[dict] = field(default_factory=list)
-    video: dict | None = None
+    images: list[Image] = field(default_factory=list)
+    video: Video | None = None
     times: list[float] = field(default_factory=list)  # seconds, of the video's frames
+    max_crops: int = 0  # limit of tiles of each image
 
     @property
     def num_tokens(self) -> int:
@@ -86,6 +104,7 @@ class _Branch:
 
     ids: np.ndarray  # int32 [n]
     is_target: np.ndarray  # bool [n]
+    style: str
 
     @property
     def num_inputs(self) -> int:
@@ -96,6 +115,18 @@ class _Branch:
     def prompt_length(self) -> int:
         """Inputs it takes to have one target."""
         return int(self.is_target.argmax())
+
+
+@dataclass
+class _Fitted:
+    """Visual tokens that go before the branches, and what they stand for."""
+
+    ids: np.ndarray  # int32
+    units: list[tuple[int, int]]
+    branches: list[_Branch]
+    counts: dict[str, int]
+    times: list[float] = field(default_factory=list)
+    max_crops: int = 0
 
 
 class Encoder:
@@ -114,35 +145,35 @@ class Encoder:
         self.im_start, im_end = self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
         self.turn_end = [im_end, *self._text("\n")]
         self.assistant = [self.im_start, *self._text("assistant\n")]
+        self.frame_patches = self._count_patches(self.visual.frame)
 
-    def plan(self, sample: Mapping, rng: np.random.Generator) -> Plan:
-        """Everything but pixels, from the sample's JSON. A sample that does not fit comes back as `dropped`.
+    def plan(self, example: Example, rng: np.random.Generator, options: SourceOptions = PLAIN) -> Plan:
+        """Everything but pixels. A sample that does not fit comes back as `dropped`.
 
-        rng: decides the order of branches and the lengths in style prefixes. ValueError: the JSON is malformed.
+        rng: decides what tasks ask, the order of branches, the lengths in style prefixes, and the resolution.
+        options: of the sample's source. ValueError: the sample makes no sense.
         """
-        style, images, video, conversations = _checked(sample)
-        branches = [self._branch(conversation, style, rng) for conversation in conversations]
-        branches = [branches[i] for i in rng.permutation(len(branches))] if len(branches) > 1 else branches
-        counters = Counter()
-        if video:
-            text_length = sum(branch.num_inputs for branch in branches)
-            wanted = frame_times(float(video["duration"]), self.data.max_frames, self.data.max_fps)
-            times = self._times_that_fit(float(video["duration"]), len(wanted), self.data.seq_length - 1 - text_length)
-            visual_ids = self.visual.video_tokens(times)
-            units = [(1, self._count_patches(self.visual.frame))] * len(times)
-            counters.update(frames=len(times), frames_thinned=len(wanted) - len(times))
+        if len(example.images) > self.data.max_images:
+            return dropped("too_many_images")
+        conversations = converse(example, rng, self.data.prompts)
+        if len(conversations) > 1:
+            conversations = [conversations[i] for i in rng.permutation(len(conversations))]
+        high_res = len(example.images) == 1 and rng.random() < options.high_res_probability
+        if example.video:
+            fitted = self._fit_video(example.video, conversations, rng)
         else:
-            times = []
-            visual_ids, units = self._image_tokens(images)
-            counters.update(images=len(images))
-        if sum(crops for crops, _ in units) > self.data.max_crops:
+            branches = [self._branch(conversation, rng) for conversation in conversations]
+            fitted = self._fit_images(example.images, branches, high_res)
+        if sum(crops for crops, _ in fitted.units) > self.data.max_crops:
             return dropped("too_many_crops")
-        root = np.concatenate([np.array([self.bos_id], dtype=np.int32), visual_ids])
-        kept = self._fit(branches, self.data.seq_length - len(root), counters)
+        root = np.concatenate([np.array([self.bos_id], dtype=np.int32), fitted.ids])
+        counters = Counter(fitted.counts)
+        kept = self._keep(fitted.branches, self.data.seq_length - len(root), counters)
         if not kept:
             return dropped("too_long")
-        plan = self._assemble(root, kept, style, counters)
-        plan.vision_units, plan.images, plan.video, plan.times = units, images, video, times
+        plan = self._assemble(root, kept, options, counters)
+        plan.vision_units, plan.images, plan.video = fitted.units, example.images, example.video
+        plan.times, plan.max_crops = fitted.times, fitted.max_crops
         counters.update(
             examples=1, branches=len(kept), tokens=plan.num_tokens, crops=plan.num_crops,
             loss_tokens=int((plan.loss_weights > 0).sum()),
@@ -155,20 +186,31 @@ class Encoder:
         ValueError: a part is missing, cannot be decoded, or has another size than the JSON says.
         """
         if plan.video:
-            frames = pick_frames(_part(media, plan.video), plan.times, plan.video.get("num_frames"))
-            return self.visual.video_pixels(frames)
+            data, video = _part(media, plan.video.part), plan.video
+            return self.visual.video_pixels(pick_frames(data, plan.times, video.num_frames, start=video.start))
         crops = [np.zeros((0, self.visual.patches_per_crop, self.visual.patch_dim), dtype=np.uint8)]
         pooling, offset = [np.zeros((0, self.visual.window), dtype=np.int64)], 0
         for entry in plan.images:
-            image = decode_image(_part(media, entry))
-            if image.size != (entry["width"], entry["height"]):
-                size = f"{entry['width']} x {entry['height']}"
-                raise ValueError(f"{entry['part']} is {image.size[0]} x {image.size[1]} pixels, its JSON says {size}.")
-            image_crops, windows = self.visual.image_pixels(image)
+            image = read_image(_part(media, entry.part))
+            height, width = image.shape[:2]
+            if (width, height) != (entry.width, entry.height):
+                raise ValueError(
+                    f"{entry.part} is {width} x {height} pixels, its JSON says {entry.width} x {entry.height}."
+                )
+            image_crops, windows = self.visual.image_pixels(image, plan.max_crops)
             crops.append(image_crops)
             pooling.append(np.where(windows >= 0, windows + offset, -1))
             offset += len(image_crops) * self.visual.patches_per_crop
         return np.concatenate(crops), np.concatenate(pooling)
+
+    def frames_that_fit(self) -> int:
+        """The most frames, at data.max_fps, that a row can hold beside no text at all."""
+
+        def fits(frames: int) -> bool:
+            times = [index / self.data.max_fps for index in range(frames)]
+            return 1 + len(self.visual.video_tokens(times)) <= self.data.seq_length
+
+        return _largest(fits, 0, min(self.data.max_frames, self.data.max_crops))
 
     def _text(self, text: str) -> list[int]:
         """Ids of plain text: special tokens spelt out in it stay text."""
@@ -178,14 +220,26 @@ class Encoder:
             return ids
         raise ValueError("A text spells a visual token that the tokenizer does not treat as special.")
 
-    def _branch(self, conversation: list[dict], style: str, rng: np.random.Generator) -> _Branch:
-        """Tokens of one conversation: [system] (user assistant)+."""
-        texts = [render_content(message, self.data.point_separator) for message in conversation]
+    def _branch(self, conversation: Conversation, rng: np.random.Generator) -> _Branch:
+        return self._tokens(conversation, self._prefix(conversation, rng), None)
+
+    def _prefix(self, conversation: Conversation, rng: np.random.Generator) -> str:
+        first = next(message for message in conversation.messages if message.role == "assistant")
+        return style_prefix(conversation.style, len(self._render(first, None)), self.data.style_prefix, rng)
+
+    def _render(self, message: Message, times: list[float] | None) -> str:
+        return render_content(message.content, message.points, self.data.point_separator, times)
+
+    def _tokens(self, conversation: Conversation, prefix: str, times: list[float] | None) -> _Branch:
+        """Tokens of one conversation: [system] (user assistant)+. `times`: of the frames that tracks are cut to."""
+        messages = conversation.messages
+        texts = [self._render(message, times) for message in messages]
         system = None
-        if conversation[0]["role"] == "system":
+        if messages[0].role == "system":
             system, texts = texts[0], texts[1:]
         questions, answers = texts[::2], texts[1::2]
-        prefix = style_prefix(style, len(answers[0]), self.data.style_prefix, rng)
+        if not all(answer.strip() for answer in answers):
+            raise ValueError("An answer is empty.")
         questions[0] = " ".join(part for part in (prefix, questions[0]) if part)
         if system is not None:
             questions[0] = f"System: {system}\n{questions[0]}"
@@ -196,14 +250,31 @@ class Encoder:
             reply = [*self._text(answer), self.eos_id]
             ids += prompt + reply
             is_target += [False] * len(prompt) + [True] * len(reply)
-        return _Branch(np.array(ids, dtype=np.int32), np.array(is_target))
+        return _Branch(np.array(ids, dtype=np.int32), np.array(is_target), conversation.style)
 
-    def _image_tokens(self, images: list[dict]) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    def _fit_images(self, images: list[Image], branches: list[_Branch], high_res: bool) -> _Fitted:
+        """The images with the most crops with which the first branch still fits; all of them at one limit."""
+        most, row = self.data.max_crops_per_image, self.data.seq_length
+        limits = ([self.data.high_res_crops] if high_res else []) + list(range(most, 0, -1))
+        encoded = {limit: self._image_tokens(images, limit) for limit in limits}
+
+        def fits(limit: int, text: int) -> bool:
+            ids, units = encoded[limit]
+            return sum(crops for crops, _ in units) <= self.data.max_crops and 1 + len(ids) + text <= row
+
+        # A text too long even for the smallest images is cut anyway: then they get half of the row.
+        text = branches[0].num_inputs
+        limit = next((limit for need in (text, row // 2) for limit in limits if fits(limit, need)), 1)
+        ids, units = encoded[limit]
+        shrunk = len(images) if limit < most else 0
+        return _Fitted(ids, units, branches, {"images": len(images), "images_shrunk": shrunk}, max_crops=limit)
+
+    def _image_tokens(self, images: list[Image], max_crops: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
         parts, units = [np.zeros(0, dtype=np.int32)], []
-        for number, entry in enumerate(images, start=1):
+        for number, image in enumerate(images, start=1):
             if len(images) > 1:
                 parts.append(self.visual.label_tokens(number))
-            ids, crops = self.visual.image_tokens(entry["width"], entry["height"])
+            ids, crops = self.visual.image_tokens(image.width, image.height, max_crops)
             parts.append(ids)
             units.append((crops, self._count_patches(ids)))
         return np.concatenate(parts), units
@@ -211,18 +282,62 @@ class Encoder:
     def _count_patches(self, ids: np.ndarray) -> int:
         return int((ids == self.visual.patch_id).sum())
 
-    def _times_that_fit(self, duration: float, wanted: int, room: int) -> list[float]:
-        """Times of the most frames, at least one, that stay within `room` tokens and the crops of a row."""
-        frames = min(wanted, self.data.max_crops, max(1, room // len(self.visual.frame)))
-        while True:
-            times = frame_times(duration, frames, self.data.max_fps)
-            excess = len(self.visual.video_tokens(times)) - room
-            if frames == 1 or excess <= 0:
-                return times
-            # Frames after the first cost alike but for a digit or two of their time stamps.
-            frames -= max(1, excess // (len(self.visual.frame) + 16))
+    def _fit_video(self, video: Video, conversations: list[Conversation], rng: np.random.Generator) -> _Fitted:
+        """The most frames, at least one, that fit beside the text and into the crops of a row."""
+        prefixes = [self._prefix(conversation, rng) for conversation in conversations]
+        fixed = [
+            None if _depends_on_times(conversation) else self._tokens(conversation, prefix, None)
+            for conversation, prefix in zip(conversations, prefixes)
+        ]
 
-    def _fit(self, branches: list[_Branch], room: int, counters: Counter) -> list[_Branch]:
+        def visual(frames: int) -> tuple[list[float], np.ndarray]:
+            times = self._times(video, frames)
+            return times, np.concatenate([self.visual.video_tokens(times), self._subtitles(video, times)])
+
+        def text(times: list[float]) -> list[_Branch]:
+            """Every branch if there is room beside all frames, otherwise the first ones, up to half of the row."""
+            branches = [
+                self._tokens(conversation, prefix, times) if branch is None else branch
+                for conversation, prefix, branch in zip(conversations, prefixes, fixed)
+            ]
+            lengths = np.cumsum([branch.num_inputs for branch in branches])
+            return branches[: max(1, int((lengths <= text_room).sum()))]
+
+        def fits(frames: int, most_text: int = self.data.seq_length) -> bool:
+            times, ids = visual(frames)
+            length = sum(branch.num_inputs for branch in text(times))
+            return 1 + len(ids) + min(length, most_text) <= self.data.seq_length
+
+        wanted = len(self._times(video, self.data.max_frames))
+        frames = min(wanted, self.data.max_crops)
+        text_room = max(self.data.seq_length // 2, self.data.seq_length - 1 - len(visual(frames)[1]))
+        if not fits(frames):
+            # A text too long even beside one frame is cut anyway: then the frames get half of the row.
+            most_text = self.data.seq_length if fits(1) else self.data.seq_length // 2
+            frames = _largest(lambda count: fits(count, most_text), 1, frames)
+        times, ids = visual(frames)
+        branches = text(times)
+        counts = {
+            "frames": len(times), "frames_thinned": wanted - len(times), "videos_thinned": int(len(times) < wanted),
+            "dropped_branches": len(conversations) - len(branches),
+        }  # fmt: skip
+        return _Fitted(ids, [(1, self.frame_patches)] * len(times), branches, counts, times)
+
+    def _times(self, video: Video, max_frames: int) -> list[float]:
+        if video.annotation_fps is None:
+            return frame_times(video.seconds, max_frames, self.data.max_fps)
+        return annotation_times(video.seconds, max_frames, video.annotation_fps, video.fps)
+
+    def _subtitles(self, video: Video, times: list[float]) -> np.ndarray:
+        """Tokens of "subtitle" and a line for each subtitle near a frame, or nothing."""
+        lines = [
+            f"{start:.1f} - {end:.1f} {text}"
+            for start, end, text in video.subtitles
+            if any(start - SUBTITLE_REACH <= time <= end + SUBTITLE_REACH for time in times)
+        ]
+        return np.array(self._text("\n".join(["subtitle", *lines])) if lines else [], dtype=np.int32)
+
+    def _keep(self, branches: list[_Branch], room: int, counters: Counter) -> list[_Branch]:
         """The branches that fit into `room` inputs; the last may lose its end, if it keeps a target."""
         kept = []
         for branch in branches:
@@ -234,7 +349,9 @@ class Encoder:
             room -= min(room, branch.num_inputs)
         return kept
 
-    def _assemble(self, root: np.ndarray, branches: list[_Branch], style: str, counters: Counter) -> Plan:
+    def _assemble(
+        self, root: np.ndarray, branches: list[_Branch], options: SourceOptions, counters: Counter
+    ) -> Plan:
         """Concatenate root and branches; only the last branch may be longer than what is left of the row."""
         tree = len(branches) > 1
         room = self.data.seq_length - len(root)
@@ -247,7 +364,9 @@ class Encoder:
             targets = branch.is_target[1 : length + 1]
             # The EOS that ends a branch of a tree carries the weight but is not counted in it.
             num_targets = int(branch.is_target.sum()) - tree
-            weight = loss_weight(style, num_targets, len(branches), self.data.loss_weighting)
+            weighting = options.loss_weighting or self.data.loss_weighting
+            weight = loss_weight(branch.style, num_targets, len(branches), weighting)
+            weight = weight if options.token_weight is None else options.token_weight
             ids.append(branch.ids[:length])
             labels.append(np.where(targets, branch.ids[1 : length + 1], 0))
             weights.append(np.where(targets, np.float32(weight), np.float32(0)))
@@ -260,16 +379,18 @@ class Encoder:
 def loss_weight(style: str, num_targets: int, num_branches: int, weighting: str) -> float:
     """Weight of each target of a branch (molmo2: `root_subsegments_root_tokens` and the mixture's overrides).
 
-    weighting "flat": 1. "root": 0.2 for pointing and tracking, 0.1 for captions of videos, otherwise
+    weighting "flat": 1. "root": 0.2 for pointing and tracking, 0.1 for VIDEO_CAPTIONS, otherwise
     2 / sqrt(num_targets) / sqrt(num_branches). num_targets counts all targets of the branch, cut off or not.
+    "root_report": 4 in the place of 2, as the report has it.
     """
     if weighting == "flat":
         return 1.0
     if POINTING_WORDS & set(style.split("_")):
         return 0.2
-    if re.match("video_|clip_|frame_", style) and style.endswith("_caption"):
+    if style in VIDEO_CAPTIONS:
         return 0.1
-    return 2.0 / max(num_targets, 1) ** 0.5 / num_branches**0.5
+    scale = 4.0 if weighting == "root_report" else 2.0
+    return scale / max(num_targets, 1) ** 0.5 / num_branches**0.5
 
 
 def style_prefix(style: str, answer_length: int, rule: str, rng: np.random.Generator) -> str:
@@ -285,36 +406,20 @@ def style_prefix(style: str, answer_length: int, rule: str, rng: np.random.Gener
     return f"{style} {max(0, (answer_length + int(rng.normal(0, 25))) // 15)}:"
 
 
-def _checked(sample: Mapping) -> tuple[str, list[dict], dict | None, list[list[dict]]]:
-    """Style, images, video and conversations of a sample's JSON. ValueError: it has another form."""
-    try:
-        style, images, video = sample["style"], sample["images"], sample["video"]
-        for conversation in sample["branches"]:
-            roles = [message["role"] for message in conversation]
-            roles = roles[1:] if roles[0] == "system" else roles
-            if len(roles) < 2 or roles != ["user", "assistant"] * (len(roles) // 2):
-                raise ValueError(f"A conversation has the roles {roles}, not user and assistant in turn.")
-            if not all(isinstance(message["content"], str) for message in conversation):
-                raise ValueError("The content of a message is not a text.")
-            if not all(isinstance(message.get("points") or [], list) for message in conversation):
-                raise ValueError("The points of a message are not a list.")
-        if not sample["branches"]:
-            raise ValueError("A sample has no branches.")
-        sides = [side for entry in images for side in (entry["width"], entry["height"])]
-        if not all(isinstance(side, int) and side > 0 for side in sides):
-            raise ValueError("An image's width and height must be positive integers.")
-        if not all(isinstance(entry["part"], str) for entry in [*images, *([video] if video else [])]):
-            raise ValueError("An image or a video does not name its part.")
-        if video and not isinstance(video.get("num_frames"), int | None):
-            raise ValueError("The num_frames of a video is not an integer.")
-        if not isinstance(style, str) or (images and video) or (video and not float(video["duration"]) >= 0):
-            raise ValueError("A sample has a style, images or a video (not both), and a duration of the video.")
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"A sample's JSON lacks or misuses {error}.") from error
-    return style, images, video, sample["branches"]
+def _depends_on_times(conversation: Conversation) -> bool:
+    """Whether its text depends on the frames that are seen: tracks do."""
+    return any(entry.get("type") == "tracks" for message in conversation.messages for entry in message.points)
 
 
-def _part(media: Mapping[str, bytes], entry: dict) -> bytes:
-    if entry["part"] not in media:
-        raise ValueError(f"The part {entry['part']} is missing.")
-    return media[entry["part"]]
+def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest integer from low to high that fits, by bisection; low if none does."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _part(media: Mapping[str, bytes], name: str) -> bytes:
+    if name not in media:
+        raise ValueError(f"The part {name} is missing.")
+    return media[name]

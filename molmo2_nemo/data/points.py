@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 SEPARATORS = ("\t", ";")
 NO_POINTS = "There are none."
 NO_TRACKS = "No tracks available."
+# Seconds: an annotation this close to a frame is of that frame (times are written with one decimal).
+SAME_TIME = 0.05
 
 _MARKER = re.compile(r"<points ([0-9]{1,4})/>")
 _TAG = re.compile(r"</?(?:points|tracks)\b")
@@ -36,15 +38,18 @@ class Points:
     label: str
     groups: list
     kind: str = "image"
+    alt: str | None = None  # text of the tag's attribute of that name
 
 
 @dataclass
 class Tracks:
     """Objects with one label, followed over time: `frames` is a list of (seconds, [(object_id, x, y), ...]), x and y
-    as fractions of width and height. Leave out an object where it cannot be seen."""
+    as fractions of width and height. Leave out an object where it cannot be seen. `ends`: only the first and the last
+    point of each object are written."""
 
     label: str
     frames: list
+    ends: bool = False
 
 
 def format_points(points: Points, separator: str = ";") -> str:
@@ -69,7 +74,8 @@ def format_points(points: Points, separator: str = ";") -> str:
     if not texts:
         return NO_POINTS
     label = points.label.lower() if points.kind == "image" else points.label
-    return f'<points coords="{separator.join(texts)}">{label}</points>'
+    alt = "" if points.alt is None else f'alt="{_attribute(points.alt)}" '
+    return f'<points {alt}coords="{separator.join(texts)}">{label}</points>'
 
 
 def format_tracks(tracks: Tracks, separator: str = ";") -> str:
@@ -84,6 +90,8 @@ def format_tracks(tracks: Tracks, separator: str = ";") -> str:
         frame = frames.setdefault(_seconds(seconds), {})
         for name, x, y in objects:
             frame.setdefault(name, (_thousandths(x), _thousandths(y)))
+    if tracks.ends:
+        frames = _ends(frames)
     numbers, texts = {}, []
     for seconds in sorted(frames):
         frame = frames[seconds]
@@ -137,32 +145,54 @@ def from_json(value: dict) -> Points | Tracks:
     try:
         if value["type"] == "points":
             groups = [(float(frame), [(float(x), float(y)) for x, y in group]) for frame, group in value["groups"]]
-            return Points(str(value["label"]), groups, value.get("kind", "image"))
+            return Points(str(value["label"]), groups, value.get("kind", "image"), value.get("alt"))
         if value["type"] == "tracks":
             frames = [(float(t), [(i, float(x), float(y)) for i, x, y in frame]) for t, frame in value["frames"]]
-            return Tracks(str(value["label"]), frames)
+            return Tracks(str(value["label"]), frames, bool(value.get("ends", False)))
     except (KeyError, TypeError, ValueError):
         pass
     raise ValueError(f"Neither points nor tracks: {json.dumps(value, default=repr)[:200]}")
 
 
-def render_content(message: dict, separator: str = ";") -> str:
-    """The text of a message, each marker `<points k/>` in it replaced by entry k of `message["points"]` as text.
+def render_content(content: str, entries: list[dict], separator: str = ";", times: list[float] | None = None) -> str:
+    """The content of a message, each marker `<points k/>` in it replaced by entry k as text.
 
-    Entries are dictionaries of `to_json`. A message without "points" is returned as it is. ValueError: a marker has no
-    entry, or an entry cannot be formatted.
+    entries: dictionaries of `to_json`; without any the content is returned as it is. times: seconds of the frames that
+    are seen; tracks lose what lies more than SAME_TIME away from all of them. ValueError: a marker has no entry, or an
+    entry cannot be formatted.
     """
-    if not message.get("points"):
-        return message["content"]
+    if not entries:
+        return content
 
     def replace(marker: re.Match) -> str:
         index = int(marker[1])
-        if index >= len(message["points"]):
-            raise ValueError(f"The marker {marker[0]} has no entry among {len(message['points'])} points.")
-        value = from_json(message["points"][index])
-        return (format_points if isinstance(value, Points) else format_tracks)(value, separator)
+        if index >= len(entries):
+            raise ValueError(f"The marker {marker[0]} has no entry among {len(entries)} points.")
+        value = from_json(entries[index])
+        if isinstance(value, Points):
+            return format_points(value, separator)
+        if times is not None:
+            value.frames = [frame for frame in value.frames if any(abs(frame[0] - t) <= SAME_TIME for t in times)]
+        return format_tracks(value, separator)
 
-    return _MARKER.sub(replace, message["content"])
+    return _MARKER.sub(replace, content)
+
+
+def _ends(frames: dict[float, dict]) -> dict[float, dict]:
+    """Of seconds -> object -> point, what is the first or the last of an object."""
+    spans = {}
+    for seconds in sorted(frames):
+        for name in frames[seconds]:
+            spans[name] = (spans.get(name, (seconds,))[0], seconds)
+    return {
+        seconds: {name: point for name, point in frame.items() if seconds in spans[name]}
+        for seconds, frame in frames.items()
+    }
+
+
+def _attribute(text: str) -> str:
+    """Text that cannot end an attribute or a tag."""
+    return text.replace('"', "'").replace("<", "").replace(">", "")
 
 
 def _check(label: str, separator: str) -> None:
