@@ -2,12 +2,17 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import av
 import numpy as np
 
 # Seconds: a frame counts as on screen this long before its time stamp (stamps are rounded to the stream's time base).
 TOLERANCE = 1e-6
+# Of a frame; 8K has 33,177,600.
+MAX_PIXELS = 2**25
+# Frames a second of videos with tracks (molmo2: the cap of the sampler's candidates).
+MAX_TRACKING_FPS = 10
 
 
 def frame_times(duration: float, max_frames: int, max_fps: float = 2.0) -> list[float]:
@@ -26,52 +31,174 @@ def frame_times(duration: float, max_frames: int, max_fps: float = 2.0) -> list[
     return [*(np.arange(np.ceil(duration * max_fps)) / max_fps).tolist(), float(duration)]
 
 
-def pick_frames(video: bytes, times: Sequence[float], num_frames: int | None = None) -> Iterator[np.ndarray]:
-    """The frames on screen at ascending `times` (seconds after the first frame): uint8 [H, W, 3], one for each time.
+def annotation_times(
+    duration: float, max_frames: int, annotation_fps: float, video_fps: float | None = None
+) -> list[float]:
+    """Seconds from the start of a video at which to look so that annotations at `annotation_fps` stay aligned.
 
-    Works on presentation time stamps, so variable frame rates and late starts are right; a time past the end gives the
-    last frame. One forward pass. `num_frames`: what the metadata promise; ValueError if a tenth of them is missing
-    (a truncated file), as well as for a file without a readable video stream.
+    Multiples of 1 / fps below `duration`, at most `max_frames`: a longer video is cut, never sampled more thinly. fps
+    is the highest of the candidates at which max_frames / fps still reaches `duration`, otherwise the annotations'
+    own. Candidates: multiples of annotation_fps, up to 10, that divide the video's (Molmo2's sampler mode `fps`).
+    ValueError: annotation_fps does not divide video_fps.
     """
+    if not 0 <= duration < float("inf"):
+        raise ValueError(f"The duration of a video must be seconds, not {duration}.")
+    if max_frames < 1 or not annotation_fps > 0:
+        raise ValueError(
+            f"A video needs max_frames >= 1 and annotation_fps > 0, not {max_frames} and {annotation_fps}."
+        )
+    fps = annotation_fps
+    if video_fps is not None:
+        if not _divides(annotation_fps, video_fps):
+            raise ValueError(
+                f"annotation_fps={annotation_fps} does not divide the video's {video_fps} frames a second."
+            )
+        multiples = [annotation_fps * k for k in range(1, int(MAX_TRACKING_FPS / annotation_fps) + 1)]
+        candidates = [candidate for candidate in multiples if _divides(candidate, video_fps)]
+        fps = max((fps for fps in candidates if max_frames / fps >= duration), default=annotation_fps)
+    times = np.arange(max_frames) / fps
+    return times[times < duration].tolist() or [0.0]
+
+
+def _divides(fps: float, video_fps: float) -> bool:
+    """Whether video_fps is a multiple of fps, 29.97 counting as 30."""
+    return round(video_fps / fps) >= 1 and abs(video_fps / fps / round(video_fps / fps) - 1) < 0.002
+
+
+def pick_frames(
+    video: bytes, times: Sequence[float], num_frames: int | None = None, start: float = 0.0
+) -> Iterator[np.ndarray]:
+    """The frames on screen at ascending `times` (seconds after `start`): uint8 [H, W, 3], one for each time.
+
+    `start`: seconds after the first frame, where a clip begins. Works on presentation time stamps, so variable frame
+    rates and late starts are right; a time past the end gives the last frame. Frames are turned as they are displayed.
+    What no wanted frame needs is not decoded. Instead of a frame that cannot be decoded comes the one before it.
+    `num_frames`: what the metadata promise of the whole file. ValueError: a tenth of the file's frames is missing
+    (truncated), more than a tenth of the wanted ones cannot be decoded, or there is no video of a reasonable size.
+    """
+    with _open(video) as container:
+        stream = container.streams.best("video")
+        packets = [_Packet.of(packet) for packet in _packets(stream)]
+        # Frames of AVI and of files without presentation times are stamped in the order in which they come out.
+        stamped = container.format.name != "avi" and all(packet.stamped for packet in packets)
+        seconds = float(stream.time_base)
+    stamps = np.array(sorted(packet.stamp for packet in packets if packet.shown), dtype=np.int64)
+    if not len(stamps):
+        raise ValueError("The video holds no frame with a time stamp.")
+    if num_frames is not None and len(stamps) < 0.9 * num_frames:
+        raise ValueError(f"The video ends after {len(stamps)} of {num_frames} frames.")
+    on_screen = (stamps - stamps[0]) * seconds
+    indices = np.searchsorted(on_screen, np.asarray(times) + start + TOLERANCE, side="right") - 1
+    wanted = stamps[np.maximum(indices, 0)].tolist()
+    if stamped:
+        needed, picked = _needed(packets, set(wanted))
+        frames = ((frame.pts, frame) for frame in _decode(video, needed, picked) if frame.pts is not None)
+    else:
+        every = np.ones(len(packets), dtype=bool)
+        frames = zip(stamps.tolist(), _decode(video, every, every))
+    yield from _match(frames, wanted)
+
+
+class _Packet(NamedTuple):
+    stamp: int | None  # of presentation, in the stream's time base
+    stamped: bool  # False: `stamp` is the time of decoding
+    is_key: bool
+    shown: bool
+
+    @classmethod
+    def of(cls, packet: av.Packet) -> "_Packet":
+        stamp = packet.dts if packet.pts is None else packet.pts
+        return cls(stamp, packet.pts is not None, packet.is_keyframe, stamp is not None and not packet.is_discard)
+
+
+def _packets(stream: av.VideoStream) -> Iterator[av.Packet]:
+    """In the order of decoding."""
+    try:
+        yield from (packet for packet in stream.container.demux(stream) if packet.size)
+    except av.FFmpegError as error:
+        raise ValueError(f"The video cannot be read: {error}.") from error
+
+
+def _needed(packets: Sequence[_Packet], wanted: set[int]) -> tuple[np.ndarray, np.ndarray]:
+    """By packet (bool): must it be decoded, and is it a wanted frame. Those from a wanted one's key frame on must."""
+    needed, picked = np.zeros((2, len(packets)), dtype=bool)
+    keys = []
+    for index, packet in enumerate(packets):
+        if packet.is_key:
+            keys.append(index)
+        if packet.stamp in wanted:
+            # A frame shown before the last key frame but stored after it may refer to what came before both.
+            begin = next((key for key in reversed(keys) if packets[key].stamp <= packet.stamp), 0)
+            needed[begin : index + 1] = picked[index] = True
+    return needed[: picked.nonzero()[0].max(initial=-1) + 1], picked
+
+
+def _decode(video: bytes, needed: np.ndarray, picked: np.ndarray) -> Iterator[av.VideoFrame]:
+    """The readable frames of the needed packets, in the order of presentation. Not all those not picked come out."""
+    with _open(video) as container:
+        stream = container.streams.best("video")
+        # Workers are many and forked: a threaded decoder or scaler would oversubscribe, or hang after a fork.
+        stream.thread_type = "NONE"
+        codec = stream.codec_context
+        codec.options = {"max_pixels": str(MAX_PIXELS)}
+        try:
+            codec.open()  # libdav1d heeds what skip_frame says at this moment, and ever after
+        except av.FFmpegError as error:
+            raise ValueError(f"The video cannot be decoded: {error}.") from error
+        skipped = False
+        for is_needed, is_picked, packet in zip(needed.tolist(), picked.tolist(), _packets(stream)):
+            if not is_needed:
+                skipped = True
+                continue
+            if skipped:
+                yield from _frames(codec, None)
+                codec.flush_buffers()
+                skipped = False
+            # Frames that no other frame refers to are left out.
+            codec.skip_frame = "DEFAULT" if is_picked else "NONREF"
+            yield from _frames(codec, packet)
+        yield from _frames(codec, None)
+
+
+def _frames(codec: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:
+    try:
+        return [frame for frame in codec.decode(packet) if not frame.is_corrupt]
+    except av.FFmpegError:  # a broken packet: its frame will be missed if it is wanted
+        return []
+
+
+def _match(frames: Iterator[tuple[int, av.VideoFrame]], wanted: Sequence[int]) -> Iterator[np.ndarray]:
+    """For each of the ascending stamps its frame, or the one before it if it is missing."""
+    missing, before, after, pixels = 0, None, next(frames, None), None
+    for stamp in wanted:
+        while after is not None and after[0] <= stamp:
+            before, after, pixels = after, next(frames, None), None
+        missing += before is None or before[0] != stamp
+        if missing > 0.1 * len(wanted) or not (before or after):
+            raise ValueError("More than a tenth of the wanted frames of the video cannot be decoded.")
+        if pixels is None:
+            pixels = _rgb((before or after)[1])
+        yield pixels
+
+
+def _open(video: bytes) -> av.container.InputContainer:
     try:
         container = av.open(io.BytesIO(video))
     except Exception as error:
         raise ValueError(f"The video cannot be opened: {error}.") from error
-    with container:
-        if not container.streams.video:
-            raise ValueError("The file holds no video stream.")
-        stream = container.streams.video[0]
-        # Workers are many and forked: a threaded decoder or scaler would oversubscribe, or hang after a fork.
-        stream.thread_type = "NONE"
-        wanted = list(times)
-        start = shown = pixels = None
-        decoded = 0
-        for frame in _decode(container, stream):
-            decoded += 1
-            start = frame.time if start is None else start
-            while wanted and shown is not None and wanted[0] + TOLERANCE < frame.time - start:
-                pixels = _rgb(shown) if pixels is None else pixels
-                yield pixels
-                wanted.pop(0)
-            shown, pixels = frame, None
-        if shown is None:
-            raise ValueError("The video holds no frame.")
-        if num_frames is not None and decoded < 0.9 * num_frames:
-            raise ValueError(f"The video ends after {decoded} of {num_frames} frames.")
-        pixels = _rgb(shown)
-        for _ in wanted:
-            yield pixels
-
-
-def _decode(container, stream) -> Iterator[av.VideoFrame]:
-    """Frames in the order of their presentation, those without a time stamp left out."""
-    try:
-        for frame in container.decode(stream):
-            if frame.pts is not None:
-                yield frame
-    except av.FFmpegError as error:
-        raise ValueError(f"The video cannot be decoded: {error}.") from error
+    stream, problem = container.streams.best("video"), None
+    if stream is None:
+        problem = "The file holds no video stream."
+    elif stream.codec_context is None:
+        problem = "The video's codec is unknown."
+    elif stream.width * stream.height > MAX_PIXELS:
+        problem = f"The video's frames are {stream.width} x {stream.height} pixels, more than {MAX_PIXELS}."
+    if problem:
+        container.close()
+        raise ValueError(problem)
+    return container
 
 
 def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    return frame.reformat(format="rgb24", threads=1).to_ndarray()
+    pixels = frame.reformat(format="rgb24", threads=1).to_ndarray()
+    return np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
