@@ -135,8 +135,14 @@ class DataConfig:
     num_workers: int = 2
     seed: int = 1
     point_separator: str = ";"
-    loss_weighting: str = "root"  # flat: 1 everywhere | root: 2/sqrt(tokens) and the flat overrides
+    # flat: 1 everywhere | root: 2/sqrt(tokens) and the flat overrides | root_report: 4/sqrt(tokens) instead
+    loss_weighting: str = "root"
     style_prefix: str = "demo"  # length: "style n:" | demo: none for demo styles, "style: " for the rest
+    prompts: str = "templates"  # templates: questions of tasks are drawn from sets | none: the label alone, or nothing
+    max_images: int = 5  # of a sample
+    high_res_crops: int = 24  # crops of a single image of sources with high_res_probability, that often
+    skip_missing: bool = False  # leave out sources of the blend that are not on disk
+    max_error_rate: float = 0.01  # of a source's samples that are broken; above it the run stops
 
 
 @dataclass
@@ -414,8 +420,10 @@ def layers_per_stage(p: ParallelConfig, m: ModelConfig) -> list[int]:
 
 def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig) -> None:
     """Refuse budgets that hold nothing. Raises ConfigError."""
-    _check_choice("data.loss_weighting", d.loss_weighting, ("flat", "root"))
+    _check_choice("data.loss_weighting", d.loss_weighting, ("flat", "root", "root_report"))
     _check_choice("data.style_prefix", d.style_prefix, ("length", "demo"))
+    _check_choice("data.prompts", d.prompts, ("templates", "none"))
+    _refuse(not 0 <= d.max_error_rate <= 1, f"data.max_error_rate={d.max_error_rate} is not between 0 and 1.")
     multiple = p.context_parallel_size * (p.tensor_model_parallel_size if p.sequence_parallel else 1)
     _refuse(
         d.seq_length < 1 or d.seq_length % multiple != 0,
@@ -439,7 +447,7 @@ def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig) -> None:
         d.seq_length <= tokens,
         f"data.seq_length={d.seq_length} cannot hold the {tokens} patch tokens of the smallest image: raise it.",
     )
-    for key in ("packing_buffer_size", "max_crops_per_image"):
+    for key in ("packing_buffer_size", "max_crops_per_image", "max_images", "high_res_crops"):
         _refuse(getattr(d, key) < 1, f"data.{key}={getattr(d, key)} must be at least 1.")
     _refuse(d.num_workers < 0, f"data.num_workers={d.num_workers} must not be negative.")
 

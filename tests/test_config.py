@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
@@ -50,7 +49,8 @@ def test_the_quickstart_is_accepted(stage):
 
 def test_no_option_is_left_untested():
     assert options("schedule") == ["quickstart", "report", "seed"]
-    assert options("data") == ["catalogue", "sample"] and options("optim") == ["default", "from_scratch"]
+    assert options("data") == ["sample", "stage1", "stage2", "stage2_report"]
+    assert options("optim") == ["default", "from_scratch"]
 
 
 @pytest.mark.parametrize("parallel", options("parallel"))
@@ -82,12 +82,16 @@ def test_report_schedule_holds_the_report():
         assert (o.vit.warmup_steps, o.connector.warmup_steps, o.llm.warmup_steps) == warmups
 
 
-def test_stage1_blend_has_the_asked_ratios():
-    sources = yaml.safe_load((CONF_DIR / "blend" / "stage1.yaml").read_text())["sources"]
-    assert [source["weight"] for source in sources.values()] == [60, 15, 10, 5, 10]
-    for stage in ("stage2", "stage3"):
-        blend = yaml.safe_load((CONF_DIR / "blend" / f"{stage}.yaml").read_text())
-        assert blend["weighting"] == "sqrt" and len(blend["sources"]) > 100
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_its_own_data_and_takes_others(stage, monkeypatch):
+    monkeypatch.setenv("DATA_ROOT", "/shards")
+    own = build(stage).data
+    assert (own.blend, own.root) == ("stage1" if stage == "stage1" else "stage2", "/shards")
+    assert build(stage, "data=sample").data.blend == f"sample_{stage}"
+    assert build(stage, "data=stage2_report").data.blend == "stage2_report"
+    assert build(stage, "data.blend=my/blend.yaml").data.blend == "my/blend.yaml"
+    for name in options("data"):
+        assert (CONF_DIR / "blend" / f"{build(stage, f'data={name}').data.blend}.yaml").is_file()
 
 
 @pytest.mark.parametrize(
@@ -164,5 +168,3 @@ def test_architecture_survives_json():
     for model in ("tiny", "molmo2_o_7b"):
         original = build("stage2", f"model={model}").model
         assert config.model_config_from_json(config.model_config_to_json(original)) == original
-
-

@@ -1,24 +1,56 @@
-"""Which data sets a stage trains on, and how much of each.
+"""Which data sets a stage trains on, how much of each, and how their samples are treated.
 
-A blend is a YAML file, conf/blend/NAME.yaml:
+A blend is a YAML file, conf/blend/NAME.yaml or any other:
 
-    weighting: fixed                             # fixed: the weights below | sqrt: square roots of the sizes
+    weighting: sqrt                        # in proportion to the square roots of the sizes
     sources:
-      captions: {path: captions, weight: 60}     # path relative to data.root; weight only if fixed
+      chats: {path: my_chats}              # folder of Energon shards, relative to data.root
+      charts: {path: my_charts, size: 10000, factor: 1.5}
+                                           # size: in the place of the number of training samples; factor: of the root
+or
+    weighting: fixed                       # in proportion to the weights
+    sources:
+      captions: {path: captions, weight: 60}
+      points: {path: points, weight: 40, token_weight: 0.2, high_res_probability: 0.3}
+or, to give groups of sources a rate each,
+    groups:
+      video: {rate: 0.2, weighting: sqrt, sources: {clips: {path: clips}, films: {path: films, size: 60000}}}
+      text: {rate: 0.1, weighting: fixed, sources: {chats: {path: my_chats, weight: 1}}}
 
-Weights are shares of samples, not of tokens, and need not sum to anything. A source is an Energon WebDataset with the
-split parts "train" and "val". Everything here reads a few small files and starts nothing.
+Any source may have the options of `SourceOptions`. Weights and rates are of samples, not of tokens, and need not sum to
+anything: weights are normalised within their group, multiplied by its rate, and normalised over all (the fine-tuning
+mixture of allenai/molmo2, `launch_scripts/sft.py`, and arXiv 2601.10611).
+
+A source is an Energon WebDataset with the split parts "train" and "val". Everything here reads a few small files and
+starts nothing.
 """
 
 import json
+import math
 import os
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
 from braceexpand import braceexpand
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from molmo2_nemo.config import CONF_DIR, DataConfig
+
+LOSS_WEIGHTINGS = ("flat", "root", "root_report")
+# Names in a message that lists some.
+MAX_LISTED = 8
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How the samples of a source are treated."""
+
+    loss_weighting: str | None = None  # flat | root | root_report; None: data.loss_weighting
+    token_weight: float | None = None  # the weight of every target token instead
+    high_res_probability: float = 0.0  # that a single image gets up to data.high_res_crops crops
 
 
 @dataclass(frozen=True)
@@ -27,46 +59,69 @@ class Source:
 
     name: str
     path: str  # absolute
-    weight: float
+    weight: float  # share of the samples; those of a blend sum to 1
     num_samples: int  # of the split part "train"
     num_validation_samples: int = 0  # of the split part "val"
+    group: str | None = None
+    options: SourceOptions = SourceOptions()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A source as the blend's file has it, on disk or not."""
+
+    name: str
+    path: Path  # absolute
+    group: str | None
+    rate: float  # of the group
+    weight: float | None  # of weighting fixed
+    size: float | None  # of weighting sqrt, as is factor
+    factor: float | None
+    options: SourceOptions
+
+    def weight_in_group(self, num_samples: int) -> float:
+        return self.weight or (self.factor or 1.0) * math.sqrt(self.size or num_samples)
 
 
 def load_blend(cfg: DataConfig) -> list[Source]:
-    """The sources of `cfg.blend` with their weights, in the file's order.
+    """The sources of `cfg.blend` with their shares, in the file's order.
 
-    ValueError, one sentence: a file or folder is missing, a key is unknown or missing, a weight is not positive, a
-    source is empty or listed twice.
+    With `cfg.skip_missing`, sources without a folder (`missing_sources`) are left out: their share goes to the rest of
+    their group, that of a group without any to the other groups.
+
+    ValueError, one sentence: a file or folder is missing, a key is unknown, missing or given twice, a value makes no
+    sense, a source is empty or not prepared, or two of them are the same folder.
     """
-    file = _blend_file(cfg.blend)
-    where = f"data.blend={cfg.blend} ({file})"
-    try:
-        blend = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
-    _check_keys(blend, {"weighting", "sources"}, {"weighting", "sources"}, where)
-    weighting, entries = blend["weighting"], blend["sources"]
-    if weighting not in ("fixed", "sqrt"):
-        raise ValueError(f"{where} has weighting={weighting}: choose fixed or sqrt.")
-    if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"{where} lists no sources: add at least one.")
-    needed = {"path", "weight"} if weighting == "fixed" else {"path"}
-    sources = []
-    for name, entry in entries.items():
-        _check_keys(entry, needed, needed, f"{where}, source {name} of weighting={weighting},")
-        path = Path(os.path.abspath(Path(cfg.root).expanduser() / str(entry["path"])))
-        train, val = (_count_samples(cfg.root, name, path, part) for part in ("train", "val"))
+    where, entries = _read(cfg)
+    present = [entry for entry in entries if entry.path.is_dir()]
+    if len(present) < len(entries) and not (cfg.skip_missing and present):
+        missing = [entry.name for entry in entries if not entry.path.is_dir()]
+        raise ValueError(
+            f"{len(missing)} of the {len(entries)} sources of {where} are not on disk under data.root={cfg.root} "
+            f"({_listed(missing)}): {_remedy(cfg, some_present=bool(present))}."
+        )
+    counts = [[sum(shards.values()) for shards in _shards(entry.name, entry.path).values()] for entry in present]
+    totals, rates = defaultdict(float), {}
+    for entry, (train, _) in zip(present, counts):
         if train == 0:
-            raise ValueError(f"source {name} of {where} has no training samples in {path}: prepare it again.")
-        weight = entry["weight"] if weighting == "fixed" else train**0.5
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-            raise ValueError(f"{where}, source {name}, has weight={weight}: make it a number above 0, or remove it.")
-        # Energon would play the same folder twice in the identical order.
-        twin = next((source.name for source in sources if source.path == str(path)), None)
-        if twin is not None:
-            raise ValueError(f"{where} lists {path} twice, as {twin} and {name}: keep one, with both weights' sum.")
-        sources.append(Source(str(name), str(path), float(weight), train, val))
-    return sources
+            raise ValueError(
+                f"source {entry.name} of {where} has no training samples in {entry.path}: prepare it again."
+            )
+        totals[entry.group] += entry.weight_in_group(train)
+        rates[entry.group] = entry.rate
+    return [
+        Source(
+            entry.name, str(entry.path),
+            entry.weight_in_group(train) / totals[entry.group] * entry.rate / sum(rates.values()),
+            train, val, entry.group, entry.options,
+        )
+        for entry, (train, val) in zip(present, counts)
+    ]  # fmt: skip
+
+
+def missing_sources(cfg: DataConfig) -> list[str]:
+    """Names of the sources of `cfg.blend` that have no folder. ValueError: the file is wrong, as for `load_blend`."""
+    return [entry.name for entry in _read(cfg)[1] if not entry.path.is_dir()]
 
 
 def check_blend(sources: list[Source], world_size: int, num_workers: int) -> None:
@@ -75,14 +130,35 @@ def check_blend(sources: list[Source], world_size: int, num_workers: int) -> Non
     Each worker owns a fixed range of each source. Workers without a sample never draw it, so that a source smaller
     than their number is seen less often than its weight says. ValueError, one sentence.
     """
-    workers = world_size * max(1, num_workers)
-    small = [source for source in sources if source.num_samples < 2 * workers]
+    needed = 2 * world_size * max(1, num_workers)
+    small = [f"{source.name}: {source.num_samples}" for source in sources if source.num_samples < needed]
     if small:
         raise ValueError(
-            f"source {small[0].name} has {small[0].num_samples} training samples, fewer than two for each of "
-            f"{world_size} data-parallel rank(s) x data.num_workers={num_workers}: lower data.num_workers, or write "
-            "its samples to the shards several times under new keys."
+            f"{world_size} data-parallel rank(s) x data.num_workers={num_workers} need {needed} training samples of a "
+            f"source, two each, but {len(small)} of {len(sources)} have fewer ({_listed(small)}): lower "
+            "data.num_workers, leave them out of data.blend, or write their samples to the shards several times under "
+            "new keys (size: in the blend keeps their weight)."
         )
+
+
+def check_shards(sources: list[Source], max_error_rate: float) -> None:
+    """Refuse sources of which more than `max_error_rate` of the samples are in shards that are not there.
+
+    Training would count them as unreadable one by one. ValueError, one sentence that names the first file.
+    """
+    for source in sources:
+        folder = Path(source.path)
+        for shards in _shards(source.name, folder).values():
+            found = _files(folder, {os.path.dirname(shard) for shard in shards})
+            lost = {shard: {shard, f"{shard}.idx"} - found for shard in shards}
+            lost = {shard: min(files) for shard, files in lost.items() if files}
+            share = sum(shards[shard] for shard in lost) / max(1, sum(shards.values()))
+            if share > max_error_rate:
+                raise ValueError(
+                    f"the source {source.name} lacks {len(lost)} of {len(shards)} shards with {share:.1%} of their "
+                    f"samples, the first of them {folder / min(lost.values())}, which is more than "
+                    f"data.max_error_rate={max_error_rate} allows: fetch or prepare it again."
+                )
 
 
 def write_metadataset(sources: list[Source], path: Path) -> None:
@@ -98,6 +174,69 @@ def write_metadataset(sources: list[Source], path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     partial.write_text(yaml.safe_dump(document, sort_keys=False))
     partial.replace(path)
+
+
+def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
+    """What to call the blend in messages, and its sources, checked as far as the file goes."""
+    file = _blend_file(cfg.blend)
+    where = f"data.blend={cfg.blend} ({file})"
+    try:
+        # Unlike PyYAML, it refuses a key that is given twice.
+        blend = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if isinstance(blend, dict) and "groups" in blend:
+        _check_keys(blend, {"groups"}, {"groups"}, where)
+        entries = []
+        for name, group in _mapping(blend, "groups", where).items():
+            within, keys = f"{where}, group {name},", {"rate", "weighting", "sources"}
+            _check_keys(group, keys, keys, within)
+            entries += _read_sources(cfg, group, within, str(name), _number(group, "rate", within))
+    else:
+        keys = {"weighting", "sources"}
+        _check_keys(blend, keys, keys, where)
+        entries = _read_sources(cfg, blend, where, None, 1.0)
+    names, folders = set(), {}
+    for entry in entries:
+        if entry.name in names:
+            raise ValueError(f"{where} has the source {entry.name} in two groups: rename one.")
+        names.add(entry.name)
+        # Energon would play the same folder twice in the identical order.
+        twin = folders.setdefault(os.path.realpath(entry.path), entry.name)
+        if twin != entry.name:
+            raise ValueError(
+                f"{where} lists {entry.path} twice, as {twin} and {entry.name}: keep one, with the sum of their weights "
+                "or factors."
+            )
+    return where, entries
+
+
+def _read_sources(cfg: DataConfig, group: dict, where: str, name: str | None, rate: float) -> list[_Entry]:
+    """The sources of one group, or of a blend without groups."""
+    weighting = group["weighting"]
+    if weighting not in ("fixed", "sqrt"):
+        raise ValueError(f"{where} has weighting={weighting}: choose fixed or sqrt.")
+    needed = {"path", "weight"} if weighting == "fixed" else {"path"}
+    optional = {field.name for field in fields(SourceOptions)} | ({"size", "factor"} if weighting == "sqrt" else set())
+    entries = []
+    for source, entry in _mapping(group, "sources", where).items():
+        within = f"{where}, source {source},"
+        _check_keys(entry, needed, needed | optional, f"{where}, source {source} of weighting={weighting},")
+        path, loss_weighting = entry["path"], entry.get("loss_weighting")
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"{within} has path={path}: name a folder.")
+        if loss_weighting not in (None, *LOSS_WEIGHTINGS):
+            raise ValueError(f"{within} has loss_weighting={loss_weighting}: choose {', '.join(LOSS_WEIGHTINGS)}.")
+        high_res = entry.get("high_res_probability", 0.0)
+        if isinstance(high_res, bool) or not isinstance(high_res, (int, float)) or not 0 <= high_res <= 1:
+            raise ValueError(f"{within} has high_res_probability={high_res}: make it a number from 0 to 1.")
+        options = SourceOptions(loss_weighting, _number(entry, "token_weight", within), float(high_res))
+        numbers = [_number(entry, key, within) for key in ("weight", "size", "factor")]
+        if entry.get("size", 1) < 1:
+            raise ValueError(f"{within} has size={entry['size']}: it is a number of samples, make it 1 or more.")
+        folder = Path(os.path.abspath(Path(cfg.root).expanduser() / Path(path).expanduser()))
+        entries.append(_Entry(str(source), folder, name, rate, *numbers, options))
+    return entries
 
 
 def _blend_file(blend: str) -> Path:
@@ -118,21 +257,64 @@ def _check_keys(value, needed: set[str], allowed: set[str], where: str) -> None:
         raise ValueError(f"{where} has the unknown key {key}: remove it; known are {', '.join(sorted(allowed))}.")
 
 
-def _count_samples(root: str, name: str, path: Path, part: str) -> int:
-    """Samples of one split part, from Energon's index."""
-    if not path.is_dir():
-        raise ValueError(
-            f"data.root={root} has no folder for the source {name} ({path} does not exist): "
-            f"run python tools/make_sample_data.py --out {root}, or set data.root to the folder that holds the sources."
-        )
-    meta = path / ".nv-meta"
+def _mapping(values: dict, key: str, where: str) -> dict:
+    if not isinstance(values[key], dict) or not values[key]:
+        raise ValueError(f"{where} lists no {key}: add at least one.")
+    return values[key]
+
+
+def _number(values: dict, key: str, where: str) -> float | None:
+    """values[key], None if it is not there."""
+    value = values.get(key)
+    if key in values and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
+        raise ValueError(f"{where} has {key}={value}: make it a number above 0, or remove it.")
+    return value
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
+
+
+def _remedy(cfg: DataConfig, some_present: bool) -> str:
+    """How to get sources that are not on disk, or to do without."""
+    if cfg.blend.startswith("sample_"):
+        return f"run python tools/make_sample_data.py --out {cfg.root}"
+    prepare = "prepare them as shards in data.root (README, section Data)"
+    if some_present:
+        return f"{prepare}, or set data.skip_missing=true to train without them"
+    return f"{prepare}, or set data.root to the folder that holds them"
+
+
+def _shards(name: str, folder: Path) -> dict[str, dict[str, int]]:
+    """Split part (train, val) -> shard -> its samples, from Energon's index of a source."""
+    meta = folder / ".nv-meta"
     try:
         counts = json.loads((meta / ".info.json").read_text())["shard_counts"]
         split = yaml.safe_load((meta / "split.yaml").read_text())
+        excluded = split.get("exclude") or []
         # Energon abbreviates runs of shards: train-{00000..00002}.tar.
-        shards = [shard for pattern in split["split_parts"].get(part) or [] for shard in braceexpand(pattern)]
-        return sum(counts[shard] for shard in shards if shard not in (split.get("exclude") or []))
+        return {
+            part: {
+                shard: int(counts[shard])
+                for pattern in split["split_parts"].get(part) or []
+                for shard in braceexpand(pattern)
+                if shard not in excluded
+            }
+            for part in ("train", "val")
+        }
     except (OSError, KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
-            f"the source {name} in data.root={root} is not prepared ({meta}: {error}): run energon prepare {path}."
+            f"the source {name} is not prepared ({meta}: {error}): run energon prepare {folder} --non-interactive "
+            "--split-ratio 99,1,0 --sample-type CrudeWebdataset."
         ) from error
+
+
+def _files(root: Path, folders: set[str]) -> set[str]:
+    """What is in `folders` of root, relative to it: one listing for a folder is cheaper than asking for every file."""
+    return {
+        os.path.join(folder, name)
+        for folder in folders
+        if (root / folder).is_dir()
+        for name in os.listdir(root / folder)
+    }

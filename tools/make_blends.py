@@ -1,0 +1,174 @@
+"""Write the mixtures of the three stages, conf/blend/stage*.yaml and conf/data/stage*.yaml, from conf/datasets.yaml.
+
+    python tools/make_blends.py            # write them
+    python tools/make_blends.py --check    # write nothing; exit status 1 with the names of those that would change
+
+stage1          the catalogue's fixed ratios
+stage2          (and stage 3) every source, by the square root of its size
+stage2_report   the groups, sizes and factors of the public fine-tuning mixture (allenai/molmo2, launch_scripts/sft.py)
+
+The public code splits some sources into several data sets, which have sizes of their own that are not published. Here
+they are one source, with the sum of their weights; they are taken to be equally large.
+"""
+
+import argparse
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import yaml
+
+from molmo2_nemo.config import CONF_DIR
+
+NOTICE = "# Made by tools/make_blends.py from conf/datasets.yaml: change these, not this file.\n"
+
+
+def blends(catalogue: dict) -> dict[str, tuple[str, dict]]:
+    """Name -> (what it is, the blend) of each blend."""
+    # An entry with group_of stands for others that are in the catalogue, too.
+    entries = [entry for entry in catalogue["datasets"] if "group_of" not in entry]
+    first = [entry for entry in entries if 1 in entry["stages"]]
+    later = [entry for entry in entries if 2 in entry["stages"]]
+    ratios = {entry["name"]: {"path": entry["name"], "weight": rounded(100 * entry["ratio"])} for entry in first}
+    return {
+        "stage1": (
+            "Stage 1, percent: " + ", ".join(f"{source['weight']} {name}" for name, source in ratios.items()) + ".",
+            {"weighting": "fixed", "sources": ratios},
+        ),
+        "stage2": (
+            f"Stages 2 and 3: {len(later)} sources by the square root of their size.",
+            {"weighting": "sqrt", "sources": {e["name"]: {"path": e["name"], **options(e)} for e in later}},
+        ),
+        "stage2_report": (
+            "Stages 2 and 3 as in the report: a rate for each group, square roots of sizes inside.",
+            {"groups": {name: report_group(name, group, later) for name, group in catalogue["groups"].items()}},
+        ),
+    }
+
+
+def options(entry: dict) -> dict:
+    """How samples of an entry are treated after stage 1."""
+    values = {}
+    if entry["loss_weight"] not in (None, "default"):
+        values["token_weight"] = float(entry["loss_weight"].split("-")[1])
+    for part in (entry["sft"] or {}).get("code_datasets", []):
+        if "p_high_res" in part:
+            values["high_res_probability"] = part["p_high_res"]
+    return values
+
+
+def report_group(name: str, group: dict, entries: list[dict]) -> dict:
+    """A group of the public mixture, in the form of a blend's."""
+    members = [entry for entry in entries if (entry["sft"] or {}).get("group") == name]
+    flat = any("flat_rate" in part for entry in members for part in entry["sft"]["code_datasets"])
+    shares = flat_weights(members) if flat else roots(members)
+    return {
+        "rate": group["code_rate"],
+        "weighting": "fixed" if flat else "sqrt",
+        "sources": {e["name"]: {"path": e["name"], **shares[e["name"]], **options(e)} for e in members},
+    }
+
+
+def flat_weights(members: list[dict]) -> dict[str, dict]:
+    """Fixed weights. A data set of the code that holds several sources is divided in proportion to their sizes."""
+    parts = [(entry, part) for entry in members for part in entry["sft"]["code_datasets"]]
+    total_size, weights = Counter(), Counter()
+    for entry, part in parts:
+        total_size[part["name"]] += size(entry)
+    for entry, part in parts:
+        weights[entry["name"]] += part["flat_rate"] * size(entry) / total_size[part["name"]]
+    return {name: {"weight": rounded(value)} for name, value in weights.items()}
+
+
+def roots(members: list[dict]) -> dict[str, dict]:
+    """Sizes in the place of the true ones, and factors of the square roots, where the code has them."""
+    known = [entry for entry in members if entry["sft"]["code_datasets"]]
+    values = {entry["name"]: root(entry) for entry in known}
+    for entry in members:
+        if entry not in known:
+            # In the report, but not in the code: the size that gives it its published rate.
+            rate, rates = entry["sft"]["rate_paper_pct"], entry["sft"]["group_rate_paper_pct"]
+            others = sum(weight(values[other["name"]], other) for other in known)
+            values[entry["name"]] = {"size": rounded((others * rate / (rates - rate)) ** 2, digits=2)}
+    return values
+
+
+def root(entry: dict) -> dict:
+    """Of one source. Parts without a size have the source's size divided by their number."""
+    parts = entry["sft"]["code_datasets"]
+    sizes = {part.get("root_size_factor") for part in parts}
+    assert len(sizes) == 1, f"{entry['name']}: parts with unlike sizes"
+    factor = sum(part.get("sampling_rate", 1) * part.get("sub_rate", 1) for part in parts)
+    if sizes != {None}:
+        values = {"size": sizes.pop(), "factor": rounded(factor)}
+    else:
+        values = {"factor": rounded(factor / math.sqrt(len(parts)))}
+    return {key: value for key, value in values.items() if (key, value) != ("factor", 1)}
+
+
+def weight(values: dict, entry: dict) -> float:
+    """In its group, as blend.py would have it if all of the source were on disk."""
+    return values.get("factor", 1) * math.sqrt(values.get("size") or size(entry))
+
+
+def size(entry: dict) -> int:
+    """Training examples, message trees where they are known."""
+    return entry["counts"].get("paper_examples") or entry["examples"]
+
+
+def rounded(value: float, digits: int = 4) -> float:
+    """To significant digits; whole numbers as integers."""
+    value = float(f"{value:.{digits}g}")
+    return int(value) if value.is_integer() else value
+
+
+def files(catalogue: dict) -> dict[str, str]:
+    """Path relative to conf/ -> content."""
+    texts = {}
+    for name, (what, blend) in blends(catalogue).items():
+        texts[f"blend/{name}.yaml"] = f"{NOTICE}# {what}\n{to_yaml(blend)}"
+        texts[f"data/{name}.yaml"] = (
+            f"{NOTICE}# {what}\n"
+            f"# conf/blend/{name}.yaml names the sources, each a folder of Energon shards, SOURCE/*.tar under `root`.\n"
+            f"root: ${{oc.env:DATA_ROOT,data/shards}}\nblend: {name}\n"
+        )
+    return texts
+
+
+def to_yaml(values: dict, indent: str = "") -> str:
+    """Block style down to the sources, which take a line each."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict) and "path" not in value:
+            lines.append(f"{indent}{key}:\n{to_yaml(value, indent + '  ')}")
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
+            lines.append(f"{indent}{key}: {text.removesuffix('...\n').strip()}\n")
+    return "".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file would change")
+    parser.add_argument("--conf", type=Path, default=CONF_DIR, help="folder of datasets.yaml, blend/ and data/")
+    arguments = parser.parse_args()
+    try:
+        texts = files(yaml.safe_load((arguments.conf / "datasets.yaml").read_text()))
+    except (OSError, yaml.YAMLError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    changed = []
+    for name, text in texts.items():
+        path = arguments.conf / name
+        if not path.is_file() or path.read_text() != text:
+            changed.append(str(path))
+            if not arguments.check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+    if arguments.check and changed:
+        sys.exit(f"not what conf/datasets.yaml says: {', '.join(changed)}; run python tools/make_blends.py.")
+    print("\n".join(f"wrote {path}" for path in changed) or "all is as conf/datasets.yaml says")
+
+
+if __name__ == "__main__":
+    main()
