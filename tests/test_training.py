@@ -147,6 +147,42 @@ def test_an_interrupted_save_is_not_taken_for_a_checkpoint(uninterrupted, sample
     assert "ignored: checkpoint" in result.stdout and "step_00000012" in result.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_broken_source_stops_all_ranks_and_another_number_of_them_goes_on(sample, tmp_path):
+    folder, run_dir = tmp_path / "broken", tmp_path / "run"
+    shutil.copytree(sample, folder)
+    for shard in (folder / "image_qa").glob("train-*.tar"):
+        shard.write_bytes(bytes(range(256)) * 4)
+    every = ["train.save_every=3", "train.log_every=1"]
+    result = train(2, 2, run_dir, folder, "train.max_steps=100", *every)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode != 0 and len(errors) == 1, result.stderr
+    assert re.search(
+        r"source image_qa: 2\d of 2\d samples are broken, more than data.max_error_rate=0.01 allows \(the last one: "
+        r"train-00000.tar\[\d+\]: .+\); mend", errors[0],
+    )  # fmt: skip
+    assert result.stdout.count("broken sample: image_qa: train-00000.tar[") == 5
+    step = max(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
+    before = losses(run_dir)[step]["data"]
+
+    def go_on(last, *overrides):
+        return train(1, 2, run_dir, folder, f"train.max_steps={last}", "data.max_error_rate=1", *every, *overrides)
+
+    result = succeeded(go_on(step + 3))
+    assert f"resumed step {step} " in result.stdout and result.stdout.count("training data dealt out anew") == 1
+    after = losses(run_dir)[step + 3]["data"]
+    assert after["image_qa"]["dropped_unreadable"] > before["image_qa"]["dropped_unreadable"]
+    assert after["captions"]["examples"] >= before["captions"]["examples"] and "examples" not in after["image_qa"]
+    assert re.search(rf"step {step + 3}/{step + 3} .*\| dropped \d+ of \d+ \(image_qa \d+", result.stdout)
+    assert f"data of image_qa: {after['image_qa']['dropped_unreadable']} dropped_unreadable" in result.stdout
+
+    result = succeeded(go_on(step + 4))
+    assert f"resumed step {step + 3} " in result.stdout and "dealt out anew" not in result.stdout
+    refused = go_on(step + 5, "data.seed=99")
+    assert refused.returncode != 0 and "data.seed=1, this run has data.seed=99" in refused.stderr
+
+
 def test_the_resolved_configuration_is_printed():
     result = succeeded(python("recipes/stage1_pretrain.py", "--cfg", "job", "model=molmo2_8b", "train.max_steps=7"))
     assert "hidden_size: 4096" in result.stdout and "max_steps: 7" in result.stdout

@@ -7,15 +7,13 @@ and the sample's place in the stream, never from a global generator, so that a r
 import atexit
 import contextlib
 import hashlib
-import io
-import json
-import logging
-import pickle
+import re
 import resource
 import signal
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -38,14 +36,18 @@ from megatron.energon import (
 )
 from megatron.energon.errors import reraise_exception
 from megatron.energon.flavors.base_dataset import add_sample_restore_key
+from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
+from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
+from megatron.energon.savable_loader import SavableDataLoader, SavableDataLoaderState
 from megatron.energon.wrappers.base import BaseWrapperDataset
 
 from molmo2_nemo.config import DataConfig, VisionConfig
+from molmo2_nemo.data import progress
 from molmo2_nemo.data.blend import Source, check_blend, write_metadataset
 from molmo2_nemo.data.encode import Encoder, dropped
 from molmo2_nemo.data.packing import Batch, PackedRows, Planned, Row, collate, make_row
-
-log = logging.getLogger(__name__)
+from molmo2_nemo.data.progress import Progress
+from molmo2_nemo.data.schema import Example, read_example
 
 # Shards of one source that a worker reads at a time: two open files each, and a blend has a hundred sources.
 PARALLEL_SHARDS = 4
@@ -53,24 +55,59 @@ PARALLEL_SHARDS = 4
 SAMPLES_PER_SLICE = 16
 # A worker's state is a snapshot this old at most, plus batches to replay.
 SNAPSHOT_SECONDS = 15
-# Broken samples that a process reports one by one; further ones are only counted.
-MAX_REPORTS = 20
+# Bytes of a sample's JSON: reading takes 35 times that in memory.
+MAX_JSON = 2**24
+# Characters of the report on a broken sample, which may quote it.
+MAX_REPORT = 300
 # The blend as Energon reads it, in the run's folder.
 METADATASET = "energon_blend.yaml"
 
 
 @edataclass
 class RawSample(Sample):
-    """A sample as it lies in the shard: its parts by name, undecoded."""
+    """A sample as it lies in the shard: its parts by name, undecoded. error: why it could not be read, else ""."""
 
     parts: dict[str, bytes]
+    error: str
 
 
 @stateless
 def cook(sample: dict) -> RawSample:
     """Energon's crude sample -> RawSample. Parts are the keys without Energon's own."""
     parts = {name: data for name, data in sample.items() if not name.startswith("__")}
-    return RawSample(**basic_sample_keys(sample), parts=parts)
+    return RawSample(**basic_sample_keys(sample), parts=parts, error=sample.get(ShardReader.ERROR, ""))
+
+
+class ShardReader:
+    """Samples of one source by index, in the place of Energon's reader, which ends the stream at an unreadable one.
+
+    What cannot be read becomes a sample without parts that says why: it keeps its place in the stream. Samples that
+    are ahead (progress.py) are passed over unread in the first passes of the stream.
+    """
+
+    ERROR = "__error__"
+
+    def __init__(self, reader: ShardInfosITarReader, stream: WebdatasetSampleLoaderDataset, ahead: np.ndarray):
+        self.reader, self.stream, self.ahead = reader, stream, ahead
+
+    def __getitem__(self, index: int) -> dict | None:
+        if self.stream._epoch_count < self.ahead[index]:
+            return None
+        try:
+            sample = self.reader[index]
+        except MemoryError:
+            raise
+        except Exception as error:  # tarfile and the file system raise what they like
+            self.reader.close()  # a file that is back may be read again
+            number = bisect_right(self.reader.shard_count_cumsum, index) - 1
+            shard, first = self.reader.shard_infos[number].name, self.reader.shard_count_cumsum[number]
+            sample = {
+                "__key__": f"{shard}[{index - first}]", "__shard__": shard, "__restore_key__": ("Webdataset", index),
+                "__sources__": (), self.ERROR: f"{type(error).__name__}: {error}",
+            }  # fmt: skip
+        for tar in self.reader.itar_files_cache.values():
+            tar.members.clear()  # tarfile keeps the headers of all that it has read
+        return sample
 
 
 class RoundRobin(BaseWrapperDataset):
@@ -99,62 +136,82 @@ class RoundRobin(BaseWrapperDataset):
 class Molmo2TaskEncoder(TaskEncoder):
     """The steps of Energon's pipeline: cook, plan (before the pool), pack, batch.
 
-    held_out: plans depend on the sample alone, not on its place in the stream, and iterations are finite; `shard` and
-    `micro_batch_size` are PackedRows' then.
+    progress: of a training stream. Without it the data are held out: plans depend on the sample alone, not on its place
+    in the stream, and iterations are finite; `shard` and `micro_batch_size` are PackedRows' then.
     """
 
     decoder = None  # Energon would decode every part on reading
     cookers = [Cooker(cook)]
 
     def __init__(
-        self, data: DataConfig, vision: VisionConfig, sources: list[Source], *, held_out: bool = False,
+        self, data: DataConfig, encoder: Encoder, sources: list[Source], progress: Progress | None = None, *,
         shard: tuple[int, int] = (0, 1), micro_batch_size: int = 1,
     ):  # fmt: skip
-        self.data = data
-        self.encoder = Encoder(data, vision)
+        self.data, self.encoder, self.sources, self.progress = data, encoder, sources, progress
         self.source_index = {source.name: index for index, source in enumerate(sources)}
-        self.held_out, self.shard, self.micro_batch_size = held_out, shard, micro_batch_size
-        self._reports = 0
+        self.shard, self.micro_batch_size = shard, micro_batch_size
+
+    def _load_dataset(self, dataset, worker_rotation_offset, worker_config):
+        """One source, read through a ShardReader."""
+        samples = super()._load_dataset(dataset, worker_rotation_offset, worker_config)
+        if self.progress:
+            ahead = self.progress.ahead_in(self.source_index[dataset.dataset.subflavors["source"]])
+        else:
+            ahead = np.zeros(len(dataset.dataset), dtype=np.uint16)
+        stream = samples._find_wrapped_dataset(WebdatasetSampleLoaderDataset)
+        stream.join_readers = [ShardReader(reader, stream, ahead) for reader in stream.join_readers]
+        return samples
 
     @stateless
     def preencode_sample(self, sample: RawSample) -> Planned:
         """Plan a sample; one that cannot be used becomes a plan without tokens, to be counted."""
-        source = sample.__subflavors__["source"]
-        place = "" if self.held_out else repr(sample.__restore_key__)
-        rng = np.random.default_rng(list(_digest(self.data.seed, source, sample.__key__, place)))
+        source = self.source_index[sample.__subflavors__["source"]]
+        name = self.sources[source].name
+        place = (self.progress.times_dealt, sample.__restore_key__) if self.progress else ()
+        rng = np.random.default_rng(list(_digest(self.data.seed, name, sample.__key__, place)))
         try:
-            plan = self.encoder.plan(_json(sample.parts), rng)
-        except ValueError as error:
-            self._report(f"Sample {sample.__key__} of {source} is malformed: {error}")
-            plan = dropped("malformed")
-        media = {name: data for name, data in sample.parts.items() if name != "json"} if plan.num_tokens else {}
-        return Planned.derive_from(sample, plan=plan, media=media, source=self.source_index[source])
+            if sample.error:
+                plan, error = dropped("unreadable"), sample.error
+            else:
+                plan, error = self.encoder.plan(_example(sample.parts), rng, self.sources[source].options), ""
+        except MemoryError:
+            raise
+        except Exception as problem:  # beyond ValueError, whatever the parsers of hostile data may raise
+            plan, error = dropped("malformed"), _reason(problem)
+        wanted = [entry.part for entry in [*plan.images, plan.video] if entry]
+        media = {part: sample.parts[part] for part in wanted if part in sample.parts}
+        return Planned.derive_from(
+            sample, plan=plan, media=media, source=source, index=sample.__restore_key__[-1],
+            error=error and _report(name, sample.__key__, error),
+        )  # fmt: skip
 
     def make_row(self, samples: list[Planned]) -> Row:
         """Decode the pixels of the chosen samples and concatenate; samples that cannot be decoded are counted."""
-        counters, decoded = Counter(), []
+        counters, errors, decoded = defaultdict(Counter), [], []
         for sample in samples:
-            if not sample.plan.num_tokens:
-                counters += sample.plan.counters
-                continue
-            try:
-                decoded.append((sample.plan, sample.source, self.encoder.pixels(sample.plan, sample.media)))
-            except ValueError as error:
-                self._report(f"Sample {sample.__key__} cannot be decoded: {error}")
-                counters["dropped_undecodable"] += 1
+            name, counts, error = self.sources[sample.source].name, sample.plan.counters, sample.error
+            if sample.plan.num_tokens:
+                try:
+                    decoded.append((sample.plan, sample.source, self.encoder.pixels(sample.plan, sample.media)))
+                except MemoryError:
+                    raise
+                except Exception as problem:
+                    counts = dropped("undecodable").counters
+                    error = _report(name, sample.__key__, _reason(problem))
+            counters[name] += counts
+            errors += [error] if error else []
         plans, sources, pixels = zip(*decoded) if decoded else ((), (), ())
         visual = self.encoder.visual
         nothing = (
             np.zeros((0, visual.patches_per_crop, visual.patch_dim), dtype=np.uint8),
             np.zeros((0, visual.window), dtype=np.int64),
         )
-        fields = make_row(plans, sources, pixels, self.data.seq_length, self.encoder.pad_id, nothing, counters)
-        return Row(__key__=",".join(sample.__key__ for sample in samples), __restore_key__=(), **fields)
-
-    def _report(self, message: str) -> None:
-        self._reports += 1
-        if self._reports <= MAX_REPORTS:
-            log.warning(message)
+        examples = np.array([(sample.source, sample.index) for sample in samples], dtype=np.int64).reshape(-1, 2)
+        return Row(
+            __key__=",".join(sample.__key__ for sample in samples), __restore_key__=(),
+            **make_row(plans, sources, pixels, self.data.seq_length, self.encoder.pad_id, nothing),
+            examples=examples, counters=dict(counters), errors=errors,
+        )  # fmt: skip
 
     @stateless
     def batch(self, samples: list[Row]) -> Batch:
@@ -164,7 +221,7 @@ class Molmo2TaskEncoder(TaskEncoder):
         """PackedRows in the place of Energon's packing, then its batching."""
         rows = PackedRows(
             dataset, packing_buffer_size, self.data.seq_length, self.data.max_crops, self.make_row,
-            worker_config=worker_config, finite=self.held_out, shard=self.shard, multiple=self.micro_batch_size,
+            worker_config=worker_config, finite=self.progress is None, shard=self.shard, multiple=self.micro_batch_size,
         )  # fmt: skip
         return super().build_batch(rows, batch_size=batch_size, worker_config=worker_config)
 
@@ -195,11 +252,11 @@ class Loader:
 
 
 class TrainLoader(Loader):
-    """An endless iterator of Batch whose state can be saved at any time and restored before the first batch."""
+    """An endless iterator of Batch whose state can be saved at any time."""
 
-    def __init__(self, loader, manifest: dict):
+    def __init__(self, loader, manifest: dict, progress: Progress):
         super().__init__(loader)
-        self.manifest = manifest
+        self.manifest, self.progress = manifest, progress
         self._batches = None
 
     def __iter__(self) -> "TrainLoader":
@@ -212,8 +269,15 @@ class TrainLoader(Loader):
             batch = next(self._batches)
             # Last registered is first called: before torch and multiprocessing wait for the workers.
             atexit.register(self.close)
-            return batch
-        return next(self._batches)
+        else:
+            batch = next(self._batches)
+        self.progress.add(batch.examples)
+        return batch
+
+    @property
+    def dealt_anew(self) -> bool:
+        """Whether it continues a run with other numbers of ranks or workers, and so in another order."""
+        return self.progress.times_dealt > 0 and self.progress.energon is None
 
     def can_restore_sample(self) -> bool:
         """Whether the state can be restored: every step between shard and pool is repeatable."""
@@ -233,33 +297,43 @@ class ValidationLoader(Loader):
 def train_loader(
     data: DataConfig, vision: VisionConfig, sources: list[Source], rank: int, world_size: int,
     data_parallel_group: torch.distributed.ProcessGroup | None, micro_batch_size: int, run_dir: Path,
+    saved: Sequence[Path] = (),
 ) -> TrainLoader:  # fmt: skip
     """The training stream of data-parallel rank `rank` of `world_size`; endless, each rank reads its own samples.
 
+    saved: files with what `save_state` gave on each data-parallel rank of the run to continue, in order. With as many
+    ranks and workers as then, the stream continues exactly after the last batch handed out; with other numbers in
+    another order, with what had not been handed out first (progress.py).
+
     Writes METADATASET to run_dir. Workers are forked at the first batch: ask for one before large allocations. With
-    data.num_workers=0 all is done in this process, for debugging. ValueError: a source is too small for so many workers, there is no usable tokenizer, or a process may
-    not open enough files.
+    data.num_workers=0 all is done in this process, for debugging. ValueError: a source is too small for so many
+    workers, there is no usable tokenizer, a process may not open enough files, or `saved` is damaged or of a stream
+    made from something else. Broken samples raise nothing: they are in the batches' counters and errors.
     """
     check_blend(sources, world_size, data.num_workers)
     _allow_open_files(2 * PARALLEL_SHARDS * len(sources) + 256)
     path = Path(run_dir) / METADATASET
     write_metadataset(sources, path)
-    encoder = Molmo2TaskEncoder(data, vision, sources)
+    encoder = Encoder(data, vision)
+    manifest = _manifest(data, vision, sources, rank, world_size, micro_batch_size, encoder)
+    position = progress.read(saved, manifest, sources) if saved else progress.beginning(sources)
+    seed = data.seed
+    if position.times_dealt:
+        seed = int.from_bytes(_digest(data.seed, position.times_dealt)[:4])
     with _quiet():
         dataset = get_train_dataset(
             str(path.absolute()),
-            worker_config=_worker_config(data, rank, world_size, data.num_workers, data_parallel_group),
+            worker_config=_worker_config(rank, world_size, data.num_workers, data_parallel_group, seed),
             batch_size=micro_batch_size,
             packing_buffer_size=data.packing_buffer_size,
             shuffle_buffer_size=data.shuffle_buffer_size,
             max_samples_per_sequence=SAMPLES_PER_SLICE,
             parallel_shard_iters=PARALLEL_SHARDS,
-            task_encoder=encoder,
+            task_encoder=Molmo2TaskEncoder(data, encoder, sources, position),
         )
         loader = get_savable_loader(dataset, checkpoint_every_sec=SNAPSHOT_SECONDS)
-    manifest = _manifest(data, vision, sources, rank, world_size, micro_batch_size)
-    manifest["tokenizer"] = _digest(sorted(encoder.encoder.tokenizer.get_vocab().items())).hex()[:16]
-    return TrainLoader(loader, manifest)
+    _restore(loader, position.energon)
+    return TrainLoader(loader, manifest, position)
 
 
 def validation_loader(
@@ -277,12 +351,12 @@ def validation_loader(
     path = Path(run_dir) / METADATASET
     write_metadataset(sources, path)
     encoder = Molmo2TaskEncoder(
-        data, vision, sources, held_out=True, shard=(rank, world_size), micro_batch_size=micro_batch_size
+        data, Encoder(data, vision), sources, shard=(rank, world_size), micro_batch_size=micro_batch_size
     )
     with _quiet():
         dataset = get_val_dataset(
             str(path.absolute()),
-            worker_config=_worker_config(data, 0, 1, min(1, data.num_workers), None),
+            worker_config=_worker_config(0, 1, min(1, data.num_workers), None, data.seed),
             batch_size=micro_batch_size,
             packing_buffer_size=data.packing_buffer_size,
             task_encoder=encoder,
@@ -291,90 +365,45 @@ def validation_loader(
 
 
 def save_state(loader: TrainLoader) -> bytes:
-    """Where the stream of this rank is, with a manifest of what it was made from."""
-    saved = io.BytesIO(json.dumps(loader.manifest).encode() + b"\n")
-    saved.seek(0, io.SEEK_END)
-    _StatePickler(saved).dump(loader._loader.save_state_rank())
-    return saved.getvalue()
-
-
-def restore_state(loader: TrainLoader, saved: bytes) -> None:
-    """Continue exactly after the last batch before `save_state`. Only before the first batch.
-
-    ValueError: the state was saved under other settings, or is no state. Only types of Energon's state are unpickled.
-    """
-    header, _, pickled = saved.partition(b"\n")
-    try:
-        old = dict(json.loads(header))
-        state = _StateUnpickler(io.BytesIO(pickled)).load()
-    except (ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"the saved data state is damaged ({error}): start a new run from the weights.") from error
-    for key in sorted(old.keys() | loader.manifest.keys()):
-        before, now = old.get(key), json.loads(json.dumps(loader.manifest.get(key)))
-        if before != now:
-            raise ValueError(
-                f"the data state was saved with {key}={before}, this run has {key}={now}: set the old value, or start "
-                "a new run from the checkpoint's weights."
-            )
-    loader._loader.restore_state_rank(state)
-
-
-class _StatePickler(pickle.Pickler):
-    """Writes tensors as arrays: torch's own form calls an unrestricted unpickler when it is read."""
-
-    def reducer_override(self, obj):
-        return (_tensor, (obj.numpy(),)) if isinstance(obj, torch.Tensor) else NotImplemented
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array)
-
-
-class _StateUnpickler(pickle.Unpickler):
-    """Refuses everything but the types in Energon's loader state: a checkpoint is data, not a program."""
-
-    ALLOWED = {  # fmt: skip
-        "megatron.energon.savable_loader": {
-            "SavableDataLoaderState", "SavableDatasetCheckpoint", "SavableDatasetState",
-        },
-        "megatron.energon.state": {"FlexState"},
-        "megatron.energon.rng": {"SystemRngState"},
-        "megatron.energon.flavors.webdataset.sample_loader": {"SliceState"},
-        __name__: {"_tensor"},
-        "numpy": {"dtype", "ndarray"},
-        "numpy._core.multiarray": {"_reconstruct"},
-        "numpy._core.numeric": {"_frombuffer"},
-    }
-
-    def find_class(self, module: str, name: str):
-        if name in self.ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        raise ValueError(f"it holds {module}.{name}, which is no part of one")
+    """Where the stream of this rank is, to be continued by `train_loader`."""
+    return progress.write(loader.progress, loader.manifest, loader._loader.save_state_rank())
 
 
 def _manifest(
-    data: DataConfig, vision: VisionConfig, sources: list[Source], rank: int, world_size: int, micro_batch_size: int
-) -> dict:
-    """All that decides the stream. Folders may move, so the sources count by name, weight and size."""
-    folders = ("root", "blend", "tokenizer")
+    data: DataConfig, vision: VisionConfig, sources: list[Source], rank: int, world_size: int, micro_batch_size: int,
+    encoder: Encoder,
+) -> dict:  # fmt: skip
+    """All that decides the stream. Folders may move, so the sources count by all but their paths."""
+    free = ("root", "blend", "tokenizer", "skip_missing", "max_error_rate")
     return {
-        **{f"data.{key}": value for key, value in asdict(data).items() if key not in folders},
-        **{f"source {s.name} [weight, samples]": [s.weight, s.num_samples] for s in sources},
+        **{f"data.{key}": value for key, value in asdict(data).items() if key not in free},
+        **{f"source {s.name}": [s.weight, s.num_samples, asdict(s.options)] for s in sources},
         "sources in order": [source.name for source in sources],
         "model.vision": asdict(vision),
-        "data-parallel size": world_size,
-        "data-parallel rank": rank,
+        "tokenizer": _digest(sorted(encoder.tokenizer.get_vocab().items())).hex()[:16],
+        progress.RANKS: world_size,
+        progress.RANK: rank,
         "train.micro_batch_size": micro_batch_size,
         "megatron-energon": version("megatron-energon"),
     }
 
 
-def _worker_config(data: DataConfig, rank: int, world_size: int, num_workers: int, group) -> WorkerConfig:
-    # Whatever is wrong with a sample is counted on the way; what still raises is a broken shard, disk or program.
+def _worker_config(rank: int, world_size: int, num_workers: int, group, seed: int) -> WorkerConfig:
+    # Whatever is wrong with a sample or a shard is counted on the way; what still raises is a broken program.
     return WorkerConfig(
-        rank=rank, world_size=world_size, num_workers=num_workers, data_parallel_group=group, seed_offset=data.seed,
+        rank=rank, world_size=world_size, num_workers=num_workers, data_parallel_group=group, seed_offset=seed,
         global_error_handler=reraise_exception,
     )  # fmt: skip
+
+
+def _restore(loader: SavableDataLoader, state: SavableDataLoaderState | None) -> None:
+    """Energon's restore, exact also for states that are saved before every worker has had its next turn."""
+    loader.restore_state_rank(state)
+    if state is not None and loader.num_workers:
+        # Energon leaves out the batches that a worker has to replay, and would hand them out again after such a save.
+        loader._worker_sample_counters = [
+            (worker.state.sample_index if worker.state else 0) + worker.offset - 1 for worker in state.worker_states
+        ]
 
 
 def _init_worker(init: Callable[[int], None], worker_id: int) -> None:
@@ -399,11 +428,22 @@ def _digest(*values) -> bytes:
     return hashlib.sha256(repr(values).encode()).digest()
 
 
-def _json(parts: dict[str, bytes]) -> dict:
-    sample = json.loads(parts.get("json", b""))
-    if not isinstance(sample, dict):
-        raise ValueError("The sample's JSON is not an object.")
-    return sample
+def _example(parts: dict[str, bytes]) -> Example:
+    if "json" not in parts:
+        raise ValueError("it has no part json.")
+    if len(parts["json"]) > MAX_JSON:
+        raise ValueError(f"its JSON has {len(parts['json']):,} bytes, more than {MAX_JSON:,}.")
+    return read_example(parts["json"])
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+
+
+def _report(source: str, key: str, reason: str) -> str:
+    """One line of printable text, the same in every run (no addresses of objects)."""
+    line = re.sub(" at 0x[0-9a-f]+", "", f"{source}: {key}: {reason}")[:MAX_REPORT]
+    return " ".join("".join(c if c.isprintable() else " " for c in line).split())
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ dataset between the two: it keeps a pool of undecoded samples and emits one row 
 partitions a whole buffer at once and can give nothing back, which leaves rows emptier for the same pool.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -16,32 +16,56 @@ from megatron.energon.flavors.base_dataset import set_sample_restore_key
 from megatron.energon.wrappers.base import BaseWrapperDataset, get_sample_restore_key
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
-from molmo2_nemo.data.encode import COUNTERS, Plan
+from molmo2_nemo.data.encode import Plan
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
 
-# So many samples in a row that give nothing mean broken data, not a broken sample.
-MAX_DROPPED_IN_A_ROW = 1000
+# Rows are planned in units of this part of their length: finer costs time, and wins nothing that can be seen.
+RESOLUTION = 4096
+# At the latest the third row after the oldest example became the oldest takes it. Waiting for a row that it fits well
+# fills rows better, and no example waits for more than three times the number of those before it.
+ROWS_WITHOUT_OLDEST = 2
+# After so many samples in a row that give nothing, a row is made of what there is, so that the trainer hears of them.
+MAX_DROPPED_IN_A_ROW = 200
 
 
-def select(lengths: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops: int) -> list[int]:
+def select(
+    lengths: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops: int, take_oldest: bool = True
+) -> list[int]:
     """Indices, ascending, of the examples of the next row; examples are given oldest first.
 
-    The oldest is taken, so that nothing starves, then the largest that still fit, size being the larger share of the
-    two budgets. ValueError: an example exceeds a budget on its own.
+    The knapsack of two budgets, solved exactly: of all choices that fit, with the oldest if `take_oldest`, the one of
+    the largest sum of tokens + w crops. One crop is worth what it takes of its budget if the examples need more of the
+    crops than of the tokens, otherwise 0.15 of it, so that neither kind of example is left over. Of equal choices the
+    one without the newer examples. Lengths count in units of 1/RESOLUTION of the row, rounded up.
+    ValueError: an example exceeds a budget on its own.
     """
     for index, (length, count) in enumerate(zip(lengths, crops)):
         if length > max_tokens or count > max_crops:
             raise ValueError(
                 f"Example {index} has {length} tokens and {count} crops; a row holds {max_tokens} and {max_crops}."
             )
-    shares = [max(length / max_tokens, count / max(max_crops, 1)) for length, count in zip(lengths, crops)]
-    by_size = sorted(range(1, len(shares)), key=lambda index: -shares[index])  # stable: the older of equals first
+    unit = max(1, max_tokens // RESOLUTION)
+    room, places = max_tokens // unit, max_crops
+    sizes = [min(-(-length // unit), room) for length in lengths]
+    scarce = sum(crops) * max_tokens > sum(lengths) * max_crops
+    weight = (1.0 if scarce else 0.15) * room / max(max_crops, 1)
     chosen = []
-    for index in [0, *by_size][: len(shares)]:
-        if lengths[index] <= max_tokens and crops[index] <= max_crops:
-            chosen.append(index)
-            max_tokens -= lengths[index]
-            max_crops -= crops[index]
+    if take_oldest and lengths:
+        chosen, room, places = [0], room - sizes[0], places - crops[0]
+    candidates = [i for i in range(len(chosen), len(sizes)) if sizes[i] <= room and crops[i] <= places]
+    # reachable[k][c]: a bit for every size that some of the first k candidates with c crops in all can have.
+    within = (1 << room + 1) - 1
+    reachable = [[1] + [0] * places]
+    for i in candidates:
+        before = reachable[-1]
+        longer = [(before[used - crops[i]] << sizes[i]) & within for used in range(crops[i], places + 1)]
+        reachable.append(before[: crops[i]] + [old | new for old, new in zip(before[crops[i] :], longer)])
+    _, used = max((sums.bit_length() + weight * used, used) for used, sums in enumerate(reachable[-1]) if sums)
+    size = reachable[-1][used].bit_length() - 1
+    for k in range(len(candidates) - 1, -1, -1):
+        if not reachable[k][used] >> size & 1:  # cannot be had without candidate k
+            chosen.append(candidates[k])
+            used, size = used - crops[candidates[k]], size - sizes[candidates[k]]
     return sorted(chosen)
 
 
@@ -52,6 +76,8 @@ class Planned(Sample):
     plan: Plan
     media: dict[str, bytes]
     source: int  # index into the blend's sources
+    index: int  # of the sample in its source's training (or held-out) split
+    error: str  # what is wrong with a broken sample, else ""
 
 
 @edataclass
@@ -67,7 +93,9 @@ class Row(Sample):
     crops: np.ndarray
     pooling: np.ndarray
     vision_units: np.ndarray
-    counters: Counter
+    examples: np.ndarray
+    counters: dict[str, Counter]
+    errors: list[str]
 
 
 @edataclass
@@ -87,18 +115,16 @@ class Batch(EnergonBatch):
     crops: torch.Tensor  # uint8 [C, P, patch_dim]
     pooling: torch.Tensor  # int64 [T, W], indices into the flattened (C, P); -1 invalid
     vision_units: torch.Tensor  # int64 [U, 2], (crops, pooling windows) of each image or frame
-    counters: dict[str, int]  # see encode.COUNTERS
+    examples: torch.Tensor  # int64 [N, 2], (source, index in its split) of every sample used up, dropped ones included
+    counters: dict[str, dict[str, int]]  # source name -> counts of encode.COUNTERS that are not 0
+    errors: list[str]  # "source: key: reason" of each broken sample
 
 
 def make_row(
     plans: Sequence[Plan], sources: Sequence[int], pixels: Sequence[tuple[np.ndarray, np.ndarray]],
-    seq_length: int, pad_id: int, empty_pixels: tuple[np.ndarray, np.ndarray], counters: Counter,
-) -> dict[str, np.ndarray | Counter]:  # fmt: skip
-    """Fields of a Row out of examples, their sources and their (crops, pooling); `empty_pixels` give the shapes.
-
-    counters: of samples that are not among the examples.
-    """
-    counters = sum((plan.counters for plan in plans), Counter(counters))
+    seq_length: int, pad_id: int, empty_pixels: tuple[np.ndarray, np.ndarray],
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """What the model sees of a Row: examples, their sources and (crops, pooling). `empty_pixels` give the shapes."""
     fields = {
         "input_ids": np.full(seq_length, pad_id, dtype=np.int64),
         "labels": np.zeros(seq_length, dtype=np.int64),
@@ -118,7 +144,7 @@ def make_row(
     crops, pooling = _joined([empty_pixels, *pixels])
     units = [unit for plan in plans for unit in plan.vision_units]
     units = np.array(units, dtype=np.int64).reshape(-1, 2)
-    return fields | {"crops": crops, "pooling": pooling, "vision_units": units, "counters": counters}
+    return fields | {"crops": crops, "pooling": pooling, "vision_units": units}
 
 
 def collate(rows: Sequence[Row], vision_token_ids: np.ndarray) -> Batch:
@@ -130,7 +156,10 @@ def collate(rows: Sequence[Row], vision_token_ids: np.ndarray) -> Batch:
     input_ids, segment_ids = stack("input_ids"), stack("segment_ids")
     vision_mask = np.isin(input_ids.numpy(), vision_token_ids) & (segment_ids.numpy() >= 0)
     crops, pooling = _joined([(row.crops, row.pooling) for row in rows])
-    counters = sum((row.counters for row in rows), Counter())
+    counters = defaultdict(Counter)
+    for row in rows:
+        for source, counts in row.counters.items():
+            counters[source] += counts
     return Batch(
         __key__=[row.__key__ for row in rows],
         __restore_key__=(),
@@ -144,7 +173,9 @@ def collate(rows: Sequence[Row], vision_token_ids: np.ndarray) -> Batch:
         crops=torch.from_numpy(crops),
         pooling=torch.from_numpy(pooling),
         vision_units=torch.from_numpy(np.concatenate([row.vision_units for row in rows])),
-        counters={name: int(counters[name]) for name in COUNTERS},
+        examples=torch.from_numpy(np.concatenate([row.examples for row in rows])),
+        counters={s: {name: int(n) for name, n in counts.items()} for s, counts in counters.items() if counts},
+        errors=[error for row in rows for error in row.errors],
     )
 
 
@@ -161,14 +192,15 @@ class PackedRows(BaseWrapperDataset[Planned, Row]):
     """Energon dataset of packed rows out of a dataset of planned samples.
 
     The pool is saved as its samples' restore keys and rebuilt from them; nothing random happens here, so a restored
-    stream continues exactly. Dropped samples (plans without tokens) leave with the next row, for its counters.
+    stream continues exactly. Dropped samples (plans without tokens) leave with the next row, to be counted; where all
+    are dropped, that row is empty.
 
     finite: for held-out data. Every iteration starts anew, and only the rows `shard[0]`, `shard[0] + shard[1]`, ... are
     decoded and emitted, so that the rows do not depend on the number of ranks; empty rows at the end give every rank
     the same number, a multiple of `multiple`.
     """
 
-    _savable_fields = ("_pool",)
+    _savable_fields = ("_pool", "_passed_over")
 
     def __init__(
         self, dataset, buffer_size: int, max_tokens: int, max_crops: int, make: Callable[[list[Planned]], Row], *,
@@ -181,6 +213,7 @@ class PackedRows(BaseWrapperDataset[Planned, Row]):
 
     def reset_state_own(self) -> None:
         self._pool = SavableSampleBuffer(self.dataset, worker_config=self.worker_config)
+        self._passed_over = 0  # rows since the oldest example became the oldest
 
     def len_worker(self, worker_idx: int | None = None) -> int:
         """Number of samples: how many rows they fill is not known."""
@@ -208,9 +241,16 @@ class PackedRows(BaseWrapperDataset[Planned, Row]):
             self._fill(source)
             if not pool.buffer:
                 return
-            plans = [sample.plan for sample in pool.buffer]
-            lengths, crops = [plan.num_tokens for plan in plans], [plan.num_crops for plan in plans]
-            chosen = select(lengths, crops, self.max_tokens, self.max_crops)
+            usable = [index for index, sample in enumerate(pool.buffer) if sample.plan.num_tokens]
+            chosen = set(range(len(pool.buffer))) - set(usable)
+            if usable:
+                plans = [pool.buffer[index].plan for index in usable]
+                lengths, crops = [plan.num_tokens for plan in plans], [plan.num_crops for plan in plans]
+                take_oldest = self._passed_over >= ROWS_WITHOUT_OLDEST
+                picked = select(lengths, crops, self.max_tokens, self.max_crops, take_oldest)
+                self._passed_over = 0 if 0 in picked else self._passed_over + 1
+                chosen |= {usable[index] for index in picked}
+            chosen = sorted(chosen)
             samples = [pool.buffer[index] for index in chosen]
             for index in reversed(chosen):
                 pool.pop(index)
@@ -219,18 +259,13 @@ class PackedRows(BaseWrapperDataset[Planned, Row]):
     def _fill(self, source: Iterator[Planned]) -> None:
         usable = sum(sample.plan.num_tokens > 0 for sample in self._pool.buffer)
         useless = 0
-        while usable < self.buffer_size:
+        while usable < self.buffer_size and useless < MAX_DROPPED_IN_A_ROW:
             sample = next(source, None)
             if sample is None:
                 return
             self._pool.append(sample)
             usable += sample.plan.num_tokens > 0
             useless = 0 if sample.plan.num_tokens else useless + 1
-            if useless >= MAX_DROPPED_IN_A_ROW:
-                raise RuntimeError(
-                    f"{useless} samples in a row were dropped, the last one {sample.__key__} for "
-                    f"{dict(sample.plan.counters)}: check data.seq_length, data.max_crops and the data themselves."
-                )
 
     def _row(self, samples: list[Planned]) -> Row:
         keys = [get_sample_restore_key(sample) for sample in samples]

@@ -25,19 +25,20 @@ class BatchSource:
         self.vision_group = parallel_state.get_tensor_and_context_parallel_group()
 
     def next(self) -> dict | None:
-        """The next micro-batch as a dict of FIELDS and `counters`; None when the loader has ended. Collective."""
+        """The next micro-batch as a dict of FIELDS; None when the loader has ended. Collective.
+
+        On the loader's rank also `counters` and `errors`: metrics.DataReport sums them over all ranks.
+        """
         batch = next(self.loader, None) if self.is_source else None
-        header = [None]
+        shapes, result = [None], {}
         if self.is_source and batch is not None:
-            shapes = {name: (tuple(getattr(batch, name).shape), getattr(batch, name).dtype) for name in FIELDS}
-            header = [(shapes, batch.counters)]
+            shapes = [{name: (tuple(getattr(batch, name).shape), getattr(batch, name).dtype) for name in FIELDS}]
+            result = {"counters": batch.counters, "errors": batch.errors}
         if self.group.size() > 1:
-            dist.broadcast_object_list(header, self.source, group=self.group)
-        if header[0] is None:
+            dist.broadcast_object_list(shapes, self.source, group=self.group)
+        if shapes[0] is None:
             return None
-        shapes, counters = header[0]
-        result = {"counters": counters}
-        for name, (shape, dtype) in shapes.items():
+        for name, (shape, dtype) in shapes[0].items():
             vision = name in VISION_FIELDS
             if vision and not self.first_stage:
                 continue

@@ -43,7 +43,7 @@ def save(folder: Path, step: int, model, optimizer, loader_state, info: dict, co
     temporary = Path(temporary[0])
     save_sharded(_state(model, optimizer, is_loading=False), temporary)
     if loader_state is not None:
-        (temporary / _loader_file()).write_bytes(loader_state)
+        (temporary / f"loader_dp{parallel_state.get_data_parallel_rank():03d}.state").write_bytes(loader_state)
     dist.barrier()
     if dist.get_rank() == 0:
         (temporary / "config.yaml").write_text(config_yaml)
@@ -74,14 +74,9 @@ def load(checkpoint: Path, model, optimizer) -> dict:
     return marker
 
 
-def loader_state(checkpoint: Path) -> bytes | None:
-    """This data-parallel replica's loader state, or None when the checkpoint has none for it."""
-    path = checkpoint / _loader_file()
-    return path.read_bytes() if path.is_file() else None
-
-
-def _loader_file() -> str:
-    return f"loader_dp{parallel_state.get_data_parallel_rank():03d}.state"
+def loader_states(checkpoint: Path) -> list[Path]:
+    """The loader states of all data-parallel replicas that it was saved with, in their order."""
+    return sorted(checkpoint.glob("loader_dp*.state"), key=lambda path: (len(path.name), path.name))
 
 
 def _last_line(error: Exception) -> str:

@@ -3,14 +3,27 @@
 import json
 import resource
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from molmo2_nemo.data.encode import COUNTERS
 from molmo2_nemo.model.collectives import context_slice
+from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
+
+# A source's broken samples, all that it lost, and what it kept in part.
+BROKEN = ("dropped_malformed", "dropped_undecodable", "dropped_unreadable")
+DROPPED = tuple(name for name in COUNTERS if name.startswith("dropped_") and name != "dropped_branches")
+SHORTENED = ("truncated", "dropped_branches", "videos_thinned", "images_shrunk")
+# Fewer broken samples than this say nothing of a source's error rate.
+MIN_BROKEN = 20
+# Broken samples of a source that are reported one by one; further ones are only counted.
+MAX_REPORTS = 5
 
 
 class LossBySource:
@@ -36,7 +49,8 @@ class LossBySource:
             self.sums[0].index_add_(0, source, weighted.flatten().double())
             self.sums[1].index_add_(0, source, weights.flatten().double())
             tokens = (batch["segment_ids"][:, local] >= 0).sum()
-            examples = batch["counters"].get("examples", 0) if first else 0
+            packed = (batch["segment_ids"].amax(dim=1) // SEGMENTS_PER_EXAMPLE + 1).sum()
+            examples = packed if first else 0
             rows = batch["input_ids"].shape[0] if first else 0
             self.counts += torch.tensor(
                 [tokens, (weights > 0).sum(), examples, rows], dtype=torch.float64, device=self.counts.device
@@ -57,13 +71,84 @@ class LossBySource:
         }  # fmt: skip
 
 
-def merge_counters(batches: list[dict]) -> dict[str, int]:
-    """Sum of the data pipeline's counters over micro-batches."""
-    total: dict[str, int] = {}
-    for batch in batches:
-        for name, count in batch["counters"].items():
-            total[name] = total.get(name, 0) + count
-    return total
+class DataReport:
+    """What became of the samples of each source, over all ranks. `saved`: what an earlier `by_source` gave."""
+
+    def __init__(self, sources: list[str], device: str, saved: dict[str, dict[str, int]] | None = None):
+        self.sources, self.device = sources, device
+        self.totals = self._table(saved or {})
+        self.reported = Counter()
+        self.last_report: dict[str, str] = {}
+
+    def _table(self, counters: dict[str, dict[str, int]]) -> np.ndarray:
+        """int64 [sources, COUNTERS]."""
+        return np.array([[counters.get(s, {}).get(name, 0) for name in COUNTERS] for s in self.sources], dtype=np.int64)
+
+    def add(self, batches: list[dict]) -> list[str]:
+        """Count micro-batches; returns a line for each of the first broken samples of a source. Collective."""
+        table = sum((self._table(batch["counters"]) for batch in batches if "counters" in batch), self._table({}))
+        table = torch.from_numpy(table).to(self.device)
+        dist.all_reduce(table)
+        self.totals += table.cpu().numpy()
+        if not table[:, [COUNTERS.index(name) for name in BROKEN]].any():
+            return []
+        # The same on all ranks: either all of them come here or none.
+        own: dict[str, list[str]] = {}
+        for line in (line for batch in batches for line in batch.get("errors", ())):
+            own.setdefault(line.split(": ")[0], []).append(line)
+        everybodys = [None] * dist.get_world_size()
+        dist.all_gather_object(everybodys, {source: lines[:MAX_REPORTS] for source, lines in own.items()})
+        news = []
+        for source, lines in (item for one in everybodys for item in one.items()):
+            self.last_report[source] = lines[-1]
+            lines = lines[: MAX_REPORTS - self.reported[source]]
+            self.reported[source] += len(lines)
+            news += lines
+        return news
+
+    def by_source(self) -> dict[str, dict[str, int]]:
+        """Source -> counts that are not 0."""
+        rows = (dict(zip(COUNTERS, row)) for row in self.totals.tolist())
+        return {source: {n: count for n, count in row.items() if count} for source, row in zip(self.sources, rows)}
+
+    def too_broken(self, max_error_rate: float, blend: str) -> str | None:
+        """A sentence when more than this share of a source's samples is broken; the same on all ranks."""
+        for source, counts in self.by_source().items():
+            broken, seen = _total(counts, BROKEN), _total(counts, ("examples", *DROPPED))
+            if broken > max_error_rate * seen and (broken >= MIN_BROKEN or max_error_rate == 0):
+                last = self.last_report.get(source, "").removeprefix(f"{source}: ")
+                last = f" (the last one: {last})" if last else ""
+                return (
+                    f"source {source}: {broken:,} of {seen:,} samples are broken, more than data.max_error_rate="
+                    f"{max_error_rate} allows{last}; mend the source, take it out of data.blend={blend}, or raise "
+                    "data.max_error_rate."
+                )
+        return None
+
+    def note(self) -> str:
+        """For the end of a console line: how much was dropped and shortened so far, and the worst three sources."""
+        sources = self.by_source()
+        dropped = Counter({source: _total(counts, DROPPED) for source, counts in sources.items()})
+        shortened = sum(_total(counts, SHORTENED) for counts in sources.values())
+        if not dropped.total() + shortened:
+            return ""
+        worst = ", ".join(f"{source} {count:,}" for source, count in dropped.most_common(3) if count)
+        seen = sum(counts.get("examples", 0) for counts in sources.values()) + dropped.total()
+        return f" | dropped {dropped.total():,} of {seen:,}{f' ({worst})' if worst else ''}, shortened {shortened:,}"
+
+    def lines(self) -> list[str]:
+        """A line for each source of which something was dropped or shortened."""
+        found = []
+        for source, counts in self.by_source().items():
+            kept = ("examples", "branches", "tokens", "loss_tokens", "images", "frames", "crops")
+            notable = ", ".join(f"{count:,} {name}" for name, count in counts.items() if name not in kept)
+            if notable:
+                found.append(f"{source}: {notable} ({_total(counts, ('examples', *DROPPED)):,} samples)")
+        return found
+
+
+def _total(counts: dict[str, int], names: tuple[str, ...]) -> int:
+    return sum(counts.get(name, 0) for name in names)
 
 
 def memory_gib(device: str) -> float:

@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,10 @@ from molmo2_nemo.config import (
     world_size_from_environment,
 )
 from molmo2_nemo.data import blend
-from molmo2_nemo.data.loader import restore_state, save_state, train_loader, validation_loader
+from molmo2_nemo.data.loader import save_state, train_loader, validation_loader
 from molmo2_nemo.training import checkpoint
 from molmo2_nemo.training.batches import BatchSource
-from molmo2_nemo.training.metrics import LossBySource, RunLog, memory_gib, merge_counters, train_line
+from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog, memory_gib, train_line
 from molmo2_nemo.training.optimizer import build_optimizer, is_frozen, parameter_table, set_learning_rates
 from molmo2_nemo.training.step import build_model, forward_backward, global_weight, load_weights
 
@@ -39,6 +39,7 @@ def run_stage(cfg: DictConfig) -> None:
         device = parallel.resolve_device(config.train)
         with user_errors():
             sources = blend.load_blend(config.data)
+            blend.check_shards(sources, config.data.max_error_rate)
         start = find_start(config)
         train(config, device, sources, start, OmegaConf.to_yaml(cfg, resolve=True))
     except ConfigError as error:
@@ -55,6 +56,14 @@ def user_errors():
         yield
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def stop(message: str) -> NoReturn:
+    """End the run for what all ranks have found alike. Collective; one of them says so."""
+    if dist.get_rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    dist.barrier()
+    sys.exit(2)
 
 
 @dataclasses.dataclass
@@ -98,10 +107,16 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     counts = parameter_table(model)
     log.say("rank 0 trains (freezes): " + ", ".join(f"{c} {n:,} ({f:,})" for c, (n, f) in counts.items()))
 
-    step = tokens_seen = 0
+    step, tokens_seen, counted, saved = 0, 0, {}, []
     if start.resume is not None:
         marker = checkpoint.load(start.resume, model, optimizer)
-        step, tokens_seen = marker["step"], marker.get("tokens_seen", 0)
+        step, tokens_seen, counted = marker["step"], marker.get("tokens_seen", 0), marker.get("data", {})
+        saved = checkpoint.loader_states(start.resume)
+        if not saved:
+            raise ConfigError(
+                f"checkpoint {start.resume} has no state of the training data: use train.init_from to start from its "
+                "weights alone."
+            )
         log.say(f"resumed step {step} from {start.resume}")
     elif start.init_from is not None:
         load_weights(model, start.init_from)
@@ -111,22 +126,14 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
         log.say("weights: random (train.init_from=CHECKPOINT starts from trained ones)")
 
     group = parallel.model_replica_group()
-    loader, validation = make_loaders(config, sources, group, run_dir)
-    if loader is not None and start.resume is not None:
-        state = checkpoint.loader_state(start.resume)
-        if state is None:
-            raise ConfigError(
-                f"checkpoint {start.resume} has no loader state for data-parallel rank "
-                f"{parallel_state.get_data_parallel_rank()}: continue with as many data-parallel ranks as it was saved "
-                "with, or use train.init_from to start from its weights alone."
-            )
-        with user_errors():
-            restore_state(loader, state)
+    loader, validation = make_loaders(config, sources, group, run_dir, saved)
+    if loader is not None and loader.dealt_anew:
+        log.say("training data dealt out anew: what was not trained on yet comes first, in another order")
     batches_from = BatchSource(iter(loader) if loader is not None else None, group, device)
     replicas = parallel_state.get_data_parallel_world_size()
     micro_batches = t.global_batch_size // (t.micro_batch_size * replicas)
-    losses = LossBySource([source.name for source in sources], device)
-    counters: dict[str, int] = {}
+    names = [source.name for source in sources]
+    losses, data = LossBySource(names, device), DataReport(names, device, counted)
     data_wait, grad_norms = 0.0, []
     info = {"stage": config.stage, "layout": dataclasses.asdict(config.parallel)}
     model.train()
@@ -138,17 +145,24 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
         started = time.monotonic()
         batches = [batches_from.next() for _ in range(micro_batches)]
         data_wait += time.monotonic() - started
+        for line in data.add(batches):
+            log.say(f"broken sample: {line}")
+        too_broken = data.too_broken(config.data.max_error_rate, config.data.blend)
+        if too_broken:
+            stop(too_broken)
         rates = set_learning_rates(optimizer, config, step)
         model.zero_grad_buffer()
         optimizer.zero_grad()
         total_weight = global_weight(batches)
         if not total_weight > 0:
-            raise ConfigError(f"step {step}: no token of the global batch carries loss; check data.blend={config.data.blend}.")
+            lost = "; ".join(data.lines()) or "nothing was dropped"
+            stop(
+                f"step {step}: no token of the global batch carries loss ({lost}): check "
+                f"data.blend={config.data.blend} and data.seq_length={config.data.seq_length}."
+            )
         losses.add(batches, forward_backward(model, batches, total_weight))
         _, grad_norm, _ = optimizer.step()
         grad_norms.append(float(grad_norm))
-        for name, count in merge_counters(batches).items():
-            counters[name] = counters.get(name, 0) + count
         last = step == t.max_steps
         if step % t.log_every == 0 or last or step == 1:
             figures = losses.reduce()
@@ -158,33 +172,39 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
                 tokens_seen=tokens_seen, lr=rates, grad_norm=sum(grad_norms) / len(grad_norms),
                 tokens_per_second=figures["tokens"] / seconds, samples_per_second=figures["examples"] / seconds,
                 fill=figures["tokens"] / (figures["rows"] * config.data.seq_length), seconds=seconds,
-                data_wait_share=data_wait / seconds, memory_gib=memory_gib(device), data=dict(counters),
+                data_wait_share=data_wait / seconds, memory_gib=memory_gib(device), data=data.by_source(),
             )  # fmt: skip
             data_wait, grad_norms = 0.0, []
             log.write("train", step, figures)
-            log.say(train_line(step, t.max_steps, figures))
+            log.say(train_line(step, t.max_steps, figures) + data.note())
         if t.validation_batches > 0 and (step % t.validate_every == 0 or last):
             figures = validate(config, model, validation, group, device, sources)
+            note = figures.pop("note")
             log.write("validation", step, figures)
             by_source = " ".join(f"{s} {x:.3f}" for s, x in figures["loss_by_source"].items())
-            log.say(f"step {step} validation | loss {figures['loss']:.4f} ({by_source}) | {figures['rows']} rows")
+            log.say(f"step {step} validation | loss {figures['loss']:.4f} ({by_source}) | {figures['rows']} rows{note}")
             log.interval()
         if step % t.save_every == 0 or last:
             state = save_state(loader) if loader is not None else None
             path = checkpoint.save(
-                run_dir / "checkpoints", step, model, optimizer, state, {**info, "tokens_seen": tokens_seen},
-                config_yaml, t.keep_last,
+                run_dir / "checkpoints", step, model, optimizer, state,
+                {**info, "tokens_seen": tokens_seen, "data": data.by_source()}, config_yaml, t.keep_last,
             )  # fmt: skip
             log.say(f"saved {path}")
             log.interval()
-    log.say(f"{config.stage} finished at step {step}: {tokens_seen:,} tokens" + data_report(counters))
+    log.say(f"{config.stage} finished at step {step}: {tokens_seen:,} tokens")
+    for line in data.lines():
+        log.say(f"data of {line}")
     log.close()
     dist.barrier()
     dist.destroy_process_group()
 
 
-def make_loaders(config: Config, sources: list, group, run_dir: Path):
-    """(training, validation) loaders on the first rank of a replica, (None, None) elsewhere."""
+def make_loaders(config: Config, sources: list, group, run_dir: Path, saved: list[Path]):
+    """(training, validation) loaders on the first rank of a replica, (None, None) elsewhere.
+
+    saved: the loader states of the checkpoint to continue.
+    """
     if dist.get_rank() != dist.get_process_group_ranks(group)[0]:
         return None, None
     rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -194,13 +214,15 @@ def make_loaders(config: Config, sources: list, group, run_dir: Path):
         micro_batch_size=config.train.micro_batch_size, run_dir=run_dir,
     )  # fmt: skip
     with user_errors():
-        return train_loader(**common), validation_loader(**common) if config.train.validation_batches else None
+        validation = validation_loader(**common) if config.train.validation_batches else None
+        return train_loader(**common, saved=saved), validation
 
 
 def validate(config: Config, model, loader, group, device: str, sources: list) -> dict:
     """Loss on the first train.validation_batches held-out micro-batches of each replica."""
     batches_from = BatchSource(iter(loader) if loader is not None else None, group, device)
-    losses = LossBySource([source.name for source in sources], device)
+    names = [source.name for source in sources]
+    losses, data = LossBySource(names, device), DataReport(names, device)
     model.eval()
     with torch.no_grad():
         for _ in range(config.train.validation_batches):
@@ -210,9 +232,10 @@ def validate(config: Config, model, loader, group, device: str, sources: list) -
             dist.all_reduce(ended, op=dist.ReduceOp.MAX)
             if ended:
                 break
+            data.add([batch])
             losses.add([batch], forward_backward(model, [batch], torch.ones((), device=device), forward_only=True))
     model.train()
-    return losses.reduce()
+    return losses.reduce() | {"data": data.by_source(), "note": data.note()}
 
 
 def banner(config: Config, device: str, precision: str, sources: list) -> str:
@@ -220,18 +243,13 @@ def banner(config: Config, device: str, precision: str, sources: list) -> str:
     p, t, d = config.parallel, config.train, config.data
     total = sum(source.weight for source in sources)
     shares = ", ".join(f"{source.name} {source.weight / total:.1%}" for source in sources)
+    missing = blend.missing_sources(d) if d.skip_missing else []
+    left_out = f"\nleft out, not on disk (data.skip_missing=true): {', '.join(missing)}" if missing else ""
     return (
         f"{config.stage} '{config.name}': model {config.model.name}, {dist.get_world_size()} {device} rank(s), "
         f"{precision}, TP {p.tensor_model_parallel_size}{' + SP' if p.sequence_parallel else ''}, "
         f"PP {p.pipeline_model_parallel_size}, CP {p.context_parallel_size}, "
         f"DP {parallel_state.get_data_parallel_world_size()}\n"
         f"{t.max_steps:,} steps of {t.global_batch_size} rows x {d.seq_length:,} tokens, {d.max_crops} crops a row, "
-        f"at most {d.max_frames} frames a video\nblend {d.blend}: {shares}"
+        f"at most {d.max_frames} frames a video\nblend {d.blend}: {shares}{left_out}"
     )
-
-
-def data_report(counters: dict[str, int]) -> str:
-    """What rank 0's replica dropped or shortened, if anything."""
-    notable = {name: count for name, count in counters.items() if name != "examples" and count}
-    return f"; data: {json.dumps(notable)}" if notable else ""
-
