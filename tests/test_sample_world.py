@@ -39,6 +39,8 @@ from molmo2_nemo.data.sample_world import (
     render,
     text_corpus,
 )
+from molmo2_nemo.data.schema import read_example
+from molmo2_nemo.data.tasks import converse
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_sample_data.py"
 SCALE = 0.01
@@ -79,8 +81,9 @@ def colour_at(picture, x, y):
 
 def turns(sample):
     """(question, answer with points written out) of every turn."""
-    texts = [(m["role"], render_content(m)) for branch in sample.branches for m in branch if m["role"] != "system"]
-    return [(question, answer) for (_, question), (_, answer) in zip(texts[::2], texts[1::2])]
+    messages = [m for branch in sample.branches for m in branch if m["role"] != "system"]
+    texts = [render_content(m["content"], m.get("points", [])) for m in messages]
+    return list(zip(texts[::2], texts[1::2]))
 
 
 def test_set_names():
@@ -96,18 +99,19 @@ def test_schema(data, name):
         assert len(samples) == manifest["counts"][name][split] == SETS[name].count(split, SCALE)
         for parts in samples.values():
             record = json.loads(parts.pop("json"))
-            assert set(record) == {"style", "images", "video", "branches"}
+            read_example(json.dumps(record))
+            assert set(record) - {"multi_turn"} == {"style", "images", "video", "branches"}
             media = [*record["images"], *([record["video"]] if record["video"] else [])]
             assert parts.keys() == {entry["part"] for entry in media}
             for entry in record["images"]:
                 picture = Image.open(io.BytesIO(parts[entry["part"]]))
                 assert (picture.mode, *picture.size) == ("RGB", entry["width"], entry["height"])
             assert record["branches"]
-            for branch in record["branches"]:
+            for branch in (branch for branch in record["branches"] if isinstance(branch, list)):
                 roles = [message["role"] for message in branch if message["role"] != "system"]
                 assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
                 for message in branch:
-                    text = render_content(message)
+                    text = render_content(message["content"], message.get("points", []))
                     assert text and not re.search(r"<points \d", text)
                     assert len(parse(text)) == len(message.get("points", []))
 
@@ -311,9 +315,7 @@ def test_energon_reads_each_split(data, name):
     val = get_loader(get_val_dataset(data / name, split_part="val", **common))
     held_out = [sample for batch in val for sample in batch]
     train = get_loader(
-        get_train_dataset(
-            data / name, shuffle_buffer_size=None, max_samples_per_sequence=None, repeat=False, **common
-        )
+        get_train_dataset(data / name, shuffle_buffer_size=None, max_samples_per_sequence=None, repeat=False, **common)
     )
     trained = [sample for batch in train for sample in batch]
     for samples, split in ((held_out, "val"), (trained, "train")):
@@ -373,4 +375,138 @@ def test_quiz(data):
 def test_text_corpus_has_all_words_and_both_separators():
     corpus = "\n".join(text_corpus(per_set=40))
     assert all(word in corpus for word in [*COLOURS, *SHAPES, *DIRECTIONS, "<tracks", "</points>", "\t"])
+    assert "fps" in corpus and "caption" in corpus  # what tasks ask
     assert re.search(r"\d;\d", corpus)
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------
+
+
+def task_samples(name, count=60):
+    return [make_sample(name, "train", index) for index in range(count)]
+
+
+def tasks(sample, kind):
+    return [branch for branch in sample.branches if isinstance(branch, dict) and branch["task"] == kind]
+
+
+def test_every_kind_of_task_is_there():
+    found, styles = set(), set()
+    for name in (name for name in SETS if name.startswith("task_")):
+        for sample in task_samples(name):
+            found |= {branch["task"] if isinstance(branch, dict) else "messages" for branch in sample.branches}
+            found |= {*sample.video_keys, f"{len(sample.images)} images", f"multi_turn {sample.multi_turn}"}
+            found |= {key for branch in sample.branches if isinstance(branch, dict) for key in branch}
+            example = read_example(json.dumps(sample.record()))
+            for seed in range(4):
+                styles |= {talk.style for talk in converse(example, np.random.default_rng(seed), "templates")}
+    assert found >= {
+        "messages", "caption", "question", "multiple_choice", "pointing", "tracking", "explanation", "unanswerable",
+        "images", "2 images", "5 images", "clip", "subtitles", "annotation_fps", "multi_turn 0.2",
+    }  # fmt: skip
+    assert styles >= {
+        "long_caption", "transcript", "video_long_caption", "video_short_caption", "vqa2", "user_qa",
+        "a_okvqa_mc", "video_multiple_choice", "cosyn_diagram_exp", "pointing", "point_count", "count_point", "counting",
+        "cosyn_point", "multi_image_pointing", "multi_image_point_then_count", "multi_image_count_then_point",
+        "multi_image_counting", "video_point", "video_point_count", "video_count_point", "video_count",
+        "video_point_track_per_frame", "video_point_ground_start_end", "video_single_point_track_per_frame",
+    }  # fmt: skip
+
+
+def test_points_of_tasks_lie_on_all_that_they_name():
+    checked = 0
+    for sample in task_samples("task_points"):
+        pictures = [render(scene) for scene in sample.images]
+        for task in tasks(sample, "pointing"):
+            words = [word for word in task["label"].split() if word != "shape"]
+            for number, group in task["points"]:
+                names = [thing.name.split() for thing in sample.images[number - 1].things]
+                assert len(group) == sum(all(word in name for word in words) for name in names)
+                for x, y in group:
+                    seen = colour_at(pictures[number - 1], x, y)
+                    assert seen and (len(words) < 2 or seen == words[0])
+                    checked += 1
+    assert checked > 100
+
+
+def test_points_of_video_tasks_lie_on_what_they_name():
+    checked = several = 0
+    for sample in task_samples("task_video"):
+        start = sample.video_keys.get("clip", [0.0])[0]
+        for task in tasks(sample, "pointing"):
+            seen = {}
+            for seconds, [[x, y]] in task["points"]:
+                picture = render(sample.video, round((seconds + start) * FPS))
+                seen[colour_at(picture, x, y), x, y] = seconds
+            colours = [colour for colour, _, _ in seen]
+            if task["label"] == "shape":
+                assert sorted(colours) == sorted(thing.colour for thing in sample.video.things)
+                several += len(set(seen.values())) > 1
+            else:
+                assert colours == [task["label"].split()[0]]
+            checked += 1
+    assert checked > 50 and several > 5
+
+
+def test_tracks_of_tasks_end_where_a_thing_leaves_the_picture():
+    checked = left = 0
+    for sample in task_samples("task_tracks"):
+        for task in tasks(sample, "tracking"):
+            shown = {}
+            for seconds, objects in task["frames"]:
+                picture = render(sample.video, round(seconds * FPS))
+                for name, x, y in objects:
+                    assert colour_at(picture, x, y) == name.split()[0]
+                    checked += 1
+                colours = [thing.colour for thing in sample.video.things]
+                for thing in sample.video.things:
+                    if task["label"] in ("shape", thing.name) and colours.count(thing.colour) == 1:
+                        pixels = (np.abs(picture.astype(int) - COLOURS[thing.colour]).max(-1) < 12).sum()
+                        shown.setdefault(thing.name, []).append((pixels, thing.name in [name for name, *_ in objects]))
+            for frames in shown.values():
+                # A triangle that goes up shows three quarters when its centre goes.
+                whole = max(pixels for pixels, _ in frames)
+                assert frames[0][1] and all(pixels < 0.8 * whole for pixels, is_there in frames if not is_there)
+                left += not frames[-1][1]
+    assert checked > 300 and left > 10
+
+
+def test_right_options_are_right():
+    checked = 0
+    for sample in [*task_samples("task_image"), *task_samples("task_video")]:
+        for task in tasks(sample, "multiple_choice"):
+            right = task["options"][task["answer"]]
+            assert len(set(task["options"])) == len(task["options"]) > 1
+            if "moving" in task["question"]:
+                (x, y), (later_x, later_y) = (sample.video.position(sample.video.things[0], f) for f in (0, 5))
+                assert np.allclose(np.sign([later_x - x, later_y - y]), DIRECTIONS[right])
+            elif "background" in task["question"]:
+                corner = render(sample.images[0])[0, 0].mean()
+                assert (right == "light") == (corner > 128)
+            else:
+                names = {thing.name for thing in sample.images[0].things}
+                assert [option for option in task["options"] if option in names] == [right]
+            checked += 1
+    assert checked > 60
+
+
+def test_answers_about_pictures_and_subtitles_are_right():
+    checked = 0
+    for sample in task_samples("task_image"):
+        [scene] = sample.images
+        for task in tasks(sample, "question"):
+            if "background" in task["question"]:
+                right = "light" if render(scene)[0, 0].mean() > 128 else "dark"
+                assert task["answers"].count(right) == 2 and len(task["answers"]) == 3
+            else:
+                shape = task["question"].split()[2].removesuffix("s")
+                assert task["answers"] == [str(sum(thing.shape == shape for thing in scene.things))]
+                assert all(thing.name in task["explanation"] for thing in scene.things)
+            checked += 1
+    for sample in task_samples("task_video"):
+        for task in tasks(sample, "question"):
+            start, end, text = sample.video_keys["subtitles"][-1]
+            assert task["answers"] == [text] and sample.video.things[0].direction in text
+            assert start < end <= sample.video.num_frames / FPS
+            checked += 1
+    assert checked > 50

@@ -1,25 +1,15 @@
 """A small procedural world to train on: coloured shapes on grey backgrounds, still and moving, with true labels.
 
-`generate` writes one Energon WebDataset per name in SETS. A sample is `{key}.json` plus its media parts
-(`{key}.img0.png`, ..., or `{key}.video.mp4`); the JSON is
-
-    style     str, a task style of Molmo2 (arXiv 2601.10611)
-    images    [{"part", "width", "height"}, ...], sizes in pixels
-    video     {"part", "width", "height", "fps", "num_frames", "duration" in seconds} or null
-    branches  [[{"role", "content", optional "points"}, ...], ...], conversations about the same images or video
-
-where `<points k/>` in a content stands for entry k of its "points" (see molmo2_nemo.data.points).
+`generate` writes one Energon WebDataset per name in SETS. A sample is `{key}.json`, a molmo2_nemo.data.schema.Example,
+plus its media parts (`{key}.img0.png`, ..., or `{key}.video.mp4`). The sets whose names begin with task_ hold tasks,
+of every kind there is; the others hold conversations.
 
 Every sample is drawn from a generator seeded by (seed, set, split, index). Held-out samples also show combinations of
 objects that no training sample of the set shows: a hash of the combination decides the split it may appear in.
 """
 
-import contextlib
 import io
 import json
-import os
-import shutil
-import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,14 +17,15 @@ from pathlib import Path
 
 import av
 import numpy as np
-import yaml
 from PIL import Image, ImageDraw
 
 from molmo2_nemo.data.points import NO_POINTS, Points, Tracks, render_content, to_json
+from molmo2_nemo.data.schema import read_example
+from molmo2_nemo.data.shards import published, write_shards
+from molmo2_nemo.data.tasks import converse
 
-VERSION = 3
+VERSION = 4
 SPLITS = ("train", "val")
-SHARD_SAMPLES = 1000
 SIDE = 84  # pixels: side of most images and of all videos
 # Pixels: what an image token of the tiny model sees (2 x 2 patches of 14). A still thing lies within one, so that few
 # steps are enough to learn what it is.
@@ -235,12 +226,14 @@ def _video(rng: np.random.Generator, split: str) -> Scene:
 
 @dataclass
 class Sample:
-    """A sample before rendering: its style, its still scenes or its video, its conversations."""
+    """A sample before rendering: its style, its still scenes or its video, its conversations or tasks."""
 
-    style: str
-    branches: list[list[dict]]
+    style: str | None
+    branches: list[list[dict] | dict]
     images: list[Scene] = field(default_factory=list)
     video: Scene | None = None
+    video_keys: dict = field(default_factory=dict)  # clip, subtitles, annotation_fps
+    multi_turn: float = 0.0
 
     def record(self) -> dict:
         """The JSON of the sample."""
@@ -251,9 +244,11 @@ class Sample:
             "fps": FPS,
             "num_frames": self.video.num_frames,
             "duration": self.video.num_frames / FPS,
+            **self.video_keys,
         }
         images = [{"part": f"img{i}.png", "width": s.width, "height": s.height} for i, s in enumerate(self.images)]
-        return {"style": self.style, "images": images, "video": video, "branches": self.branches}
+        record = {"style": self.style, "images": images, "video": video, "branches": self.branches}
+        return record | ({"multi_turn": self.multi_turn} if self.multi_turn else {})
 
     def parts(self) -> dict[str, bytes]:
         """The files of the sample by part name."""
@@ -552,6 +547,125 @@ def _text(rng: np.random.Generator, split: str) -> Sample:
     return Sample("text_sft", [branch])
 
 
+# --- tasks ----------------------------------------------------------------------------------------------------------
+
+
+def _choice(rng: np.random.Generator, question: str, right: str, words: list[str], **more) -> dict:
+    """A multiple choice task with up to four of the words, the right one among them."""
+    wrong = _some(rng, [word for word in dict.fromkeys(words) if word != right], int(rng.integers(1, 4)))
+    options = _some(rng, [right, *wrong], 4)
+    return {
+        "task": "multiple_choice", "question": question, "options": options, "answer": options.index(right), **more
+    }  # fmt: skip
+
+
+def _task_image(rng: np.random.Generator, split: str) -> Sample:
+    scene = _image(rng, split)
+    names = [_a(thing.name) for thing in scene.things]
+    thing = _pick(rng, scene.things)
+    alike = len(_matches(scene, thing.shape))
+    background = scene.background
+    branches = [
+        {"task": "caption", "text": f"{_list(names)} on a {background} background"},
+        {"task": "caption", "text": f"I see {_list(names)}.", "style": "transcript"},
+        # Three people were asked, and one of them did not look closely.
+        {
+            "task": "question", "question": "Is the background light or dark?", "style": "vqa2",
+            "answers": _some(rng, [background, background, OPPOSITES[background]], 3),
+        },
+        {
+            "task": "question", "question": f"How many {thing.shape}s are there?", "answers": [str(alike)],
+            "explanation": f"There {'is' if len(names) == 1 else 'are'} {_list(names)}.", "style": "cosyn_diagram_exp",
+        },
+        _choice(rng, "Which of these is in the image?", thing.name, _absent(rng, scene)),
+        _choice(rng, "What is the background?", background, list(OPPOSITES), explanation=f"It is {background}."),
+    ]  # fmt: skip
+    return Sample(None, _some(rng, branches, 3), [scene])
+
+
+def _absent(rng: np.random.Generator, scene: Scene) -> list[str]:
+    """Names of things that are not in the scene."""
+    names = [" ".join(name) for name in _names(rng, len(scene.things) + 4)]
+    return [name for name in names if not _matches(scene, name)]
+
+
+IMAGE_MODES = ["pointing", "point_count", "count_point", "counting", "cosyn_point"]
+IMAGES_MODES = ["multi_image_" + mode for mode in ("pointing", "point_then_count", "count_then_point", "counting")]
+VIDEO_MODES = ["video_point", "video_point_count", "video_count_point", "video_count"]
+
+
+def _task_points(rng: np.random.Generator, split: str) -> Sample:
+    count = int(rng.integers(1, 6))
+    names = _combination(split, lambda: _names(rng, count))
+    scenes = [_scene(rng, [name]) for name in names] if rng.random() < 0.6 else [_scene(rng, names, *_size(rng, count))]
+    several = len(scenes) > 1
+    labels = [_pick(rng, _labels(_pick(rng, scenes))), _pick(rng, _absent(rng, scenes[0]))]
+    branches = []
+    for label in dict.fromkeys(labels):
+        groups = [
+            [number, [list(scene.fraction(thing)) for thing in _matches(scene, label)]]
+            for number, scene in enumerate(scenes, start=1)
+        ]
+        styles = _some(rng, IMAGES_MODES if several else IMAGE_MODES, 2)
+        task = {"task": "pointing", "label": label, "points": groups, "style": styles}
+        if several and rng.random() < 0.5:
+            task["images"] = sorted(_some(rng, list(range(1, len(scenes) + 1)), int(rng.integers(1, len(scenes) + 1))))
+        branches.append(task)
+    if rng.random() < 0.3:
+        no = "A name is nothing that can be seen, so there is nothing to point to."
+        branches.append({"task": "pointing", "label": "name of the shape", "points": [], "unanswerable": no})
+    return Sample(None, branches, scenes)
+
+
+def _task_video(rng: np.random.Generator, split: str) -> Sample:
+    scene = _video(rng, split)
+    mover, *still = scene.things
+    start, end = _pick(rng, [0.0, 0.5]), scene.num_frames / FPS
+    keys = {"clip": [start, end]} if start else {}
+    # Times count from the start of the clip.
+    times = [seconds - start for seconds in _half_seconds(scene) if seconds >= start]
+    moves = f"{mover.name} moves {mover.direction}"
+
+    def at(thing: Thing, seconds: float) -> list:
+        return [seconds, [list(scene.fraction(thing, (seconds + start) * FPS))]]
+
+    time, thing = _pick(rng, times), _pick(rng, scene.things)
+    branches = [
+        {"task": "caption", "text": _list([_a(moves), *(f"{_a(thing.name)} stays" for thing in still)])},
+        {"task": "caption", "text": _a(moves), "style": "video_short_caption"},
+        _turn(f"What happens at <time {time}/>?", f"The {moves} at <time {time}/>."),
+        _choice(rng, "Which way does the moving shape go?", mover.direction, list(DIRECTIONS)),
+        {
+            "task": "pointing", "label": thing.name, "points": [at(thing, time)], "style": "video_point",
+            "question": f"Point to the {thing.name} at <time {time}/>.",
+        },
+        # Each thing once, at some time.
+        {
+            "task": "pointing", "label": "shape", "points": [at(thing, _pick(rng, times)) for thing in scene.things],
+            "style": _some(rng, VIDEO_MODES, 2),
+        },
+    ]  # fmt: skip
+    if rng.random() < 0.5:
+        says = f"The {mover.name} goes {mover.direction}."
+        keys["subtitles"] = [[0.0, 0.5, "Look."], [0.5, end - start, says]]
+        branches.append({"task": "question", "question": "What do the subtitles say last?", "answers": [says]})
+    return Sample(None, _some(rng, branches, 3), video=scene, video_keys=keys, multi_turn=0.2)
+
+
+def _task_tracks(rng: np.random.Generator, split: str) -> Sample:
+    scene = _video(rng, split)
+    scene.speed *= _pick(rng, [1, 2])  # twice as fast, it leaves the picture
+    rate = int(rng.integers(1, 3))
+    branches = []
+    for label in dict.fromkeys([_pick(rng, scene.things).name, "shape"]):
+        frames = []
+        for seconds in _half_seconds(scene):
+            objects = [[thing.name, *scene.fraction(thing, seconds * FPS)] for thing in _matches(scene, label)]
+            frames.append([seconds, [[name, x, y] for name, x, y in objects if 0 < x < 1 and 0 < y < 1]])
+        branches.append({"task": "tracking", "label": label, "frames": frames, "fps": rate})
+    return Sample(None, branches, video=scene, video_keys={"annotation_fps": rate})
+
+
 # --- data sets ------------------------------------------------------------------------------------------------------
 
 
@@ -579,6 +693,11 @@ SETS = {
     "video_qa": Set(_video_qa, 500),
     "video_points": Set(_video_points, 500),
     "video_tracks": Set(_video_tracks, 500),
+    # Few, so that they take little of the short training of a small model.
+    "task_image": Set(_task_image, 160),
+    "task_points": Set(_task_points, 160),
+    "task_video": Set(_task_video, 120),
+    "task_tracks": Set(_task_tracks, 120),
 }
 TRAIN_SETS = {
     "stage1": ["captions", "points", "count", "points_dense", "text"],
@@ -596,10 +715,11 @@ def make_sample(name: str, split: str, index: int, seed: int = 0) -> Sample:
 def text_corpus(seed: int = 0, per_set: int = 400) -> Iterator[str]:
     """Texts of the world's training conversations, points written out in both stages' form."""
     for name in SETS:
-        for index in range(per_set):
-            for branch in make_sample(name, "train", index, seed).branches:
-                for message in branch:
-                    yield render_content(message, "\t" if index % 2 else ";")
+        for index in range(min(per_set, SETS[name].size)):
+            example = read_example(json.dumps(make_sample(name, "train", index, seed).record()))
+            for conversation in converse(example, np.random.default_rng([seed, index]), "templates"):
+                for message in conversation.messages:
+                    yield render_content(message.content, message.points, "\t" if index % 2 else ";")
 
 
 def generate(out: Path, seed: int = 0, scale: float = 1.0, progress: Callable[[str], None] = print) -> dict:
@@ -618,46 +738,24 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0, progress: Callable[[s
             progress(f"{out} is complete already; nothing to do.")
             return manifest
         raise ValueError(f"{out} holds something else than these sample data; remove it or choose another folder.")
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with published(out) as folder:
         for name in SETS:
-            _write_set(partial / name, name, seed, counts[name])
+            _write_set(folder / name, name, seed, counts[name])
             progress(f"{name}: {counts[name]['train']} samples, {counts[name]['val']} held out")
-        _write_quiz(partial / "quiz", seed)
-        (partial / "sample.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _write_quiz(folder / "quiz", seed)
+        (folder / "sample.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
 def _write_set(folder: Path, name: str, seed: int, counts: dict[str, int]) -> None:
-    """Write the shards of a set and Energon's index of them; split part "val" is the held-out samples."""
-    from megatron.energon.epathlib import EPath  # here because it takes seconds
-    from megatron.energon.flavors import BaseWebdatasetFactory
+    """Write the shards of a set; split part "val" is the held-out samples."""
 
-    folder.mkdir(parents=True)
-    shards = {split: [] for split in SPLITS}
-    for split in SPLITS:
-        for first in range(0, counts[split], SHARD_SAMPLES):
-            shards[split].append(f"{split}-{len(shards[split]):05d}.tar")
-            with tarfile.open(folder / shards[split][-1], "w", format=tarfile.USTAR_FORMAT) as tar:
-                for index in range(first, min(first + SHARD_SAMPLES, counts[split])):
-                    for part, data in make_sample(name, split, index, seed).parts().items():
-                        member = tarfile.TarInfo(f"{name}-{split}-{index:06d}.{part}")  # times and owners are zero
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the path of every file it writes
-        BaseWebdatasetFactory.prepare_dataset(
-            EPath(folder),
-            [shard for split in SPLITS for shard in shards[split]],
-            split_parts_patterns=[(split, f"{split}-.*") for split in SPLITS],
-            shuffle_seed=None,
-            workers=1,
-        )
-    dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
-    (folder / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(dataset))
+    def samples(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+        for index in range(counts[split]):
+            yield f"{name}-{split}-{index:06d}", make_sample(name, split, index, seed).parts()
+
+    folder.mkdir()
+    write_shards(folder, {split: samples(split) for split in SPLITS})
 
 
 def _write_quiz(folder: Path, seed: int) -> None:
