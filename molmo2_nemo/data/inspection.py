@@ -1,0 +1,350 @@
+"""What a person wants to see of training batches: their examples one by one, pictures of them, and statistics.
+
+Everything is read back from `Batch`, that is from what the model gets, and never from the samples on disk: a mistake
+on the way from one to the other shows.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from molmo2_nemo.data.blend import Source
+from molmo2_nemo.data.encode import ROOT_SEGMENT, Encoder
+from molmo2_nemo.data.packing import Batch
+from molmo2_nemo.data.points import Points, parse
+from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE, dense_mask
+
+BROKEN = ("malformed", "undecodable", "unreadable")
+# RGB of objects by number: Okabe and Ito's colours, which the colour-blind can tell apart, without black and grey.
+COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+MARK_RADIUS = 5  # pixels
+# Pixels of a side that pictures with marks are enlarged to, if they are smaller.
+MARKED_SIDE = 336
+# Tokens and pixels on a side of the picture of a mask; of more tokens every n-th is taken.
+MASK_SIDE = 400
+HIDDEN, SEEN, SEEN_LATER = (244, 244, 244), (49, 99, 168), (232, 138, 38)
+
+
+@dataclass
+class Visual:
+    """An image, or a frame of a video."""
+
+    crops: list[np.ndarray]  # uint8 [H, W, 3], the whole picture first
+    seconds: float | None = None  # of a frame
+
+
+@dataclass
+class Mark:
+    """A point of an answer, where it is drawn. x, y: fractions of width and height."""
+
+    visual: int  # index into Example.visuals
+    x: float
+    y: float
+    object: int  # index into Answer.objects
+
+
+@dataclass
+class Answer:
+    """A run of targets, and the points and tracks in it."""
+
+    text: str
+    objects: list[tuple[int, str]] = field(default_factory=list)  # (number, label)
+    marks: list[Mark] = field(default_factory=list)
+    num_outside: int = 0  # points of images that the example does not have
+    largest_gap: float = 0.0  # seconds between a point and the frame that it is drawn on
+
+
+@dataclass
+class Segment:
+    """The root of an example or one branch: what its tokens are, and the texts in it, (who, Answer or str)."""
+
+    name: str
+    tokens: slice
+    turns: list[tuple[str, "Answer | str"]]
+    is_cut: bool  # its end did not fit
+
+
+@dataclass
+class Example:
+    """An example of a row. Arrays have an entry for each of its n tokens; see packing.Batch."""
+
+    source: str
+    key: str
+    start: int  # its first token in the row
+    input_ids: np.ndarray
+    labels: np.ndarray
+    loss_weights: np.ndarray
+    position_ids: np.ndarray
+    segment_ids: np.ndarray  # from 0, as if it were the first of its row
+    vision_mask: np.ndarray
+    visuals: list[Visual]
+    segments: list[Segment]
+
+    @property
+    def is_target(self) -> np.ndarray:
+        return _is_target(self.labels, self.loss_weights)
+
+    @property
+    def num_crops(self) -> int:
+        return sum(len(visual.crops) for visual in self.visuals)
+
+
+def examples_of(batch: Batch, sources: list[Source], encoder: Encoder) -> Iterator[Example]:
+    """The examples of a batch of one row, in order."""
+    (ids,) = batch.input_ids.numpy()
+    numbers = batch.segment_ids[0].numpy() // SEGMENTS_PER_EXAMPLE  # padding: -1
+    count = int(numbers.max(initial=-1)) + 1
+    starts = np.searchsorted(np.where(numbers < 0, count, numbers), np.arange(count + 1))
+    names = [sources[batch.source_ids[0, start]].name for start in starts[:-1]]
+    units, first_crop = iter(batch.vision_units.tolist()), 0
+    for number, (name, key) in enumerate(zip(names, keys_of(batch, names, sources))):
+        part = slice(starts[number], starts[number + 1])
+        visuals, windows = [], 0
+        while windows < (ids[part] == encoder.visual.patch_id).sum():
+            num_crops, num_windows = next(units)
+            crops = batch.crops[first_crop : first_crop + num_crops].numpy()
+            visuals.append(Visual([pixels_of(crop, encoder.visual.patch_size) for crop in crops]))
+            first_crop, windows = first_crop + num_crops, windows + num_windows
+        for visual, seconds in zip(visuals, _frame_times(ids[part], encoder)):
+            visual.seconds = seconds
+        example = Example(
+            name, key, int(part.start), ids[part],
+            **{
+                array: getattr(batch, array)[0, part].numpy()
+                for array in ("labels", "loss_weights", "position_ids", "vision_mask")
+            },
+            segment_ids=batch.segment_ids[0, part].numpy() - SEGMENTS_PER_EXAMPLE * number,
+            visuals=visuals, segments=[],
+        )  # fmt: skip
+        example.segments = list(_segments(example, encoder))
+        yield example
+
+
+def keys_of(batch: Batch, names: list[str], sources: list[Source]) -> list[str]:
+    """The samples' keys of a row's examples, whose sources' names are given.
+
+    A row lists its samples without saying which of them were dropped. The broken ones are among its errors; where
+    others of the same source were dropped, all that an example may be are named.
+    """
+    keys = batch.__key__[0].split(",")
+    if len(keys) != len(batch.examples):  # a key holds a comma
+        keys = [f"number {index}" for index in batch.examples[:, 1].tolist()]
+    candidates = {name: [] for name in names}
+    for key, source in zip(keys, batch.examples[:, 0].tolist()):
+        name = sources[source].name
+        if name in candidates and not any(error.startswith(f"{name}: {key}: ") for error in batch.errors):
+            candidates[name].append(key)
+    counts, seen, result = Counter(names), Counter(), []
+    for name in names:
+        spare = len(candidates[name]) - counts[name]
+        result.append(" or ".join(candidates[name][seen[name] : seen[name] + spare + 1]))
+        seen[name] += 1
+    return result
+
+
+def pixels_of(crop: np.ndarray, patch_size: int) -> np.ndarray:
+    """A crop of patches, uint8 [P, patch_dim], as a picture, uint8 [H, W, 3]."""
+    side = round(len(crop) ** 0.5)
+    patches = crop.reshape(side, side, patch_size, patch_size, 3)
+    return patches.transpose(0, 2, 1, 3, 4).reshape(side * patch_size, side * patch_size, 3)
+
+
+def _frame_times(ids: np.ndarray, encoder: Encoder) -> list[float]:
+    """Seconds of a video's frames, from the text before each of them; none if the example has no video."""
+    frame_start, frame_end = encoder.tokenizer.convert_tokens_to_ids(["<frame_start>", "<frame_end>"])
+    before = [0, *np.flatnonzero(ids == frame_end)]  # the first frame stands after the BOS
+    starts = np.flatnonzero(ids == frame_start)
+    return [float(encoder.tokenizer.decode(ids[end + 1 : start])) for end, start in zip(before, starts)]
+
+
+def _is_target(labels: np.ndarray, loss_weights: np.ndarray) -> np.ndarray:
+    return (loss_weights > 0) | (labels != 0)
+
+
+def _segments(example: Example, encoder: Encoder) -> Iterator[Segment]:
+    """The root and the branches of a tree; an example without a tree is one segment."""
+    edges = np.flatnonzero(np.diff(example.segment_ids)) + 1
+    for start, end in zip([0, *edges], [*edges, len(example.segment_ids)]):
+        number = int(example.segment_ids[start])
+        is_tree = len(edges) > 0
+        name = "root" if number == ROOT_SEGMENT else f"branch {number}" if is_tree else "conversation"
+        tokens = slice(int(start), int(end))
+        turns = list(_turns(example, tokens, encoder))
+        is_cut = number != ROOT_SEGMENT and example.labels[end - 1] != encoder.eos_id
+        yield Segment(name, tokens, turns, bool(is_cut))
+
+
+def _turns(example: Example, tokens: slice, encoder: Encoder) -> Iterator[tuple[str, Answer | str]]:
+    """Prompts and answers. A prompt is the inputs up to the one whose label begins an answer."""
+    ids, labels, is_target = example.input_ids[tokens], example.labels[tokens], example.is_target[tokens]
+    edges = [0, *(np.flatnonzero(np.diff(is_target)) + 1), len(ids)]
+    for start, end in zip(edges, edges[1:]):
+        if is_target[start]:
+            text = encoder.tokenizer.decode(labels[start:end][labels[start:end] != encoder.eos_id])
+            yield "answer", read_answer(text, example.visuals)
+        else:
+            # The first target's input ends the prompt; an answer's EOS, if it is an input, begins the next one.
+            prompt = ids[start : min(end + 1, len(ids))]
+            prompt = prompt[~np.isin(prompt, [*encoder.visual_ids, encoder.eos_id])]
+            text = encoder.tokenizer.decode(prompt)
+            if text.strip():
+                yield "prompt", text
+
+
+def read_answer(text: str, visuals: list[Visual]) -> Answer:
+    """An answer with its points on the images that they name, or on the frames that are nearest in time."""
+    answer = Answer(text)
+    times = [visual.seconds for visual in visuals if visual.seconds is not None]
+    for found in parse(text):
+        if isinstance(found, Points):
+            number, frames = 0, []
+            for where, group in found.groups:
+                frames.append((where, [(number + i, x, y) for i, (x, y) in enumerate(group, start=1)]))
+                number += len(group)
+        else:
+            frames = found.frames
+        objects = {}
+        for where, triplets in frames:
+            if times:
+                visual = min(range(len(times)), key=lambda index: abs(times[index] - where))
+                answer.largest_gap = max(answer.largest_gap, abs(times[visual] - where))
+            elif 1 <= where <= len(visuals) and where == int(where):
+                visual = int(where) - 1
+            else:
+                answer.num_outside += len(triplets)
+                continue
+            for number, x, y in triplets:
+                if number not in objects:
+                    objects[number] = len(answer.objects)
+                    answer.objects.append((number, found.label))
+                answer.marks.append(Mark(visual, x, y, objects[number]))
+    return answer
+
+
+def colour_of(index: int) -> tuple[int, int, int]:
+    return COLOURS[index % len(COLOURS)]
+
+
+def draw_marks(picture: np.ndarray, answer: Answer, visual: int) -> Image.Image:
+    """The picture, enlarged if it is small, with the answer's points on it, each with its object's number."""
+    scale = max(1, round(MARKED_SIDE / max(picture.shape)))
+    image = Image.fromarray(picture)
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(image)
+    marks = [mark for mark in answer.marks if mark.visual == visual]
+    centres = [(mark.x * (image.width - 1), mark.y * (image.height - 1)) for mark in marks]
+    for mark, (x, y) in zip(marks, centres):
+        right = x < image.width - 30
+        draw.text(
+            (x + (9 if right else -9), y), str(answer.objects[mark.object][0]), "white", anchor="lm" if right else "rm",
+            font_size=15, stroke_width=2, stroke_fill="black",
+        )  # fmt: skip
+    for mark, (x, y) in zip(marks, centres):
+        for radius, colour in ((MARK_RADIUS + 2, "black"), (MARK_RADIUS + 1, "white")):
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+        draw.ellipse(
+            (x - MARK_RADIUS, y - MARK_RADIUS, x + MARK_RADIUS, y + MARK_RADIUS), colour_of(mark.object)
+        )  # fmt: skip
+    return image
+
+
+def draw_mask(example: Example) -> tuple[Image.Image, int]:
+    """Which token (rows) sees which (columns), and n, if only every n-th token is shown."""
+    step = -(-len(example.input_ids) // MASK_SIDE)
+    # The rule knows tokens by their order and segments alone: what is left out changes nothing for the rest.
+    segments = torch.from_numpy(example.segment_ids[None, ::step].copy())
+    vision = torch.from_numpy(example.vision_mask[None, ::step].copy())
+    sees = dense_mask(segments, vision)[0, 0].numpy()
+    pixels = np.full((*sees.shape, 3), HIDDEN, dtype=np.uint8)
+    pixels[sees] = SEEN
+    pixels[np.triu(sees, 1)] = SEEN_LATER
+    return Image.fromarray(pixels), step
+
+
+class Statistics:
+    """What batches of one row say of their samples, by source."""
+
+    def __init__(self, sources: list[Source], seq_length: int):
+        self.sources, self.seq_length = sources, seq_length
+        self.counters = {source.name: Counter() for source in sources}
+        self.errors, self.rows = [], 0
+
+    def add(self, batch: Batch) -> None:
+        for source, counts in batch.counters.items():
+            self.counters[source] += Counter(counts)
+        self.errors += batch.errors
+        self.rows += len(batch.input_ids)
+
+    @property
+    def total(self) -> Counter:
+        return sum(self.counters.values(), Counter())
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' positions that hold tokens."""
+        return self.total["tokens"] / max(1, self.rows * self.seq_length)
+
+    def to_json(self) -> dict:
+        """`dropped`, `truncated` and `errors` count samples, branches and broken samples; a broken one is dropped."""
+        total = self.total
+        samples = num_samples(total)
+        return {
+            "sources": {
+                source.name: {
+                    "asked": source.weight,
+                    "got": num_samples(self.counters[source.name]) / max(1, samples),
+                    "samples": num_samples(self.counters[source.name]),
+                }
+                for source in self.sources
+            },
+            "fill": self.fill, "dropped": num_dropped(total), "truncated": total["truncated"],
+            "errors": num_broken(total), "samples": samples, "rows": self.rows,
+            "dropped_branches": total["dropped_branches"], "frames_thinned": total["frames_thinned"],
+            "videos_thinned": total["videos_thinned"], "images_shrunk": total["images_shrunk"],
+        }  # fmt: skip
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Heads of the columns and a line for each source, the last one for all of them; means are per example."""
+        heads = [
+            "source", "asked", "got", "samples", "tokens", "loss tokens", "crops", "images", "frames", "thinned",
+            "truncated", "dropped", "errors", "dropped because",
+        ]  # fmt: skip
+        total = self.total
+        asked = {source.name: source.weight for source in self.sources}
+        lines = []
+        for name, counts in [*self.counters.items(), ("all", total)]:
+            examples = max(1, counts["examples"])
+            lines.append([
+                name, f"{asked.get(name, 1):.2%}", f"{num_samples(counts) / max(1, num_samples(total)):.2%}",
+                f"{num_samples(counts):,}", *(f"{counts[key] / examples:.1f}" for key in ("tokens", "loss_tokens", "crops")),
+                *(f"{counts[key]:,}" for key in ("images", "frames", "frames_thinned", "truncated")),
+                f"{num_dropped(counts):,}", f"{num_broken(counts):,}", _reasons(counts),
+            ])  # fmt: skip
+        return heads, lines
+
+
+def num_samples(counts: Counter) -> int:
+    """Every sample ends up as an example or is dropped."""
+    return counts["examples"] + num_dropped(counts)
+
+
+def num_dropped(counts: Counter) -> int:
+    return sum(number for name, number in counts.items() if _reason(name))
+
+
+def num_broken(counts: Counter) -> int:
+    return sum(counts[f"dropped_{reason}"] for reason in BROKEN)
+
+
+def _reason(counter: str) -> str:
+    """Why samples are dropped that this counts, "" if it counts something else."""
+    return counter.removeprefix("dropped_") if counter.startswith("dropped_") and counter != "dropped_branches" else ""
+
+
+def _reasons(counts: Counter) -> str:
+    found = {_reason(name).replace("_", " "): number for name, number in counts.items() if _reason(name) and number}
+    return ", ".join(f"{reason} {number:,}" for reason, number in sorted(found.items()))
