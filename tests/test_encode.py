@@ -3,6 +3,7 @@ import io
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, M
 from molmo2_nemo.config import DataConfig, VisionConfig
 from molmo2_nemo.data.encode import COUNTERS, DEMO_STYLES, ROOT_SEGMENT, Encoder, loss_weight, style_prefix
 from molmo2_nemo.data.blend import SourceOptions
-from molmo2_nemo.data.processor import build_processor, decode_image
+from molmo2_nemo.data.loader import frames_note
+from molmo2_nemo.data.processor import build_processor, read_image
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.video import frame_times
 from molmo2_nemo.model.mask import dense_mask
@@ -593,11 +595,11 @@ def test_pictures_are_turned_and_made_rgb():
     exif[0x0112] = 6
     file = io.BytesIO()
     image.save(file, "JPEG", exif=exif)
-    assert decode_image(file.getvalue()).size == (4, 8)
+    assert read_image(file.getvalue()).shape == (8, 4, 3)
     for mode in ("L", "RGBA", "P", "CMYK", "1"):
         file = io.BytesIO()
         Image.new(mode, (5, 6)).save(file, "TIFF")
-        assert decode_image(file.getvalue()).mode == "RGB"
+        assert read_image(file.getvalue()).shape[2] == 3
 
 
 def test_a_tokenizer_without_the_visual_tokens_is_refused(tmp_path):
@@ -609,3 +611,16 @@ def test_a_tokenizer_without_the_visual_tokens_is_refused(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="lacks the token"):
         build_processor(str(tmp_path), TINY)
+
+
+@pytest.mark.parametrize("seq_length, max_crops, most", [(512, 128, None), (4096, 20, 20), (4096, 200, 128)])
+def test_a_frame_limit_out_of_reach_is_said(seq_length, max_crops, most):
+    encoder = make_encoder(seq_length=seq_length, max_crops=max_crops, max_frames=128)
+    note = frames_note(encoder.data, encoder)
+    if most == 128:
+        assert note is None
+        return
+    found = int(re.search(r"at most (\d+) of data.max_frames=128", note).group(1))
+    sample, _ = sample_of(branches=[[user("Q"), assistant("A")]], video=video_of(400.0))
+    plan = plan_of(encoder, sample, rng())
+    assert found == most or found - 4 <= plan.counters["frames"] <= found  # a row's text takes the place of a few

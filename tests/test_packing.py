@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from molmo2_nemo.data.encode import ROOT_SEGMENT, Plan, dropped
 from molmo2_nemo.config import VisionConfig
-from molmo2_nemo.data.packing import RESOLUTION, ROWS_WITHOUT_OLDEST, Row, collate, make_row, select
+from molmo2_nemo.data.packing import RESOLUTION, ROWS_WITHOUT_OLDEST, Row, collate, enough_wait, make_row, select
 from molmo2_nemo.data.processor import VisualInputs, build_processor
 
 _spec = importlib.util.spec_from_file_location(
@@ -80,6 +80,26 @@ def test_every_sample_leaves_and_none_waits_too_long(sizes, buffer_size):
     assert sorted(left) == list(range(len(sizes)))
 
 
+def test_many_short_examples_fill_long_rows():
+    """The buffer's 48 would fill a fifth of a row; more wait, the oldest of them go first."""
+    rng = np.random.default_rng(0)
+    waiting, pool, fill, last = [int(length) for length in rng.integers(20, 120, 5000)], [], [], -1
+    waiting = list(enumerate(waiting))
+    while True:
+        while waiting and not enough_wait(len(pool), sum(length for _, length in pool), 0, 16384, 128, 48):
+            pool.append(waiting.pop(0))
+        if not waiting:
+            break
+        assert sum(length for _, length in pool) < 2 * 16384 + 120
+        chosen = select([length for _, length in pool], [0] * len(pool), 16384, 128, False, 48)
+        oldest = len(pool) - 48
+        assert chosen[0] == 0 and (chosen[:oldest] == list(range(oldest)) or sum(pool[i][1] for i in range(oldest)) > 16384)
+        fill.append(sum(pool[i][1] for i in chosen) / 16384)
+        assert fill[-1] <= 1
+        pool = [item for i, item in enumerate(pool) if i not in set(chosen)]
+    assert np.mean(fill) > 0.99
+
+
 def test_equal_rows_are_made_of_the_older():
     assert select([50, 30, 20, 50, 30, 20], [0] * 6, 100, 8) == [0, 1, 2]
     assert select([30, 60, 40, 40, 60], [0] * 5, 100, 8, take_oldest=False) == [1, 2]
@@ -97,7 +117,8 @@ def test_what_never_fits_is_refused(lengths, crops):
 def test_rows_are_full_and_fuller_than_first_fit_makes_them(seq_length, max_crops, max_frames, video):
     sizes = bench.stream(900, seq_length, max_crops, max_frames, seed=1, video=video)
     assert bench.bound(sizes, seq_length, max_crops) > 0.99
-    packed, simple = (bench.pack(sizes, p(seq_length, max_crops), seq_length, max_crops, 48) for p in (bench.ours, bench.first_fit))  # fmt: skip
+    packers = bench.packers(seq_length, max_crops, 48, 30.0)
+    packed, simple = (bench.pack(sizes, *packers[name], seq_length, max_crops) for name in ("ours", "first fit"))
     assert packed["fill"] >= 0.98 and packed["fill"] > simple["fill"] and packed["delay_max"] < 3 * 48
     assert packed["fill_all"] <= bench.bound(sizes, seq_length, max_crops)
 
@@ -105,7 +126,7 @@ def test_rows_are_full_and_fuller_than_first_fit_makes_them(seq_length, max_crop
 def test_where_crops_run_out_first_they_are_used_up():
     sizes = bench.stream(900, 16384, 128, 128, seed=1)
     bound = bench.bound(sizes, 16384, 128)
-    packed = bench.pack(sizes, bench.ours(16384, 128), 16384, 128, 48)
+    packed = bench.pack(sizes, *bench.packers(16384, 128, 48, 30.0)["ours"], 16384, 128)
     assert bound < 0.9 and packed["crops"] > 0.98 and packed["fill"] > bound - 0.02
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from molmo2_nemo.data.packing import ROWS_WITHOUT_OLDEST, select
+from molmo2_nemo.data.packing import ROWS_WITHOUT_OLDEST, enough_wait, select
 
 FRAME_TOKENS = 90  # 83 and a time stamp
 # Tokens and crops of an image by its tiling (rows x columns), arithmetic of transformers' Molmo2 processor.
@@ -63,12 +63,12 @@ def stream(count: int, seq_length: int, max_crops: int, max_frames: int, seed: i
     return sizes
 
 
-def ours(seq_length: int, max_crops: int) -> Callable:
+def ours(seq_length: int, max_crops: int, buffer_size: int) -> Callable:
     passed_over = 0
 
     def choose(sizes):
         nonlocal passed_over
-        chosen = select(*zip(*sizes), seq_length, max_crops, passed_over >= ROWS_WITHOUT_OLDEST)
+        chosen = select(*zip(*sizes), seq_length, max_crops, passed_over >= ROWS_WITHOUT_OLDEST, buffer_size)
         passed_over = 0 if 0 in chosen else passed_over + 1
         return chosen
 
@@ -112,13 +112,32 @@ def first_fit(seq_length: int, max_crops: int) -> Callable:
     return choose
 
 
-def pack(sizes: Iterable[tuple[int, int]], choose: Callable, seq_length: int, max_crops: int, buffer_size: int) -> dict:
+def packers(seq_length: int, max_crops: int, buffer_size: int, crop_value: float) -> dict[str, tuple[Callable, Callable]]:
+    """By name: what chooses a row of a pool's examples, and whether a pool of (count, tokens, crops) is full."""
+
+    def counted(count, tokens, crops):
+        return count >= buffer_size
+
+    def ours_waits(count, tokens, crops):
+        return enough_wait(count, tokens, crops, seq_length, max_crops, buffer_size)
+
+    return {
+        "ours": (ours(seq_length, max_crops, buffer_size), ours_waits),
+        "reference": (reference(seq_length, max_crops, crop_value), counted),
+        "first fit": (first_fit(seq_length, max_crops), counted),
+        "none": (lambda sizes: [0], counted),
+    }
+
+
+def pack(
+    sizes: Iterable[tuple[int, int]], choose: Callable, is_full: Callable, seq_length: int, max_crops: int
+) -> dict:
     """Figures of packing a stream with a buffer. What is left in it at the end counts in `fill_all` and `delay_max`."""
     pool, fill, crops, delays = [], [], [], []
     seconds = 0.0
     for size in sizes:
         pool.append((len(fill), size))
-        if len(pool) < buffer_size:
+        if not is_full(len(pool), *(sum(column) for column in zip(*(size for _, size in pool)))):
             continue
         started = time.perf_counter()
         chosen = choose([size for _, size in pool])
@@ -171,6 +190,8 @@ def main() -> None:
         }
         length, crops, frames = 4096, 128, 128
         streams["stage 2 at 4,096"] = (length, crops, stream(arguments.examples, length, crops, frames), 30.0)
+        texts = np.random.default_rng(0).normal(4.7, 0.6, 10 * arguments.examples)
+        streams["short texts"] = (16384, 128, [(20 + int(np.exp(value)), 0) for value in texts], 30.0)
     results = []
     for name, (length, crops, sizes, value) in streams.items():
         fitting = [size for size in sizes if size[0] <= length and size[1] <= crops]
@@ -178,12 +199,8 @@ def main() -> None:
         print(f"{name}: {len(fitting)} examples ({dropped} too long), rows of {length:,} tokens and {crops} crops,", end=" ")
         print(f"buffer {arguments.buffer}, bound {bound(fitting, length, crops):.1%}")
         print(f"  {'':12}{'fill':>8}{'5 %':>8}{'crops':>8}{'all':>8}{'rows':>7}{'delay':>8}{'95 %':>7}{'max':>7}{'ms/row':>9}")
-        packers = {
-            "ours": ours(length, crops), "reference": reference(length, crops, value),
-            "first fit": first_fit(length, crops), "none": lambda sizes: [0],
-        }  # fmt: skip
-        for packer, choose in packers.items():
-            f = pack(fitting, choose, length, crops, arguments.buffer)
+        for packer, (choose, is_full) in packers(length, crops, arguments.buffer, value).items():
+            f = pack(fitting, choose, is_full, length, crops)
             results.append({"stream": name, "packer": packer, "bound": bound(fitting, length, crops), **f})
             print(
                 f"  {packer:12}{f['fill']:8.1%}{f['fill_p5']:8.1%}{f['crops']:8.1%}{f['fill_all']:8.1%}{f['rows']:7}{f['delay']:8.1f}"

@@ -63,9 +63,11 @@ def inspect(config: Config, wanted: int, html: Path | None):
     data, vision = config.data, config.model.vision
     sources = load_blend(data)
     check_shards(sources, data.max_error_rate)
-    encoder, statistics, pages = Encoder(data, vision), Statistics(sources, data.seq_length), []
+    encoder, statistics, pages = Encoder(data, vision), Statistics(sources, data.seq_length, data.max_crops), []
     with tempfile.TemporaryDirectory() as run_dir:
         loader = train_loader(data, vision, sources, 0, 1, None, 1, Path(run_dir))
+        if loader.note:
+            print(f"note: {loader.note}", file=sys.stderr)
         started, seen = time.monotonic(), 0
         while seen < wanted:
             batch = next(loader)
@@ -180,8 +182,7 @@ def write_index(folder: Path, config: Config, pages: list[dict], statistics) -> 
     heads, lines = statistics.table()
     folder.mkdir(parents=True, exist_ok=True)
     page = template("index.html").render(
-        config=config, pages=pages, heads=heads, lines=lines, fill=statistics.fill, rows=statistics.rows,
-        errors=statistics.errors,
+        config=config, pages=pages, heads=heads, lines=lines, statistics=statistics, errors=statistics.errors,
     )  # fmt: skip
     (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
 
@@ -207,7 +208,7 @@ def print_table(statistics, seconds: float) -> None:
         print("  ".join([first.strip().ljust(widths[0]), *middle, last.strip()]).rstrip())
     counts = statistics.total
     print(
-        f"{statistics.rows:,} rows, {statistics.fill:.1%} filled; {num_samples(counts) / seconds:,.0f} samples/s; "
+        f"{statistics.rows:,} rows, {statistics.fill:.1%} of the tokens and {statistics.crop_fill:.1%} of the crops filled; {num_samples(counts) / seconds:,.0f} samples/s; "
         f"left out for want of room: {counts['dropped_branches']:,} branches, {counts['frames_thinned']:,} frames of "
         f"{counts['videos_thinned']:,} videos; {counts['images_shrunk']:,} images got fewer crops"
     )

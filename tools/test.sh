@@ -9,7 +9,8 @@ if (($#)); then
   exec .venv/bin/python -m pytest "$@"
 fi
 # Loader workers are forked, and a fork hangs in swscale when its parent has converted a video frame before (PyAV's
-# contexts do not survive it). So the loader's tests get a process that has touched no video.
+# contexts do not survive it). So tests of loaders with workers get processes that have touched no video.
 .venv/bin/python -m pytest tests/test_loader.py
+.venv/bin/python -m pytest tests/test_faults.py
 # Two test files at a time: one rank of a test often waits for the other, or all of them for an import.
-.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/test_loader.py
+.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/test_loader.py --ignore tests/test_faults.py

@@ -15,6 +15,7 @@ last one kept may lose its end.
 Source of the rules: public `olmo/preprocessing` and `olmo/data` of allenai/molmo2, and arXiv 2601.10611.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -256,16 +257,16 @@ class Encoder:
         """The images with the most crops with which the first branch still fits; all of them at one limit."""
         most, row = self.data.max_crops_per_image, self.data.seq_length
         limits = ([self.data.high_res_crops] if high_res else []) + list(range(most, 0, -1))
-        encoded = {limit: self._image_tokens(images, limit) for limit in limits}
+        encoded = functools.cache(lambda limit: self._image_tokens(images, limit))
 
         def fits(limit: int, text: int) -> bool:
-            ids, units = encoded[limit]
+            ids, units = encoded(limit)
             return sum(crops for crops, _ in units) <= self.data.max_crops and 1 + len(ids) + text <= row
 
         # A text too long even for the smallest images is cut anyway: then they get half of the row.
         text = branches[0].num_inputs
         limit = next((limit for need in (text, row // 2) for limit in limits if fits(limit, need)), 1)
-        ids, units = encoded[limit]
+        ids, units = encoded(limit)
         shrunk = len(images) if limit < most else 0
         return _Fitted(ids, units, branches, {"images": len(images), "images_shrunk": shrunk}, max_crops=limit)
 

@@ -268,8 +268,8 @@ def draw_mask(example: Example) -> tuple[Image.Image, int]:
 class Statistics:
     """What batches of one row say of their samples, by source."""
 
-    def __init__(self, sources: list[Source], seq_length: int):
-        self.sources, self.seq_length = sources, seq_length
+    def __init__(self, sources: list[Source], seq_length: int, max_crops: int):
+        self.sources, self.seq_length, self.max_crops = sources, seq_length, max_crops
         self.counters = {source.name: Counter() for source in sources}
         self.errors, self.rows = [], 0
 
@@ -288,6 +288,11 @@ class Statistics:
         """Share of the rows' positions that hold tokens."""
         return self.total["tokens"] / max(1, self.rows * self.seq_length)
 
+    @property
+    def crop_fill(self) -> float:
+        """Share of the rows' crop budget that is used: near 1, the crops keep rows from being filled with tokens."""
+        return self.total["crops"] / max(1, self.rows * self.max_crops)
+
     def to_json(self) -> dict:
         """`dropped`, `truncated` and `errors` count samples, branches and broken samples; a broken one is dropped."""
         total = self.total
@@ -301,7 +306,7 @@ class Statistics:
                 }
                 for source in self.sources
             },
-            "fill": self.fill, "dropped": num_dropped(total), "truncated": total["truncated"],
+            "fill": self.fill, "crop_fill": self.crop_fill, "dropped": num_dropped(total), "truncated": total["truncated"],
             "errors": num_broken(total), "samples": samples, "rows": self.rows,
             "dropped_branches": total["dropped_branches"], "frames_thinned": total["frames_thinned"],
             "videos_thinned": total["videos_thinned"], "images_shrunk": total["images_shrunk"],

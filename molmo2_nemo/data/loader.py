@@ -254,9 +254,10 @@ class Loader:
 class TrainLoader(Loader):
     """An endless iterator of Batch whose state can be saved at any time."""
 
-    def __init__(self, loader, manifest: dict, progress: Progress):
+    def __init__(self, loader, manifest: dict, progress: Progress, note: str | None = None):
         super().__init__(loader)
         self.manifest, self.progress = manifest, progress
+        self.note = note  # what a user should hear of the configuration, once
         self._batches = None
 
     def __iter__(self) -> "TrainLoader":
@@ -333,7 +334,18 @@ def train_loader(
         )
         loader = get_savable_loader(dataset, checkpoint_every_sec=SNAPSHOT_SECONDS)
     _restore(loader, position.energon)
-    return TrainLoader(loader, manifest, position)
+    return TrainLoader(loader, manifest, position, frames_note(data, encoder))
+
+
+def frames_note(data: DataConfig, encoder: Encoder) -> str | None:
+    """One sentence if a row is too short for data.max_frames frames, even beside no text."""
+    most = encoder.frames_that_fit()
+    if most >= data.max_frames:
+        return None
+    return (
+        f"a video gets at most {most} of data.max_frames={data.max_frames} frames, fewer beside long texts: more do not "
+        f"fit into data.seq_length={data.seq_length} and data.max_crops={data.max_crops}"
+    )
 
 
 def validation_loader(

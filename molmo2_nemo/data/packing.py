@@ -24,19 +24,23 @@ RESOLUTION = 4096
 # At the latest the third row after the oldest example became the oldest takes it. Waiting for a row that it fits well
 # fills rows better, and no example waits for more than three times the number of those before it.
 ROWS_WITHOUT_OLDEST = 2
+# Examples wait until there are packing_buffer_size of them and so many rows' worth: of short ones more are needed.
+ROWS_WAITING = 2
 # After so many samples in a row that give nothing, a row is made of what there is, so that the trainer hears of them.
 MAX_DROPPED_IN_A_ROW = 200
 
 
 def select(
-    lengths: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops: int, take_oldest: bool = True
-) -> list[int]:
+    lengths: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops: int, take_oldest: bool = True,
+    most_candidates: int | None = None,
+) -> list[int]:  # fmt: skip
     """Indices, ascending, of the examples of the next row; examples are given oldest first.
 
     The knapsack of two budgets, solved exactly: of all choices that fit, with the oldest if `take_oldest`, the one of
     the largest sum of tokens + w crops. One crop is worth what it takes of its budget if the examples need more of the
     crops than of the tokens, otherwise 0.15 of it, so that neither kind of example is left over. Of equal choices the
-    one without the newer examples. Lengths count in units of 1/RESOLUTION of the row, rounded up.
+    one without the newer examples. Lengths count in units of 1/RESOLUTION of the row, rounded up. Of more examples than
+    `most_candidates` the oldest are taken without asking, as long as they fit: many short ones need no choice.
     ValueError: an example exceeds a budget on its own.
     """
     for index, (length, count) in enumerate(zip(lengths, crops)):
@@ -49,10 +53,16 @@ def select(
     sizes = [min(-(-length // unit), room) for length in lengths]
     scarce = sum(crops) * max_tokens > sum(lengths) * max_crops
     weight = (1.0 if scarce else 0.15) * room / max(max_crops, 1)
-    chosen = []
-    if take_oldest and lengths:
-        chosen, room, places = [0], room - sizes[0], places - crops[0]
+    chosen, left = [], max_tokens
+    spare = len(sizes) - most_candidates if most_candidates else 0
+    for i in range(max(spare, int(take_oldest and len(sizes) > 0))):
+        if lengths[i] > left or crops[i] > places:
+            break
+        chosen.append(i)
+        left, places = left - lengths[i], places - crops[i]
+    room = min(room, left // unit)
     candidates = [i for i in range(len(chosen), len(sizes)) if sizes[i] <= room and crops[i] <= places]
+    candidates = candidates[:most_candidates]
     # reachable[k][c]: a bit for every size that some of the first k candidates with c crops in all can have.
     within = (1 << room + 1) - 1
     reachable = [[1] + [0] * places]
@@ -67,6 +77,11 @@ def select(
             chosen.append(candidates[k])
             used, size = used - crops[candidates[k]], size - sizes[candidates[k]]
     return sorted(chosen)
+
+
+def enough_wait(count: int, tokens: int, crops: int, max_tokens: int, max_crops: int, buffer_size: int) -> bool:
+    """Whether a row can be made of so many examples with so many tokens and crops, or more should be read first."""
+    return count >= buffer_size and (tokens >= ROWS_WAITING * max_tokens or crops >= ROWS_WAITING * max_crops)
 
 
 @edataclass
@@ -247,7 +262,7 @@ class PackedRows(BaseWrapperDataset[Planned, Row]):
                 plans = [pool.buffer[index].plan for index in usable]
                 lengths, crops = [plan.num_tokens for plan in plans], [plan.num_crops for plan in plans]
                 take_oldest = self._passed_over >= ROWS_WITHOUT_OLDEST
-                picked = select(lengths, crops, self.max_tokens, self.max_crops, take_oldest)
+                picked = select(lengths, crops, self.max_tokens, self.max_crops, take_oldest, self.buffer_size)
                 self._passed_over = 0 if 0 in picked else self._passed_over + 1
                 chosen |= {usable[index] for index in picked}
             chosen = sorted(chosen)
@@ -257,14 +272,17 @@ class PackedRows(BaseWrapperDataset[Planned, Row]):
             yield samples
 
     def _fill(self, source: Iterator[Planned]) -> None:
-        usable = sum(sample.plan.num_tokens > 0 for sample in self._pool.buffer)
-        useless = 0
-        while usable < self.buffer_size and useless < MAX_DROPPED_IN_A_ROW:
+        waiting = [sample.plan for sample in self._pool.buffer if sample.plan.num_tokens]
+        count, tokens = len(waiting), sum(plan.num_tokens for plan in waiting)
+        crops, useless = sum(plan.num_crops for plan in waiting), 0
+        limits = (self.max_tokens, self.max_crops, self.buffer_size)
+        while useless < MAX_DROPPED_IN_A_ROW and not enough_wait(count, tokens, crops, *limits):
             sample = next(source, None)
             if sample is None:
                 return
             self._pool.append(sample)
-            usable += sample.plan.num_tokens > 0
+            count += sample.plan.num_tokens > 0
+            tokens, crops = tokens + sample.plan.num_tokens, crops + sample.plan.num_crops
             useless = 0 if sample.plan.num_tokens else useless + 1
 
     def _row(self, samples: list[Planned]) -> Row:

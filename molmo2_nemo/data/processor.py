@@ -209,7 +209,3 @@ def read_image(data: bytes) -> np.ndarray:
         raise
     except Exception as error:  # PIL's decoders raise whatever they like on broken files
         raise ValueError(f"The image cannot be decoded: {error}.") from error
-
-
-def decode_image(data: bytes) -> Image.Image:
-    return Image.fromarray(read_image(data))

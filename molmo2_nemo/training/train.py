@@ -127,6 +127,8 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
 
     group = parallel.model_replica_group()
     loader, validation = make_loaders(config, sources, group, run_dir, saved)
+    if loader is not None and loader.note:
+        log.say(loader.note)
     if loader is not None and loader.dealt_anew:
         log.say("training data dealt out anew: what was not trained on yet comes first, in another order")
     batches_from = BatchSource(iter(loader) if loader is not None else None, group, device)
