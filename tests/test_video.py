@@ -142,7 +142,7 @@ def test_variable_frame_rate_and_late_start(format, first, data):
         ("mpeg4", "mp4", {"bf": "2"}),
         ("libx264", "mp4", {"bf": "3", "x264-params": "b-pyramid=normal:scenecut=0:open-gop=1"}),
         ("libx264", "matroska", {"bf": "2", "x264-params": "scenecut=0"}),
-        ("libx265", "mp4", {"x265-params": "log-level=none:open-gop=1"}),
+        ("libx265", "mp4", {"x265-params": "log-level=none:open-gop=1:pools=none:frame-threads=1:bframes=3:b-adapt=0"}),
         ("libsvtav1", "mp4", {"preset": "12"}),
     ],
 )
