@@ -30,6 +30,10 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
 def aside(final: Path) -> Path:
     """Where a checkpoint is written before it is whole; whatever an interrupted save left there is removed."""
     temporary = final.with_name(f".{final.name}.tmp")

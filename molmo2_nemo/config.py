@@ -7,9 +7,11 @@ that cannot work. Both run before torch.distributed starts. Nothing here imports
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import os
 import re
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -117,6 +119,8 @@ class ParallelConfig:
     cp_comm_type: str = "a2a"  # a2a (Ulysses) | all_gather (keys and values)
     num_layers_in_first_pipeline_stage: Optional[int] = None
     num_layers_in_last_pipeline_stage: Optional[int] = None
+    # Each pipeline rank holds so many separate pieces of the decoder (interleaved schedule); null: one.
+    virtual_pipeline_model_parallel_size: Optional[int] = None
     layer_spec: str = "auto"  # auto | local | transformer_engine
 
 
@@ -158,9 +162,11 @@ class OptimConfig:
     connector: ComponentOptim = field(default_factory=ComponentOptim)  # and the extra vocabulary's rows
     llm: ComponentOptim = field(default_factory=ComponentOptim)
     freeze_embedding: bool = True  # the base table, and with it a tied head
+    freeze_patterns: list[str] = field(default_factory=list)  # regular expressions searched for in parameter names
     min_lr_ratio: float = 0.1
     decay: str = "cosine"  # cosine | linear | constant
-    clip_grad: float = 1.0
+    clip_grad: float = 1.0  # largest norm of a component's gradient; 0 clips nothing
+    z_loss: float = 1e-4  # factor of the squared log-partition (PaLM, arXiv 2204.02311, section 5)
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -185,6 +191,7 @@ class StageSchedule:
     warmup_connector: int = MISSING
     warmup_llm: int = MISSING
     hidden_dropout: float = 0.0
+    response_dropout: bool = False  # hidden_dropout at positions that carry loss alone
 
 
 @dataclass
@@ -205,9 +212,17 @@ class TrainConfig:
     init_from: Optional[str] = None  # checkpoint whose weights start this stage
     save_every: int = 1000
     keep_last: int = 3
+    keep_every: int = 0  # checkpoints of steps that are multiples of this stay; 0: none but the last
+    stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1"])  # save, then end
+    stop_after_minutes: Optional[float] = None  # the same after so long, counted from the start of the process
+    max_skipped_steps: int = 10  # in a row with a loss or gradient that is not finite; then the run ends
     log_every: int = 10
     validate_every: int = 1000
     validation_batches: int = 8  # micro-batches per data-parallel rank
+    generate_every: int = 0  # steps between answers to held-out questions; 0: none
+    generate_examples: int = 8  # questions answered each time
+    generate_max_tokens: int = 64  # of an answer
+    wandb_project: Optional[str] = None  # log to Weights & Biases, too
     timeout_minutes: float = 20.0  # of a collective
 
 
@@ -394,6 +409,13 @@ def check_parallel(p: ParallelConfig, m: ModelConfig, world_size: int) -> None:
         "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1: set one or the other.",
     )
     layers_per_stage(p, m)
+    pieces = p.virtual_pipeline_model_parallel_size
+    _refuse(
+        pieces is not None and (pieces < 2 or pp == 1 or len(set(layers_per_stage(p, m))) > 1 or m.num_layers % (pp * pieces)),
+        f"parallel.virtual_pipeline_model_parallel_size={pieces} must be 2 or more, with pipeline_model_parallel_size={pp} "
+        f"above 1 and model.num_layers={m.num_layers} a multiple of their product, without uneven first or last stages; "
+        "null is the plain schedule.",
+    )
 
 
 def layers_per_stage(p: ParallelConfig, m: ModelConfig) -> list[int]:
@@ -492,8 +514,32 @@ def check(cfg: Config, world_size: int) -> None:
     _check_choice("train.device", t.device, ("auto", "cpu", "cuda"))
     _check_choice("train.precision", t.precision, ("auto", "fp32", "bf16", "fp8"))
     _check_choice("optim.decay", cfg.optim.decay, ("cosine", "linear", "constant"))
-    for key in ("max_steps", "micro_batch_size", "global_batch_size", "save_every", "keep_last", "log_every"):
+    for key in (
+        "max_steps", "micro_batch_size", "global_batch_size", "save_every", "keep_last", "log_every", "max_skipped_steps",
+    ):  # fmt: skip
         _refuse(getattr(t, key) < 1, f"train.{key}={getattr(t, key)} must be at least 1.")
+    for key in ("keep_every", "generate_every", "generate_examples"):
+        _refuse(getattr(t, key) < 0, f"train.{key}={getattr(t, key)} must not be negative.")
+    _refuse(
+        t.stop_after_minutes is not None and not t.stop_after_minutes > 0,
+        f"train.stop_after_minutes={t.stop_after_minutes} must be above 0, or null for no limit.",
+    )
+    for name in t.stop_signals:
+        _refuse(
+            name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"),
+            f"train.stop_signals: {name} is no signal that a program can catch; use names such as SIGTERM, SIGUSR1.",
+        )
+    for key in ("clip_grad", "z_loss"):
+        _refuse(not getattr(cfg.optim, key) >= 0, f"optim.{key}={getattr(cfg.optim, key)} must not be negative.")
+    for pattern in cfg.optim.freeze_patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"optim.freeze_patterns: {pattern} is no regular expression ({error}).") from None
+    _refuse(
+        t.wandb_project is not None and importlib.util.find_spec("wandb") is None,
+        f"train.wandb_project={t.wandb_project}, but wandb is not installed: pip install wandb, or leave the key out.",
+    )
     ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
     rows = t.micro_batch_size * (world_size // ranks)
     _refuse(
@@ -501,6 +547,13 @@ def check(cfg: Config, world_size: int) -> None:
         f"train.global_batch_size={t.global_batch_size} is not a multiple of train.micro_batch_size="
         f"{t.micro_batch_size} x {world_size // ranks} data-parallel ranks = {rows}: use "
         f"{-(-t.global_batch_size // rows) * rows}.",
+    )
+    micro_batches = t.global_batch_size // rows
+    _refuse(
+        p.virtual_pipeline_model_parallel_size is not None and micro_batches % p.pipeline_model_parallel_size != 0,
+        f"parallel.virtual_pipeline_model_parallel_size={p.virtual_pipeline_model_parallel_size} needs micro-batches per "
+        f"step ({micro_batches}) in multiples of parallel.pipeline_model_parallel_size={p.pipeline_model_parallel_size}: "
+        "change train.global_batch_size or train.micro_batch_size.",
     )
     _refuse(
         all(getattr(cfg.optim, c).freeze for c in COMPONENTS),

@@ -63,6 +63,7 @@ def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, se
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
     )
     seed_everything(seed)
@@ -170,6 +171,7 @@ def transformer_configs(
         cp_comm_type=parallel.cp_comm_type,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
     )  # fmt: skip
     if precision == "fp8":
         decoder.update(fp8="hybrid")

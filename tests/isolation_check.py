@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
     def logits(batch):
         with torch.no_grad():
             # What padding positions compute is nobody's business.
-            return model(**{name: batch[name] for name in MODEL_INPUTS})[0] * (owner >= 0).unsqueeze(-1)
+            return model[0](**{name: batch[name] for name in MODEL_INPUTS})[0] * (owner >= 0).unsqueeze(-1)
 
     base = logits(batch)
     for number, (_, document, (root, *branches)) in enumerate(places):

@@ -14,6 +14,7 @@ LAYOUTS = {
     # 4 key/value heads or fewer over 4 ranks: some must be repeated.
     "cp4_a2a": (4, ["--context-parallel", 4]),
     "pp2_uneven_dp2_distributed": (4, ["--pipeline-parallel", 2, "--first-stage-layers", 1, "--distributed-optimizer"]),
+    "pp2_interleaved": (2, ["--pipeline-parallel", 2, "--virtual-pipeline", 2, "--distributed-optimizer"]),
     "pp2_uneven_tp2_recompute": (
         4, ["--pipeline-parallel", 2, "--first-stage-layers", 3, "--tensor-parallel", 2, "--recompute"]
     ),

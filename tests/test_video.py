@@ -142,7 +142,7 @@ def test_variable_frame_rate_and_late_start(format, first, data):
         ("mpeg4", "mp4", {"bf": "2"}),
         ("libx264", "mp4", {"bf": "3", "x264-params": "b-pyramid=normal:scenecut=0:open-gop=1"}),
         ("libx264", "matroska", {"bf": "2", "x264-params": "scenecut=0"}),
-        ("libx265", "mp4", {"x265-params": "log-level=none:open-gop=1:pools=none:frame-threads=1:bframes=3:b-adapt=0"}),
+        ("libx265", "mp4", {"x265-params": "log-level=none:open-gop=1:pools=none:frame-threads=1"}),
         ("libsvtav1", "mp4", {"preset": "12"}),
     ],
 )
@@ -150,7 +150,9 @@ def test_variable_frame_rate_and_late_start(format, first, data):
 @given(data=st.data())
 def test_any_moment_of_any_clip(codec, format, reordering, data):
     """Frames are stored out of order, refer to each other, and are left out where nobody wants them."""
-    count, group = data.draw(st.integers(1, 60)), data.draw(st.sampled_from([1, 7, 30]))
+    # x265 gives a stream of one or two frames no usable time stamps.
+    count = data.draw(st.integers(3 if codec == "libx265" else 1, 60))
+    group = data.draw(st.sampled_from([1, 7, 30]))
     video = write_video([i / 10 for i in range(count)], format, codec=codec, g=str(group), **reordering)
     start = data.draw(st.integers(0, count - 1)) / 10
     wanted = [i / 10 + 0.03 for i in sorted(data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=10)))]

@@ -43,9 +43,14 @@ from molmo2_nemo.training.step import (
     build_model,
     forward_backward,
     global_weight,
+    iterators,
     load_weights,
     sharded_model_state,
 )
+
+
+# A hundred times the usual one, so that a mistake in it would show.
+Z_LOSS = 1e-2
 
 
 class Document:
@@ -205,7 +210,8 @@ def oracle(folder: Path, batches: list[dict], places: list[tuple], causal: bool 
             logits[r][index[own]] = out.logits[0, own].detach()
             weights = batch["loss_weights"][0, index].clone()
             ce = torch.nn.functional.cross_entropy(out.logits[0], batch["labels"][0, index], reduction="none")
-            loss = (ce * weights).sum() / total
+            square = torch.logsumexp(out.logits[0], dim=-1).square()
+            loss = ((ce + Z_LOSS * square) * weights).sum() / total
             loss.backward()
             loss_sum += loss.item()
     gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in hf.named_parameters()}
@@ -221,7 +227,7 @@ def gathered_logits(model, batches: list[dict], vocab_size: int) -> list[torch.T
 
     rows, S = batches[0]["input_ids"].shape
     parts = get_forward_backward_func()(
-        forward_step_func=step, data_iterator=iter(batches), model=[model], num_microbatches=len(batches),
+        forward_step_func=step, data_iterator=iterators(model, batches), model=model, num_microbatches=len(batches),
         seq_length=S, micro_batch_size=rows, forward_only=True, collect_non_loss_data=True,
     )  # fmt: skip
     state = parallel_state
@@ -245,10 +251,9 @@ def gathered_logits(model, batches: list[dict], vocab_size: int) -> list[torch.T
 
 def released_gradients(model, architecture, scratch: Path) -> dict[str, torch.Tensor]:
     """Gradients of all ranks under released names, through the same code that saves and exports weights."""
-    module = unwrap_model(model)
-    gradients = {id(p): p.main_grad for p in module.parameters()}
+    gradients = {id(p): p.main_grad for chunk in unwrap_model(model) for p in chunk.parameters()}
     state = sharded_model_state(model)
-    for entry in state.values():
+    for entry in (entry for chunk in state.values() for entry in chunk.values()):
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and id(entry.data) in gradients:
             entry.data = gradients[id(entry.data)].view_as(entry.data).clone()
     if dist.get_rank() == 0:
@@ -271,6 +276,7 @@ def main() -> None:
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--cp-comm-type", choices=("a2a", "all_gather"), default="a2a")
     parser.add_argument("--first-stage-layers", type=int, help="decoder layers on the first pipeline stage")
+    parser.add_argument("--virtual-pipeline", type=int, metavar="N", help="pieces of the decoder on each pipeline rank")
     parser.add_argument("--distributed-optimizer", action="store_true", help="shard gradients as ZeRO-1 does")
     parser.add_argument("--recompute", action="store_true", help="full activation recomputation")
     parser.add_argument("--rows", type=int, help="rows the five documents are dealt to (default 2 per replica)")
@@ -284,6 +290,7 @@ def main() -> None:
         tensor_model_parallel_size=args.tensor_parallel, pipeline_model_parallel_size=args.pipeline_parallel,
         context_parallel_size=args.context_parallel, sequence_parallel=args.sequence_parallel,
         cp_comm_type=args.cp_comm_type, num_layers_in_first_pipeline_stage=args.first_stage_layers,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline,
     )  # fmt: skip
     try:
         run(args, layout)
@@ -332,12 +339,14 @@ def compare(args, layout: ParallelConfig, folder: Path) -> dict:
     own = batches[parallel_state.get_data_parallel_rank() :: replicas]
     order = [row for dp in range(replicas) for row in range(dp, rows, replicas)]
 
-    model.train()
+    for chunk in model:
+        chunk.train()
     logits = gathered_logits(model, own, model_config.vocab_size)
-    model.zero_grad_buffer()
+    for chunk in model:
+        chunk.zero_grad_buffer()
     total = global_weight(own)
-    losses = forward_backward(model, own, total)
-    loss = (torch.stack([x.sum() for x in losses]).sum() / total if losses else torch.zeros(())).double()
+    losses = forward_backward(model, own, total, z_loss=Z_LOSS)
+    loss = sum((x[0].double().sum() + Z_LOSS * x[1].double().sum() for x in losses), torch.zeros(()).double()) / total
     dist.all_reduce(loss)
     # Tensor parallel ranks hold copies.
     loss = loss.item() / layout.tensor_model_parallel_size
@@ -364,7 +373,7 @@ def compare(args, layout: ParallelConfig, folder: Path) -> dict:
 
 def _make_shards_whole(model) -> None:
     """With a distributed optimizer a rank has reduced only its shard of each gradient buffer: gather the rest."""
-    for buffer in model.buffers:
+    for buffer in (buffer for chunk in model for buffer in chunk.buffers):
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         for bucket in buffer.buckets:
             shards = list(bucket.grad_data.chunk(group.size()))

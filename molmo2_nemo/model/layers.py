@@ -67,16 +67,42 @@ class LayerNorm(nn.LayerNorm):
 
 
 class DecoderLayer(TransformerLayer):
-    """A Megatron layer that picks its own RoPE table: OLMo 3 scales some layers only.
+    """A Megatron layer with its own RoPE table (OLMo 3 scales some layers only) and dropout at some positions.
 
     `rotary_pos_emb` is [2, s, B, 1, D]: table 0 unscaled, table 1 scaled; or [1, ...] when all layers agree.
+    `attention_bias` is (mask, bool [s, B, 1] where residuals are dropped out, or None for everywhere).
     """
 
     rope_table = 0
 
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.self_attn_bda = self.mlp_bda = self._dropout_add()
+
     def forward(self, *args, **kwargs):
         kwargs["rotary_pos_emb"] = kwargs["rotary_pos_emb"][self.rope_table]
+        # Set again when the layer is recomputed, from that micro-batch's own arguments.
+        kwargs["attention_bias"], self.dropout_positions = kwargs["attention_bias"]
         return super().forward(*args, **kwargs)
+
+    def _dropout_add(self, norm: nn.Module | None = None):
+        """Megatron's bias-dropout-add, with `norm` applied to the sublayer's output first."""
+
+        def build(training, fused):
+            add = get_bias_dropout_add(training, fused)
+
+            def dropout_add(output_with_bias, residual, probability):
+                output, bias = output_with_bias
+                output = output if norm is None else norm(output)
+                if self.dropout_positions is None or not training or probability == 0:
+                    return add((output, bias), residual, probability)
+                output = output if bias is None else output + bias
+                dropped = F.dropout(output, probability, training=True)
+                return residual + torch.where(self.dropout_positions, dropped, output)
+
+            return dropout_add
+
+        return build
 
 
 class PostNormDecoderLayer(DecoderLayer):
@@ -87,23 +113,8 @@ class PostNormDecoderLayer(DecoderLayer):
         norm = decoder_norm(config)
         self.post_attention_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
         self.post_mlp_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-        self.self_attn_bda = _after(self.post_attention_norm)
-        self.mlp_bda = _after(self.post_mlp_norm)
-
-
-def _after(norm: nn.Module):
-    """Megatron's bias-dropout-add with `norm` applied to the sublayer's output first."""
-
-    def build(training, fused):
-        add = get_bias_dropout_add(training, fused)
-
-        def normed_add(output_with_bias, residual, probability):
-            output, bias = output_with_bias
-            return add((norm(output), bias), residual, probability)
-
-        return normed_add
-
-    return build
+        self.self_attn_bda = self._dropout_add(self.post_attention_norm)
+        self.mlp_bda = self._dropout_add(self.post_mlp_norm)
 
 
 def layer_backend(config: TransformerConfig) -> BackendSpecProvider:
@@ -131,8 +142,10 @@ def gated_mlp(config: TransformerConfig, input_size: int, pg_collection) -> MLP:
     return _mlp(layer_backend(config))(config, pg_collection, input_size=input_size)
 
 
-def decoder_block_spec(model: ModelConfig, config: TransformerConfig, pg_collection) -> TransformerBlockSubmodules:
-    """Decoder layers of this pipeline stage and the final norm."""
+def decoder_block_spec(
+    model: ModelConfig, config: TransformerConfig, pg_collection, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Decoder layers of this pipeline stage (of its piece `vp_stage`) and the final norm."""
     backend, norm = layer_backend(config), decoder_norm(config)
 
     def qk_norm(num_heads):
@@ -165,7 +178,7 @@ def decoder_block_spec(model: ModelConfig, config: TransformerConfig, pg_collect
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)
 
 
 def vit_block_spec(num_layers: int, config: TransformerConfig) -> TransformerBlockSubmodules:

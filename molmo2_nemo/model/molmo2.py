@@ -13,6 +13,7 @@ from molmo2_nemo.config import ModelConfig, padded_vocab_size, vision_token_ids
 from molmo2_nemo.hf.architecture import rope_tables
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.layers import decoder_block_spec
+from molmo2_nemo.model.loss import head_losses
 from molmo2_nemo.model.mask import make_mask
 from molmo2_nemo.model.vision import VisionTower
 
@@ -21,16 +22,21 @@ class Molmo2(LanguageModule):
     """The part of Molmo2 that this rank's pipeline stage holds.
 
     model: the architecture. configs: Megatron's TransformerConfig for "decoder", "vit" and "connector".
-    solo: process groups of one rank, for the vision tower's layers.
+    solo: process groups of one rank, for the vision tower's layers. response_dropout: the decoder's residual dropout
+    is at positions that carry loss alone. vp_stage: which piece of a pipeline rank that has several.
     """
 
-    def __init__(self, model: ModelConfig, configs: dict[str, TransformerConfig], solo: ProcessGroupCollection):
+    def __init__(
+        self, model: ModelConfig, configs: dict[str, TransformerConfig], solo: ProcessGroupCollection,
+        response_dropout: bool = False, vp_stage: int | None = None,
+    ):  # fmt: skip
         config = configs["decoder"]
         super().__init__(config)
-        self.model = model
+        self.vp_stage = vp_stage
+        self.model, self.response_dropout = model, response_dropout
         self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
-        self.pre_process = parallel_state.is_pipeline_first_stage()
-        self.post_process = parallel_state.is_pipeline_last_stage()
+        self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.share_embeddings_and_output_weights = model.tie_embeddings
         self.rope = RotaryTables(model)
         rows = padded_vocab_size(model.vocab_size)
@@ -41,8 +47,9 @@ class Molmo2(LanguageModule):
             )  # fmt: skip
             self.embedding = Embedding(model, rows, config, self.tp_group)
         self.decoder = TransformerBlock(
-            config, decoder_block_spec(model, config, self.pg_collection),
+            config, decoder_block_spec(model, config, self.pg_collection, vp_stage),
             pre_process=self.pre_process, post_process=self.post_process, pg_collection=self.pg_collection,
+            vp_stage=vp_stage,
         )  # fmt: skip
         for layer in self.decoder.layers:
             if self.rope.scaled and layer.layer_number - 1 in self.rope.scaled_layers:
@@ -64,14 +71,15 @@ class Molmo2(LanguageModule):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, vision_mask: Tensor,
         crops: Tensor | None = None, pooling: Tensor | None = None, vision_units: Tensor | None = None,
-        labels: Tensor | None = None,
+        labels: Tensor | None = None, loss_weights: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Token losses, logits, or the hidden states for the next stage.
 
         All [B, S] inputs are whole rows on every rank; crops, pooling and vision_units (see VisionTower) matter on
-        the first stage only. With s = S / context parallel size this returns, on the last stage, float32 losses
-        [B, s] of this rank's part of the rows when `labels` (int64 [B, S]) are given, else this tensor-parallel
-        rank's slice of the logits, [B, s, padded V / tensor parallel size]; on other stages [s, B, H].
+        the first stage only. With s = S / context parallel size this returns, on the last stage, when `labels` (int64)
+        and `loss_weights` (float32, both [B, S]) are given, float32 [2, B, s]: cross entropy and squared log-partition
+        of this rank's part of the rows, 0 where the weight is 0. Without labels, this tensor-parallel rank's slice of
+        the logits, [B, s, padded V / tensor parallel size]. On other stages [s, B, H].
         """
         S = input_ids.shape[1]
         cp_size = self.cp_group.size()
@@ -87,16 +95,36 @@ class Molmo2(LanguageModule):
             segment_ids, vision_mask, *((local.start, S // cp_size) if gathers_keys else (0, S))
         )
         hidden = self.decoder(
-            hidden, attention_mask=None, attention_bias=mask, rotary_pos_emb=self.rope(position_ids[:, local])
-        )
+            hidden, attention_mask=None, attention_bias=(mask, self._dropout_positions(loss_weights, local)),
+            rotary_pos_emb=self.rope(position_ids[:, local]),
+        )  # fmt: skip
         if not self.post_process:
             return hidden
         tied = self.embedding.word_embeddings.weight if self.pre_process and self.model.tie_embeddings else None
-        logits, _ = self.output_layer(hidden, weight=tied)
-        logits = self._mask_padding(logits.float())
         if labels is None:
-            return logits.transpose(0, 1)
-        return self.compute_language_model_loss(labels[:, local], logits)
+            logits, _ = self.output_layer(hidden, weight=tied)
+            return self._mask_padding(logits.float()).transpose(0, 1)
+        # Only positions that carry loss meet the head.
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        positions = loss_weights[:, local].t() > 0
+        weight = self.output_layer.weight if tied is None else tied
+        losses = head_losses(
+            hidden[positions], weight, labels[:, local].t()[positions], self.model.vocab_size, self.tp_group,
+            reduce_input_grad=not self.config.sequence_parallel,
+        )  # fmt: skip
+        result = torch.zeros(2, *positions.shape, dtype=torch.float32, device=hidden.device)
+        result[:, positions] = torch.stack(losses)
+        return result.transpose(1, 2)
+
+    def _dropout_positions(self, loss_weights: Tensor | None, local: slice) -> Tensor | None:
+        """bool [s, B, 1] of this rank's hidden states where residuals are dropped out; None: everywhere."""
+        if loss_weights is None or not self.response_dropout:
+            return None
+        positions = loss_weights[:, local].t().unsqueeze(-1) > 0
+        if self.config.sequence_parallel:
+            positions = positions.chunk(self.tp_group.size())[self.tp_group.rank()]
+        return positions
 
     def _mask_padding(self, logits: Tensor) -> Tensor:
         """Padding columns of the head get no probability: losses are over the base vocabulary only."""

@@ -3,12 +3,53 @@
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
+
+from molmo2_nemo.data.encode import ROOT_SEGMENT
+from molmo2_nemo.data.packing import Batch
+from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
 
 # Read on the first pipeline stage only; pixels are most of a batch.
 VISION_FIELDS = ("crops", "pooling", "vision_units")
 FIELDS = (
     "input_ids", "labels", "loss_weights", "position_ids", "segment_ids", "vision_mask", "source_ids", *VISION_FIELDS,
 )  # fmt: skip
+
+
+# What a micro-batch costs, in the order of `work_of`: arguments of flops.forward_flops.
+WORK = ("crops", "visual_tokens", "pooled_patches", "tokens", "attended", "loss_tokens")
+
+
+def work_of(batch: Batch) -> Tensor:
+    """Counts of a micro-batch, float64 [len(WORK)]."""
+    return torch.tensor(
+        [
+            len(batch.crops), len(batch.pooling), (batch.pooling >= 0).sum(), (batch.segment_ids >= 0).sum(),
+            attended_pairs(batch.segment_ids, batch.vision_mask), (batch.loss_weights > 0).sum(),
+        ],
+        dtype=torch.float64,
+    )  # fmt: skip
+
+
+def attended_pairs(segment_ids: Tensor, vision_mask: Tensor) -> int:
+    """How many keys the queries of packed rows see in all (model/mask.py's rule), padding left out.
+
+    segment_ids: int64 [B, S]; vision_mask: bool [B, S], true in roots or plain conversations alone.
+    """
+    pairs = 0
+    for segments, vision in zip(segment_ids, vision_mask):
+        numbers, lengths = torch.unique(segments[segments >= 0], return_counts=True)
+        examples = numbers // SEGMENTS_PER_EXAMPLE
+        is_root = numbers % SEGMENTS_PER_EXAMPLE == ROOT_SEGMENT
+        pairs += int((lengths * (lengths + 1) // 2).sum())
+        # Branches see their root as well.
+        roots = torch.zeros(int(examples[-1]) + 1 if len(examples) else 0, dtype=torch.int64)
+        roots[examples[is_root]] = lengths[is_root]
+        pairs += int((lengths * roots[examples])[~is_root].sum())
+        # Vision tokens see later ones of their example, too.
+        _, visual = torch.unique(segments[vision] // SEGMENTS_PER_EXAMPLE, return_counts=True)
+        pairs += int((visual * (visual - 1) // 2).sum())
+    return pairs
 
 
 class BatchSource:
@@ -27,13 +68,13 @@ class BatchSource:
     def next(self) -> dict | None:
         """The next micro-batch as a dict of FIELDS; None when the loader has ended. Collective.
 
-        On the loader's rank also `counters` and `errors`: metrics.DataReport sums them over all ranks.
+        On the loader's rank also `counters` and `errors`, which metrics.DataReport sums over all ranks, and `work`.
         """
         batch = next(self.loader, None) if self.is_source else None
         shapes, result = [None], {}
         if self.is_source and batch is not None:
             shapes = [{name: (tuple(getattr(batch, name).shape), getattr(batch, name).dtype) for name in FIELDS}]
-            result = {"counters": batch.counters, "errors": batch.errors}
+            result = {"counters": batch.counters, "errors": batch.errors, "work": work_of(batch)}
         if self.group.size() > 1:
             dist.broadcast_object_list(shapes, self.source, group=self.group)
         if shapes[0] is None:

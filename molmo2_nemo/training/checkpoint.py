@@ -1,16 +1,21 @@
 """Training checkpoints: model, optimizer, step and loader state, for any layout to reload."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.core.utils import unwrap_model
 
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config import ConfigError
-from molmo2_nemo.training.step import refuse_other_architecture, sharded_model_state
+from molmo2_nemo.training.step import load_model_state, refuse_other_architecture, sharded_model_state
 
 # Optimizer shards of the distributed optimizer are gathered to whole parameters, so that any layout can read them.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -19,7 +24,7 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 def _state(model, optimizer, is_loading: bool) -> dict:
     model_state = sharded_model_state(model)
     return {
-        "model": model_state,
+        **model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA),
     }
 
@@ -32,26 +37,85 @@ def save_sharded(state: dict, folder: Path) -> None:
     dist_checkpointing.save(state, str(folder))
 
 
-def save(folder: Path, step: int, model, optimizer, loader_state, info: dict, config_yaml: str, keep_last: int) -> Path:
-    """Write step_XXXXXXXX aside, publish it by rename, remove all but the last `keep_last`. Collective.
+def save(
+    folder: Path, step: int, model, optimizer, loader_state, info: dict, config_yaml: str, keep_last: int,
+    keep_every: int = 0,
+) -> tuple[Path, str | None]:  # fmt: skip
+    """Write step_XXXXXXXX aside and publish it by rename. Collective.
 
-    loader_state: this data-parallel replica's, on the rank that has the loader, else None. Returns the directory.
+    All but the last `keep_last` are removed, those of steps that are multiples of `keep_every` stay. loader_state:
+    this data-parallel replica's, on the rank that has the loader, else None. Returns the directory and None, or why it
+    could not be written: then the checkpoints before it are as they were.
     """
     final = folder / checkpoint_dir.step_name(step)
-    temporary = [str(checkpoint_dir.aside(final)) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(temporary)
-    temporary = Path(temporary[0])
-    save_sharded(_state(model, optimizer, is_loading=False), temporary)
-    if loader_state is not None:
-        (temporary / f"loader_dp{parallel_state.get_data_parallel_rank():03d}.state").write_bytes(loader_state)
-    dist.barrier()
-    if dist.get_rank() == 0:
+    state = _state(model, optimizer, is_loading=False)
+    failure, temporary = _no_room(folder, state), None
+    if failure is None:
+        failure, temporary = _on_rank_0(lambda: checkpoint_dir.aside(final))
+    if failure is not None:
+        return final, failure
+
+    def write():
+        save_sharded(state, temporary)
+        if loader_state is not None:
+            (temporary / f"loader_dp{parallel_state.get_data_parallel_rank():03d}.state").write_bytes(loader_state)
+
+    def publish():
         (temporary / "config.yaml").write_text(config_yaml)
-        checkpoint_dir.publish(temporary, final, unwrap_model(model).model, {"step": step, **info})
-        for old in checkpoint_dir.find_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
+        checkpoint_dir.publish(temporary, final, unwrap_model(model)[0].model, {"step": step, **info})
+        kept = checkpoint_dir.find_checkpoints(folder)[:-keep_last]
+        for old in kept:
+            if not keep_every or checkpoint_dir.step_of(old) % keep_every:
+                shutil.rmtree(old)
+
+    failure = _failure(write)
+    if failure is None:
+        failure, _ = _on_rank_0(publish)
+    if failure is not None and dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
     dist.barrier()
-    return final
+    return final, failure
+
+
+def _no_room(folder: Path, state: dict) -> str | None:
+    """A sentence if the disk has less room than the state takes. Collective."""
+    tensors = [x for x in nested_values(state) if isinstance(x, ShardedTensor) and is_main_replica(x.replica_id)]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    needed = torch.tensor(sum(x.data.nbytes for x in tensors if x.data is not None), dtype=torch.int64, device=device)
+    dist.all_reduce(needed)
+
+    def free():
+        folder.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(folder).free
+
+    failure, room = _on_rank_0(free)
+    if failure is None and room < int(needed):
+        return f"{folder} has {room / 2**20:,.0f} MiB free, a checkpoint takes {int(needed) / 2**20:,.0f} MiB: make room"
+    return failure
+
+
+def _failure(action: Callable[[], None]) -> str | None:
+    """Do it on every rank; None, or what went wrong on the first rank where something did. Collective."""
+    failure = None
+    try:
+        action()
+    except Exception as error:
+        failure = f"rank {dist.get_rank()}: {_last_line(error)}"
+    failures = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    return next((failure for failure in failures if failure is not None), None)
+
+
+def _on_rank_0(action: Callable[[], Any]) -> tuple[str | None, Any]:
+    """(what went wrong, or None; the result), on all ranks. Collective."""
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[1] = action()
+        except OSError as error:
+            outcome[0] = str(error)
+    dist.broadcast_object_list(outcome)
+    return outcome[0], outcome[1]
 
 
 def load(checkpoint: Path, model, optimizer) -> dict:
@@ -60,8 +124,8 @@ def load(checkpoint: Path, model, optimizer) -> dict:
     Raises ConfigError when it is damaged, of another architecture, or holds weights only.
     """
     marker = checkpoint_dir.read_marker(checkpoint)
-    module = unwrap_model(model)
-    refuse_other_architecture(checkpoint_dir.read_model(checkpoint), module.model, checkpoint)
+    architecture = unwrap_model(model)[0].model
+    refuse_other_architecture(checkpoint_dir.read_model(checkpoint), architecture, checkpoint)
     try:
         loaded = dist_checkpointing.load(_state(model, optimizer, is_loading=True), str(checkpoint))
     except Exception as error:
@@ -69,7 +133,7 @@ def load(checkpoint: Path, model, optimizer) -> dict:
             f"checkpoint {checkpoint} cannot be continued with these settings ({_last_line(error)}): use train.init_from "
             "to start from its weights alone."
         ) from error
-    module.load_state_dict(loaded["model"], strict=False)
+    load_model_state(model, loaded)
     optimizer.load_state_dict(loaded["optimizer"])
     return marker
 

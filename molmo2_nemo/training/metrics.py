@@ -1,7 +1,13 @@
 """What a run says of itself: sums over a logging interval, the console line, TensorBoard, metrics.jsonl."""
 
+import contextlib
+import hashlib
+import importlib.metadata
 import json
+import math
+import platform
 import resource
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -9,12 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import yaml
 from megatron.core import parallel_state
 from torch import Tensor
 
+from molmo2_nemo import __version__
+from molmo2_nemo.config import REPOSITORY
 from molmo2_nemo.data.encode import COUNTERS
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
+from molmo2_nemo.training.batches import WORK
 
 # A source's broken samples, all that it lost, and what it kept in part.
 BROKEN = ("dropped_malformed", "dropped_undecodable", "dropped_unreadable")
@@ -31,12 +41,17 @@ class LossBySource:
 
     def __init__(self, sources: list[str], device: str):
         self.sources = sources
-        # Rows: weighted loss sum, weight sum. Last column: tokens without a source (none, unless data is wrong).
-        self.sums = torch.zeros(2, len(sources) + 1, dtype=torch.float64, device=device)
+        # Rows: weighted cross entropy, weighted squared log-partition, weights. Last column: tokens without a source
+        # (none, unless data is wrong).
+        self.sums = torch.zeros(3, len(sources) + 1, dtype=torch.float64, device=device)
         self.counts = torch.zeros(4, dtype=torch.float64, device=device)  # tokens, loss tokens, examples, rows
+        self.work = torch.zeros(len(WORK), dtype=torch.float64, device=device)
 
     def add(self, batches: list[dict], weighted_losses: list[Tensor]) -> None:
         """weighted_losses: what `forward_backward` returned (empty except on the last pipeline stage)."""
+        for batch in batches:
+            if "work" in batch:
+                self.work += batch["work"].to(self.work.device)
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             return
         cp_group = parallel_state.get_context_parallel_group()
@@ -46,8 +61,8 @@ class LossBySource:
             source = batch["source_ids"][:, local].long()
             source = torch.where(source >= 0, source, len(self.sources)).flatten()
             weights = batch["loss_weights"][:, local]
-            self.sums[0].index_add_(0, source, weighted.flatten().double())
-            self.sums[1].index_add_(0, source, weights.flatten().double())
+            figures = torch.cat((weighted, weights[None])).flatten(1).double()
+            self.sums.index_add_(1, source, figures)
             tokens = (batch["segment_ids"][:, local] >= 0).sum()
             packed = (batch["segment_ids"].amax(dim=1) // SEGMENTS_PER_EXAMPLE + 1).sum()
             examples = packed if first else 0
@@ -60,14 +75,20 @@ class LossBySource:
         """Sums over all ranks as plain numbers, then start again. Collective."""
         dist.all_reduce(self.sums)
         dist.all_reduce(self.counts)
-        loss, weight = self.sums.tolist()
+        dist.all_reduce(self.work)
+        work = dict(zip(WORK, self.work.tolist()))
+        self.work.zero_()
+        loss, square, weight = self.sums.tolist()
         tokens, loss_tokens, examples, rows = self.counts.tolist()
         self.sums.zero_()
         self.counts.zero_()
         return {
-            "loss": sum(loss) / max(sum(weight), 1e-12),
+            "loss": sum(loss) / sum(weight) if sum(weight) > 0 else None,
             "loss_by_source": {s: a / w for s, a, w in zip(self.sources, loss, weight) if w > 0},
+            "weight_by_source": {s: w / sum(weight) for s, w in zip(self.sources, weight) if w > 0},
+            "log_partition_rms": math.sqrt(sum(square) / max(sum(weight), 1e-12)),
             "tokens": int(tokens), "loss_tokens": int(loss_tokens), "examples": int(examples), "rows": int(rows),
+            "work": {name: int(count) for name, count in work.items()},
         }  # fmt: skip
 
 
@@ -158,34 +179,85 @@ def memory_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class RunLog:
-    """Rank 0's console, TensorBoard and metrics.jsonl; other ranks write nothing."""
+def versions() -> dict[str, str | None]:
+    """What the run is made of: packages, Python, the device's name, and the commit of this repository."""
+    names = (
+        "torch", "megatron-core", "megatron-energon", "transformers", "nemo_toolkit", "transformer-engine", "apex", "numpy",
+    )  # fmt: skip
+    found = {name: _version(name) for name in names}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"molmo2-nemo": __version__, "commit": _commit(), "python": platform.python_version(), "device": device, **found}
 
-    def __init__(self, run_dir: Path, first_step: int):
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package lies in, with `+changes` if files differ from it; None without git."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+class RunLog:
+    """Rank 0's console, TensorBoard, metrics.jsonl, Weights & Biases if asked for; other ranks write nothing.
+
+    Leaves config.yaml and versions.json in the run directory. Writing must not end a run: where the disk is full, what
+    cannot be written is counted, and said once.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int, name: str, config_yaml: str, wandb_project: str | None = None):
         self.main = dist.get_rank() == 0
         self.started = self.last = time.monotonic()
-        if self.main:
-            from torch.utils.tensorboard import SummaryWriter
+        self.lost, self.wandb = 0, None
+        if not self.main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
 
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
-            self.file = open(run_dir / "metrics.jsonl", "a")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(config_yaml)
+        (run_dir / "versions.json").write_text(json.dumps(versions() | {"ranks": dist.get_world_size()}, indent=2) + "\n")
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self.file = open(run_dir / "metrics.jsonl", "a")
+        if wandb_project is not None:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=wandb_project, name=name, dir=str(run_dir), config=yaml.safe_load(config_yaml), resume="allow",
+                id=hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16],
+            )  # fmt: skip
 
     def say(self, line: str) -> None:
         if self.main:
             print(line, flush=True)
 
     def write(self, kind: str, step: int, figures: dict) -> None:
-        """kind: `train` or `validation`. Nested figures become TensorBoard groups."""
+        """kind: `train`, `validation`, `answers` or `checkpoint`. Nested figures become TensorBoard groups."""
         if not self.main:
             return
-        self.file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
-        self.file.flush()
+        numbers = {}
         for name, value in figures.items():
             items = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-            for key, number in items.items():
-                if isinstance(number, int | float):
-                    self.board.add_scalar(f"{kind}/{key}", number, step)
+            numbers |= {f"{kind}/{key}": n for key, n in items.items() if isinstance(n, int | float)}
+        try:
+            self.file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
+            self.file.flush()
+            for key, number in numbers.items():
+                self.board.add_scalar(key, number, step)
+        except OSError as error:
+            self.lost += 1
+            if self.lost == 1:
+                self.say(f"step {step}: the log could not be written ({error}); the run goes on")
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
 
     def interval(self) -> float:
         """Seconds since the last call."""
@@ -194,17 +266,25 @@ class RunLog:
         return elapsed
 
     def close(self) -> None:
-        if self.main:
+        if not self.main:
+            return
+        if self.lost:
+            self.say(f"{self.lost} records of the log could not be written")
+        with contextlib.suppress(OSError):
             self.board.close()
             self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 def train_line(step: int, max_steps: int, figures: dict) -> str:
     """The console line of a logging interval."""
-    rates = figures["lr"]
+    rates, norms = figures["lr"], figures["grad_norm"]
+    loss = "none" if figures["loss"] is None else f"{figures['loss']:.4f}"  # every step was skipped
     by_source = " ".join(f"{source} {loss:.3f}" for source, loss in figures["loss_by_source"].items())
     return (
-        f"step {step}/{max_steps} | loss {figures['loss']:.4f} ({by_source}) | grad {figures['grad_norm']:.3f} | "
+        f"step {step}/{max_steps} | loss {loss} ({by_source}) | "
+        f"grad vit {norms['vit']:.3f} conn {norms['connector']:.3f} llm {norms['llm']:.3f} | "
         f"lr vit {rates['vit']:.2e} conn {rates['connector']:.2e} llm {rates['llm']:.2e} | "
         f"{figures['tokens_per_second']:.0f} tok/s {figures['samples_per_second']:.1f} samples/s | "
         f"fill {figures['fill']:.0%} | data wait {figures['data_wait_share']:.0%} | mem {figures['memory_gib']:.2f} GiB"

@@ -1,9 +1,20 @@
 """Megatron's optimizer with a learning rate, a warm-up and a freeze switch per component."""
 
 import math
+import re
 
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
 from molmo2_nemo.config import COMPONENTS, Config, ConfigError, OptimConfig
@@ -20,21 +31,22 @@ def component_of(name: str) -> str:
 
 
 def is_frozen(name: str, optim: OptimConfig, tied: bool) -> bool:
-    """Whether a parameter is not trained: its component's switch, and the base embedding with a head tied to it."""
+    """Whether a parameter is not trained: its component's switch, a pattern of `optim.freeze_patterns` in its name,
+    and the base embedding with a head tied to it."""
     name = name.removeprefix("module.")
-    if getattr(optim, component_of(name)).freeze:
+    if getattr(optim, component_of(name)).freeze or any(re.search(pattern, name) for pattern in optim.freeze_patterns):
         return True
     is_table = name == "embedding.word_embeddings.weight" or (tied and name == "output_layer.weight")
     return optim.freeze_embedding and is_table
 
 
-def build_optimizer(cfg: Config, model: DistributedDataParallel, precision: str) -> MegatronOptimizer:
+def build_optimizer(cfg: Config, model: list[DistributedDataParallel], precision: str) -> MegatronOptimizer:
     """Adam over one parameter group per component. Collective. Raises ConfigError on a refused combination."""
     optim = cfg.optim
     values = dict(
         optimizer="adam", lr=optim.llm.lr, min_lr=0.0, weight_decay=optim.weight_decay, clip_grad=optim.clip_grad,
         adam_beta1=optim.adam_beta1, adam_beta2=optim.adam_beta2, adam_eps=optim.adam_eps, bf16=precision != "fp32",
-        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+        use_distributed_optimizer=model[0].ddp_config.use_distributed_optimizer,
     )  # fmt: skip
 
     def of(component):
@@ -48,9 +60,59 @@ def build_optimizer(cfg: Config, model: DistributedDataParallel, precision: str)
     }
     try:
         config = OptimizerConfig(**{**values, **cfg.optimizer})
-        return get_megatron_optimizer(config, [model], config_overrides=overrides)
+        return get_megatron_optimizer(config, model, config_overrides=overrides)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"Megatron refuses the optimizer settings {cfg.optimizer}: {error}") from error
+
+
+def check_freeze_patterns(names: list[str], optim: OptimConfig) -> None:
+    """Raise ConfigError for a pattern that is in no parameter's name. names: of this rank. Collective."""
+    everybodys = [None] * dist.get_world_size()
+    dist.all_gather_object(everybodys, [p for p in optim.freeze_patterns if any(re.search(p, name) for name in names)])
+    for pattern in optim.freeze_patterns:
+        if not any(pattern in found for found in everybodys):
+            raise ConfigError(
+                f"optim.freeze_patterns: {pattern} is in no parameter's name; names are like {', '.join(names[:3])}."
+            )
+
+
+@torch.no_grad()
+def clip_and_step(
+    optimizer: MegatronOptimizer, max_norm: float, finite_loss: bool = True
+) -> tuple[bool, dict[str, float]]:
+    """Clip the gradient of each component by its own norm, then update. Collective.
+
+    Returns whether there was an update and the norms before clipping by component. Without an update, that is when a
+    norm or some rank's loss is not finite, weights and optimizer state stay as they are. max_norm: 0 clips nothing.
+    One norm for each group as the public trainer has it (allenai/molmo2, olmo/train/optim.py).
+    """
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    parts = [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+    found_inf = any([part.prepare_grads() for part in parts])
+    # A rank whose part of the model is frozen has no optimizer, and takes part in the sums all the same.
+    group = parts[0].get_grad_stats_parallel_group() if parts else parallel_state.get_model_parallel_group()
+    norms = {}
+    for component in COMPONENTS:
+        grads = [grad for part in parts for grad in part._filter_grads_for_norm(_parameters(part, component))]
+        norms[component] = float(get_grad_norm_fp32(grads, grad_stats_parallel_group=group))
+    verdict = torch.tensor(finite_loss and not found_inf and all(map(math.isfinite, norms.values())), dtype=torch.int32, device=_device())
+    dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
+    if not verdict:
+        return False, norms
+    for part in parts:
+        decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+        for component in COMPONENTS:
+            if max_norm > 0 and _parameters(part, component):
+                clip_grad_by_total_norm_fp32(_parameters(part, component), max_norm, norms[component], decoupled)
+    return optimizer.step_with_ready_grads(), norms
+
+
+def _parameters(optimizer: MegatronOptimizer, component: str) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups if group["component"] == component for p in group["params"]]
+
+
+def _device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def learning_rate(peak: float, warmup_steps: int, step: int, max_steps: int, optim: OptimConfig) -> float:
@@ -75,9 +137,9 @@ def set_learning_rates(optimizer: MegatronOptimizer, cfg: Config, step: int) -> 
     return rates
 
 
-def parameter_table(model: DistributedDataParallel) -> dict[str, tuple[int, int]]:
+def parameter_table(model: list[DistributedDataParallel]) -> dict[str, tuple[int, int]]:
     """This rank's (trained, frozen) parameter counts by component."""
     table = {component: [0, 0] for component in COMPONENTS}
-    for name, parameter in model.named_parameters():
+    for name, parameter in (item for chunk in model for item in chunk.named_parameters()):
         table[component_of(name)][0 if parameter.requires_grad else 1] += parameter.numel()
     return {component: tuple(counts) for component, counts in table.items()}

@@ -1,6 +1,7 @@
 """Build a model for this rank, load weights into it, and run one global batch through Megatron's schedules."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,24 +26,46 @@ MODEL_INPUTS = ("input_ids", "position_ids", "segment_ids", "vision_mask", "crop
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, device: str, precision: str, transformer: dict | None = None,
     ddp: dict | None = None, freeze: Callable[[str], bool] = lambda name: False, dropout: float = 0.0,
-) -> DistributedDataParallel:  # fmt: skip
+    response_dropout: bool = False,
+) -> list[DistributedDataParallel]:  # fmt: skip
     """This rank's pipeline stage inside Megatron's DistributedDataParallel. Collective.
 
+    A list as Megatron's schedules take it: of one, or of the pieces of an interleaved pipeline.
+
     transformer, ddp: the user's fields for TransformerConfig and DistributedDataParallelConfig.
-    freeze: parameter name -> True where it is not trained. Raises ConfigError on a combination Megatron refuses.
+    freeze: parameter name, with the layer's number in the whole model -> True where it is not trained.
+    dropout: of the decoder's residuals, at positions that carry loss alone if `response_dropout`.
+    Raises ConfigError on a combination Megatron refuses.
     """
     configs = transformer_configs(model, parallel, device, precision, transformer or {}, dropout)
     configs["decoder"].finalize_model_grads_func = _finalize_gradients
-    module = Molmo2(model, configs, solo_groups()).to(device)
-    if module.pre_process:
-        _copy_from_first_tensor_parallel_rank(module)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(not freeze(name))
+    solo, pieces = solo_groups(), parallel.virtual_pipeline_model_parallel_size
     ddp_config = {"grad_reduce_in_fp32": True, "overlap_grad_reduce": False, **(ddp or {})}
-    try:
-        return DistributedDataParallel(configs["decoder"], DistributedDataParallelConfig(**ddp_config), module)
-    except (AssertionError, ValueError) as error:
-        raise ConfigError(f"Megatron refuses ddp settings {ddp_config}: {error}") from error
+    chunks = []
+    for vp_stage in [None] if pieces is None else range(pieces):
+        module = Molmo2(model, configs, solo, response_dropout, vp_stage).to(device)
+        if module.pre_process:
+            _copy_from_first_tensor_parallel_rank(module)
+        for name, parameter in global_names(module):
+            parameter.requires_grad_(not freeze(name))
+        try:
+            config = DistributedDataParallelConfig(**ddp_config)
+            # One bucket for all pieces but the first, as Megatron's own trainer has it.
+            chunks.append(DistributedDataParallel(configs["decoder"], config, module, disable_bucketing=bool(vp_stage)))
+        except (AssertionError, ValueError) as error:
+            raise ConfigError(f"Megatron refuses ddp settings {ddp_config}: {error}") from error
+    if chunks[0].ddp_config.overlap_grad_reduce:
+        # Gradients are reduced in the last micro-batch's backward pass only.
+        functions = [chunk.no_sync for chunk in chunks]
+        configs["decoder"].no_sync_func = functions if len(functions) > 1 else functions[0]
+    return chunks
+
+
+def global_names(module: Molmo2) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters with their layer's number in the whole model, from 0, in their names instead of in this piece."""
+    first = module.decoder.layers[0].layer_number - 1 if len(module.decoder.layers) else 0
+    for name, parameter in module.named_parameters():
+        yield re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match[0]) + first), name), parameter
 
 
 def _copy_from_first_tensor_parallel_rank(module: Molmo2) -> None:
@@ -75,21 +98,25 @@ def _finalize_gradients(model, num_tokens=None, **kwargs) -> None:
             gradient.copy_(summed)
 
 
-def sharded_model_state(model: DistributedDataParallel) -> dict:
-    """Megatron's sharded state dict of the wrapped model, with layout-free keys."""
-    return unwrap_model(model).sharded_state_dict()
+def sharded_model_state(model: list[DistributedDataParallel]) -> dict:
+    """Megatron's sharded state dicts of the wrapped pieces, model0, model1, ...; the tensors' keys know no layout."""
+    return {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(unwrap_model(model))}
 
 
-def load_weights(model: DistributedDataParallel, checkpoint: Path) -> None:
+def load_model_state(model: list[DistributedDataParallel], state: dict) -> None:
+    """What was loaded into a `sharded_model_state` goes into the model."""
+    for number, chunk in enumerate(unwrap_model(model)):
+        chunk.load_state_dict(state[f"model{number}"], strict=False)
+
+
+def load_weights(model: list[DistributedDataParallel], checkpoint: Path) -> None:
     """Weights of a checkpoint of any layout into this rank's part. Collective.
 
     Raises ConfigError when the checkpoint is damaged or of another architecture.
     """
     saved = checkpoint_dir.read_model(checkpoint)
-    module = unwrap_model(model)
-    refuse_other_architecture(saved, module.model, checkpoint)
-    state = sharded_model_state(model)
-    module.load_state_dict(dist_checkpointing.load(state, str(checkpoint)), strict=False)
+    refuse_other_architecture(saved, unwrap_model(model)[0].model, checkpoint)
+    load_model_state(model, dist_checkpointing.load(sharded_model_state(model), str(checkpoint)))
 
 
 def refuse_other_architecture(saved: ModelConfig, wanted: ModelConfig, checkpoint: Path) -> None:
@@ -112,29 +139,39 @@ def global_weight(batches: list[dict]) -> Tensor:
 
 
 def forward_backward(
-    model: DistributedDataParallel, batches: list[dict], total_weight: Tensor, forward_only: bool = False
-) -> list[Tensor]:
+    model: list[DistributedDataParallel], batches: list[dict], total_weight: Tensor, forward_only: bool = False,
+    z_loss: float = 0.0,
+) -> list[Tensor]:  # fmt: skip
     """One global batch. Returns, on the last pipeline stage, the weighted token losses of each micro-batch.
 
-    The loss is sum(weight x cross entropy) / total_weight over all micro-batches and ranks: it does not depend on
-    the layout. Returned tensors are float32 [B, S / context parallel size], undivided. Gradients are in main_grad.
+    The loss is sum(weight x (cross entropy + z_loss x log-partition^2)) / total_weight over all micro-batches and ranks:
+    it does not depend on the layout. Returned tensors are float32 [2, B, S / context parallel size], weight x cross
+    entropy and weight x log-partition^2, undivided. Gradients are in main_grad.
     """
     rows, seq_length = batches[0]["input_ids"].shape
     local = context_slice(seq_length, parallel_state.get_context_parallel_group())
 
     def forward_step(iterator, model):
         batch = next(iterator)
-        output = model(**{name: batch.get(name) for name in MODEL_INPUTS}, labels=batch["labels"])
+        targets = {"labels": batch["labels"], "loss_weights": batch["loss_weights"]}
+        output = model(**{name: batch.get(name) for name in MODEL_INPUTS}, **targets)
 
         def loss(token_losses):
             weighted = token_losses * batch["loss_weights"][:, local]
+            cross_entropy, square = weighted.sum(dim=(1, 2))
+            total = (cross_entropy + z_loss * square) / total_weight
             # The integer count that Megatron asks for is not used: see _finalize_gradients.
-            return (weighted.sum() / total_weight).float(), torch.zeros((), dtype=torch.int), weighted.detach()
+            return total.float(), torch.zeros((), dtype=torch.int), weighted.detach()
 
         return output, loss
 
     run = get_forward_backward_func()
     return run(
-        forward_step_func=forward_step, data_iterator=iter(batches), model=[model], num_microbatches=len(batches),
+        forward_step_func=forward_step, data_iterator=iterators(model, batches), model=model, num_microbatches=len(batches),
         seq_length=seq_length, micro_batch_size=rows, forward_only=forward_only,
     )  # fmt: skip
+
+
+def iterators(model: list[DistributedDataParallel], batches: list[dict]):
+    """An iterator for each piece of the model, as Megatron's schedules take them."""
+    return [iter(batches) for _ in model] if len(model) > 1 else iter(batches)

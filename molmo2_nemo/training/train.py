@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
 from omegaconf import DictConfig, OmegaConf
 
 from molmo2_nemo import checkpoint_dir, parallel
@@ -23,16 +25,24 @@ from molmo2_nemo.config import (
 )
 from molmo2_nemo.data import blend
 from molmo2_nemo.data.loader import save_state, train_loader, validation_loader
-from molmo2_nemo.training import checkpoint
+from molmo2_nemo.training import checkpoint, survive
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog, memory_gib, train_line
-from molmo2_nemo.training.optimizer import build_optimizer, is_frozen, parameter_table, set_learning_rates
-from molmo2_nemo.training.step import build_model, forward_backward, global_weight, load_weights
+from molmo2_nemo.training.optimizer import (
+    build_optimizer,
+    check_freeze_patterns,
+    clip_and_step,
+    is_frozen,
+    parameter_table,
+    set_learning_rates,
+)
+from molmo2_nemo.training.step import build_model, forward_backward, global_names, global_weight, load_weights
 
 
 def run_stage(cfg: DictConfig) -> None:
     """Entry point of the recipes: one sentence and exit status 2 for a setting that cannot work, else train."""
     rank = rank_from_environment()
+    config = None
     try:
         config = to_dataclass(cfg)
         check(config, world_size_from_environment())
@@ -41,7 +51,10 @@ def run_stage(cfg: DictConfig) -> None:
             sources = blend.load_blend(config.data)
             blend.check_shards(sources, config.data.max_error_rate)
         start = find_start(config)
-        train(config, device, sources, start, OmegaConf.to_yaml(cfg, resolve=True))
+        (Path(config.run_dir) / survive.ENDED).unlink(missing_ok=True)
+        progress = {"step": 0}
+        with survive.told_in_one_line(Path(config.run_dir), progress):
+            train(config, device, sources, start, OmegaConf.to_yaml(cfg, resolve=True), progress)
     except ConfigError as error:
         # Before the ranks are joined all of them find the same error; later it may be one rank's own.
         if rank == 0 or dist.is_initialized():
@@ -58,9 +71,10 @@ def user_errors():
         raise ConfigError(str(error)) from error
 
 
-def stop(message: str) -> NoReturn:
+def stop(message: str, run_dir: Path, step: int) -> NoReturn:
     """End the run for what all ranks have found alike. Collective; one of them says so."""
     if dist.get_rank() == 0:
+        survive.write_ended(run_dir, "error", step, message=message)
         print(f"error: {message}", file=sys.stderr, flush=True)
     dist.barrier()
     sys.exit(2)
@@ -87,8 +101,9 @@ def find_start(config: Config) -> Start:
     return Start(None, init_from, ignored)
 
 
-def train(config: Config, device: str, sources: list, start: Start, config_yaml: str) -> None:
-    """Run the stage to train.max_steps. Every rank of the job calls this."""
+def train(config: Config, device: str, sources: list, start: Start, config_yaml: str, progress: dict) -> None:
+    """Run the stage to train.max_steps. Every rank of the job calls this. progress["step"]: kept at the running step."""
+    request = survive.StopRequest(config.train.stop_signals, config.train.stop_after_minutes)
     t, run_dir = config.train, Path(config.run_dir)
     parallel.initialize(config.parallel, device, t.timeout_minutes, t.seed)
     precision = parallel.resolve_precision(t, device)
@@ -98,9 +113,11 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     model = build_model(
         config.model, config.parallel, device, precision, config.transformer, ddp,
         freeze=lambda name: is_frozen(name, optim, tied), dropout=schedule.hidden_dropout,
+        response_dropout=schedule.response_dropout,
     )  # fmt: skip
+    check_freeze_patterns([name for chunk in unwrap_model(model) for name, _ in global_names(chunk)], optim)
     optimizer = build_optimizer(config, model, precision)
-    log = RunLog(run_dir, first_step=1)
+    log = RunLog(run_dir, 1, config.name, config_yaml, t.wandb_project)
     log.say(banner(config, device, precision, sources))
     for line in start.ignored:
         log.say(f"ignored: {line}")
@@ -118,6 +135,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
                 "weights alone."
             )
         log.say(f"resumed step {step} from {start.resume}")
+        log.write("resume", step, {})
     elif start.init_from is not None:
         load_weights(model, start.init_from)
         optimizer.reload_model_params()
@@ -136,12 +154,14 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     micro_batches = t.global_batch_size // (t.micro_batch_size * replicas)
     names = [source.name for source in sources]
     losses, data = LossBySource(names, device), DataReport(names, device, counted)
-    data_wait, grad_norms = 0.0, []
+    data_wait, grad_norms, skipped, skipped_in_a_row = 0.0, [], 0, 0
     info = {"stage": config.stage, "layout": dataclasses.asdict(config.parallel)}
-    model.train()
+    for chunk in model:
+        chunk.train()
     log.interval()
     while step < t.max_steps:
         step += 1
+        progress["step"] = step
         # Random numbers are a function of (seed, step): a resumed run draws what an uninterrupted one would.
         parallel.seed_everything(t.seed + step)
         started = time.monotonic()
@@ -151,55 +171,105 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             log.say(f"broken sample: {line}")
         too_broken = data.too_broken(config.data.max_error_rate, config.data.blend)
         if too_broken:
-            stop(too_broken)
+            stop(too_broken, run_dir, step)
         rates = set_learning_rates(optimizer, config, step)
-        model.zero_grad_buffer()
+        for chunk in model:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
         total_weight = global_weight(batches)
         if not total_weight > 0:
             lost = "; ".join(data.lines()) or "nothing was dropped"
             stop(
                 f"step {step}: no token of the global batch carries loss ({lost}): check "
-                f"data.blend={config.data.blend} and data.seq_length={config.data.seq_length}."
+                f"data.blend={config.data.blend} and data.seq_length={config.data.seq_length}.",
+                run_dir, step,
+            )  # fmt: skip
+        weighted = forward_backward(model, batches, total_weight, z_loss=optim.z_loss)
+        updated, norms = clip_and_step(optimizer, optim.clip_grad, all(bool(x.isfinite().all()) for x in weighted))
+        if updated:
+            losses.add(batches, weighted)
+            grad_norms.append(norms)
+            skipped_in_a_row = 0
+        else:
+            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+            in_batch = ", ".join(sources_in(batches, names))
+            not_finite = ", ".join(c for c, norm in norms.items() if not math.isfinite(norm)) or "none"
+            log.say(
+                f"step {step}: skipped, loss or gradient is not finite (gradients: {not_finite}); sources in the batch: "
+                f"{in_batch}; skipped {skipped_in_a_row} in a row, {skipped} in all"
             )
-        losses.add(batches, forward_backward(model, batches, total_weight))
-        _, grad_norm, _ = optimizer.step()
-        grad_norms.append(float(grad_norm))
-        last = step == t.max_steps
+            if skipped_in_a_row >= t.max_skipped_steps:
+                stop(
+                    f"step {step}: loss or gradient was not finite in {skipped_in_a_row} steps in a row "
+                    f"(train.max_skipped_steps); sources in the last batch: {in_batch}. The newest checkpoint is from "
+                    "before these steps: look at these sources, or lower optim.*.lr.",
+                    run_dir, step,
+                )
+        reason = request.reason(device)
+        last = step == t.max_steps or reason is not None
         if step % t.log_every == 0 or last or step == 1:
             figures = losses.reduce()
             seconds = log.interval()
             tokens_seen += figures["tokens"]
             figures.update(
-                tokens_seen=tokens_seen, lr=rates, grad_norm=sum(grad_norms) / len(grad_norms),
+                tokens_seen=tokens_seen, lr=rates, skipped_steps=skipped,
+                grad_norm={c: sum(norms[c] for norms in grad_norms) / max(1, len(grad_norms)) for c in rates},
                 tokens_per_second=figures["tokens"] / seconds, samples_per_second=figures["examples"] / seconds,
-                fill=figures["tokens"] / (figures["rows"] * config.data.seq_length), seconds=seconds,
+                fill=figures["tokens"] / max(1, figures["rows"] * config.data.seq_length), seconds=seconds,
                 data_wait_share=data_wait / seconds, memory_gib=memory_gib(device), data=data.by_source(),
             )  # fmt: skip
             data_wait, grad_norms = 0.0, []
             log.write("train", step, figures)
             log.say(train_line(step, t.max_steps, figures) + data.note())
-        if t.validation_batches > 0 and (step % t.validate_every == 0 or last):
+        if t.validation_batches > 0 and reason is None and (step % t.validate_every == 0 or last):
             figures = validate(config, model, validation, group, device, sources)
             note = figures.pop("note")
             log.write("validation", step, figures)
             by_source = " ".join(f"{s} {x:.3f}" for s, x in figures["loss_by_source"].items())
-            log.say(f"step {step} validation | loss {figures['loss']:.4f} ({by_source}) | {figures['rows']} rows{note}")
+            loss = figures["loss"] or math.nan
+            log.say(f"step {step} validation | loss {loss:.4f} ({by_source}) | {figures['rows']} rows{note}")
             log.interval()
         if step % t.save_every == 0 or last:
             state = save_state(loader) if loader is not None else None
-            path = checkpoint.save(
+            started = time.monotonic()
+            path, failure = checkpoint.save(
                 run_dir / "checkpoints", step, model, optimizer, state,
-                {**info, "tokens_seen": tokens_seen, "data": data.by_source()}, config_yaml, t.keep_last,
+                {**info, "tokens_seen": tokens_seen, "data": data.by_source()}, config_yaml, t.keep_last, t.keep_every,
             )  # fmt: skip
-            log.say(f"saved {path}")
+            if failure is not None and last:
+                stop(f"step {step} could not be saved: {failure}. The checkpoints before it are whole.", run_dir, step)
+            seconds = time.monotonic() - started
+            log.write("checkpoint", step, {"seconds": seconds, "failed": int(failure is not None)})
+            log.say(f"saved {path} in {seconds:.1f} s" if failure is None else f"step {step} was not saved: {failure}")
             log.interval()
-    log.say(f"{config.stage} finished at step {step}: {tokens_seen:,} tokens")
+        if reason is not None:
+            break
+    else:
+        reason = "finished"
+    log.say(f"{config.stage} ended at step {step} ({reason}): {tokens_seen:,} tokens")
+    if dist.get_rank() == 0:
+        survive.write_ended(run_dir, reason, step)
     for line in data.lines():
         log.say(f"data of {line}")
     log.close()
     dist.barrier()
     dist.destroy_process_group()
+    if log.main:
+        from molmo2_nemo.report import write_report  # matplotlib is needed here alone
+
+        try:
+            write_report([run_dir], run_dir / "report.html")
+        except Exception as error:  # noqa: BLE001  a page must not fail a finished run
+            log.say(f"no report: {error}")
+
+
+def sources_in(batches: list[dict], names: list[str]) -> list[str]:
+    """Names of the sources of the global batch, on all ranks. Collective."""
+    present = torch.zeros(len(names) + 1, dtype=torch.int32, device=batches[0]["source_ids"].device)
+    for batch in batches:
+        present[batch["source_ids"].long().clamp(min=-1)] = 1  # -1, padding, is the last entry
+    dist.all_reduce(present, op=dist.ReduceOp.MAX)
+    return [name for name, there in zip(names, present.tolist()) if there]
 
 
 def make_loaders(config: Config, sources: list, group, run_dir: Path, saved: list[Path]):
@@ -225,7 +295,10 @@ def validate(config: Config, model, loader, group, device: str, sources: list) -
     batches_from = BatchSource(iter(loader) if loader is not None else None, group, device)
     names = [source.name for source in sources]
     losses, data = LossBySource(names, device), DataReport(names, device)
-    model.eval()
+    # The interleaved schedule takes as many micro-batches as there are pipeline stages; repeated ones are not counted.
+    at_once = config.parallel.pipeline_model_parallel_size if len(model) > 1 else 1
+    for chunk in model:
+        chunk.eval()
     with torch.no_grad():
         for _ in range(config.train.validation_batches):
             batch = batches_from.next()
@@ -235,8 +308,10 @@ def validate(config: Config, model, loader, group, device: str, sources: list) -
             if ended:
                 break
             data.add([batch])
-            losses.add([batch], forward_backward(model, [batch], torch.ones((), device=device), forward_only=True))
-    model.train()
+            one = torch.ones((), device=device)
+            losses.add([batch], forward_backward(model, [batch] * at_once, one, forward_only=True)[:1])
+    for chunk in model:
+        chunk.train()
     return losses.reduce() | {"data": data.by_source(), "note": data.note()}
 
 

@@ -1,0 +1,125 @@
+"""How a run ends: on request, at its time limit, or by a failure that is told in one line."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from molmo2_nemo.config import ConfigError, rank_from_environment
+
+ENDED = "ended.json"
+_TIME_LIMIT = 1000  # beyond any signal's number
+# What collectives raise on the ranks that are left when another one is gone.
+_LOST_CONTACT = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "connect failed",
+                 "nccl communicator was aborted", "remote process exited", "connection was likely closed")  # fmt: skip
+
+
+class StopRequest:
+    """Asks all ranks to stop after the step they are in: a signal to any of them, or the time limit.
+
+    signals: names such as SIGTERM. limit_minutes: counted from here; None: no limit.
+    """
+
+    def __init__(self, signals: list[str], limit_minutes: float | None):
+        self.deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
+        self.received = 0
+        for name in signals:
+            signal.signal(getattr(signal, name), self._receive)
+
+    def _receive(self, number, frame) -> None:
+        self.received = number
+
+    def reason(self, device: str) -> str | None:
+        """Why to stop, the same on all ranks; None: go on. Collective."""
+        code = self.received
+        if not code and self.deadline is not None and time.monotonic() > self.deadline:
+            code = _TIME_LIMIT
+        code = torch.tensor(code, dtype=torch.int32, device=device)
+        dist.all_reduce(code, op=dist.ReduceOp.MAX)
+        code = int(code)
+        if not code:
+            return None
+        return "time limit" if code == _TIME_LIMIT else signal.Signals(code).name
+
+
+def write_ended(run_dir: Path, reason: str, step: int, **more) -> None:
+    """Leave a file that says why the run ended: `finished`, `time limit`, a signal's name, or `error`.
+
+    A batch script reads it, since launchers do not hand on exit codes.
+    """
+    path = run_dir / ENDED
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"reason": reason, "step": step, "time": time.time(), **more}) + "\n")
+    temporary.rename(path)
+
+
+@contextlib.contextmanager
+def told_in_one_line(run_dir: Path, progress: dict[str, int]) -> Iterator[None]:
+    """End this process with one line on standard error for whatever goes wrong inside; the traceback goes to a file.
+
+    Of the ranks that only lost contact to another one, one says so. progress: {"step": the running step}.
+    """
+    try:
+        yield
+    except (ConfigError, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001
+        rank, host = rank_from_environment(), socket.gethostname()
+        folder = run_dir / "errors"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"rank_{rank:04d}.txt").write_text(traceback.format_exc())
+        place = f"rank {rank} on {host}, step {progress['step']}"
+        reason = describe(error)
+        if reason is None:
+            reason = "lost contact to another rank, whose own message says why"
+            speaks = _first(folder / f"lost_contact_{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}")
+        else:
+            speaks = True
+            with contextlib.suppress(OSError):
+                write_ended(run_dir, "error", progress["step"], message=f"{place}: {reason}")
+        if speaks:
+            print(f"error: {place}: {reason} (traceback in {folder})", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # Not sys.exit: a communicator that waits for a dead rank would keep the process from ending.
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def describe(error: BaseException) -> str | None:
+    """One sentence for an error; None where it only says that another rank is gone."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"out of GPU memory ({text}): try transformer.recompute_granularity=full, a smaller train.micro_batch_size "
+            "or data.max_crops, or more tensor or context parallel ranks"
+        )
+    if "DataLoader worker" in text:
+        return (
+            f"a loader worker died ({text}): if the system ran out of memory, lower data.num_workers or "
+            "data.packing_buffer_size"
+        )
+    if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _LOST_CONTACT):
+        return None
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _first(path: Path) -> bool:
+    """Whether this process is the first to ask; without a folder to ask in, everybody is."""
+    try:
+        path.open("x").close()
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True

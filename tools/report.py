@@ -1,0 +1,31 @@
+"""One self-contained page about a run, or several runs compared: plots, figures by source, answers, configuration.
+
+    python tools/report.py runs/quickstart/stage1
+    python tools/report.py runs/quickstart/stage1 runs/quickstart/stage2 --out comparison.html
+
+Works while a run goes on. Without --out: report.html in the run's folder, or here for several runs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from molmo2_nemo.report import write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, which has metrics.jsonl")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page to write")
+    arguments = parser.parse_args()
+    out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
+    try:
+        write_report(arguments.runs, out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"open {out}")
+
+
+if __name__ == "__main__":
+    main()
