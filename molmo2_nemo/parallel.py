@@ -173,6 +173,9 @@ def transformer_configs(
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
     )  # fmt: skip
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        # In a batch, the messages of two stages that are each other's next and previous one would be mixed up.
+        decoder.update(overlap_p2p_comm=True, batch_p2p_comm=False)
     if precision == "fp8":
         decoder.update(fp8="hybrid")
     vit = dict(
