@@ -1,5 +1,6 @@
 """Training checkpoints: model, optimizer, step and loader state, for any layout to reload."""
 
+import queue
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import CheckpointException
 
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config import ConfigError
@@ -31,9 +33,9 @@ def _state(model, optimizer, is_loading: bool) -> dict:
 
 def save_sharded(state: dict, folder: Path) -> None:
     """Megatron's distributed save of a sharded state dict into an empty folder. Collective."""
-    # Megatron collects write results through a manager process. Left alone it would start a fresh interpreter on
-    # every rank, which imports everything again: seconds for nothing.
-    get_write_results_queue(mp_mode="fork")
+    # Megatron collects what its writer threads report in a queue of a manager process: seconds to start, and it would
+    # outlive a rank that is killed. The threads are this process's own, so a plain queue will do.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(folder))
 
 
@@ -71,8 +73,10 @@ def save(
     failure = _failure(write)
     if failure is None:
         failure, _ = _on_rank_0(publish)
-    if failure is not None and dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if failure is not None:
+        failure += f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free in {folder})"
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
     dist.barrier()
     return final, failure
 
@@ -99,7 +103,7 @@ def _failure(action: Callable[[], None]) -> str | None:
     failure = None
     try:
         action()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
         failure = f"rank {dist.get_rank()}: {_last_line(error)}"
     failures = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -66,7 +67,7 @@ def write_ended(run_dir: Path, reason: str, step: int, **more) -> None:
 def told_in_one_line(run_dir: Path, progress: dict[str, int]) -> Iterator[None]:
     """End this process with one line on standard error for whatever goes wrong inside; the traceback goes to a file.
 
-    Of the ranks that only lost contact to another one, one says so. progress: {"step": the running step}.
+    Of the ranks that only lost contact to another one, one says so if that one could not. progress: {"step": the running step}.
     """
     try:
         yield
@@ -82,7 +83,8 @@ def told_in_one_line(run_dir: Path, progress: dict[str, int]) -> Iterator[None]:
         reason = describe(error)
         if reason is None:
             reason = "lost contact to another rank, whose own message says why"
-            speaks = _first(folder / f"lost_contact_{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}")
+            time.sleep(2)  # for the other's words
+            speaks = not (run_dir / ENDED).exists() and _first(folder / f"lost_contact_{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}")
         else:
             speaks = True
             with contextlib.suppress(OSError):
@@ -90,6 +92,8 @@ def told_in_one_line(run_dir: Path, progress: dict[str, int]) -> Iterator[None]:
         if speaks:
             print(f"error: {place}: {reason} (traceback in {folder})", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        for child in multiprocessing.active_children():
+            child.kill()
         # Not sys.exit: a communicator that waits for a dead rank would keep the process from ending.
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
