@@ -424,6 +424,22 @@ def test_workers_survive_the_signals_of_a_cluster_and_end_with_the_loader(world,
 
 
 @pytest.mark.slow
+def test_a_save_does_not_wait_for_a_dead_worker(world, tmp_path):
+    loader = make(config(world, num_workers=2), tmp_path)
+    next(loader)
+    # Torch's handler raises when a worker dies, but what it interrupts may swallow that.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        loader.workers[1].kill()
+        loader.workers[1].join()
+        with pytest.raises(RuntimeError, match="DataLoader worker .* died before it said where it was"):
+            save_state(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+        loader.close()
+
+
+@pytest.mark.slow
 def test_memory_stays_flat(world, tmp_path):
     """Over thousands of samples with images and videos, in the worker and here."""
 

@@ -7,10 +7,13 @@ and the sample's place in the stream, never from a global generator, so that a r
 import atexit
 import contextlib
 import hashlib
+import queue
 import re
 import resource
 import signal
 import sys
+import threading
+import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +62,8 @@ SNAPSHOT_SECONDS = 15
 MAX_JSON = 2**24
 # Characters of the report on a broken sample, which may quote it.
 MAX_REPORT = 300
+# At the worker processes, while their states are waited for.
+SECONDS_BETWEEN_LOOKS = 0.01
 # The blend as Energon reads it, in the run's folder.
 METADATASET = "energon_blend.yaml"
 
@@ -276,6 +281,11 @@ class TrainLoader(Loader):
         return batch
 
     @property
+    def workers(self) -> list:
+        """The worker processes; none before the first batch or with data.num_workers=0."""
+        return getattr(self._loader._iterator, "_workers", [])
+
+    @property
     def dealt_anew(self) -> bool:
         """Whether it continues a run with other numbers of ranks or workers, and so in another order."""
         return self.progress.times_dealt > 0 and self.progress.energon is None
@@ -377,8 +387,30 @@ def validation_loader(
 
 
 def save_state(loader: TrainLoader) -> bytes:
-    """Where the stream of this rank is, to be continued by `train_loader`."""
-    return progress.write(loader.progress, loader.manifest, loader._loader.save_state_rank())
+    """Where the stream of this rank is, to be continued by `train_loader`.
+
+    RuntimeError: a worker process is dead. Energon would wait for its answer for ever.
+    """
+    if not loader.workers:
+        return progress.write(loader.progress, loader.manifest, loader._loader.save_state_rank())
+    answer = queue.SimpleQueue()
+
+    def ask():
+        try:
+            answer.put((loader._loader.save_state_rank(), None))
+        except Exception as error:
+            answer.put((None, error))
+
+    threading.Thread(target=ask, daemon=True).start()
+    while answer.empty():
+        dead = [worker.pid for worker in loader.workers if not worker.is_alive()]
+        if dead:
+            raise RuntimeError(f"DataLoader worker (pid {dead[0]}) died before it said where it was.")
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    state, error = answer.get()
+    if error is not None:
+        raise error
+    return progress.write(loader.progress, loader.manifest, state)
 
 
 def _manifest(
