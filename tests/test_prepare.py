@@ -345,7 +345,7 @@ def check_example(pictures, examples):
         for task in (branch for branch in example.branches if isinstance(branch, schema.Pointing)):
             colour = COLOURS.get(task.label.split()[0])
             for image, points in task.points:
-                picture = opened[image - 1]
+                picture = opened[int(image) - 1]
                 for x, y in points:
                     pixel = picture[int(y * picture.shape[0]), int(x * picture.shape[1])]
                     nearest = min(COLOURS.values(), key=lambda value: np.abs(pixel - value).max())
