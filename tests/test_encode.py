@@ -281,6 +281,7 @@ def test_weights_by_style(style, weight):
 def test_style_prefixes():
     assert {style_prefix(style, 9, "demo", rng()) for style in DEMO_STYLES} == {""}
     assert style_prefix("vqa2", 9, "demo", rng()) == "vqa2:"
+    assert style_prefix("video_multiple_choice_with_subtitles", 9, "demo", rng()) == ""
     assert {style_prefix("pointing", 9, "length", rng(i)) for i in range(50)} == {"pointing:"}
     drawn = [style_prefix("long_caption", 900, "length", rng(i)) for i in range(2000)]
     assert 0.07 < drawn.count("long_caption:") / 2000 < 0.13

@@ -14,8 +14,10 @@ import pytest
 import torch
 from sources import ROOT, VISION, chat, config, write_blend, write_source
 
-from molmo2_nemo.data.blend import Source, load_blend
-from molmo2_nemo.data.loader import save_state, train_loader, validation_loader
+from molmo2_nemo.data.blend import Source, SourceOptions, load_blend
+from molmo2_nemo.data.encode import Encoder
+from molmo2_nemo.data.loader import Molmo2TaskEncoder, RawSample, save_state, train_loader, validation_loader
+from molmo2_nemo.data.progress import beginning
 from molmo2_nemo.data.sample_world import generate
 
 
@@ -371,6 +373,20 @@ def test_validation_is_the_same_every_time(world, tmp_path, workers, blend):
         another = make(replace(data, num_workers=1), tmp_path, validation_loader)
         assert digest(next(iter(another))) == first[0]
         another.close()
+
+
+def test_high_resolution_is_for_training_alone():
+    data = config("nowhere", max_crops_per_image=1, high_res_crops=4)
+    sources = [Source("a", "/nowhere", 1.0, 10, options=SourceOptions(high_res_probability=1.0))]
+    example = chat(images=[{"part": "img.png", "width": 200, "height": 200}])
+    sample = RawSample(
+        __key__="k", __restore_key__=("Webdataset", 0), __subflavors__={"source": "a"},
+        parts={"json": json.dumps(example).encode()}, error="",
+    )  # fmt: skip
+    encoder, plans = Encoder(data, VISION), []
+    for progress in (beginning(sources), None):
+        plans.append(Molmo2TaskEncoder(data, encoder, sources, progress).preencode_sample(sample).plan)
+    assert [plan.max_crops for plan in plans] == [4, 1]
 
 
 def test_validation_does_not_depend_on_the_number_of_ranks(world, tmp_path):

@@ -134,8 +134,17 @@ def test_layouts_of_multiple_choice():
     assert labelled / free == often(0.8, free) and seen["label only"] / labelled == often(0.25, labelled)
     assert seen["common"] / labelled == often(0.8, labelled)
     assert all(seen[f"numbering {core}"] / labelled == often(0.25, labelled) for core in ("B", "b", "2", "ii"))
-    question, answer = one(task | {"explanation": "Grass."}, templates=False)
-    assert EVALUATION_LAYOUT in question and answer == "Grass. Answer: B. green paint"
+
+
+def test_multiple_choice_with_an_explanation_asks_for_one():
+    options = ["red paint", "green paint"]
+    task = {"task": "multiple_choice", "question": "Which?", "options": options, "answer": 1, "explanation": "Grass."}
+    for seed in range(60):
+        question, answer = one(task, seed)
+        assert any(question.startswith(f"Which? {asked}") for asked in prompts.EXPLAIN), question
+        assert EVALUATION_LAYOUT not in question and not any(choice in question for choice in prompts.CHOOSE)
+        assert answer.startswith("Grass. Answer: ")
+    assert one(task, templates=False) == ("Which?\nA. red paint\nB. green paint", "Grass. Answer: B. green paint")
 
 
 # --- points ---------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def load_blend(cfg: DataConfig) -> list[Source]:
         missing = [entry.name for entry in entries if not entry.path.is_dir()]
         raise ValueError(
             f"{len(missing)} of the {len(entries)} sources of {where} are not on disk under data.root={cfg.root} "
-            f"({_listed(missing)}): {_remedy(cfg, some_present=bool(present))}."
+            f"({', '.join(missing)}): {_remedy(cfg, missing, some_present=bool(present))}."
         )
     counts = [[sum(shards.values()) for shards in _shards(entry.name, entry.path).values()] for entry in present]
     totals, rates = defaultdict(float), {}
@@ -276,14 +276,29 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + more
 
 
-def _remedy(cfg: DataConfig, some_present: bool) -> str:
+def _remedy(cfg: DataConfig, missing: list[str], some_present: bool) -> str:
     """How to get sources that are not on disk, or to do without."""
     if cfg.blend.startswith("sample_"):
         return f"run python tools/make_sample_data.py --out {cfg.root}"
-    prepare = "prepare them as shards in data.root (README, section Data)"
+    known = _catalogue_stages()
+    ways = []
+    if fetched := [name for name in missing if name in known]:
+        stage = max(known[name] for name in fetched)
+        names = fetched[0] if len(fetched) == 1 else "NAME for each"
+        ways.append(f"fetch with python tools/download.py fetch {names} and then python tools/prepare.py --stage {stage}")
+    if len(fetched) < len(missing):
+        ways.append("prepare your own as shards with python tools/prepare.py (README, section Data)")
     if some_present:
-        return f"{prepare}, or set data.skip_missing=true to train without them"
-    return f"{prepare}, or set data.root to the folder that holds them"
+        ways.append("set data.skip_missing=true to train without them")
+    else:
+        ways.append("set data.root to the folder that holds them")
+    return ", or ".join(ways)
+
+
+def _catalogue_stages() -> dict[str, int]:
+    """Source of the published mixtures -> the stage from which on it is trained on."""
+    catalogue = yaml.safe_load((CONF_DIR / "datasets.yaml").read_text())
+    return {entry["name"]: min(entry["stages"]) for entry in catalogue["datasets"] if entry["stages"]}
 
 
 def _shards(name: str, folder: Path) -> dict[str, dict[str, int]]:

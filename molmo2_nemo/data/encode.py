@@ -48,7 +48,8 @@ COUNTERS = (
     "dropped_too_long", "dropped_too_many_crops", "dropped_too_many_images",
 )  # fmt: skip
 
-# Styles without a prefix in stages 2 and 3: what a demo's user asks for, and multiple choice, which explains itself.
+# Styles without a prefix in stages 2 and 3: what a demo's user asks for, and multiple choice, which explains itself;
+# the variants of video_multiple_choice are among them.
 DEMO_STYLES = frozenset(
     """pointing point_count cosyn_point user_qa correction_qa text_sft long_caption short_caption video_long_caption
     video_short_caption video_transcript clip_caption clip_transcript frame_caption frame_transcript video_point
@@ -401,7 +402,7 @@ def style_prefix(style: str, answer_length: int, rule: str, rng: np.random.Gener
     ten, and always for pointing. rule "demo" (stages 2 and 3): "style:" except for DEMO_STYLES.
     """
     if rule == "demo":
-        return "" if style in DEMO_STYLES else f"{style}:"
+        return "" if style in DEMO_STYLES or style.startswith("video_multiple_choice") else f"{style}:"
     if style in ("pointing", "point_count", "cosyn_point") or rng.random() >= 0.9:
         return f"{style}:"
     return f"{style} {max(0, (answer_length + int(rng.normal(0, 25))) // 15)}:"

@@ -17,7 +17,7 @@ import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -174,11 +174,14 @@ class Molmo2TaskEncoder(TaskEncoder):
         name = self.sources[source].name
         place = (self.progress.times_dealt, sample.__restore_key__) if self.progress else ()
         rng = np.random.default_rng(list(_digest(self.data.seed, name, sample.__key__, place)))
+        options = self.sources[source].options
+        if not self.progress:  # higher resolution is for training (molmo2: only there)
+            options = replace(options, high_res_probability=0.0)
         try:
             if sample.error:
                 plan, error = dropped("unreadable"), sample.error
             else:
-                plan, error = self.encoder.plan(_example(sample.parts), rng, self.sources[source].options), ""
+                plan, error = self.encoder.plan(_example(sample.parts), rng, options), ""
         except MemoryError:
             raise
         except Exception as problem:  # beyond ValueError, whatever the parsers of hostile data may raise

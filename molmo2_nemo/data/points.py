@@ -24,6 +24,7 @@ _MARKER = re.compile(r"<points ([0-9]{1,4})/>")
 _TAG = re.compile(r"</?(?:points|tracks)\b")
 _OPENING = re.compile(r'<(points|tracks)\s(?:[^<]*?\s)?coords="([^"<]*)(?:"[^<>]*>?)?')
 _FRAME = re.compile(r"\s*([0-9]{1,9})(\.[0-9]+)?(?=\s)")
+_ALT = re.compile(r'\salt="([^"<>]*)"')
 _TRIPLET = re.compile(r"(?<=\s)([0-9]{1,6}) +([0-9]{3,4}) +([0-9]{3,4})(?=\s|$)")
 
 
@@ -130,8 +131,9 @@ def parse(text: str) -> list[Points | Tracks]:
         if groups and opening[1] == "tracks":
             found.append(Tracks(label, [(seconds, _first_of_each(group)) for seconds, group in groups.items()]))
         elif groups:
-            kind = "video" if is_video else "image"
-            found.append(Points(label, [(frame, [p[1:] for p in group]) for frame, group in groups.items()], kind))
+            kind, alt = "video" if is_video else "image", _ALT.search(text[opening.start() : opening.start(2)])
+            points = [(frame, [p[1:] for p in group]) for frame, group in groups.items()]
+            found.append(Points(label, points, kind, alt[1] if alt else None))
     return found
 
 

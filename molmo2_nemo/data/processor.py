@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
 from transformers.image_transforms import convert_to_rgb
@@ -207,5 +207,7 @@ def read_image(data: bytes) -> np.ndarray:
         return convert_to_rgb(image, return_numpy=True)
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"The image cannot be decoded: it is none of {', '.join(FORMATS)}.") from error
     except Exception as error:  # PIL's decoders raise whatever they like on broken files
         raise ValueError(f"The image cannot be decoded: {error}.") from error

@@ -126,17 +126,20 @@ def _question(task: Question, style: str, example: Example, rng: np.random.Gener
 
 
 def _multiple_choice(task: MultipleChoice, style: str, example: Example, rng: np.random.Generator, templates: bool):
-    right = task.options[task.answer]
-    if not templates or rng.random() < 0.1:
+    right, asked = task.options[task.answer], task.question
+    if task.explanation is not None and templates:
+        asked = f"{asked} {_draw(rng, sets.EXPLAIN)}"
+    # The layout of evaluations wants the option alone.
+    if not templates or (rng.random() < 0.1 and task.explanation is None):
         lines = [f"{_label('A', i)}. {option}" for i, option in enumerate(task.options)]
-        question = "\n".join([task.question, EVALUATION_LAYOUT, *lines])
+        question = "\n".join([asked, *([EVALUATION_LAYOUT] if task.explanation is None else []), *lines])
         answer = lines[task.answer]
     else:
         labelled, label_only, inline, instruct, common = rng.random(5) < (0.8, 0.25, 0.1, 0.5, 0.8)
         marker, kind = _draw(rng, COMMON_MARKERS if common else UNUSUAL_MARKERS), _draw(rng, "Aa1i")
         labels = [_label(kind, i) for i in range(len(task.options))]
         options = [marker.format(x) + o for x, o in zip(labels, task.options)] if labelled else task.options
-        question = f"{task.question} {_draw(rng, sets.CHOOSE)}" if instruct else task.question
+        question = f"{asked} {_draw(rng, sets.CHOOSE)}" if instruct and task.explanation is None else asked
         question = f"{question} {', '.join(options)}" if inline else "\n".join([question, *options])
         answer = (labels[task.answer] if label_only else options[task.answer]) if labelled else right
     return _turn(question, answer if task.explanation is None else f"{task.explanation} Answer: {answer}")
