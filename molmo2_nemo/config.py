@@ -224,6 +224,8 @@ class TrainConfig:
     generate_max_tokens: int = 64  # of an answer
     wandb_project: Optional[str] = None  # log to Weights & Biases, too
     timeout_minutes: float = 20.0  # of a collective
+    vision_chunk_crops: int = 32  # crops encoded at a time; 0: all at once
+    vision_recompute: bool = True  # encode again in the backward pass instead of keeping activations
 
 
 @dataclass
