@@ -478,6 +478,8 @@ def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig) -> None:
 
 def check_megatron_fields(cfg: Config) -> None:
     """Refuse names that Megatron's dataclasses lack, and those that another key already decides."""
+    if not (cfg.transformer or cfg.optimizer or cfg.ddp):
+        return  # without importing Megatron, which takes seconds
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer import TransformerConfig
@@ -576,6 +578,26 @@ def world_size_from_environment() -> int:
     if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
         return int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
     return 1
+
+
+def component_of(name: str) -> str:
+    """`vit`, `connector` or `llm` for a parameter's name. The extra vocabulary's rows train with the connector."""
+    name = name.removeprefix("module.")
+    if name.startswith("vision.vit."):
+        return "vit"
+    if name.startswith("vision.connector.") or name == "embedding.extra_embedding":
+        return "connector"
+    return "llm"
+
+
+def is_frozen(name: str, optim: OptimConfig, tied: bool) -> bool:
+    """Whether a parameter is not trained: its component's switch, a pattern of `optim.freeze_patterns` in its name,
+    and the base embedding with a head tied to it."""
+    name = name.removeprefix("module.")
+    if getattr(optim, component_of(name)).freeze or any(re.search(pattern, name) for pattern in optim.freeze_patterns):
+        return True
+    is_table = name == "embedding.word_embeddings.weight" or (tied and name == "output_layer.weight")
+    return optim.freeze_embedding and is_table
 
 
 def model_config_to_json(model: ModelConfig) -> str:

@@ -63,7 +63,8 @@ def speed_note(figures: dict) -> str:
     """MFU, and the imbalance between data-parallel ranks where it is above 1 %, for the console line."""
     mfu = "n/a" if figures["mfu"] is None else f"{figures['mfu']:.1%}"
     uneven = {name: ratio for name, ratio in figures["imbalance"].items() if ratio > 1.01}
-    return f"MFU {mfu}" + "".join(f" {name} max/mean {ratio:.2f}" for name, ratio in uneven.items())
+    listed = " ".join(f"{name} {ratio:.2f}" for name, ratio in uneven.items())
+    return f"MFU {mfu}" + (f" | busiest rank/mean: {listed}" if listed else "")
 
 
 def impossible_mfu(figures: dict) -> str | None:
