@@ -510,6 +510,12 @@ def check_megatron_fields(cfg: Config) -> None:
 
 def check(cfg: Config, world_size: int) -> None:
     """All checks that need no data on disk. Raises ConfigError with one sentence."""
+    check_settings(cfg, world_size)
+    check_megatron_fields(cfg)
+
+
+def check_settings(cfg: Config, world_size: int) -> None:
+    """Those of `check` that do not import Megatron."""
     _check_choice("stage", cfg.stage, ("stage1", "stage2", "stage3"))
     check_model(cfg.model)
     check_parallel(cfg.parallel, cfg.model, world_size)
@@ -563,7 +569,6 @@ def check(cfg: Config, world_size: int) -> None:
         all(getattr(cfg.optim, c).freeze for c in COMPONENTS),
         "optim.vit.freeze, optim.connector.freeze and optim.llm.freeze are all true: nothing would be trained.",
     )
-    check_megatron_fields(cfg)
 
 
 def rank_from_environment() -> int:

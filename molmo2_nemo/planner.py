@@ -15,7 +15,7 @@ from molmo2_nemo.config import (
     Config,
     ConfigError,
     ModelConfig,
-    check,
+    check_settings,
     component_of,
     is_frozen,
     layers_per_stage,
@@ -502,7 +502,7 @@ def advice(job: Job, parts: list[Part], phase: str, limit: float) -> list[str]:
     before, found = peak(parts)[0], []
     for words, candidate in tried:
         try:
-            check(candidate, job.gpus)
+            check_settings(candidate, job.gpus)
             needed = peak(worst_stage(Job(candidate, job.gpus))[1])[0]
         except ConfigError:
             continue

@@ -1,5 +1,6 @@
 """How long a step may take and what is sent over which link: arithmetic on assumed efficiencies, unmeasured on a GPU."""
 
+import math
 from dataclasses import dataclass
 
 from molmo2_nemo.flops import forward_flops, frozen_parts, peak_flops, training_flops_by_part
@@ -12,6 +13,7 @@ EFFICIENCY = {
     "decoder attention": 0.30, "head": 0.35,
 }  # fmt: skip
 FP8_DECODER = 0.35  # of the FP8 peak
+TENSOR_PARALLEL_LOSS = 0.05  # of the decoder's speed for each doubling of tensor parallelism: smaller products; assumed
 # Bytes per second and direction of a GPU: H100 data sheet (NVLink 900 GB/s both ways), one 400 Gb/s port per GPU; of
 # both 70 % is assumed to be reached. PCIe 5.0 x16 and a host's Adam: assumed.
 NVLINK, NETWORK = 0.7 * 450e9, 0.7 * 50e9
@@ -101,11 +103,12 @@ def traffic(job: Job) -> list[Traffic]:
     if d * c > 1:
         ranks = d * c
         counts = max(count_parameters(job)[1], key=lambda counts: counts.trained)
-        in_fp32 = job.ddp("grad_reduce_in_fp32", True) or e == 4
-        gradient = 4 if in_fp32 else 2
-        size = counts.trained * (gradient + e if job.distributed else 2 * gradient) * (ranks - 1) / ranks
-        what = "gradients scattered, weights gathered" if job.distributed else "gradients summed"
-        found.append(Traffic("DP", size, link(t * ranks), what, bool(job.ddp("overlap_grad_reduce", False))))
+        gradient = 4 if job.ddp("grad_reduce_in_fp32", True) or e == 4 else 2
+        share, at = counts.trained * (ranks - 1) / ranks, link(t * ranks)
+        passes = 1 if job.distributed else 2
+        found.append(Traffic("DP", share * gradient * passes, at, "gradients summed", bool(job.ddp("overlap_grad_reduce"))))
+        if job.distributed:
+            found.append(Traffic("DP", share * e, at, "new weights gathered", bool(job.ddp("overlap_param_gather"))))
     return found
 
 
@@ -123,6 +126,8 @@ def estimate(job: Job, device: str = "NVIDIA H100 80GB HBM3") -> Estimate:
         speed = EFFICIENCY[part] * bf16
         if part == "decoder" and job.precision == "fp8":
             speed = FP8_DECODER * peak_flops(device, "fp8")
+        if part == "decoder":
+            speed *= 1 - TENSOR_PARALLEL_LOSS * math.log2(job.t)
         return (trained[part] + again[part] * one[part]) * job.rows / ranks / speed
 
     # Of a micro-batch, by stage.

@@ -1,8 +1,9 @@
 """Predicted against measured memory of small models: every tensor that a forward and backward pass allocates is counted.
 
     python tools/bench_memory.py [--only NAME] [--out FILE]
+    torchrun --standalone --nproc-per-node 2 tools/bench_memory.py      # the cases of two ranks
 
-On a CPU, on one rank, with Megatron's local layers. A torch dispatch mode sees the storage of every tensor that is made
+On a CPU, with Megatron's local layers; of several ranks the first one's. A torch dispatch mode sees the storage of every tensor that is made
 and when it goes, so figures are exact bytes of tensors; what kernels take for themselves inside is not seen. Prints a
 table and a JSON line. Exit status 1 if a prediction is off by more than 10 %.
 """
@@ -45,7 +46,13 @@ CASES = {
     "small olmo dropout": ("fp32", [*SMALL, *OLMO, "schedule.stage1.hidden_dropout=0.1"]),
     "small bf16": ("bf16", SMALL),
     "small bf16 full recompute": ("bf16", [*SMALL, *FULL]),
+    "wide vocabulary": ("fp32", [*SMALL, "model.vocab_size=20000", "optim=from_scratch"]),
+    "wide vocabulary bf16": ("bf16", [*SMALL, "model.vocab_size=20000", "optim=from_scratch"]),
+    "small tp2": ("fp32", [*SMALL, "parallel=tp2"]),
+    "small cp2": ("fp32", [*SMALL, "parallel=cp2"]),
+    "small cp2 gathered": ("fp32", [*SMALL, "parallel=cp2", "parallel.cp_comm_type=all_gather"]),
 }
+RANKS = {name: 2 if "tp2" in name or "cp2" in name else 1 for name in CASES}
 
 
 class Storages(TorchDispatchMode):
@@ -138,10 +145,11 @@ def predict(config, precision: str, batch: dict) -> dict[str, float]:
     """The planner's figures for the same."""
     from dataclasses import replace
 
+    from molmo2_nemo.config import world_size_from_environment
     from molmo2_nemo.planner import Job, stage_memory
 
     config = replace(config, train=replace(config.train, precision=precision, micro_batch_size=1, global_batch_size=1))
-    job = Job(config, 1, device="cpu")
+    job = Job(config, world_size_from_environment(), device="cpu")
     crops, windows = len(batch["crops"]), len(batch["pooling"])
     job.work = replace(job.work, crops=crops, visual_tokens=windows, pooled_patches=int((batch["pooling"] >= 0).sum()))
     parts = stage_memory(job, 0)
@@ -180,7 +188,15 @@ def main() -> None:
     from molmo2_nemo.command_line import quiet_libraries
 
     quiet_libraries()
-    rows = [row for name in args.only or CASES for row in compare(name)]
+    from molmo2_nemo.config import rank_from_environment, world_size_from_environment
+
+    ranks = world_size_from_environment()
+    names = [name for name in args.only or CASES if RANKS[name] == ranks]
+    if not names:
+        sys.exit(f"error: no case of {ranks} rank(s) is asked for: --only names cases of {sorted(set(RANKS.values()))} ranks.")
+    rows = [row for name in names for row in compare(name)]
+    if rank_from_environment() > 0:
+        return
     print_table(rows)
     worst = max(abs(row["off_percent"]) for row in rows)
     line = json.dumps({"bound_percent": 100 * BOUND, "worst_percent": worst, "torch": torch.__version__, "rows": rows})

@@ -15,8 +15,8 @@ import re
 import sys
 from dataclasses import asdict, replace
 
-from molmo2_nemo.command_line import compose
-from molmo2_nemo.config import Config, ConfigError, check
+from molmo2_nemo.command_line import compose, quiet_libraries
+from molmo2_nemo.config import Config, ConfigError, check, check_settings
 from molmo2_nemo.flops import PEAK_TFLOPS
 from molmo2_nemo.planner import GIB, H100_GIB, RESERVE_GIB, Job, count_parameters, peak, verdict, worst_stage
 from molmo2_nemo.planner_time import Estimate, estimate
@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON line instead of tables")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="gpus=N and overrides of the recipe")
     args, unknown = parser.parse_known_args()
+    quiet_libraries()
     try:
         unexpected = [word for word in unknown if word.startswith("-")]
         if unexpected:
@@ -89,7 +90,7 @@ def search(config: Config, gpus: int, memory: float, device: str) -> list[tuple[
         for recompute in RECOMPUTE.values():
             candidate = replace(config, parallel=layout, transformer={**others, **recompute})
             try:
-                check(candidate, gpus)
+                check_settings(candidate, gpus)
             except ConfigError:
                 break
             job = Job(candidate, gpus)
