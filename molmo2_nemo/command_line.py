@@ -45,7 +45,7 @@ def compose(config_name: str, overrides: list[str]) -> Config:
     register()
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(CONF_DIR), version_base=None):
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return to_dataclass(hydra_compose(config_name, overrides))
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]

@@ -30,18 +30,18 @@ CHUNK_ELEMENTS = 2**26  # model/loss.py
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
 
+# Moments of a step at which memory may be at its peak.
+HEAD, DECODER, VISION, OPTIMIZER = PHASES = ("head backward", "decoder backward", "vision backward", "optimizer step")
+
+
 @dataclass
 class Part:
-    """A share of a rank's memory. phase: when it is there; `always` or one of PHASES."""
+    """A share of a rank's memory. phases: those of PHASES in which it is there."""
 
     name: str
     bytes: float
     reason: str
-    phase: str = "always"
-
-
-# Moments of a step at which memory may be at its peak; what belongs to one is not there at the others.
-PHASES = ("decoder backward", "vision backward", "optimizer step")
+    phases: tuple[str, ...] = PHASES
 
 
 @dataclass
@@ -235,7 +235,10 @@ def state_parts(job: Job, counts: Counts) -> list[Part]:
     if job.optimizer("optimizer_cpu_offload", False):
         on_gpu = 1 - job.optimizer("optimizer_offload_fraction", 0.0)
     kept = (moments * on_gpu + master * (on_gpu if precise else 1)) * trained / shards
-    where = f" over {shards} data x context parallel ranks" if shards > 1 else ""
+    where = ""
+    if shards > 1:
+        whole = (moments + master) * trained / GIB
+        where = f" over {shards} data x context parallel ranks; {whole:.1f} GiB without ddp.use_distributed_optimizer"
     parts.append(Part(
         "optimizer", kept, f"Adam's moments{' and float32 weights' if master else ''}, {moments + master} bytes each"
         + where + ("" if on_gpu == 1 else f"; {1 - on_gpu:.0%} on the host"),
@@ -243,7 +246,7 @@ def state_parts(job: Job, counts: Counts) -> list[Part]:
     # torch's Adam makes a list of temporaries for all parameters at once; the fused ones make none.
     temporary = 4 * trained / shards * on_gpu + (4 * counts.trained_vision if job.t > 1 else 0)
     parts.append(Part("optimizer's temporaries", temporary, "torch's Adam; the vision tower's gradients as one tensor",
-                      "optimizer step"))  # fmt: skip
+                      (OPTIMIZER,)))  # fmt: skip
     return parts
 
 
@@ -352,13 +355,13 @@ def vision_parts(job: Job) -> list[Part]:
         reason = f"features of {crops} crops; the rest is made again {chunk} crops at a time"
     else:
         kept, workspace, reason = crops * per_crop, feature_bytes, f"{crops} crops of this rank, all layers"
-    parts.append(Part("ViT activations", kept, reason, "activations"))
-    parts.append(Part("ViT workspace", workspace, f"{chunk} crops made again, gradient of features", "vision backward"))
+    parts.append(Part("ViT activations", kept, reason))
+    parts.append(Part("ViT workspace", workspace, f"{chunk} crops made again, gradient of features", (VISION,)))
     window = width * (features * e + 2 * inner * e + 8 + 1)  # patches, keys and values, indices
     window += e * (features + 3 * inner + m.connector.hidden_size + 5 * m.connector.ffn_hidden_size)
     everybodys = job.work.visual_tokens * job.rows * m.hidden_size * e
     parts.append(Part("connector activations", windows * window + everybodys,
-                      f"{windows:,} windows of {width} patches, SwiGLU; visual tokens of all ranks", "activations"))  # fmt: skip
+                      f"{windows:,} windows of {width} patches, SwiGLU; visual tokens of all ranks"))  # fmt: skip
     return parts
 
 
@@ -367,13 +370,15 @@ def head_parts(job: Job, counts: Counts) -> list[Part]:
     m = job.config.model
     width, tokens = padded_vocab_size(m.vocab_size) / job.t, job.tokens
     chunk = min(tokens, max(1, CHUNK_ELEMENTS // int(width))) * width
-    per_logit = 4 if job.e == 4 else 4 + 2 + 2  # float32, and the product's and the gradient's bf16
-    gradient = counts.trained_head * (4 + job.e)
+    head, e = counts.trained_head, job.e
+    # Beside the float32 sum of the weights' gradient: logits as they become float32, or the product of a chunk.
+    logits, product = (4 if e == 4 else 6) * chunk, e * chunk + e * head
+    logits, gradient = (e * chunk, (4 + e) * head) if product > logits and head else (logits, 4 * head)
     kept = tokens * m.hidden_size * job.e + (4 + job.e) * tokens / job.sequence * m.hidden_size
     return [
-        Part("head's inputs", kept, "final norm, hidden states of tokens with loss", "decoder backward"),
-        Part("logits chunk", chunk * per_logit, "model/loss.py, CHUNK_ELEMENTS", "head"),
-        Part("gradient of the head", gradient, "float32 sum and a product, before they reach the buffer", "head"),
+        Part("head's inputs", kept, "final norm, hidden states of tokens with loss", (HEAD, DECODER)),
+        Part("logits chunk", logits, "model/loss.py, CHUNK_ELEMENTS", (HEAD,)),
+        Part("gradient of the head", gradient, "a float32 sum before it reaches the buffer", (HEAD,)),
     ]
 
 
@@ -406,35 +411,24 @@ def stage_memory(job: Job, stage: int, counts: Counts | None = None) -> list[Par
     parts = [*state_parts(job, counts), *input_parts(job, stage)]
     # Beside what it holds, a layer's backward pass makes the gradients of the MLP's two halves and of the residual.
     gradients = n * e * (2 * m.ffn_hidden_size / job.t + m.hidden_size)
-    layer = Part("layer's workspace", again + gradients, "a layer made again and its gradients", "decoder backward")
-    head = []
+    parts.append(Part("layer's workspace", again + gradients, "a layer made again and its gradients", (DECODER,)))
+    parts.append(Part("decoder activations", kept * times, reason + whole, (HEAD, DECODER)))
     if stage == job.p - 1:
-        for part in head_parts(job, counts):
-            (parts if part.phase != "head" else head).append(part)
-    # The head's backward pass is over when the layers' begins.
-    in_head = sum(part.bytes for part in head)
-    parts += [replace(part, phase="decoder backward") for part in head] if in_head > layer.bytes else [layer]
-    activations = [Part("decoder activations", kept, reason, "activations")]
+        parts += head_parts(job, counts)
     if stage == 0:
+        if times > 1:
+            # In the vision tower's backward pass those of its own micro-batch are gone.
+            parts.append(Part("decoder activations, others'", kept * (times - 1), "the other micro-batches in flight", (VISION,)))
         for part in vision_parts(job):
-            (activations if part.phase == "activations" else parts).append(part)
-    for part in activations:
-        # In the vision tower's backward pass the decoder's activations of its micro-batch are gone.
-        is_decoder = part.name.startswith("decoder")
-        held = Part(part.name, part.bytes * times, part.reason + whole, "activations")
-        if is_decoder:
-            held.phase = "decoder backward"
-            parts.append(held)
-            if stage == 0 and times > 1:
-                parts.append(Part("decoder activations, others'", part.bytes * (times - 1), "other micro-batches", "vision backward"))
-        else:
-            parts += [replace(held, phase=phase) for phase in PHASES[:2]]
+            if part.phases == PHASES:
+                part = replace(part, bytes=part.bytes * times, reason=part.reason + whole, phases=(HEAD, DECODER, VISION))
+            parts.append(part)
     return parts
 
 
 def peak(parts: list[Part]) -> tuple[float, str]:
     """(bytes, phase) of the moment at which most memory is needed."""
-    return max((sum(p.bytes for p in parts if p.phase in ("always", phase)), phase) for phase in PHASES)
+    return max((sum(part.bytes for part in parts if phase in part.phases), phase) for phase in PHASES)
 
 
 def worst_stage(job: Job) -> tuple[int, list[Part]]:
@@ -452,7 +446,7 @@ def verdict(config: Config, gpus: int, gpu_memory_gib: float = H100_GIB) -> str 
     limit = (gpu_memory_gib - RESERVE_GIB) * GIB
     if needed <= limit:
         return None
-    at = sorted((part for part in parts if part.phase in ("always", phase)), key=lambda part: -part.bytes)
+    at = sorted((part for part in parts if phase in part.phases), key=lambda part: -part.bytes)
     largest = ", ".join(f"{part.name} {part.bytes / GIB:.1f}" for part in at[:3])
     return (
         f"{needed / GIB:.1f} GiB are needed on a GPU of {gpu_memory_gib:.1f} GiB ({RESERVE_GIB:g} of them reserved; "
@@ -499,6 +493,10 @@ def advice(job: Job, parts: list[Part], phase: str, limit: float) -> list[str]:
         offload = dict(optimizer_cpu_offload=True, optimizer_offload_fraction=1.0, use_precision_aware_optimizer=True)
         words = " ".join(f"optimizer.{key}={str(value).lower()}" for key, value in offload.items())
         tried.append((words, changed("optimizer", **offload)))
+    if job.micro_batches > 1:
+        # All micro-batches of a step lie on the device. This one changes the optimisation, so it comes last.
+        rows = config.train.global_batch_size // 2
+        tried.append((f"train.global_batch_size={rows}", changed("train", global_batch_size=rows)))
     before, found = peak(parts)[0], []
     for words, candidate in tried:
         try:

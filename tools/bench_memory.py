@@ -153,15 +153,16 @@ def predict(config, precision: str, batch: dict) -> dict[str, float]:
     crops, windows = len(batch["crops"]), len(batch["pooling"])
     job.work = replace(job.work, crops=crops, visual_tokens=windows, pooled_patches=int((batch["pooling"] >= 0).sum()))
     parts = stage_memory(job, 0)
-    own = {part.name: part.bytes for part in parts if part.phase == "always"}
-    alive = [p for p in parts if p.phase == "decoder backward"] + [p for p in parts if p.name == "mask and angles"]
-    workspace = ("layer's workspace", "logits chunk", "gradient of the head")
-    vision = [p for p in parts if p.phase == "vision backward"]
-    total = sum(p.bytes for p in alive)
+    of = {part.name: part.bytes for part in parts}
+    kept = ("decoder activations", "ViT activations", "connector activations", "head's inputs", "mask and angles")
+    states = ("weights", "gradients", "optimizer", "inputs", "gather buffer")
+    phases = [
+        sum(part.bytes for part in parts if phase in part.phases and part.name not in states)
+        for phase in ("head backward", "decoder backward", "vision backward")
+    ]
     return {
-        "weights": own["weights"], "gradients": own["gradients"], "optimizer": own["optimizer"],
-        "activations": sum(p.bytes for p in alive if p.name not in workspace),
-        "peak of the backward pass": max(total, sum(p.bytes for p in vision)),
+        "weights": of["weights"], "gradients": of["gradients"], "optimizer": of["optimizer"],
+        "activations": sum(of[name] for name in kept), "peak of the backward pass": max(phases),
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from molmo2_nemo.command_line import compose, quiet_libraries
 from molmo2_nemo.config import Config, ConfigError, check, check_settings
 from molmo2_nemo.flops import PEAK_TFLOPS
-from molmo2_nemo.planner import GIB, H100_GIB, RESERVE_GIB, Job, count_parameters, peak, verdict, worst_stage
+from molmo2_nemo.planner import GIB, H100_GIB, PHASES, RESERVE_GIB, Job, count_parameters, peak, verdict, worst_stage
 from molmo2_nemo.planner_time import Estimate, estimate
 
 RECOMPUTE = {
@@ -131,13 +131,16 @@ def show(job: Job, args, refused: str | None) -> None:
     where = f" of pipeline stage {stage}, which needs most" if job.p > 1 else ""
     print(f"\nmemory of a GPU{where}, GiB at its peak ({phase})")
     for part in sorted(parts, key=lambda part: -part.bytes):
-        if part.phase in ("always", phase) and part.bytes:
+        if phase in part.phases and part.bytes:
             print(f"  {part.name:<30} {part.bytes / GIB:8.2f}  {part.reason}")
     print(f"  {'reserve':<30} {RESERVE_GIB:8.2f}  context, NCCL, cuBLAS, holes of the allocator (assumed)")
     print(f"  {'sum':<30} {needed / GIB + RESERVE_GIB:8.2f}  of {args.gpu_memory:g}")
-    others = {name: sum(p.bytes for p in parts if p.phase in ("always", name)) / GIB for name in
-              {p.phase for p in parts} - {"always", phase}}  # fmt: skip
-    print("  (" + ", ".join(f"{name}: {gib + RESERVE_GIB:.2f}" for name, gib in sorted(others.items())) + ")")
+    for other in PHASES:
+        own = [part for part in parts if other in part.phases and phase not in part.phases and part.bytes]
+        gib = sum(part.bytes for part in parts if other in part.phases) / GIB + RESERVE_GIB
+        listed = ", ".join(f"{part.name} {part.bytes / GIB:.2f}" for part in own)
+        if other != phase:
+            print(f"  {other + ' instead':<30} {gib:8.2f}  {'with ' + listed if listed else ''}")
     work = job.work
     print("\na step")
     print(f"  {train.global_batch_size * job.seq_length:,} tokens, {train.global_batch_size * work.crops:,.0f} crops; full rows of "

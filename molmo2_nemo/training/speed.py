@@ -73,6 +73,6 @@ def impossible_mfu(figures: dict) -> str | None:
         return None
     mfu, figures["mfu"] = figures["mfu"], None
     return (
-        f"error: an MFU of {mfu:.0%} cannot be: the peak of {torch.cuda.get_device_name()} in molmo2_nemo/flops.py or the "
+        f"error: an MFU of {mfu:.0%} cannot be: the device's peak in molmo2_nemo/flops.py or the "
         "count of FLOPs is wrong; the figure is left out."
     )
