@@ -3,7 +3,7 @@
 import logging
 import warnings
 
-from molmo2_nemo.config import ConfigError, refuse_unknown_overrides, register
+from molmo2_nemo.config import CONF_DIR, Config, ConfigError, refuse_unknown_overrides, register, to_dataclass
 
 # Loggers that repeat at every start what a user can do nothing about.
 _NOISY_LOGGERS = ("megatron.core", "torch.utils.cpp_extension", "torch.distributed", "nv_one_logger", "megatron.energon")
@@ -29,3 +29,24 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in _NOISY_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def compose(config_name: str, overrides: list[str]) -> Config:
+    """The configuration that a recipe would get from these overrides. Raises ConfigError."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    refuse_unknown_overrides(overrides)
+    if not (CONF_DIR / f"{config_name}.yaml").is_file():
+        raise ConfigError(f"--config-name {config_name}: conf/ has no {config_name}.yaml; use stage1, stage2 or stage3.")
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            return to_dataclass(hydra_compose(config_name, overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ConfigError(f"the configuration cannot be read: {reason}") from error

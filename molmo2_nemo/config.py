@@ -224,6 +224,8 @@ class TrainConfig:
     generate_max_tokens: int = 64  # of an answer
     wandb_project: Optional[str] = None  # log to Weights & Biases, too
     timeout_minutes: float = 20.0  # of a collective
+    vision_chunk_crops: int = 32  # crops encoded at a time; 0: all at once
+    vision_recompute: bool = True  # encode again in the backward pass instead of keeping activations
 
 
 @dataclass
@@ -476,6 +478,8 @@ def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig) -> None:
 
 def check_megatron_fields(cfg: Config) -> None:
     """Refuse names that Megatron's dataclasses lack, and those that another key already decides."""
+    if not (cfg.transformer or cfg.optimizer or cfg.ddp):
+        return  # without importing Megatron, which takes seconds
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer import TransformerConfig
@@ -506,6 +510,12 @@ def check_megatron_fields(cfg: Config) -> None:
 
 def check(cfg: Config, world_size: int) -> None:
     """All checks that need no data on disk. Raises ConfigError with one sentence."""
+    check_settings(cfg, world_size)
+    check_megatron_fields(cfg)
+
+
+def check_settings(cfg: Config, world_size: int) -> None:
+    """Those of `check` that do not import Megatron."""
     _check_choice("stage", cfg.stage, ("stage1", "stage2", "stage3"))
     check_model(cfg.model)
     check_parallel(cfg.parallel, cfg.model, world_size)
@@ -559,7 +569,6 @@ def check(cfg: Config, world_size: int) -> None:
         all(getattr(cfg.optim, c).freeze for c in COMPONENTS),
         "optim.vit.freeze, optim.connector.freeze and optim.llm.freeze are all true: nothing would be trained.",
     )
-    check_megatron_fields(cfg)
 
 
 def rank_from_environment() -> int:
@@ -574,6 +583,26 @@ def world_size_from_environment() -> int:
     if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
         return int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
     return 1
+
+
+def component_of(name: str) -> str:
+    """`vit`, `connector` or `llm` for a parameter's name. The extra vocabulary's rows train with the connector."""
+    name = name.removeprefix("module.")
+    if name.startswith("vision.vit."):
+        return "vit"
+    if name.startswith("vision.connector.") or name == "embedding.extra_embedding":
+        return "connector"
+    return "llm"
+
+
+def is_frozen(name: str, optim: OptimConfig, tied: bool) -> bool:
+    """Whether a parameter is not trained: its component's switch, a pattern of `optim.freeze_patterns` in its name,
+    and the base embedding with a head tied to it."""
+    name = name.removeprefix("module.")
+    if getattr(optim, component_of(name)).freeze or any(re.search(pattern, name) for pattern in optim.freeze_patterns):
+        return True
+    is_table = name == "embedding.word_embeddings.weight" or (tied and name == "output_layer.weight")
+    return optim.freeze_embedding and is_table
 
 
 def model_config_to_json(model: ModelConfig) -> str:

@@ -37,7 +37,11 @@ SECTIONS = (
     }),
     ("Speed", {
         "tokens_per_second": ("tokens per second", 0), "samples_per_second": ("samples per second", 0),
-        "mfu": ("model FLOPs utilization", 0), "fill": ("share of the rows that is filled", 0),
+        "mfu": ("model FLOPs utilization", 0), "model_tflops_per_second": ("model TFLOP/s of a device", 0),
+        "loss_tokens_per_second": ("tokens with loss per second", 0),
+        "padded_tokens_per_second": ("tokens and padding per second", 0),
+        "patches_per_second": ("vision patches per second", 0), "fill": ("share of the rows that is filled", 0),
+        "imbalance": ("work of the busiest data-parallel rank over the mean", 1),
         "data_wait_share": ("share of the time spent waiting for data", 0),
         "memory_gib": ("peak memory of rank 0, GiB", 0), "checkpoint_seconds": ("seconds for checkpoints", 0),
     }),

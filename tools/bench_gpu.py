@@ -566,24 +566,23 @@ class Trainer:
         return loss.item() / self.config.parallel.tensor_model_parallel_size
 
 
-def flops_of(model, batch: dict) -> float | None:
-    """Model FLOPs of a training step on a row; None where molmo2_nemo.flops is not there."""
-    try:
-        from molmo2_nemo.flops import training_flops
-    except ImportError:
-        return None
+def flops_of(model, batch: dict) -> float:
+    """Model FLOPs of a training step on a row."""
+    from molmo2_nemo.config import OptimConfig
+    from molmo2_nemo.flops import frozen_parts, training_flops
+
     return training_flops(
-        model, crops=len(batch["crops"]), visual_tokens=len(batch["pooling"]),
+        model, frozen_parts(OptimConfig(), model.tie_embeddings), crops=len(batch["crops"]), visual_tokens=len(batch["pooling"]),
         pooled_patches=int((batch["pooling"] >= 0).sum()), tokens=batch["input_ids"].numel(),
         attended=visible_pairs(batch), loss_tokens=int((batch["loss_weights"] > 0).sum()),
     )  # fmt: skip
 
 
-def mfu(flops: float | None, ms: float, device: str, precision: str) -> float | None:
+def mfu(flops: float, ms: float, device: str, precision: str) -> float | None:
     """Share of the device's peak in that precision; None for a device whose peak is not known."""
     import torch
 
-    if flops is None or device == "cpu":
+    if device == "cpu":
         return None
     from molmo2_nemo.flops import peak_flops
 

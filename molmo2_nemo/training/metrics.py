@@ -24,7 +24,7 @@ from molmo2_nemo.config import REPOSITORY
 from molmo2_nemo.data.encode import COUNTERS
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
-from molmo2_nemo.training.batches import WORK
+from molmo2_nemo.training.speed import speed_note
 
 # A source's broken samples, all that it lost, and what it kept in part.
 BROKEN = ("dropped_malformed", "dropped_undecodable", "dropped_unreadable")
@@ -45,13 +45,9 @@ class LossBySource:
         # (none, unless data is wrong).
         self.sums = torch.zeros(3, len(sources) + 1, dtype=torch.float64, device=device)
         self.counts = torch.zeros(4, dtype=torch.float64, device=device)  # tokens, loss tokens, examples, rows
-        self.work = torch.zeros(len(WORK), dtype=torch.float64, device=device)
 
     def add(self, batches: list[dict], weighted_losses: list[Tensor]) -> None:
         """weighted_losses: what `forward_backward` returned (empty except on the last pipeline stage)."""
-        for batch in batches:
-            if "work" in batch:
-                self.work += batch["work"].to(self.work.device)
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             return
         cp_group = parallel_state.get_context_parallel_group()
@@ -75,9 +71,6 @@ class LossBySource:
         """Sums over all ranks as plain numbers, then start again. Collective."""
         dist.all_reduce(self.sums)
         dist.all_reduce(self.counts)
-        dist.all_reduce(self.work)
-        work = dict(zip(WORK, self.work.tolist()))
-        self.work.zero_()
         loss, square, weight = self.sums.tolist()
         tokens, loss_tokens, examples, rows = self.counts.tolist()
         self.sums.zero_()
@@ -88,7 +81,6 @@ class LossBySource:
             "weight_by_source": {s: w / sum(weight) for s, w in zip(self.sources, weight) if w > 0},
             "log_partition_rms": math.sqrt(sum(square) / max(sum(weight), 1e-12)),
             "tokens": int(tokens), "loss_tokens": int(loss_tokens), "examples": int(examples), "rows": int(rows),
-            "work": {name: int(count) for name, count in work.items()},
         }  # fmt: skip
 
 
@@ -286,6 +278,6 @@ def train_line(step: int, max_steps: int, figures: dict) -> str:
         f"step {step}/{max_steps} | loss {loss} ({by_source}) | "
         f"grad vit {norms['vit']:.3f} conn {norms['connector']:.3f} llm {norms['llm']:.3f} | "
         f"lr vit {rates['vit']:.2e} conn {rates['connector']:.2e} llm {rates['llm']:.2e} | "
-        f"{figures['tokens_per_second']:.0f} tok/s {figures['samples_per_second']:.1f} samples/s | "
+        f"{figures['tokens_per_second']:.0f} tok/s {figures['samples_per_second']:.1f} samples/s {speed_note(figures)} | "
         f"fill {figures['fill']:.0%} | data wait {figures['data_wait_share']:.0%} | mem {figures['memory_gib']:.2f} GiB"
     )

@@ -17,27 +17,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
-from molmo2_nemo.config import COMPONENTS, Config, ConfigError, OptimConfig
-
-
-def component_of(name: str) -> str:
-    """`vit`, `connector` or `llm` for a parameter's name. The extra vocabulary's rows train with the connector."""
-    name = name.removeprefix("module.")
-    if name.startswith("vision.vit."):
-        return "vit"
-    if name.startswith("vision.connector.") or name == "embedding.extra_embedding":
-        return "connector"
-    return "llm"
-
-
-def is_frozen(name: str, optim: OptimConfig, tied: bool) -> bool:
-    """Whether a parameter is not trained: its component's switch, a pattern of `optim.freeze_patterns` in its name,
-    and the base embedding with a head tied to it."""
-    name = name.removeprefix("module.")
-    if getattr(optim, component_of(name)).freeze or any(re.search(pattern, name) for pattern in optim.freeze_patterns):
-        return True
-    is_table = name == "embedding.word_embeddings.weight" or (tied and name == "output_layer.weight")
-    return optim.freeze_embedding and is_table
+from molmo2_nemo.config import COMPONENTS, Config, ConfigError, OptimConfig, component_of, is_frozen  # noqa: F401
 
 
 def build_optimizer(cfg: Config, model: list[DistributedDataParallel], precision: str) -> MegatronOptimizer:

@@ -36,6 +36,7 @@ from molmo2_nemo.training.optimizer import (
     parameter_table,
     set_learning_rates,
 )
+from molmo2_nemo.training.speed import Speed, impossible_mfu
 from molmo2_nemo.training.step import build_model, forward_backward, global_names, global_weight, load_weights
 
 
@@ -154,6 +155,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     micro_batches = t.global_batch_size // (t.micro_batch_size * replicas)
     names = [source.name for source in sources]
     losses, data = LossBySource(names, device), DataReport(names, device, counted)
+    speed = Speed(config, device, precision)
     data_wait, grad_norms, skipped, skipped_in_a_row = 0.0, [], 0, 0
     info = {"stage": config.stage, "layout": dataclasses.asdict(config.parallel)}
     for chunk in model:
@@ -167,6 +169,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
         started = time.monotonic()
         batches = [batches_from.next() for _ in range(micro_batches)]
         data_wait += time.monotonic() - started
+        speed.add(batches)
         for line in data.add(batches):
             log.say(f"broken sample: {line}")
         too_broken = data.too_broken(config.data.max_error_rate, config.data.blend)
@@ -217,7 +220,11 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
                 tokens_per_second=figures["tokens"] / seconds, samples_per_second=figures["examples"] / seconds,
                 fill=figures["tokens"] / max(1, figures["rows"] * config.data.seq_length), seconds=seconds,
                 data_wait_share=data_wait / seconds, memory_gib=memory_gib(device), data=data.by_source(),
+                **speed.reduce(seconds, figures["rows"]),
             )  # fmt: skip
+            impossible = impossible_mfu(figures)
+            if impossible:
+                log.say(impossible)
             data_wait, grad_norms = 0.0, []
             log.write("train", step, figures)
             log.say(train_line(step, t.max_steps, figures) + data.note())
