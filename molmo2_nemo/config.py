@@ -224,6 +224,9 @@ class TrainConfig:
     generate_max_tokens: int = 64  # of an answer
     wandb_project: Optional[str] = None  # log to Weights & Biases, too
     timeout_minutes: float = 20.0  # of a collective
+    vision_chunk_crops: int = 32  # crops encoded at a time; 0: all at once
+    vision_recompute: bool = True  # encode again in the backward pass instead of keeping activations
+    vit_fp8: bool = False  # with precision=fp8, the vision transformer's matrix products too
 
 
 @dataclass
@@ -518,7 +521,7 @@ def check(cfg: Config, world_size: int) -> None:
         "max_steps", "micro_batch_size", "global_batch_size", "save_every", "keep_last", "log_every", "max_skipped_steps",
     ):  # fmt: skip
         _refuse(getattr(t, key) < 1, f"train.{key}={getattr(t, key)} must be at least 1.")
-    for key in ("keep_every", "generate_every", "generate_examples"):
+    for key in ("keep_every", "generate_every", "generate_examples", "vision_chunk_crops"):
         _refuse(getattr(t, key) < 0, f"train.{key}={getattr(t, key)} must not be negative.")
     _refuse(
         t.stop_after_minutes is not None and not t.stop_after_minutes > 0,

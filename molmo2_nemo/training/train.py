@@ -113,7 +113,8 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     model = build_model(
         config.model, config.parallel, device, precision, config.transformer, ddp,
         freeze=lambda name: is_frozen(name, optim, tied), dropout=schedule.hidden_dropout,
-        response_dropout=schedule.response_dropout,
+        response_dropout=schedule.response_dropout, vision_chunk_crops=t.vision_chunk_crops,
+        vision_recompute=t.vision_recompute, vit_fp8=t.vit_fp8,
     )  # fmt: skip
     check_freeze_patterns([name for chunk in unwrap_model(model) for name, _ in global_names(chunk)], optim)
     optimizer = build_optimizer(config, model, precision)
