@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from molmo2_nemo.config import (
+    FP8_RECIPE,
     ConfigError,
     ModelConfig,
     ParallelConfig,
@@ -60,7 +61,7 @@ def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, se
 
         cpu.install()
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
+        torch.cuda.set_device(local_rank())
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo" if device == "cpu" else "nccl",
@@ -74,6 +75,11 @@ def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, se
         context_parallel_size=parallel.context_parallel_size,
     )
     seed_everything(seed)
+
+
+def local_rank() -> int:
+    """This process among those of its node, which is also its GPU: torchrun's LOCAL_RANK, else srun's, else 0."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def set_rendezvous() -> None:
@@ -185,6 +191,7 @@ def transformer_configs(
         # In a batch, the messages of two stages that are each other's next and previous one would be mixed up.
         decoder.update(overlap_p2p_comm=True, batch_p2p_comm=False)
     if precision == "fp8":
+        overrides = {"fp8_recipe": FP8_RECIPE, **overrides}
         decoder.update(fp8="hybrid")
     vit = dict(
         common, num_layers=model.vit.num_layers, hidden_size=model.vit.hidden_size,

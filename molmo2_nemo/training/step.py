@@ -55,11 +55,24 @@ def build_model(
             chunks.append(DistributedDataParallel(configs["decoder"], config, module, disable_bucketing=bool(vp_stage)))
         except (AssertionError, ValueError) as error:
             raise ConfigError(f"Megatron refuses ddp settings {ddp_config}: {error}") from error
+    if chunks[-1].ddp_config.overlap_param_gather:
+        _wait_for_head(chunks[-1])
     if chunks[0].ddp_config.overlap_grad_reduce:
         # Gradients are reduced in the last micro-batch's backward pass only.
         functions = [chunk.no_sync for chunk in chunks]
         configs["decoder"].no_sync_func = functions if len(functions) > 1 else functions[0]
     return chunks
+
+
+def _wait_for_head(chunk: DistributedDataParallel) -> None:
+    """Have the last updated weights of the head before they are used.
+
+    Megatron waits for a module's weights when it is called, and the losses take the head's without calling it.
+    """
+    module = chunk.module
+    group = chunk.param_to_bucket_group.get(module.output_layer.weight) if module.post_process else None
+    if group is not None:
+        module.decoder.final_layernorm.register_forward_pre_hook(lambda *_: group.finish_param_sync())
 
 
 def global_names(module: Molmo2) -> Iterator[tuple[str, torch.nn.Parameter]]:
