@@ -46,7 +46,7 @@ def run(*overrides: str) -> tuple[list, dict, int]:
         optimizer.zero_grad()
         losses.append([x.double().sum() for x in forward_backward(model, batches, global_weight(batches))])
         set_learning_rates(optimizer, config, 50)
-        assert clip_and_step(optimizer, 1.0)[0]
+        assert clip_and_step(optimizer, 0.0)[0]  # clipped, they would differ by the rounding of the norm
         if step > 1:  # without a save in between the weights must be there in time, too
             state = checkpoint._state(model, optimizer, is_loading=False)["model0"]
             weights.update({(step, n): e.data.clone() for n, e in state.items() if isinstance(getattr(e, "data", None), torch.Tensor)})
