@@ -1,6 +1,7 @@
 """What every recipe does before Hydra reads its command line. Imports neither torch nor Megatron."""
 
 import logging
+import os
 import warnings
 
 from molmo2_nemo.config import CONF_DIR, Config, ConfigError, refuse_unknown_overrides, register, to_dataclass
@@ -16,11 +17,21 @@ _NOISY_WARNINGS = (
 def prepare(arguments: list[str]) -> None:
     """Register the schema; end the program with one sentence for an override of a key or option that does not exist."""
     quiet_libraries()
+    set_gpu_environment()
     try:
         refuse_unknown_overrides(arguments)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     register()
+
+
+def set_gpu_environment() -> None:
+    """What CUDA reads when it starts; what the user has set stays. Nothing of it matters on a CPU."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):  # torch reads either
+        # Segments grow, so that micro-batches of changing size leave no holes between them.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    # One hardware queue: Megatron's overlap of tensor parallel communication relies on the order of launches.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def quiet_libraries() -> None:

@@ -30,6 +30,11 @@ EXTRA_TOKENS = (
 )  # fmt: skip
 
 
+# With precision=fp8, unless transformer.fp8_recipe says otherwise: it keeps no state, so a resumed run goes on exactly and
+# ranks need not agree on maxima, and it has a bf16 form of the first and last layers.
+FP8_RECIPE = "tensorwise"
+
+
 class ConfigError(ValueError):
     """A setting that cannot work. The message is one sentence: the key, its value, what to do."""
 
@@ -226,6 +231,7 @@ class TrainConfig:
     timeout_minutes: float = 20.0  # of a collective
     vision_chunk_crops: int = 32  # crops encoded at a time; 0: all at once
     vision_recompute: bool = True  # encode again in the backward pass instead of keeping activations
+    vit_fp8: bool = False  # with precision=fp8, the vision transformer's matrix products too
 
 
 @dataclass
@@ -442,17 +448,28 @@ def layers_per_stage(p: ParallelConfig, m: ModelConfig) -> list[int]:
     return ([first] if first else []) + middle + ([last] if last else [])
 
 
-def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig) -> None:
-    """Refuse budgets that hold nothing. Raises ConfigError."""
+def row_multiple(p: ParallelConfig, precision: str = "auto", fp8_recipe: str = FP8_RECIPE) -> tuple[int, str]:
+    """What a row's tokens must be a multiple of, and why: every rank's part is whole, in FP8 a multiple of 16 or 32.
+
+    16 is what FP8 matrix products need, 32 mxfp8 with its blocks (megatron.core.fp8_utils.get_fp8_align_size).
+    """
+    align = 1 if precision != "fp8" else 32 if fp8_recipe == "mxfp8" else 16
+    shared = p.tensor_model_parallel_size if p.sequence_parallel else 1
+    reason = f"context parallel {p.context_parallel_size}"
+    reason += f" x tensor parallel {shared} with sequence_parallel" if p.sequence_parallel else ""
+    return p.context_parallel_size * shared * align, reason + (f" x {align} for FP8" if align > 1 else "")
+
+
+def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig, multiple: tuple[int, str] | None = None) -> None:
+    """Refuse budgets that hold nothing. multiple: of a row's tokens, see row_multiple. Raises ConfigError."""
     _check_choice("data.loss_weighting", d.loss_weighting, ("flat", "root", "root_report"))
     _check_choice("data.style_prefix", d.style_prefix, ("length", "demo"))
     _check_choice("data.prompts", d.prompts, ("templates", "none"))
     _refuse(not 0 <= d.max_error_rate <= 1, f"data.max_error_rate={d.max_error_rate} is not between 0 and 1.")
-    multiple = p.context_parallel_size * (p.tensor_model_parallel_size if p.sequence_parallel else 1)
+    multiple, reason = multiple or row_multiple(p)
     _refuse(
         d.seq_length < 1 or d.seq_length % multiple != 0,
-        f"data.seq_length={d.seq_length} is not a positive multiple of the {multiple} ranks that share a row "
-        f"(context parallel{' x tensor parallel' if p.sequence_parallel else ''}): use "
+        f"data.seq_length={d.seq_length} is not a positive multiple of {multiple} ({reason}): use "
         f"{max(1, -(-d.seq_length // multiple)) * multiple}.",
     )
     _refuse(
@@ -476,6 +493,96 @@ def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig) -> None:
     _refuse(d.num_workers < 0, f"data.num_workers={d.num_workers} must not be negative.")
 
 
+_OWN_ATTENTION = "attention is FlexAttention or SDPA under a mask of packed rows, which does not read it"
+_OWN_NORMS = "the norms are not apex's, whose kernels it chooses"
+_FP8_WEIGHTS = "weights are not made inside Transformer Engine's FP8 context and checkpoints hold none in FP8"
+_OTHER_MODELS = "the models are dense decoders with the attention of Qwen3 or OLMo 3"
+# Fields of Megatron's dataclasses that our modules would ignore or break on when they are set, and why.
+CANNOT_WORK = {
+    "transformer": {
+        "apply_rope_fusion": "each token has a position of its own, and the fused kernel takes one table for all rows",
+        **dict.fromkeys(
+            ("masked_softmax_fusion", "attention_dropout", "softmax_scale", "apply_query_key_layer_scaling", "window_size",
+             "fp8_dot_product_attention", "fp8_multi_head_attention", "qk_clip", "attention_output_gate"), _OWN_ATTENTION
+        ),
+        **dict.fromkeys(("persist_layer_norm", "memory_efficient_layer_norm", "layernorm_zero_centered_gamma"), _OWN_NORMS),
+        **dict.fromkeys(("fp8_param", "fp4", "fp4_param"), _FP8_WEIGHTS),
+        "fp8_output_proj": "the head computes the losses of a chunk of tokens at a time, in bf16",
+        **dict.fromkeys(("num_moe_experts", "multi_latent_attention", "mtp_num_layers"), _OTHER_MODELS),
+        **dict.fromkeys(
+            ("enable_cuda_graph", "external_cuda_graph", "cuda_graph_scope"),
+            "the number of crops and of loss tokens differs from one micro-batch to the next",
+        ),
+    },
+    "optimizer": {},
+    "ddp": {"fp8_param_gather": _FP8_WEIGHTS},
+}  # fmt: skip
+
+
+def check_engine(cfg: Config) -> None:
+    """Refuse settings of FP8, overlap and offload that exclude each other. Raises ConfigError.
+
+    What depends on the GPU and on installed libraries is in gpu.check_device.
+    """
+    t, p, m, train = cfg.transformer, cfg.parallel, cfg.model, cfg.train
+    tp, fp8, local = p.tensor_model_parallel_size, train.precision == "fp8", p.layer_spec == "local"
+    recipe = t.get("fp8_recipe", FP8_RECIPE)
+    _check_choice("transformer.fp8_recipe", recipe, ("delayed", "tensorwise", "blockwise", "mxfp8"))
+    _refuse(fp8 and local, "train.precision=fp8 needs Transformer Engine's layers: set parallel.layer_spec=transformer_engine.")
+    for key in ("fp8_recipe", "first_last_layers_bf16"):
+        _refuse(bool(t.get(key)) and not fp8, f"transformer.{key}={t.get(key)} needs train.precision=fp8: set it, too.")
+    _refuse(train.vit_fp8 and not fp8, "train.vit_fp8=true needs train.precision=fp8: set it, too.")
+    _refuse(
+        train.vit_fp8 and recipe == "delayed",
+        "train.vit_fp8=true does not work with transformer.fp8_recipe=delayed, whose maxima all ranks share after each pass "
+        "of the vision transformer, since ranks encode different numbers of chunks: use tensorwise or blockwise.",
+    )
+    bf16_layers = t.get("first_last_layers_bf16", False)
+    _refuse(
+        bool(bf16_layers) and recipe == "delayed",
+        "transformer.first_last_layers_bf16=true does not work with transformer.fp8_recipe=delayed, which is switched on for "
+        "all layers at once: use tensorwise or blockwise.",
+    )
+    for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        _refuse(key in t and not bf16_layers, f"transformer.{key}={t.get(key)} needs transformer.first_last_layers_bf16=true.")
+    widths = {
+        "model.hidden_size": m.hidden_size, "model.ffn_hidden_size": m.ffn_hidden_size // tp,
+        "model.num_attention_heads x head_dim": m.num_attention_heads * m.head_dim // tp,
+        "model.num_query_groups x head_dim": m.num_query_groups * m.head_dim // tp,
+    }  # fmt: skip
+    if train.vit_fp8:
+        widths.update({"model.vit.hidden_size": m.vit.hidden_size, "model.vit.ffn_hidden_size": m.vit.ffn_hidden_size})
+    align = 32 if recipe == "mxfp8" else 16
+    for key, width in widths.items():
+        _refuse(
+            fp8 and width % align != 0,
+            f"train.precision=fp8 with {recipe} scaling needs widths in multiples of {align}, and a rank's part of {key} is "
+            f"{width}: use train.precision=bf16" + (" or another transformer.fp8_recipe." if align > 16 else "."),
+        )
+    if t.get("cpu_offloading"):
+        _refuse(local, "transformer.cpu_offloading=true needs Transformer Engine: set parallel.layer_spec=transformer_engine.")
+        _refuse(
+            p.pipeline_model_parallel_size > 1 or t.get("recompute_granularity") is not None,
+            "transformer.cpu_offloading=true works with neither pipeline parallelism nor transformer.recompute_granularity: "
+            "drop the one or the other.",
+        )
+        _refuse(
+            not 0 < t.get("cpu_offloading_num_layers", 0) < m.num_layers,
+            f"transformer.cpu_offloading_num_layers={t.get('cpu_offloading_num_layers', 0)} must be at least 1 and below "
+            f"model.num_layers={m.num_layers}.",
+        )
+    _refuse(
+        bool(t.get("tp_comm_overlap")) and (local or not p.sequence_parallel),
+        "transformer.tp_comm_overlap=true needs parallel.sequence_parallel=true and Transformer Engine's layers "
+        "(parallel.layer_spec=transformer_engine).",
+    )
+    for key in ("overlap_grad_reduce", "use_distributed_optimizer"):
+        _refuse(
+            bool(cfg.ddp.get("overlap_param_gather")) and cfg.ddp.get(key) is False,
+            f"ddp.overlap_param_gather=true needs ddp.{key}, which is false: leave that out, it is then switched on.",
+        )
+
+
 def check_megatron_fields(cfg: Config) -> None:
     """Refuse names that Megatron's dataclasses lack, and those that another key already decides."""
     if not (cfg.transformer or cfg.optimizer or cfg.ddp):
@@ -493,10 +600,19 @@ def check_megatron_fields(cfg: Config) -> None:
             "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
             "context_parallel_size": "parallel.context_parallel_size",
             "sequence_parallel": "parallel.sequence_parallel", "cp_comm_type": "parallel.cp_comm_type",
-            "virtual_pipeline_model_parallel_size": "parallel (interleaving is not built yet)",
+            "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline_model_parallel_size",
+            "num_layers_in_first_pipeline_stage": "parallel.num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage": "parallel.num_layers_in_last_pipeline_stage",
+            "transformer_impl": "parallel.layer_spec", "hidden_dropout": "schedule.STAGE.hidden_dropout",
+            "init_method_std": "model.init_std", "layernorm_epsilon": "model.layernorm_epsilon",
+            **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16", "fp8"), "train.precision"),
             "calculate_per_token_loss": "the loss, which is always normalised over the global batch",
         },
-        "optimizer": {"lr": "optim.llm.lr", "min_lr": "optim.min_lr_ratio", "clip_grad": "optim.clip_grad"},
+        "optimizer": {
+            "lr": "optim.llm.lr", "min_lr": "optim.min_lr_ratio", "clip_grad": "optim.clip_grad",
+            "use_distributed_optimizer": "ddp.use_distributed_optimizer",
+            "overlap_param_gather": "ddp.overlap_param_gather",
+        },
         "ddp": {},
     }  # fmt: skip
     classes = {"transformer": TransformerConfig, "optimizer": OptimizerConfig, "ddp": DistributedDataParallelConfig}
@@ -506,6 +622,10 @@ def check_megatron_fields(cfg: Config) -> None:
             _refuse(key not in known, f"{prefix}.{key}={value}: Megatron's {cls.__name__} has no field {key}.")
             decided = ours[prefix].get(key)
             _refuse(decided is not None, f"{prefix}.{key}={value} is decided by {decided}: set it there.")
+            _refuse(
+                bool(value) and key in CANNOT_WORK[prefix],
+                f"{prefix}.{key}={value} does not work here, since {CANNOT_WORK[prefix].get(key)}: leave it out.",
+            )
 
 
 def check(cfg: Config, world_size: int) -> None:
@@ -519,8 +639,9 @@ def check_settings(cfg: Config, world_size: int) -> None:
     _check_choice("stage", cfg.stage, ("stage1", "stage2", "stage3"))
     check_model(cfg.model)
     check_parallel(cfg.parallel, cfg.model, world_size)
-    check_data(cfg.data, cfg.model.vision, cfg.parallel)
     t, p = cfg.train, cfg.parallel
+    multiple = row_multiple(p, t.precision, cfg.transformer.get("fp8_recipe", FP8_RECIPE))
+    check_data(cfg.data, cfg.model.vision, p, multiple)
     _check_choice("train.device", t.device, ("auto", "cpu", "cuda"))
     _check_choice("train.precision", t.precision, ("auto", "fp32", "bf16", "fp8"))
     _check_choice("optim.decay", cfg.optim.decay, ("cosine", "linear", "constant"))
@@ -528,7 +649,7 @@ def check_settings(cfg: Config, world_size: int) -> None:
         "max_steps", "micro_batch_size", "global_batch_size", "save_every", "keep_last", "log_every", "max_skipped_steps",
     ):  # fmt: skip
         _refuse(getattr(t, key) < 1, f"train.{key}={getattr(t, key)} must be at least 1.")
-    for key in ("keep_every", "generate_every", "generate_examples"):
+    for key in ("keep_every", "generate_every", "generate_examples", "vision_chunk_crops"):
         _refuse(getattr(t, key) < 0, f"train.{key}={getattr(t, key)} must not be negative.")
     _refuse(
         t.stop_after_minutes is not None and not t.stop_after_minutes > 0,
@@ -569,6 +690,8 @@ def check_settings(cfg: Config, world_size: int) -> None:
         all(getattr(cfg.optim, c).freeze for c in COMPONENTS),
         "optim.vit.freeze, optim.connector.freeze and optim.llm.freeze are all true: nothing would be trained.",
     )
+    check_megatron_fields(cfg)
+    check_engine(cfg)
 
 
 def rank_from_environment() -> int:

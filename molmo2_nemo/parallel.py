@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from molmo2_nemo.config import (
+    FP8_RECIPE,
     ConfigError,
     ModelConfig,
     ParallelConfig,
@@ -24,6 +25,13 @@ from molmo2_nemo.config import (
     world_size_from_environment,
 )
 from molmo2_nemo.model.layers import gelu_tanh
+
+
+# Fields of TransformerConfig that say how FP8 is done: the same for the decoder and for the ViT, if that is in FP8.
+FP8_FIELDS = (
+    "fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad", "tp_only_amax_red",
+    "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
+)  # fmt: skip
 
 
 def resolve_device(train: TrainConfig) -> str:
@@ -53,7 +61,7 @@ def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, se
 
         cpu.install()
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
+        torch.cuda.set_device(local_rank())
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo" if device == "cpu" else "nccl",
@@ -67,6 +75,11 @@ def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, se
         context_parallel_size=parallel.context_parallel_size,
     )
     seed_everything(seed)
+
+
+def local_rank() -> int:
+    """This process among those of its node, which is also its GPU: torchrun's LOCAL_RANK, else srun's, else 0."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def set_rendezvous() -> None:
@@ -144,12 +157,13 @@ def layer_spec(parallel: ParallelConfig, device: str) -> str:
 
 
 def transformer_configs(
-    model: ModelConfig, parallel: ParallelConfig, device: str, precision: str, overrides: dict, dropout: float = 0.0
-) -> dict[str, TransformerConfig]:
+    model: ModelConfig, parallel: ParallelConfig, device: str, precision: str, overrides: dict, dropout: float = 0.0,
+    vit_fp8: bool = False,
+) -> dict[str, TransformerConfig]:  # fmt: skip
     """Megatron's TransformerConfig for the decoder, the ViT and the connector's projector.
 
-    overrides: fields of the decoder's TransformerConfig set by the user. Raises ConfigError with Megatron's own
-    reason when it refuses the combination.
+    overrides: fields of the decoder's TransformerConfig set by the user; the ViT takes those of FP8 alone, if vit_fp8.
+    Raises ConfigError with Megatron's own reason when it refuses the combination.
     """
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     impl = layer_spec(parallel, device)
@@ -177,6 +191,7 @@ def transformer_configs(
         # In a batch, the messages of two stages that are each other's next and previous one would be mixed up.
         decoder.update(overlap_p2p_comm=True, batch_p2p_comm=False)
     if precision == "fp8":
+        overrides = {"fp8_recipe": FP8_RECIPE, **overrides}
         decoder.update(fp8="hybrid")
     vit = dict(
         common, num_layers=model.vit.num_layers, hidden_size=model.vit.hidden_size,
@@ -184,6 +199,8 @@ def transformer_configs(
         kv_channels=model.vit.head_dim, normalization="LayerNorm", layernorm_epsilon=model.vit.layernorm_epsilon,
         add_bias_linear=True, activation_func=gelu_tanh, hidden_dropout=0.0,
     )  # fmt: skip
+    if precision == "fp8" and vit_fp8:
+        vit.update(fp8="hybrid", **{key: value for key, value in overrides.items() if key in FP8_FIELDS})
     connector = dict(
         common, num_layers=1, hidden_size=model.hidden_size, ffn_hidden_size=model.connector.ffn_hidden_size,
         num_attention_heads=1, add_bias_linear=False, gated_linear_unit=True, activation_func=F.silu,

@@ -118,6 +118,35 @@ def test_every_stage_has_its_own_data_and_takes_others(stage, monkeypatch):
         ("stage2", ["optimizer.lr=1"], 1, "is decided by optim.llm.lr"),
         ("stage2", ["model.vision.image_size=380"], 1, "use 378"),
         ("stage2", ["train.precision=fp7"], 1, "choose one of auto, fp32, bf16, fp8"),
+        ("stage2", ["train.vision_chunk_crops=-1"], 1, "train.vision_chunk_crops=-1 must not be negative"),
+        ("stage2", ["train.precision=fp8", "parallel.layer_spec=local"], 1, "set parallel.layer_spec=transformer_engine"),
+        ("stage2", ["transformer.fp8_recipe=blockwise"], 1, "transformer.fp8_recipe=blockwise needs train.precision=fp8"),
+        ("stage2", ["train.precision=fp8", "transformer.fp8_recipe=fine"], 1, "choose one of delayed, tensorwise, blockwise"),
+        ("stage2", ["train.vit_fp8=true"], 1, "train.vit_fp8=true needs train.precision=fp8"),
+        ("stage2", ["train.precision=fp8", "train.vit_fp8=true", "transformer.fp8_recipe=delayed"], 1, "numbers of chunks"),
+        ("stage2", ["train.precision=fp8", "transformer.first_last_layers_bf16=true", "transformer.fp8_recipe=delayed"], 1,
+         "transformer.first_last_layers_bf16=true does not work with transformer.fp8_recipe=delayed"),
+        ("stage2", ["train.precision=fp8", "transformer.num_layers_at_start_in_bf16=2"], 1, "first_last_layers_bf16=true"),
+        ("stage2", ["train.precision=fp8", "data.seq_length=4104"], 1,
+         "data.seq_length=4104 is not a positive multiple of 16 (context parallel 1 x 16 for FP8): use 4112"),
+        ("stage3", ["train.precision=fp8", "transformer.fp8_recipe=mxfp8", "parallel=tp4", "data.seq_length=16400",
+                    "parallel.context_parallel_size=2"], 8,
+         "is not a positive multiple of 256 (context parallel 2 x tensor parallel 4 with sequence_parallel x 32 for FP8): use"),
+        ("stage2", ["train.precision=fp8", "model.ffn_hidden_size=9736"], 1, "a rank's part of model.ffn_hidden_size is 9736"),
+        ("stage2", ["transformer.cpu_offloading=true", "transformer.cpu_offloading_num_layers=4", "parallel=pp2"], 2,
+         "transformer.cpu_offloading=true works with neither pipeline parallelism nor"),
+        ("stage2", ["transformer.cpu_offloading=true", "transformer.cpu_offloading_num_layers=4",
+                    "transformer.recompute_granularity=full"], 1, "nor transformer.recompute_granularity"),
+        ("stage2", ["transformer.cpu_offloading=true"], 1, "transformer.cpu_offloading_num_layers=0 must be at least 1"),
+        ("stage2", ["transformer.tp_comm_overlap=true"], 1, "needs parallel.sequence_parallel=true"),
+        ("stage2", ["ddp.overlap_param_gather=true", "ddp.overlap_grad_reduce=false"], 1, "needs ddp.overlap_grad_reduce"),
+        ("stage2", ["optimizer.overlap_param_gather=true"], 1, "is decided by ddp.overlap_param_gather"),
+        ("stage2", ["transformer.fp8=hybrid"], 1, "is decided by train.precision"),
+        ("stage2", ["transformer.fp8_param=true"], 1, "transformer.fp8_param=True does not work here, since weights are not"),
+        ("stage2", ["ddp.fp8_param_gather=true"], 1, "ddp.fp8_param_gather=True does not work here"),
+        ("stage2", ["transformer.apply_rope_fusion=true"], 1, "since each token has a position of its own"),
+        ("stage2", ["transformer.persist_layer_norm=true"], 1, "since the norms are not apex's"),
+        ("stage2", ["transformer.attention_dropout=0.1"], 1, "since attention is FlexAttention or SDPA"),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(stage, overrides, world_size, expected):
@@ -168,3 +197,24 @@ def test_architecture_survives_json():
     for model in ("tiny", "molmo2_o_7b"):
         original = build("stage2", f"model={model}").model
         assert config.model_config_from_json(config.model_config_to_json(original)) == original
+
+
+def test_megatron_fields_that_cannot_work_are_fields_of_megatron():
+    from dataclasses import fields
+
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.fp8_utils import get_fp8_align_size
+    from megatron.core.transformer import TransformerConfig
+
+    for prefix, cls in (("transformer", TransformerConfig), ("ddp", DistributedDataParallelConfig)):
+        assert set(config.CANNOT_WORK[prefix]) <= {field.name for field in fields(cls)}
+    for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8"):
+        multiple, _ = config.row_multiple(config.ParallelConfig(), "fp8", recipe)
+        assert multiple == get_fp8_align_size(recipe)
+
+
+def test_fp8_settings_that_work_are_accepted():
+    fp8 = ["train.precision=fp8", "train.vit_fp8=true"]
+    for extra in ([], ["transformer.fp8_recipe=blockwise"], ["transformer.first_last_layers_bf16=true"]):
+        for model in ("molmo2_4b", "molmo2_8b", "molmo2_o_7b"):
+            config.check(build("stage2", f"model={model}", "parallel=tp4", *fp8, *extra), 4)

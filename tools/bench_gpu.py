@@ -496,8 +496,9 @@ def vision(device: str, tiny: bool, layer_spec: str) -> Iterator[dict]:
     units = torch.tensor([(1, windows)] * crops)
     for recompute in (False, True):
         configs = parallel.transformer_configs(model, layout, device, "fp32" if device == "cpu" else "bf16", {})
-        vit = dataclasses.replace(configs["vit"], **FULL_RECOMPUTE) if recompute else configs["vit"]
-        tower = VisionTower(model, vit, configs["connector"], groups, groups.tp).to(device).train()
+        chunk = (2 if tiny else 32) if recompute else 0
+        tower = VisionTower(model, configs["vit"], configs["connector"], groups, groups.tp, chunk, recompute)
+        tower = tower.to(device).train()
 
         def forward_backward():
             tower.zero_grad()

@@ -16,15 +16,20 @@ from molmo2_nemo.model.collectives import all_gather, all_to_all
 
 
 @functools.cache
-def _compiled_flex_attention():
-    return torch.compile(flex_attention, dynamic=False)
+def compiled_flex_attention(backend: str = "inductor"):
+    """Compiled once for a shape, whatever the mask's contents.
+
+    Eager FlexAttention holds all scores, [heads, S, S]: on a GPU it never runs, and fullgraph makes an error of what would
+    fall back to it, such as too many shapes.
+    """
+    return torch.compile(flex_attention, backend=backend, dynamic=False, fullgraph=True)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, scale: float) -> Tensor:
     """Attention of [B, N, Q, D] queries over [B, G, K, D] keys and values, N a multiple of G. Returns [B, N, Q, D]."""
     grouped = query.shape[1] != key.shape[1]
     if isinstance(mask, BlockMask):
-        flex = _compiled_flex_attention() if query.is_cuda else flex_attention
+        flex = compiled_flex_attention() if query.is_cuda else flex_attention
         return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
 

@@ -4,6 +4,8 @@ Source of the rule: public `olmo/models/molmo2/molmo2.py` of allenai/molmo2, and
 Nothing here knows of ranks.
 """
 
+import functools
+
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -14,20 +16,23 @@ SEGMENTS_PER_EXAMPLE = 100_000
 def mask_mod(segment_ids: torch.Tensor, vision_mask: torch.Tensor, query_offset: int = 0):
     """The rule as a FlexAttention predicate `(batch, head, query, key) -> bool tensor`.
 
-    A key is visible when it is not padding, belongs to a segment not below the query's (a branch sees its root
-    but no sibling and no earlier document), and either precedes the query or both are vision tokens of the same
-    document. Every token sees itself, so that padding rows stay finite.
+    A key is visible when it belongs to a segment not below the query's (a branch sees its root but no sibling and no
+    earlier document), and either precedes the query or both are vision tokens of the same document. Padding neither
+    sees nor is seen. Every token sees itself, so that rows of padding stay finite.
 
     segment_ids: int64 [B, S]; vision_mask: bool [B, S]; query_offset: position of query 0 in the row.
     """
+    # Whatever depends on one token alone is worked out here: the rule runs for every pair of a block.
+    segments = segment_ids.int()
+    padding, documents = segments < 0, segments // SEGMENTS_PER_EXAMPLE
+    of_query = segments.masked_fill(padding, torch.iinfo(torch.int32).max)
+    # Two vision tokens of a document are the same number, everything else differs.
+    visual_query, visual_key = documents.masked_fill(~vision_mask, -1), documents.masked_fill(~vision_mask, -2)
 
     def rule(b, h, q, k):
         q = q + query_offset
-        query_segment, key_segment = segment_ids[b, q], segment_ids[b, k]
-        same_document = query_segment // SEGMENTS_PER_EXAMPLE == key_segment // SEGMENTS_PER_EXAMPLE
-        both_vision = vision_mask[b, q] & vision_mask[b, k] & same_document
-        visible = (key_segment >= 0) & (query_segment <= key_segment) & ((k <= q) | both_vision)
-        return visible | (k == q)
+        in_sight = (k <= q) | (visual_query[b, q] == visual_key[b, k])
+        return (of_query[b, q] <= segments[b, k]) & in_sight | (k == q)
 
     return rule
 
@@ -47,16 +52,23 @@ def dense_mask(
 def block_mask(
     segment_ids: torch.Tensor, vision_mask: torch.Tensor, query_offset: int = 0, num_queries: int | None = None
 ) -> BlockMask:
-    """The same rule as a FlexAttention BlockMask; only blocks that hold a visible pair are stored.
-
-    `_compile` evaluates the predicate block by block: on a GPU no S x S tensor is ever made.
-    """
+    """The same rule as a FlexAttention BlockMask; only blocks that hold a visible pair are stored."""
     B, S = segment_ids.shape
-    return create_block_mask(
-        mask_mod(segment_ids, vision_mask, query_offset),
-        B, None, S if num_queries is None else num_queries, S,
-        device=segment_ids.device, _compile=segment_ids.is_cuda,
+    create = compiled_create_block_mask() if segment_ids.is_cuda else create_block_mask
+    return create(
+        mask_mod(segment_ids, vision_mask, query_offset), B, None, S if num_queries is None else num_queries, S,
+        device=segment_ids.device,
     )  # fmt: skip
+
+
+@functools.cache
+def compiled_create_block_mask(backend: str = "inductor"):
+    """create_block_mask as one kernel that evaluates the rule block by block: no S x S tensor is ever made.
+
+    Compiled once for a shape: a new micro-batch's segment and vision tensors are inputs of what is compiled, though
+    `mask_mod` returns another closure each time. fullgraph: an error, not a fall back to eager, if that failed.
+    """
+    return torch.compile(create_block_mask, backend=backend, dynamic=False, fullgraph=True)
 
 
 def make_mask(segment_ids, vision_mask, query_offset: int = 0, num_queries: int | None = None):

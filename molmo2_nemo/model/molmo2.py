@@ -24,11 +24,13 @@ class Molmo2(LanguageModule):
     model: the architecture. configs: Megatron's TransformerConfig for "decoder", "vit" and "connector".
     solo: process groups of one rank, for the vision tower's layers. response_dropout: the decoder's residual dropout
     is at positions that carry loss alone. vp_stage: which piece of a pipeline rank that has several.
+    vision_chunk_crops, vision_recompute: see VisionTower.
     """
 
     def __init__(
         self, model: ModelConfig, configs: dict[str, TransformerConfig], solo: ProcessGroupCollection,
-        response_dropout: bool = False, vp_stage: int | None = None,
+        response_dropout: bool = False, vp_stage: int | None = None, vision_chunk_crops: int = 32,
+        vision_recompute: bool = True,
     ):  # fmt: skip
         config = configs["decoder"]
         super().__init__(config)
@@ -43,7 +45,7 @@ class Molmo2(LanguageModule):
         if self.pre_process:
             self.vision = VisionTower(
                 model, configs["vit"], configs["connector"], solo,
-                parallel_state.get_tensor_and_context_parallel_group(),
+                parallel_state.get_tensor_and_context_parallel_group(), vision_chunk_crops, vision_recompute,
             )  # fmt: skip
             self.embedding = Embedding(model, rows, config, self.tp_group)
         self.decoder = TransformerBlock(

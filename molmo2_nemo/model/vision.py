@@ -1,16 +1,23 @@
 """Vision transformer and attention-pooling connector, data-parallel inside a tensor x context parallel group.
 
 Each rank holds the whole tower, encodes its share of a micro-batch's images and frames, pools and projects them,
-and the visual tokens are gathered. Nobody encodes the same crop twice.
+and the visual tokens are gathered. Nobody encodes the same crop twice. A rank takes its share in chunks of whole images
+and frames, which the backward pass encodes again one by one: what a chunk leaves behind are its visual tokens.
 """
+
+import bisect
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from molmo2_nemo.config import ModelConfig
 from molmo2_nemo.model.collectives import all_gather
@@ -35,16 +42,22 @@ class VisionTransformer(MegatronModule):
         self.encoder = TransformerBlock(
             config, vit_block_spec(vit.num_layers, config), post_layer_norm=False, pg_collection=pg_collection
         )
+        # FP8 matrix products need a multiple of 16 (or 32) patches, and a crop has an odd number: 729.
+        align = get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1
+        self.crop_multiple = align // math.gcd(align, vision.patches_per_crop)
 
     def forward(self, crops: Tensor) -> Tensor:
         """uint8 crops [C, P, patch_dim] -> features [C, P, feature layers x hidden]."""
+        count = len(crops)
+        if count % self.crop_multiple:
+            crops = F.pad(crops, (0, 0, 0, 0, 0, -count % self.crop_multiple))  # blank crops
         # mean = std = 0.5: bytes become [-1, 1] here, so that they travel as bytes.
         pixels = crops.to(self.patch_embedding.weight.dtype) / 127.5 - 1.0
         x = self.patch_embedding(pixels) + self.position_embedding
         taps = sorted(set(self.feature_layers))
         _, outputs = self.encoder(x.transpose(0, 1).contiguous(), None, extract_layer_indices=set(taps))
         by_layer = dict(zip(taps, outputs))
-        return torch.cat([by_layer[layer] for layer in self.feature_layers], dim=-1).transpose(0, 1)
+        return torch.cat([by_layer[layer] for layer in self.feature_layers], dim=-1).transpose(0, 1)[:count]
 
 
 class Connector(MegatronModule):
@@ -84,13 +97,20 @@ class Connector(MegatronModule):
 
 
 class VisionTower(MegatronModule):
-    """ViT and connector with their work shared over `group` (the tensor x context parallel ranks of stage 0)."""
+    """ViT and connector with their work shared over `group` (the tensor x context parallel ranks of stage 0).
 
-    def __init__(self, model: ModelConfig, vit_config, connector_config, pg_collection, group):
+    chunk_crops: crops encoded at a time, as whole images and frames; 0: all at once. recompute: the backward pass
+    encodes a chunk again, so that no more than one chunk's activations are alive; False: all of them wait for it.
+    """
+
+    def __init__(
+        self, model: ModelConfig, vit_config, connector_config, pg_collection, group, chunk_crops: int = 0,
+        recompute: bool = False,
+    ):  # fmt: skip
         super().__init__(vit_config)
         self.vit = VisionTransformer(model, vit_config, pg_collection)
         self.connector = Connector(model, connector_config, pg_collection)
-        self.group = group
+        self.group, self.chunk_crops, self.recompute = group, chunk_crops, recompute
         for parameter in self.parameters():
             # Built by tensor-parallel layers on a group of one: whole on every rank, and counted once in norms.
             parameter.tensor_model_parallel = False
@@ -100,41 +120,80 @@ class VisionTower(MegatronModule):
         """Visual tokens of a micro-batch, the same [T, H] on every rank of the group.
 
         crops uint8 [C, P, patch_dim]; pooling int64 [T, W]; vision_units int64 [U, 2] = (crops, windows) of each
-        image or frame, in order. A rank without work encodes one blank crop, so that every rank runs the same
-        collectives and every parameter gets a gradient.
+        image or frame, in order. A rank without work encodes one blank crop, so that every parameter gets a gradient
+        (of zero). Ranks may have different numbers of chunks: the only collective comes after the last.
         """
         ranks, rank = self.group.size(), self.group.rank()
         shares = split_units(vision_units.tolist(), ranks)
-        crop_start, crop_end, window_start, window_end = shares[rank]
-        patches = crops.shape[1]
-        own_crops, own_pooling = crops[crop_start:crop_end], pooling[window_start:window_end]
-        own_pooling = torch.where(own_pooling >= 0, own_pooling - crop_start * patches, -1)
-        if crop_end == crop_start:
-            own_crops = crops.new_zeros(1, *crops.shape[1:])
-        padded = max(max(share[3] - share[2] for share in shares), 1)
-        # Padding windows read patch 0; nothing selects them, so their gradient is zero.
-        own_pooling = F.pad(own_pooling, (0, 0, 0, padded - own_pooling.shape[0]), value=0)
-        tokens = self.connector(self.vit(own_crops), own_pooling)
+        counts = [sum(windows for _, windows in share) for share in shares]
+        crop, window = sum(n for share in shares[:rank] for n, _ in share), sum(counts[:rank])
+        parts = []
+        for num_crops, num_windows in chunks_of(shares[rank], self.chunk_crops):
+            indices = pooling[window : window + num_windows]
+            indices = torch.where(indices >= 0, indices - crop * crops.shape[1], -1)
+            parts.append(self._encode(crops[crop : crop + num_crops], indices))
+            crop, window = crop + num_crops, window + num_windows
+        if not parts:
+            parts = [self._encode(crops.new_zeros(1, *crops.shape[1:]), pooling.new_zeros(1, pooling.shape[1]))]
+        tokens = torch.cat(parts)
+        padded = max(*counts, 1)
+        tokens = F.pad(tokens, (0, 0, 0, padded - len(tokens)))
         if ranks > 1:
             # Each context parallel rank brings the gradient of its own tokens, each tensor parallel rank a copy.
             tokens = all_gather(tokens, self.group, copies=parallel_state.get_tensor_model_parallel_world_size())
-        counts = [share[3] - share[2] for share in shares]
         kept = torch.cat([torch.arange(n, device=tokens.device) + r * padded for r, n in enumerate(counts)])
         return tokens[kept]
 
+    def _encode(self, crops: Tensor, pooling: Tensor) -> Tensor:
+        """Visual tokens of one chunk; pooling counts from its first crop."""
+        size = self.chunk_crops or len(crops)
+        if len(crops) <= size:
+            return self._run(lambda crops, pooling: self.connector(self.vit(crops), pooling), crops, pooling)
+        # An image of more crops than that: its windows mix crops, so its features wait until all are there.
+        features = torch.cat([self._run(self.vit, part) for part in crops.split(size)])
+        return self._run(self.connector, features, pooling)
 
-def split_units(units: list[list[int]], ranks: int) -> list[tuple[int, int, int, int]]:
-    """Deal images and frames, in order, to ranks by crops: per rank (crop start, end, window start, end).
+    def _run(self, function: Callable, *tensors: Tensor) -> Tensor:
+        if not self.recompute or not torch.is_grad_enabled():
+            return function(*tensors)
+        if self.vit.config.fp8:
+            # Transformer Engine's own: scales must not be updated twice.
+            from transformer_engine.pytorch import checkpoint as checkpoint_fp8
 
-    A unit goes to the rank in whose equal share of the crops its middle falls.
+            return checkpoint_fp8(function, *tensors, use_reentrant=False)
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)  # no dropout here
+
+
+def split_units(units: list[list[int]], ranks: int) -> list[list[list[int]]]:
+    """Deal images and frames, [crops, windows] each, in order to ranks so that the most crops of a rank are fewest.
+
+    Units stay whole: the pooling windows of an image mix its crops. The most loaded rank has at most
+    total / ranks + the largest unit, since filling ranks one after the other up to that bound uses up all units.
     """
-    total = sum(crops for crops, _ in units)
-    shares, crop, window, index = [], 0, 0, 0
-    for rank in range(ranks):
-        crop_start, window_start = crop, window
-        limit = (rank + 1) * total / ranks
-        while index < len(units) and (rank == ranks - 1 or crop + units[index][0] / 2 <= limit):
-            crop, window, index = crop + units[index][0], window + units[index][1], index + 1
-        shares.append((crop_start, crop, window_start, window))
-    return shares
+    sizes = [crops for crops, _ in units]
 
+    def deal(limit: int) -> list[list[list[int]]]:
+        shares, load = [[]], 0
+        for unit in units:
+            if load + unit[0] > limit:
+                shares.append([])
+                load = 0
+            shares[-1].append(unit)
+            load += unit[0]
+        return shares
+
+    lowest = max(max(sizes, default=0), -(-sum(sizes) // ranks))
+    limit = bisect.bisect_left(range(sum(sizes)), True, lo=lowest, key=lambda limit: len(deal(limit)) <= ranks)
+    shares = deal(limit)
+    return shares + [[] for _ in range(ranks - len(shares))]
+
+
+def chunks_of(units: list[list[int]], size: int) -> list[tuple[int, int]]:
+    """(crops, windows) of runs of whole units with at most `size` crops, or one larger unit; size 0: all in one."""
+    chunks = []
+    for crops, windows in units:
+        if chunks and (size == 0 or chunks[-1][0] + crops <= size):
+            chunks[-1] = (chunks[-1][0] + crops, chunks[-1][1] + windows)
+        else:
+            chunks.append((crops, windows))
+    return chunks

@@ -24,6 +24,11 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def _state(model, optimizer, is_loading: bool) -> dict:
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            # The last update's weights are not gathered before the next forward pass asks for them.
+            with torch.no_grad():
+                chunk.start_param_sync(force_sync=True)
     model_state = sharded_model_state(model)
     return {
         **model_state,

@@ -27,6 +27,7 @@ def build_optimizer(cfg: Config, model: list[DistributedDataParallel], precision
         optimizer="adam", lr=optim.llm.lr, min_lr=0.0, weight_decay=optim.weight_decay, clip_grad=optim.clip_grad,
         adam_beta1=optim.adam_beta1, adam_beta2=optim.adam_beta2, adam_eps=optim.adam_eps, bf16=precision != "fp32",
         use_distributed_optimizer=model[0].ddp_config.use_distributed_optimizer,
+        overlap_param_gather=model[0].ddp_config.overlap_param_gather,
     )  # fmt: skip
 
     def of(component):

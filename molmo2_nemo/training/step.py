@@ -26,7 +26,7 @@ MODEL_INPUTS = ("input_ids", "position_ids", "segment_ids", "vision_mask", "crop
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, device: str, precision: str, transformer: dict | None = None,
     ddp: dict | None = None, freeze: Callable[[str], bool] = lambda name: False, dropout: float = 0.0,
-    response_dropout: bool = False,
+    response_dropout: bool = False, vision_chunk_crops: int = 32, vision_recompute: bool = True, vit_fp8: bool = False,
 ) -> list[DistributedDataParallel]:  # fmt: skip
     """This rank's pipeline stage inside Megatron's DistributedDataParallel. Collective.
 
@@ -35,15 +35,16 @@ def build_model(
     transformer, ddp: the user's fields for TransformerConfig and DistributedDataParallelConfig.
     freeze: parameter name, with the layer's number in the whole model -> True where it is not trained.
     dropout: of the decoder's residuals, at positions that carry loss alone if `response_dropout`.
+    vision_chunk_crops, vision_recompute, vit_fp8: as in TrainConfig.
     Raises ConfigError on a combination Megatron refuses.
     """
-    configs = transformer_configs(model, parallel, device, precision, transformer or {}, dropout)
+    configs = transformer_configs(model, parallel, device, precision, transformer or {}, dropout, vit_fp8)
     configs["decoder"].finalize_model_grads_func = _finalize_gradients
     solo, pieces = solo_groups(), parallel.virtual_pipeline_model_parallel_size
     ddp_config = {"grad_reduce_in_fp32": True, "overlap_grad_reduce": False, **(ddp or {})}
     chunks = []
     for vp_stage in [None] if pieces is None else range(pieces):
-        module = Molmo2(model, configs, solo, response_dropout, vp_stage).to(device)
+        module = Molmo2(model, configs, solo, response_dropout, vp_stage, vision_chunk_crops, vision_recompute).to(device)
         if module.pre_process:
             _copy_from_first_tensor_parallel_rank(module)
         for name, parameter in global_names(module):
@@ -54,11 +55,24 @@ def build_model(
             chunks.append(DistributedDataParallel(configs["decoder"], config, module, disable_bucketing=bool(vp_stage)))
         except (AssertionError, ValueError) as error:
             raise ConfigError(f"Megatron refuses ddp settings {ddp_config}: {error}") from error
+    if chunks[-1].ddp_config.overlap_param_gather:
+        _wait_for_head(chunks[-1])
     if chunks[0].ddp_config.overlap_grad_reduce:
         # Gradients are reduced in the last micro-batch's backward pass only.
         functions = [chunk.no_sync for chunk in chunks]
         configs["decoder"].no_sync_func = functions if len(functions) > 1 else functions[0]
     return chunks
+
+
+def _wait_for_head(chunk: DistributedDataParallel) -> None:
+    """Have the last updated weights of the head before they are used.
+
+    Megatron waits for a module's weights when it is called, and the losses take the head's without calling it.
+    """
+    module = chunk.module
+    group = chunk.param_to_bucket_group.get(module.output_layer.weight) if module.post_process else None
+    if group is not None:
+        module.decoder.final_layernorm.register_forward_pre_hook(lambda *_: group.finish_param_sync())
 
 
 def global_names(module: Molmo2) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -1,6 +1,7 @@
 """How a run ends: on request, at its time limit, or by a failure that is told in one line."""
 
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -61,6 +62,53 @@ def write_ended(run_dir: Path, reason: str, step: int, **more) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"reason": reason, "step": step, "time": time.time(), **more}) + "\n")
     temporary.rename(path)
+
+
+class StackDump:
+    """Where a rank is, in errors/stacks_rankNNNN.txt: its step and phase, and on SIGUSR2 the Python stacks of all threads.
+
+    Also when a phase takes nearly as long as a collective may (`timeout_minutes`). Both work while the process waits for
+    other ranks. The file goes when the run ends well and nobody asked. signals: those of StopRequest.
+    """
+
+    HEADER = 200  # bytes
+
+    def __init__(self, run_dir: Path, timeout_minutes: float, signals: list[str]):
+        self.path = run_dir / "errors" / f"stacks_rank{rank_from_environment():04d}.txt"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file, self.seconds = self.path.open("wb", buffering=0), 54 * timeout_minutes
+        self.at(0, "start")
+        self.file.seek(self.HEADER)
+        if "SIGUSR2" not in signals:
+            faulthandler.register(signal.SIGUSR2, self.file)
+
+    def at(self, step: int, phase: str) -> None:
+        line = f"rank {rank_from_environment()} on {socket.gethostname()}, process {os.getpid()}: step {step}, {phase} "
+        line += time.strftime("since %Y-%m-%d %H:%M:%S")
+        os.pwrite(self.file.fileno(), line[: self.HEADER - 1].ljust(self.HEADER - 1).encode() + b"\n", 0)
+        faulthandler.dump_traceback_later(self.seconds, file=self.file)
+
+    def close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR2)
+        self.file.close()
+        if self.path.stat().st_size == self.HEADER:
+            self.path.unlink()
+
+
+def record_collectives(run_dir: Path) -> None:
+    """Have NCCL write each rank's last collectives to errors/collectives_rankN when one times out.
+
+    Before the process group exists. What the user has set stays. `torchfrtrace errors --prefix collectives_rank` reads
+    the files. The second name of a pair is the one that older versions of torch know.
+    """
+    prefix = str(run_dir / "errors" / "collectives_rank")
+    for names, value in (
+        (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"), (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
+        (("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"), prefix),
+    ):  # fmt: skip
+        if not set(names) & set(os.environ):
+            os.environ.update({name: value for name in names})
 
 
 @contextlib.contextmanager

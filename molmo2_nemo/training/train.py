@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from omegaconf import DictConfig, OmegaConf
 
-from molmo2_nemo import checkpoint_dir, parallel
+from molmo2_nemo import checkpoint_dir, gpu, parallel
 from molmo2_nemo.config import (
     Config,
     ConfigError,
@@ -48,6 +48,7 @@ def run_stage(cfg: DictConfig) -> None:
         config = to_dataclass(cfg)
         check(config, world_size_from_environment())
         device = parallel.resolve_device(config.train)
+        gpu.check_device(config, device)
         with user_errors():
             sources = blend.load_blend(config.data)
             blend.check_shards(sources, config.data.max_error_rate)
@@ -106,20 +107,27 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     """Run the stage to train.max_steps. Every rank of the job calls this. progress["step"]: kept at the running step."""
     request = survive.StopRequest(config.train.stop_signals, config.train.stop_after_minutes)
     t, run_dir = config.train, Path(config.run_dir)
+    stacks = survive.StackDump(run_dir, t.timeout_minutes, t.stop_signals)
+    if device == "cuda":
+        survive.record_collectives(run_dir)
     parallel.initialize(config.parallel, device, t.timeout_minutes, t.seed)
     precision = parallel.resolve_precision(t, device)
     optim, tied = config.optim, config.model.tie_embeddings
-    ddp = {"use_distributed_optimizer": device == "cuda", **config.ddp}
+    if config.transformer.get("tp_comm_overlap"):
+        gpu.initialize_user_buffers(config, precision)
+    ddp = gpu.ddp_settings(config, device)
     schedule = getattr(config.schedule, config.stage)
     model = build_model(
         config.model, config.parallel, device, precision, config.transformer, ddp,
         freeze=lambda name: is_frozen(name, optim, tied), dropout=schedule.hidden_dropout,
-        response_dropout=schedule.response_dropout,
+        response_dropout=schedule.response_dropout, vision_chunk_crops=t.vision_chunk_crops,
+        vision_recompute=t.vision_recompute, vit_fp8=t.vit_fp8,
     )  # fmt: skip
     check_freeze_patterns([name for chunk in unwrap_model(model) for name, _ in global_names(chunk)], optim)
     optimizer = build_optimizer(config, model, precision)
     log = RunLog(run_dir, 1, config.name, config_yaml, t.wandb_project)
     log.say(banner(config, device, precision, sources))
+    log.say(gpu.description(config, precision, device))
     for line in start.ignored:
         log.say(f"ignored: {line}")
     counts = parameter_table(model)
@@ -164,6 +172,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     while step < t.max_steps:
         step += 1
         progress["step"] = step
+        stacks.at(step, "data")
         # Random numbers are a function of (seed, step): a resumed run draws what an uninterrupted one would.
         parallel.seed_everything(t.seed + step)
         started = time.monotonic()
@@ -175,6 +184,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
         too_broken = data.too_broken(config.data.max_error_rate, config.data.blend)
         if too_broken:
             stop(too_broken, run_dir, step)
+        stacks.at(step, "forward, backward and update")
         rates = set_learning_rates(optimizer, config, step)
         for chunk in model:
             chunk.zero_grad_buffer()
@@ -229,6 +239,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             log.write("train", step, figures)
             log.say(train_line(step, t.max_steps, figures) + data.note())
         if t.validation_batches > 0 and reason is None and (step % t.validate_every == 0 or last):
+            stacks.at(step, "validation")
             figures = validate(config, model, validation, group, device, sources)
             note = figures.pop("note")
             log.write("validation", step, figures)
@@ -237,6 +248,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             log.say(f"step {step} validation | loss {loss:.4f} ({by_source}) | {figures['rows']} rows{note}")
             log.interval()
         if step % t.save_every == 0 or last:
+            stacks.at(step, "checkpoint")
             state = save_state(loader) if loader is not None else None
             started = time.monotonic()
             path, failure = checkpoint.save(
@@ -259,6 +271,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     for line in data.lines():
         log.say(f"data of {line}")
     log.close()
+    stacks.close()
     dist.barrier()
     dist.destroy_process_group()
     if log.main:
