@@ -25,7 +25,7 @@ from molmo2_nemo.config import (
 )
 from molmo2_nemo.data import blend
 from molmo2_nemo.data.loader import save_state, train_loader, validation_loader
-from molmo2_nemo.training import checkpoint, survive
+from molmo2_nemo.training import answers, checkpoint, survive
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog, memory_gib, train_line
 from molmo2_nemo.training.optimizer import (
@@ -149,6 +149,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
         log.say(loader.note)
     if loader is not None and loader.dealt_anew:
         log.say("training data dealt out anew: what was not trained on yet comes first, in another order")
+    exam = answers.prepare(config, sources, group, run_dir) if t.generate_every else None
     batches_from = BatchSource(iter(loader) if loader is not None else None, group, device)
     replicas = parallel_state.get_data_parallel_world_size()
     micro_batches = t.global_batch_size // (t.micro_batch_size * replicas)
@@ -228,6 +229,9 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             by_source = " ".join(f"{s} {x:.3f}" for s, x in figures["loss_by_source"].items())
             loss = figures["loss"] or math.nan
             log.say(f"step {step} validation | loss {loss:.4f} ({by_source}) | {figures['rows']} rows{note}")
+            log.interval()
+        if exam is not None and reason is None and (step % t.generate_every == 0 or last):
+            ask(model, exam, group, device, t.generate_max_tokens, run_dir / "samples" / f"step_{step:08d}", step, log)
             log.interval()
         if step % t.save_every == 0 or last:
             state = save_state(loader) if loader is not None else None
@@ -313,6 +317,21 @@ def validate(config: Config, model, loader, group, device: str, sources: list) -
     for chunk in model:
         chunk.train()
     return losses.reduce() | {"data": data.by_source(), "note": data.note()}
+
+
+def ask(model, exam, group, device: str, max_tokens: int, folder: Path, step: int, log: RunLog) -> None:
+    """Answer the held-out questions, log the scores, leave answers and pictures in the folder. Collective."""
+    started = time.monotonic()
+    tokens = answers.answer(model, exam, group, device, max_tokens)
+    if not log.main:
+        return
+    try:
+        figures, line = answers.write(exam, tokens, folder)
+    except OSError as error:
+        log.say(f"step {step}: the answers could not be written ({error}); the run goes on")
+        return
+    log.write("answers", step, figures)
+    log.say(f"step {step} answers | {line} | {time.monotonic() - started:.1f} s")
 
 
 def banner(config: Config, device: str, precision: str, sources: list) -> str:
