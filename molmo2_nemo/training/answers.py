@@ -308,7 +308,7 @@ def next_tokens(model, batches: list[dict]) -> Tensor | None:
 def likeliest(logits: Tensor) -> Tensor:
     """Index of the largest of all tensor-parallel ranks' logits, [N, V / t] each; of equal ones the lowest. int64 [N]."""
     group = parallel_state.get_tensor_model_parallel_group()
-    largest, index = logits.max(dim=1)
+    largest, index = logits.nan_to_num(nan=torch.finfo(logits.dtype).min).max(dim=1)  # some token, whatever happened
     best = largest.clone()
     dist.all_reduce(best, op=dist.ReduceOp.MAX, group=group)
     nowhere = torch.iinfo(torch.int64).max

@@ -59,7 +59,7 @@ def score(
         if right is not None:
             found["count_exact"] = float(said == right)
             found["count_close"] = float(said is not None and abs(said - right) <= 1 + right // 20)
-    if not found and len(label.split()) <= MAX_EXACT_WORDS:
+    if not found and len(normalised(label).split()) <= MAX_EXACT_WORDS:
         found["exact_match"] = float(normalised(answer) == normalised(label))
     return found
 

@@ -327,8 +327,8 @@ def ask(model, exam, group, device: str, max_tokens: int, folder: Path, step: in
         return
     try:
         figures, line = answers.write(exam, tokens, folder)
-    except OSError as error:
-        log.say(f"step {step}: the answers could not be written ({error}); the run goes on")
+    except Exception as error:  # noqa: BLE001  a full disk, or what nobody thought of: no reason to end a run
+        log.say(f"step {step}: the answers could not be written ({type(error).__name__}: {error}); the run goes on")
         return
     log.write("answers", step, figures)
     log.say(f"step {step} answers | {line} | {time.monotonic() - started:.1f} s")
