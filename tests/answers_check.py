@@ -65,6 +65,7 @@ def answered(config, hf_dir: Path, scratch: Path, eos_id: int) -> list[list[int]
     exam.eos_id = eos_id
     state = torch.random.get_rng_state()
     tokens = answers.answer(model, exam, group, "cpu", MAX_TOKENS)
+    assert answers.answer(model, exam, group, "cpu", MAX_TOKENS, stop=lambda: True) is None
     assert torch.equal(state, torch.random.get_rng_state()) and all(chunk.training for chunk in model)
     parallel_state.destroy_model_parallel()
     return tokens.tolist()

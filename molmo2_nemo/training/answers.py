@@ -5,14 +5,14 @@ them share a packed row of the training length, each with free positions behind 
 forward pass of these rows, as in training and without a cache of keys and values: it is right wherever training is.
 Each data-parallel replica answers some of the rows. What `write` leaves in the run's folder:
 
-    samples/step_XXXXXXXX/answers.json    a list, in the order of the questions: source, key, style, question, label,
-                                          answer, scores, and where there is something to see or to say, picture, correct
+    samples/step_XXXXXXXX/answers.json    a list in the order of the questions: source, key, style, question, label,
+                                          answer, scores; picture where there is one, correct where it has a score
     samples/step_XXXXXXXX/00.png, ...     the picture or frames with labelled points (rings) and the answer's (dots)
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class Exam:
     questions: list[Question]
     encoder: Encoder | None
     batches: list[Batch] | None  # this replica's micro-batches
-    places: np.ndarray  # int64 [this replica's questions, 4]: question, micro-batch, row, position of the first answer token
+    places: np.ndarray  # int64 [this replica's questions, 4]: question, micro-batch, row, position the answer begins at
     count: int  # of the questions of all replicas
     eos_id: int
 
@@ -98,9 +98,9 @@ def prepare(config: Config, sources: list[Source], group: dist.ProcessGroup, run
     places, count, eos_id = shared[0]
     if not count:
         raise ConfigError(
-            f"train.generate_every={config.train.generate_every}, but the sources of data.blend={config.data.blend} hold "
-            f"out no question that fits into data.seq_length={config.data.seq_length} together with "
-            f"train.generate_max_tokens={config.train.generate_max_tokens}: set train.generate_every=0, or change these."
+            f"train.generate_every={config.train.generate_every}, but the sources of data.blend={config.data.blend} "
+            f"hold out no question that fits into data.seq_length={config.data.seq_length} together with "
+            f"train.generate_max_tokens={config.train.generate_max_tokens}: change these or set train.generate_every=0."
         )
     return Exam(questions, encoder, batches, places, count, eos_id)
 
@@ -238,10 +238,12 @@ def with_room(prompt: Plan, max_tokens: int, pad_id: int) -> Plan:
 # Decoding
 
 
-def answer(model, exam: Exam, group: dist.ProcessGroup, device: str, max_tokens: int) -> Tensor:
+def answer(
+    model, exam: Exam, group: dist.ProcessGroup, device: str, max_tokens: int, stop: Callable[[], bool] = lambda: False
+) -> Tensor | None:
     """Greedy answers, int64 [all questions, max_tokens] on every rank, NO_TOKEN behind the end. Collective.
 
-    group: the ranks of this replica.
+    group: the ranks of this replica. stop: asked before every token, the same on all ranks; true: None is returned.
     """
     batches_from = BatchSource(iter(exam.batches) if exam.batches is not None else None, group, device)
     batches = list(iter(batches_from.next, None))
@@ -250,17 +252,24 @@ def answer(model, exam: Exam, group: dist.ProcessGroup, device: str, max_tokens:
     for chunk in model:
         chunk.eval()
     with torch.no_grad():
-        tokens[places[:, 0]] = generate(model, batches, places[:, 1:], max_tokens, exam.eos_id, group)
+        own = generate(model, batches, places[:, 1:], max_tokens, exam.eos_id, group, stop)
     for chunk in model:
         chunk.train()
+    if own is None:
+        return None
+    tokens[places[:, 0]] = own
     dist.all_reduce(tokens, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
     return tokens
 
 
-def generate(model, batches: list[dict], places: Tensor, max_tokens: int, eos_id: int, group) -> Tensor:
+def generate(
+    model, batches: list[dict], places: Tensor, max_tokens: int, eos_id: int, group: dist.ProcessGroup,
+    stop: Callable[[], bool],
+) -> Tensor | None:  # fmt: skip
     """Fill in the rows of `batches` from `places`, int64 [N, 3] (micro-batch, row, position), micro-batches in order.
 
-    Returns int64 [N, max_tokens], EOS included, NO_TOKEN behind it. All ranks of all replicas run as many passes.
+    Returns int64 [N, max_tokens], EOS included, NO_TOKEN behind it; None if `stop` said so. All ranks of all replicas
+    run as many passes.
     """
     ranks, pp = dist.get_process_group_ranks(group), parallel_state.get_pipeline_model_parallel_world_size()
     decides = ranks[-(len(ranks) // pp)]  # the first rank of the last pipeline stage: its ranks are the last ones
@@ -268,6 +277,8 @@ def generate(model, batches: list[dict], places: Tensor, max_tokens: int, eos_id
     tokens = torch.full((len(places), max_tokens), NO_TOKEN, dtype=torch.int64, device=places.device)
     goes_on = torch.ones(len(places), dtype=torch.bool, device=places.device)
     for step in range(max_tokens):
+        if stop():
+            return None
         for number, batch in enumerate(batches):
             own = places[places[:, 0] == number, 1:]
             batch["logit_positions"] = own + torch.tensor([0, step - 1], device=own.device)
@@ -306,7 +317,7 @@ def next_tokens(model, batches: list[dict]) -> Tensor | None:
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """Index of the largest of all tensor-parallel ranks' logits, [N, V / t] each; of equal ones the lowest. int64 [N]."""
+    """Index of the largest of all tensor-parallel ranks' logits [N, V / t], of equal ones the lowest. int64 [N]."""
     group = parallel_state.get_tensor_model_parallel_group()
     largest, index = logits.nan_to_num(nan=torch.finfo(logits.dtype).min).max(dim=1)  # some token, whatever happened
     best = largest.clone()

@@ -231,7 +231,13 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             log.say(f"step {step} validation | loss {loss:.4f} ({by_source}) | {figures['rows']} rows{note}")
             log.interval()
         if exam is not None and reason is None and (step % t.generate_every == 0 or last):
-            ask(model, exam, group, device, t.generate_max_tokens, run_dir / "samples" / f"step_{step:08d}", step, log)
+            # A signal in the meantime ends it: what Slurm leaves for saving is short.
+            tokens = answers.answer(
+                model, exam, group, device, t.generate_max_tokens, lambda: request.reason(device) is not None
+            )
+            seconds = log.interval()
+            if tokens is not None and log.main:
+                write_answers(exam, tokens, run_dir / "samples" / f"step_{step:08d}", step, seconds, log)
             log.interval()
         if step % t.save_every == 0 or last:
             state = save_state(loader) if loader is not None else None
@@ -319,19 +325,17 @@ def validate(config: Config, model, loader, group, device: str, sources: list) -
     return losses.reduce() | {"data": data.by_source(), "note": data.note()}
 
 
-def ask(model, exam, group, device: str, max_tokens: int, folder: Path, step: int, log: RunLog) -> None:
-    """Answer the held-out questions, log the scores, leave answers and pictures in the folder. Collective."""
-    started = time.monotonic()
-    tokens = answers.answer(model, exam, group, device, max_tokens)
-    if not log.main:
-        return
+def write_answers(
+    exam: answers.Exam, tokens: torch.Tensor, folder: Path, step: int, seconds: float, log: RunLog
+) -> None:  # fmt: skip
+    """Log the scores, leave answers and pictures in the folder. seconds: it took to answer."""
     try:
         figures, line = answers.write(exam, tokens, folder)
     except Exception as error:  # noqa: BLE001  a full disk, or what nobody thought of: no reason to end a run
         log.say(f"step {step}: the answers could not be written ({type(error).__name__}: {error}); the run goes on")
         return
-    log.write("answers", step, figures)
-    log.say(f"step {step} answers | {line} | {time.monotonic() - started:.1f} s")
+    log.write("answers", step, {**figures, "seconds": seconds})
+    log.say(f"step {step} answers | {line}, {seconds:.1f} s")
 
 
 def banner(config: Config, device: str, precision: str, sources: list) -> str:
