@@ -12,7 +12,7 @@ from conftest import python, succeeded, torchrun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sources import write_blend
+from sources import chat, write_blend
 
 from molmo2_nemo import report
 from molmo2_nemo.config import ConfigError, check
@@ -20,6 +20,7 @@ from molmo2_nemo.data import blend, sample_world
 from molmo2_nemo.data.encode import Encoder
 from molmo2_nemo.data.points import Points, format_points, parse
 from molmo2_nemo.data.processor import build_processor
+from molmo2_nemo.data.shards import write_shards
 from molmo2_nemo.hf.architecture import hf_config
 from molmo2_nemo.training import answers, score
 
@@ -166,13 +167,16 @@ def hf_dir(tmp_path_factory):
     """The tiny model with random weights, saved by transformers."""
     from transformers import Molmo2ForConditionalGeneration
 
-    torch.manual_seed(3)
+    torch.manual_seed(4)
     config = configuration("x", "sample_stage2", "x", [])
     model = Molmo2ForConditionalGeneration(hf_config(config.model)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Large enough that attention is not uniform and tokens do not only depend on the one before.
-            parameter.mul_(2) if parameter.dim() > 1 else torch.nn.init.normal_(parameter, parameter.mean().item(), 0.3)
+            # Large enough that tokens do not depend on the one before alone, and that pictures matter.
+            if parameter.dim() > 1:
+                parameter.mul_(10 if "vision" in name or "adapter" in name else 2)
+            else:
+                torch.nn.init.normal_(parameter, parameter.mean().item(), 0.3)
     folder = tmp_path_factory.mktemp("hf") / "tiny"
     model.save_pretrained(folder)
     build_processor(config.data.tokenizer, config.model.vision).save_pretrained(folder)  # the geometry of crops
@@ -216,9 +220,10 @@ def test_tokens_are_those_of_transformers_at_every_layout(data, hf_dir, tmp_path
     eos_id = next(t for t, count in ends.items() if 0 < count < len(questions) and not any(t == e[0] for e in endless))
     expected = [generated(model, question, token_ids, eos_id) for question in questions]
     assert len({tuple(tokens) for tokens in expected}) > 5, "the model says much the same whatever it is asked"
-    number = next(i for i, question in enumerate(questions) if question.seconds)
-    blind = replace(questions[number], pixels=(questions[number].pixels[0] * 0, questions[number].pixels[1]))
-    assert generated(model, blind, token_ids, None) != endless[number], "the model does not see"
+    for number in (i for i, question in enumerate(questions) if question.seconds or len(question.plan.images) > 1):
+        blind = replace(questions[number], pixels=(questions[number].pixels[0] * 0, questions[number].pixels[1]))
+        assert generated(model, blind, token_ids, None) != endless[number], "the model does not see"
+        assert generated(model, questions[number], token_ids[:0], None) != endless[number], "a causal mask would do"
     assert len(set(map(len, expected))) > 1 and max(map(len, expected)) == MAX_TOKENS
     expected = [tokens + [answers.NO_TOKEN] * (MAX_TOKENS - len(tokens)) for tokens in expected]
     arguments = ["tests/answers_check.py", *data, folder]
@@ -297,6 +302,23 @@ def test_rows_hold_every_question_once_with_room_for_its_answer(data, tmp_path):
     for row in rows:
         assert sum(questions[i].plan.num_tokens + MAX_TOKENS for i in row) <= config.data.seq_length
         assert sum(questions[i].plan.num_crops for i in row) <= config.data.max_crops
+
+
+def test_broken_samples_are_passed_over_and_what_is_not_held_out_is_not_asked(tmp_path):
+    good, image = json.dumps(chat("Why?", "So.")).encode(), {"part": "img0.png", "width": 84, "height": 84}
+    samples = {
+        "not_json": {"json": b"{"}, "no_picture": {"json": json.dumps(chat(images=[image])).encode()}, "good": {"json": good},
+        "broken_picture": {"json": json.dumps(chat(images=[image])).encode(), "img0.png": b"\x89PNG"},
+        "too_long": {"json": json.dumps(chat("Why?", "So. " * 400)).encode()},
+    }  # fmt: skip
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_shards(folder, {"train": [("seen", {"json": good})], "val": list(samples.items())})
+    config = configuration(tmp_path, write_blend(tmp_path / "blend.yaml", "mine"), tmp_path, [])
+    encoder, sources = Encoder(config.data, config.model.vision), blend.load_blend(config.data)
+    assert [q.key for q in answers.choose(config.data, encoder, sources, tmp_path, 5)] == ["good"]
+    unseen = [replace(source, num_validation_samples=0) for source in sources]
+    assert answers.choose(config.data, encoder, unseen, tmp_path, 5) == []
 
 
 def test_impossible_settings_are_refused(data, tmp_path):

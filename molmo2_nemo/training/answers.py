@@ -7,7 +7,7 @@ Each data-parallel replica answers some of the rows. What `write` leaves in the 
 
     samples/step_XXXXXXXX/answers.json    a list in the order of the questions: source, key, style, question, label,
                                           answer, scores; picture where there is one, correct where it has a score
-    samples/step_XXXXXXXX/00.png, ...     the picture or frames with labelled points (rings) and the answer's (dots)
+    samples/step_XXXXXXXX/00.png, ...     the picture or frames with labelled points (green) and the answer's (orange)
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from molmo2_nemo.training.step import MODEL_INPUTS, iterators
 # Samples are read for a question until so many times as many as wanted were of no use.
 PATIENCE = 20
 # Pictures of a question that are shown: those with points first. Pixels of the longer side of each.
-MAX_PICTURES, PICTURE_SIDE = 4, 378
+MAX_PICTURES, PICTURE_SIDE = 4, 280
 # Okabe and Ito's green and vermilion, which the colour-blind can tell apart; radii in pixels.
 LABELLED, ANSWERED = ((0, 158, 115), 9), ((213, 94, 0), 4)
 NO_TOKEN = -1
@@ -176,9 +176,12 @@ def read_question(sample: RawSample, source: Source, data: DataConfig, encoder: 
 
 
 def deal(questions: list[Question], max_tokens: int, data: DataConfig) -> list[list[int]]:
-    """Indices of the questions of each row: first fit, by tokens with those of the answer, and by crops."""
+    """Indices of the questions of each row: first fit, by tokens with those of the answer, and by crops.
+
+    Those with short answers come first, so that rows are finished together.
+    """
     rows, room = [], []
-    for number, question in enumerate(questions):
+    for number, question in sorted(enumerate(questions), key=lambda pair: len(pair[1].label)):
         tokens, crops = question.plan.num_tokens + max_tokens, question.plan.num_crops
         fitting = (i for i, (free, places) in enumerate(room) if free >= tokens and places >= crops)
         row = next(fitting, len(rows))
@@ -246,7 +249,7 @@ def answer(
     group: the ranks of this replica. stop: asked before every token, the same on all ranks; true: None is returned.
     """
     batches_from = BatchSource(iter(exam.batches) if exam.batches is not None else None, group, device)
-    batches = list(iter(batches_from.next, None))
+    batches = [batch | {"input_ids": batch["input_ids"].clone()} for batch in iter(batches_from.next, None)]
     places = torch.from_numpy(exam.places).to(device)
     tokens = torch.full((exam.count, max_tokens), NO_TOKEN, dtype=torch.int64, device=device)
     for chunk in model:
@@ -269,32 +272,39 @@ def generate(
     """Fill in the rows of `batches` from `places`, int64 [N, 3] (micro-batch, row, position), micro-batches in order.
 
     Returns int64 [N, max_tokens], EOS included, NO_TOKEN behind it; None if `stop` said so. All ranks of all replicas
-    run as many passes.
+    run as many passes, on as many micro-batches.
     """
     ranks, pp = dist.get_process_group_ranks(group), parallel_state.get_pipeline_model_parallel_world_size()
     decides = ranks[-(len(ranks) // pp)]  # the first rank of the last pipeline stage: its ranks are the last ones
     is_last = parallel_state.is_pipeline_last_stage()  # whatever piece of it
+    multiple = pp if len(model) > 1 else 1  # of the interleaved schedule's micro-batches
     tokens = torch.full((len(places), max_tokens), NO_TOKEN, dtype=torch.int64, device=places.device)
     goes_on = torch.ones(len(places), dtype=torch.bool, device=places.device)
+    running = list(range(len(batches)))
     for step in range(max_tokens):
         if stop():
             return None
-        for number, batch in enumerate(batches):
+        for number in running:
             own = places[places[:, 0] == number, 1:]
-            batch["logit_positions"] = own + torch.tensor([0, step - 1], device=own.device)
-        chosen = next_tokens(model, batches)
+            batches[number]["logit_positions"] = own + torch.tensor([0, step - 1], device=own.device)
+        asked = torch.isin(places[:, 0], torch.tensor(running, device=places.device))
+        chosen = next_tokens(model, [batches[number] for number in running])
         if not is_last:
-            chosen = torch.empty(len(places), dtype=torch.int64, device=places.device)
+            chosen = torch.empty(int(asked.sum()), dtype=torch.int64, device=places.device)
         if group.size() > 1:
             dist.broadcast(chosen, decides, group=group)
-        tokens[goes_on, step] = chosen[goes_on]
-        for number, batch in enumerate(batches):
-            rows, at = batch["logit_positions"].unbind(1)
-            batch["input_ids"][rows, at + 1] = chosen[places[:, 0] == number]
-        goes_on &= chosen != eos_id
-        anybody = goes_on.any().to(torch.int32)
-        dist.all_reduce(anybody, op=dist.ReduceOp.MAX)
-        if not anybody:
+        for number in running:
+            rows, at = batches[number]["logit_positions"].unbind(1)
+            batches[number]["input_ids"][rows, at + 1] = chosen[places[asked, 0] == number]
+        tokens[asked & goes_on, step] = chosen[goes_on[asked]]
+        goes_on[asked] &= chosen != eos_id
+        # Micro-batches in which no replica has anything left to say are left out.
+        unfinished = torch.zeros(len(batches), dtype=torch.int32, device=places.device)
+        unfinished[places[goes_on, 0]] = 1
+        dist.all_reduce(unfinished, op=dist.ReduceOp.MAX)
+        order = unfinished.argsort(descending=True, stable=True).tolist()
+        running = sorted(order[: -(-int(unfinished.sum()) // multiple) * multiple])
+        if not running:
             break
     return tokens
 
@@ -382,7 +392,7 @@ def visuals(question: Question, patch_size: int) -> Iterator[Visual]:
 
 
 def draw(question: Question, text: str, encoder: Encoder) -> Image.Image | None:
-    """The picture of an answer, side by side with others of the same question; None without images or video."""
+    """The picture of an answer, or several of them side by side; None without images or video."""
     seen = list(visuals(question, encoder.visual.patch_size))
     if not seen:
         return None
@@ -397,11 +407,12 @@ def draw(question: Question, text: str, encoder: Encoder) -> Image.Image | None:
         for marks, (colour, radius) in ((labelled, LABELLED), (answered, ANSWERED)):
             picture = np.asarray(draw_marks(picture, marks, number, colour, radius))
         drawn.append(picture)
-    width, height = sum(p.shape[1] for p in drawn) + 4 * (len(drawn) - 1), max(p.shape[0] for p in drawn)
-    whole, at = Image.new("RGB", (width, height), "white"), 0
-    for picture in drawn:
-        whole.paste(Image.fromarray(picture), (at, 0))
-        at += picture.shape[1] + 4
+    # Two in a row, each in a cell of the largest one's size.
+    width, height = (max(picture.shape[axis] for picture in drawn) + 4 for axis in (1, 0))
+    columns = min(2, len(drawn))
+    whole = Image.new("RGB", (columns * width - 4, -(-len(drawn) // columns) * height - 4), "white")
+    for number, picture in enumerate(drawn):
+        whole.paste(Image.fromarray(picture), (number % columns * width, number // columns * height))
     return whole
 
 
