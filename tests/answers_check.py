@@ -2,8 +2,7 @@
 
     python answers_check.py DATA_ROOT BLEND HF_DIR OUT.json EOS_ID
 
-With one rank there is one layout; with two, all of LAYOUTS that have two ranks, one after the other. EOS_ID: the token
-that ends an answer.
+All of LAYOUTS for this number of ranks, one after the other. EOS_ID: the token that ends an answer.
 """
 
 import json
@@ -31,6 +30,12 @@ LAYOUTS = {
         "CP 2": ["context_parallel_size=2"],
         "CP 2, all_gather": ["context_parallel_size=2", "cp_comm_type=all_gather"],
         "DP 2": [],
+    },
+    # By hand: the tests' machine has two cores.
+    4: {
+        "TP 2 + SP, CP 2": ["tensor_model_parallel_size=2", "sequence_parallel=true", "context_parallel_size=2"],
+        "TP 2, PP 2": ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"],
+        "PP 2, interleaved, DP 2": ["pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"],
     },
 }  # fmt: skip
 MAX_TOKENS = 24
