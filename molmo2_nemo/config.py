@@ -652,6 +652,11 @@ def check_settings(cfg: Config, world_size: int) -> None:
     for key in ("keep_every", "generate_every", "generate_examples", "vision_chunk_crops"):
         _refuse(getattr(t, key) < 0, f"train.{key}={getattr(t, key)} must not be negative.")
     _refuse(
+        t.generate_every > 0 and not (t.generate_examples > 0 and 0 < t.generate_max_tokens <= cfg.data.seq_length // 2),
+        f"train.generate_every={t.generate_every} needs train.generate_examples={t.generate_examples} of at least 1, and "
+        f"train.generate_max_tokens={t.generate_max_tokens} between 1 and half of data.seq_length={cfg.data.seq_length}.",
+    )
+    _refuse(
         t.stop_after_minutes is not None and not t.stop_after_minutes > 0,
         f"train.stop_after_minutes={t.stop_after_minutes} must be above 0, or null for no limit.",
     )

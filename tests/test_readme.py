@@ -42,7 +42,7 @@ def test_files_named_in_the_readme_exist():
 @pytest.mark.ranks
 def test_quickstart_from_sample_data_to_answers(tmp_path):
     """The quickstart itself, shortened: the same stages, export, questions and report; again, it keeps the stages."""
-    command = ["tools/quickstart.sh", "train.max_steps=12", "train.validation_batches=1"]
+    command = ["tools/quickstart.sh", "train.max_steps=12", "train.validation_batches=1", "train.generate_max_tokens=4"]
     result = succeeded(run(command, timeout=1200, QUICKSTART_RUNS=str(tmp_path / "runs")))
     rows = re.findall(r"^(stage\d) .*? +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d,]+) +(\d+)$", result.stdout, re.M)
     assert [row[0] for row in rows] == ["stage1", "stage2", "stage3"]

@@ -33,7 +33,8 @@ stage() {  # stage NUMBER RECIPE LAYOUT [OVERRIDE...]
   say "stage $number: $recipe on 2 CPU ranks, parallel=$layout"
   local started=$SECONDS
   .venv/bin/torchrun --standalone --nproc-per-node 2 "recipes/$recipe.py" model=tiny data=sample schedule=quickstart \
-    optim=from_scratch parallel="$layout" name=quickstart run_dir="$runs/stage$number" train.log_every=50 "$@" \
+    optim=from_scratch parallel="$layout" name=quickstart run_dir="$runs/stage$number" train.log_every=50 \
+    train.generate_every=1000 train.generate_examples=15 "$@" \
     2> >(tee "$runs/stage$number.err" >&2) || { echo "stage $number failed; its own error is above and in $runs/stage$number.err" >&2; exit 1; }
   echo $((SECONDS - started)) > "$runs/stage$number/seconds"
 }

@@ -157,7 +157,13 @@ class Encoder:
         """
         if len(example.images) > self.data.max_images:
             return dropped("too_many_images")
-        conversations = converse(example, rng, self.data.prompts)
+        return self.plan_conversations(example, converse(example, rng, self.data.prompts), rng, options)
+
+    def plan_conversations(
+        self, example: Example, conversations: list[Conversation], rng: np.random.Generator,
+        options: SourceOptions = PLAIN,
+    ) -> Plan:  # fmt: skip
+        """The same with conversations that are written already."""
         if len(conversations) > 1:
             conversations = [conversations[i] for i in rng.permutation(len(conversations))]
         high_res = len(example.images) == 1 and rng.random() < options.high_res_probability

@@ -229,8 +229,14 @@ def colour_of(index: int) -> tuple[int, int, int]:
     return COLOURS[index % len(COLOURS)]
 
 
-def draw_marks(picture: np.ndarray, answer: Answer, visual: int) -> Image.Image:
-    """The picture, enlarged if it is small, with the answer's points on it, each with its object's number."""
+def draw_marks(
+    picture: np.ndarray, answer: Answer, visual: int, colour: tuple[int, int, int] | None = None,
+    mark_radius: int = MARK_RADIUS,
+) -> Image.Image:  # fmt: skip
+    """The picture, enlarged if it is small, with the answer's points on it, each with its object's number.
+
+    colour: of all points; None: each object has its own.
+    """
     scale = max(1, round(MARKED_SIDE / max(picture.shape)))
     image = Image.fromarray(picture)
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
@@ -244,11 +250,9 @@ def draw_marks(picture: np.ndarray, answer: Answer, visual: int) -> Image.Image:
             font_size=15, stroke_width=2, stroke_fill="black",
         )  # fmt: skip
     for mark, (x, y) in zip(marks, centres):
-        for radius, colour in ((MARK_RADIUS + 2, "black"), (MARK_RADIUS + 1, "white")):
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
-        draw.ellipse(
-            (x - MARK_RADIUS, y - MARK_RADIUS, x + MARK_RADIUS, y + MARK_RADIUS), colour_of(mark.object)
-        )  # fmt: skip
+        own = colour_of(mark.object) if colour is None else colour
+        for radius, fill in ((mark_radius + 2, "black"), (mark_radius + 1, "white"), (mark_radius, own)):
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
     return image
 
 

@@ -66,6 +66,7 @@ MAX_REPORT = 300
 SECONDS_BETWEEN_LOOKS = 0.01
 # The blend as Energon reads it, in the run's folder.
 METADATASET = "energon_blend.yaml"
+HELD_OUT_METADATASET = "energon_questions.yaml"  # the sources that questions are taken from
 
 
 @edataclass
@@ -242,6 +243,13 @@ class Molmo2TaskEncoder(TaskEncoder):
         )
 
 
+class HeldOutSamples(Molmo2TaskEncoder):
+    """Stops after the first step: samples of all sources in turn, as they lie in the shards."""
+
+    def build_val_datasets(self, *, datasets, worker_config, **_):
+        return RoundRobin([self._load_dataset(d, 0, worker_config) for d in datasets], worker_config=worker_config)
+
+
 class Loader:
     """Iterates an Energon loader; `close()` stops its workers, and so does the end of the process."""
 
@@ -387,6 +395,26 @@ def validation_loader(
             task_encoder=encoder,
         )
         return ValidationLoader(get_loader(dataset))
+
+
+def held_out_samples(data: DataConfig, encoder: Encoder, sources: list[Source], run_dir: Path) -> Iterator[RawSample]:
+    """The undecoded samples of the held-out split, one of each source in turn; read in this process.
+
+    Each has its source's name in __subflavors__["source"]. Nothing comes where nothing is held out.
+    """
+    sources = [source for source in sources if source.num_validation_samples]
+    if not sources:
+        return
+    path = Path(run_dir) / HELD_OUT_METADATASET
+    write_metadataset(sources, path)
+    with _quiet():
+        dataset = get_val_dataset(
+            str(path.absolute()), worker_config=_worker_config(0, 1, 0, None, data.seed), batch_size=1,
+            task_encoder=HeldOutSamples(data, encoder, sources),
+        )  # fmt: skip
+        loader = get_loader(dataset)
+    loader.pin_memory = False
+    yield from loader
 
 
 def save_state(loader: TrainLoader) -> bytes:

@@ -73,7 +73,7 @@ class Molmo2(LanguageModule):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, vision_mask: Tensor,
         crops: Tensor | None = None, pooling: Tensor | None = None, vision_units: Tensor | None = None,
-        labels: Tensor | None = None, loss_weights: Tensor | None = None,
+        labels: Tensor | None = None, loss_weights: Tensor | None = None, logit_positions: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Token losses, logits, or the hidden states for the next stage.
 
@@ -81,7 +81,9 @@ class Molmo2(LanguageModule):
         the first stage only. With s = S / context parallel size this returns, on the last stage, when `labels` (int64)
         and `loss_weights` (float32, both [B, S]) are given, float32 [2, B, s]: cross entropy and squared log-partition
         of this rank's part of the rows, 0 where the weight is 0. Without labels, this tensor-parallel rank's slice of
-        the logits, [B, s, padded V / tensor parallel size]. On other stages [s, B, H].
+        the logits, [B, s, padded V / tensor parallel size]; with `logit_positions` (int64 [N, 2], rows and positions
+        in them) only of these, float32 [N, padded V / tensor parallel size], all N on every context parallel rank. On
+        other stages [s, B, H].
         """
         S = input_ids.shape[1]
         cp_size = self.cp_group.size()
@@ -103,6 +105,9 @@ class Molmo2(LanguageModule):
         if not self.post_process:
             return hidden
         tied = self.embedding.word_embeddings.weight if self.pre_process and self.model.tie_embeddings else None
+        if logit_positions is not None:
+            weight = self.output_layer.weight if tied is None else tied
+            return self._mask_padding((self._chosen(hidden, logit_positions, local) @ weight.t()).float())
         if labels is None:
             logits, _ = self.output_layer(hidden, weight=tied)
             return self._mask_padding(logits.float()).transpose(0, 1)
@@ -118,6 +123,17 @@ class Molmo2(LanguageModule):
         result = torch.zeros(2, *positions.shape, dtype=torch.float32, device=hidden.device)
         result[:, positions] = torch.stack(losses)
         return result.transpose(1, 2)
+
+    def _chosen(self, hidden: Tensor, positions: Tensor, local: slice) -> Tensor:
+        """Hidden states at (row, position), [N, 2] -> [N, H], out of those of all ranks that share the rows."""
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        rows, at = positions.unbind(1)
+        own = (at >= local.start) & (at < local.stop)
+        chosen = hidden[torch.where(own, at - local.start, 0), rows].masked_fill(~own[:, None], 0)
+        if self.cp_group.size() > 1:
+            torch.distributed.all_reduce(chosen, group=self.cp_group)
+        return chosen
 
     def _dropout_positions(self, loss_weights: Tensor | None, local: slice) -> Tensor | None:
         """bool [s, B, 1] of this rank's hidden states where residuals are dropped out; None: everywhere."""

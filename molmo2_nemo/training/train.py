@@ -25,7 +25,7 @@ from molmo2_nemo.config import (
 )
 from molmo2_nemo.data import blend
 from molmo2_nemo.data.loader import save_state, train_loader, validation_loader
-from molmo2_nemo.training import checkpoint, survive
+from molmo2_nemo.training import answers, checkpoint, survive
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog, memory_gib, train_line
 from molmo2_nemo.training.optimizer import (
@@ -158,6 +158,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
         log.say(loader.note)
     if loader is not None and loader.dealt_anew:
         log.say("training data dealt out anew: what was not trained on yet comes first, in another order")
+    exam = answers.prepare(config, sources, group, run_dir) if t.generate_every else None
     batches_from = BatchSource(iter(loader) if loader is not None else None, group, device)
     replicas = parallel_state.get_data_parallel_world_size()
     micro_batches = t.global_batch_size // (t.micro_batch_size * replicas)
@@ -247,6 +248,15 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             loss = figures["loss"] or math.nan
             log.say(f"step {step} validation | loss {loss:.4f} ({by_source}) | {figures['rows']} rows{note}")
             log.interval()
+        if exam is not None and reason is None and (step % t.generate_every == 0 or last):
+            # A signal in the meantime ends it: what Slurm leaves for saving is short.
+            tokens = answers.answer(
+                model, exam, group, device, t.generate_max_tokens, lambda: request.reason(device) is not None
+            )
+            seconds = log.interval()
+            if tokens is not None and log.main:
+                write_answers(exam, tokens, run_dir / "samples" / f"step_{step:08d}", step, seconds, log)
+            log.interval()
         if step % t.save_every == 0 or last:
             stacks.at(step, "checkpoint")
             state = save_state(loader) if loader is not None else None
@@ -333,6 +343,19 @@ def validate(config: Config, model, loader, group, device: str, sources: list) -
     for chunk in model:
         chunk.train()
     return losses.reduce() | {"data": data.by_source(), "note": data.note()}
+
+
+def write_answers(
+    exam: answers.Exam, tokens: torch.Tensor, folder: Path, step: int, seconds: float, log: RunLog
+) -> None:  # fmt: skip
+    """Log the scores, leave answers and pictures in the folder. seconds: it took to answer."""
+    try:
+        figures, line = answers.write(exam, tokens, folder)
+    except Exception as error:  # noqa: BLE001  a full disk, or what nobody thought of: no reason to end a run
+        log.say(f"step {step}: the answers could not be written ({type(error).__name__}: {error}); the run goes on")
+        return
+    log.write("answers", step, {**figures, "seconds": seconds})
+    log.say(f"step {step} answers | {line}, {seconds:.1f} s")
 
 
 def banner(config: Config, device: str, precision: str, sources: list) -> str:
