@@ -213,6 +213,7 @@ class TrainConfig:
     save_every: int = 1000
     keep_last: int = 3
     keep_every: int = 0  # checkpoints of steps that are multiples of this stay; 0: none but the last
+    async_checkpoint: str = "auto"  # written while training goes on: auto (on cuda) | true | false
     stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1"])  # save, then end
     stop_after_minutes: Optional[float] = None  # the same after so long, counted from the start of the process
     max_skipped_steps: int = 10  # in a row with a loss or gradient that is not finite; then the run ends
@@ -295,6 +296,7 @@ def to_dataclass(cfg: DictConfig) -> Config:
     config = OmegaConf.to_object(cfg)
     config.model.tokenizer = tokenizer_location(config.model.tokenizer)
     config.data.tokenizer = tokenizer_location(config.data.tokenizer)
+    config.train.async_checkpoint = config.train.async_checkpoint.lower()  # true is a boolean to Hydra
     return config
 
 
@@ -513,6 +515,7 @@ def check(cfg: Config, world_size: int) -> None:
     t, p = cfg.train, cfg.parallel
     _check_choice("train.device", t.device, ("auto", "cpu", "cuda"))
     _check_choice("train.precision", t.precision, ("auto", "fp32", "bf16", "fp8"))
+    _check_choice("train.async_checkpoint", t.async_checkpoint, ("auto", "true", "false"))
     _check_choice("optim.decay", cfg.optim.decay, ("cosine", "linear", "constant"))
     for key in (
         "max_steps", "micro_batch_size", "global_batch_size", "save_every", "keep_last", "log_every", "max_skipped_steps",

@@ -108,7 +108,8 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     parallel.initialize(config.parallel, device, t.timeout_minutes, t.seed)
     precision = parallel.resolve_precision(t, device)
     optim, tied = config.optim, config.model.tie_embeddings
-    ddp = {"use_distributed_optimizer": device == "cuda", **config.ddp}
+    # Also for one rank on a CPU: its state can be continued at any layout, a plain optimizer's by a plain one alone.
+    ddp = {"use_distributed_optimizer": True, **config.ddp}
     schedule = getattr(config.schedule, config.stage)
     model = build_model(
         config.model, config.parallel, device, precision, config.transformer, ddp,
@@ -124,7 +125,26 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     counts = parameter_table(model)
     log.say("rank 0 trains (freezes): " + ", ".join(f"{c} {n:,} ({f:,})" for c, (n, f) in counts.items()))
 
+    asynchronous = device == "cuda" if t.async_checkpoint == "auto" else t.async_checkpoint == "true"
+    saver = checkpoint.Saver(run_dir / "checkpoints", t.keep_last, t.keep_every, asynchronous)
     step, tokens_seen, counted, saved = 0, 0, {}, []
+
+    def tell(outcome: checkpoint.Saved | None) -> None:
+        """Say what became of a save, if it has ended."""
+        if outcome is None:
+            return
+        failed = outcome.failure is not None
+        log.write("checkpoint", step, {"seconds": outcome.held_up, "written_in": outcome.seconds, "failed": int(failed)})
+        behind = f", training waited {outcome.held_up:.1f} s" if asynchronous else ""
+        log.say(
+            f"step {outcome.step} was not saved: {outcome.failure}" if failed
+            else f"saved {outcome.path} in {outcome.seconds:.1f} s{behind}"
+        )  # fmt: skip
+
+    def end(message: str) -> NoReturn:
+        tell(saver.finish())
+        stop(message, run_dir, step)
+
     if start.resume is not None:
         marker = checkpoint.load(start.resume, model, optimizer)
         step, tokens_seen, counted = marker["step"], marker.get("tokens_seen", 0), marker.get("data", {})
@@ -171,7 +191,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             log.say(f"broken sample: {line}")
         too_broken = data.too_broken(config.data.max_error_rate, config.data.blend)
         if too_broken:
-            stop(too_broken, run_dir, step)
+            end(too_broken)
         rates = set_learning_rates(optimizer, config, step)
         for chunk in model:
             chunk.zero_grad_buffer()
@@ -179,11 +199,10 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
         total_weight = global_weight(batches)
         if not total_weight > 0:
             lost = "; ".join(data.lines()) or "nothing was dropped"
-            stop(
+            end(
                 f"step {step}: no token of the global batch carries loss ({lost}): check "
-                f"data.blend={config.data.blend} and data.seq_length={config.data.seq_length}.",
-                run_dir, step,
-            )  # fmt: skip
+                f"data.blend={config.data.blend} and data.seq_length={config.data.seq_length}."
+            )
         weighted = forward_backward(model, batches, total_weight, z_loss=optim.z_loss)
         updated, norms = clip_and_step(optimizer, optim.clip_grad, all(bool(x.isfinite().all()) for x in weighted))
         if updated:
@@ -199,12 +218,12 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
                 f"{in_batch}; skipped {skipped_in_a_row} in a row, {skipped} in all"
             )
             if skipped_in_a_row >= t.max_skipped_steps:
-                stop(
+                end(
                     f"step {step}: loss or gradient was not finite in {skipped_in_a_row} steps in a row "
                     f"(train.max_skipped_steps); sources in the last batch: {in_batch}. The newest checkpoint is from "
-                    "before these steps: look at these sources, or lower optim.*.lr.",
-                    run_dir, step,
+                    "before these steps: look at these sources, or lower optim.*.lr."
                 )
+        tell(saver.poll())
         reason = request.reason(device)
         last = step == t.max_steps or reason is not None
         if step % t.log_every == 0 or last or step == 1:
@@ -231,16 +250,18 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             log.interval()
         if step % t.save_every == 0 or last:
             state = save_state(loader) if loader is not None else None
-            started = time.monotonic()
-            path, failure = checkpoint.save(
-                run_dir / "checkpoints", step, model, optimizer, state,
-                {**info, "tokens_seen": tokens_seen, "data": data.by_source()}, config_yaml, t.keep_last, t.keep_every,
-            )  # fmt: skip
-            if failure is not None and last:
-                stop(f"step {step} could not be saved: {failure}. The checkpoints before it are whole.", run_dir, step)
-            seconds = time.monotonic() - started
-            log.write("checkpoint", step, {"seconds": seconds, "failed": int(failure is not None)})
-            log.say(f"saved {path} in {seconds:.1f} s" if failure is None else f"step {step} was not saved: {failure}")
+            tell(saver.finish())  # one at a time
+            saver.begin(
+                step, model, optimizer, state, {**info, "tokens_seen": tokens_seen, "data": data.by_source()}, config_yaml
+            )
+            if last or not asynchronous:
+                outcome = saver.finish()
+                if last and outcome.failure is not None:
+                    stop(
+                        f"step {step} could not be saved: {outcome.failure}. The checkpoints before it are whole.",
+                        run_dir, step,
+                    )  # fmt: skip
+                tell(outcome)
             log.interval()
         if reason is not None:
             break
