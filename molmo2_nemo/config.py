@@ -209,7 +209,8 @@ class TrainConfig:
     seed: int = 6198
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "auto"  # auto (fp32 on cpu, bf16 on cuda) | fp32 | bf16 | fp8
-    init_from: Optional[str] = None  # checkpoint whose weights start this stage
+    # Whose weights start this stage: a checkpoint, a run, a Hugging Face Molmo2, or [Qwen3 or OLMo 3, SigLIP 2].
+    init_from: Any = None
     save_every: int = 1000
     keep_last: int = 3
     keep_every: int = 0  # checkpoints of steps that are multiples of this stay; 0: none but the last
@@ -309,12 +310,14 @@ def tokenizer_location(name: str) -> str:
 def fill_from_hf(cfg: DictConfig) -> None:
     """Replace `cfg.model` by the architecture of `cfg.model.hf_path`, a Hugging Face folder."""
     from molmo2_nemo.hf.architecture import model_config_from_hf
+    from molmo2_nemo.hf.convert import head_is_tied
 
     model = model_config_from_hf(Path(cfg.model.hf_path))
     tokenizer = None if OmegaConf.is_missing(cfg.model, "tokenizer") else cfg.model.tokenizer
     if tokenizer is not None:
         model.tokenizer = tokenizer
     model.hf_path = cfg.model.hf_path
+    model.tie_embeddings = head_is_tied(Path(cfg.model.hf_path))
     OmegaConf.update(cfg, "model", OmegaConf.structured(model), merge=False)
 
 
@@ -515,6 +518,12 @@ def check(cfg: Config, world_size: int) -> None:
     t, p = cfg.train, cfg.parallel
     _check_choice("train.device", t.device, ("auto", "cpu", "cuda"))
     _check_choice("train.precision", t.precision, ("auto", "fp32", "bf16", "fp8"))
+    given = t.init_from
+    _refuse(
+        not (given is None or isinstance(given, str))
+        and not (isinstance(given, list) and len(given) == 2 and all(isinstance(folder, str) for folder in given)),
+        f"train.init_from={given} must be one folder, or two: 'train.init_from=[LLM_DIR,SIGLIP2_DIR]'.",
+    )
     _check_choice("train.async_checkpoint", t.async_checkpoint, ("auto", "true", "false"))
     _check_choice("optim.decay", cfg.optim.decay, ("cosine", "linear", "constant"))
     for key in (

@@ -126,14 +126,20 @@ def import_base_models(
         check_base_models(llm, vision, model)
     family, text, tower = model_type(llm), _Prefixed(llm, "model."), _Prefixed(vision, "vision_model.")
 
+    def table(name: str, shape_only: bool) -> Tensor:
+        rows = text.get(name, shape_only)
+        if rows.shape[0] < model.vocab_size:
+            raise KeyError(f"{llm}: {name} has {rows.shape[0]} rows, not {model.vocab_size}")
+        return rows[: model.vocab_size]
+
     def read(name: str, shape_only: bool = False) -> Tensor:
         """A released tensor that one of the folders has."""
         if name.startswith("model.vision_backbone."):
             parts = [tower.get(part, shape_only) for part in base_parts(name, "siglip")]
         elif name == EMBEDDING_PARTS[0] or (name == "lm_head.weight" and name not in text.weights):
-            parts = [text.get("embed_tokens.weight", shape_only)[: model.vocab_size]]
+            parts = [table("embed_tokens.weight", shape_only)]
         elif name == "lm_head.weight":
-            parts = [text.get(name, shape_only)[: model.vocab_size]]
+            parts = [table(name, shape_only)]
         else:
             parts = [text.get(part, shape_only) for part in base_parts(name, family)]
         tensor = torch.cat(parts)

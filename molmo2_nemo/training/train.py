@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from molmo2_nemo import checkpoint_dir, parallel
 from molmo2_nemo.config import (
@@ -36,6 +37,7 @@ from molmo2_nemo.training.optimizer import (
     parameter_table,
     set_learning_rates,
 )
+from molmo2_nemo.training.start import Start, converted, find_start
 from molmo2_nemo.training.step import build_model, forward_backward, global_names, global_weight, load_weights
 
 
@@ -51,13 +53,17 @@ def run_stage(cfg: DictConfig) -> None:
             sources = blend.load_blend(config.data)
             blend.check_shards(sources, config.data.max_error_rate)
         start = find_start(config)
-        (Path(config.run_dir) / survive.ENDED).unlink(missing_ok=True)
+        if rank == 0:
+            (Path(config.run_dir) / survive.ENDED).unlink(missing_ok=True)
         progress = {"step": 0}
         with survive.told_in_one_line(Path(config.run_dir), progress):
             train(config, device, sources, start, OmegaConf.to_yaml(cfg, resolve=True), progress)
     except ConfigError as error:
         # Before the ranks are joined all of them find the same error; later it may be one rank's own.
         if rank == 0 or dist.is_initialized():
+            # Where the configuration does not even say which folder is the run's, there is none to write to.
+            with contextlib.suppress(OSError, OmegaConfBaseException):
+                survive.write_ended(Path(cfg.run_dir), "config error", 0, str(error))
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -71,34 +77,13 @@ def user_errors():
         raise ConfigError(str(error)) from error
 
 
-def stop(message: str, run_dir: Path, step: int) -> NoReturn:
+def stop(message: str, run_dir: Path, step: int, reason: str = "error") -> NoReturn:
     """End the run for what all ranks have found alike. Collective; one of them says so."""
     if dist.get_rank() == 0:
-        survive.write_ended(run_dir, "error", step, message=message)
+        survive.write_ended(run_dir, reason, step, message)
         print(f"error: {message}", file=sys.stderr, flush=True)
     dist.barrier()
     sys.exit(2)
-
-
-@dataclasses.dataclass
-class Start:
-    """Where the weights come from: a checkpoint of this run, the weights of another, or nowhere (random)."""
-
-    resume: Path | None
-    init_from: Path | None
-    ignored: list[str]
-
-
-def find_start(config: Config) -> Start:
-    """Newest complete checkpoint of the run directory, else train.init_from. Raises ConfigError on a damaged one."""
-    resume, ignored = checkpoint_dir.latest_complete(Path(config.run_dir) / "checkpoints")
-    if resume is not None:
-        return Start(resume, None, ignored)
-    if config.train.init_from is None:
-        return Start(None, None, ignored)
-    init_from = checkpoint_dir.resolve(config.train.init_from)
-    checkpoint_dir.read_marker(init_from)
-    return Start(None, init_from, ignored)
 
 
 def train(config: Config, device: str, sources: list, start: Start, config_yaml: str, progress: dict) -> None:
@@ -107,6 +92,15 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     t, run_dir = config.train, Path(config.run_dir)
     parallel.initialize(config.parallel, device, t.timeout_minutes, t.seed)
     precision = parallel.resolve_precision(t, device)
+    log = RunLog(run_dir, 1, config.name, config_yaml, t.wandb_project)
+    log.say(banner(config, device, precision, sources))
+    for line in start.ignored:
+        log.say(f"ignored: {line}")
+    init_from = start.init_from
+    if start.hugging_face:
+        init_from, failure = converted(start.hugging_face, config, log.say)
+        if failure is not None:
+            stop(f"train.init_from={t.init_from}: {failure}", run_dir, 0, "config error")
     optim, tied = config.optim, config.model.tie_embeddings
     # Also for one rank on a CPU: its state can be continued at any layout, a plain optimizer's by a plain one alone.
     ddp = {"use_distributed_optimizer": True, **config.ddp}
@@ -118,10 +112,6 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     )  # fmt: skip
     check_freeze_patterns([name for chunk in unwrap_model(model) for name, _ in global_names(chunk)], optim)
     optimizer = build_optimizer(config, model, precision)
-    log = RunLog(run_dir, 1, config.name, config_yaml, t.wandb_project)
-    log.say(banner(config, device, precision, sources))
-    for line in start.ignored:
-        log.say(f"ignored: {line}")
     counts = parameter_table(model)
     log.say("rank 0 trains (freezes): " + ", ".join(f"{c} {n:,} ({f:,})" for c, (n, f) in counts.items()))
 
@@ -156,10 +146,10 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             )
         log.say(f"resumed step {step} from {start.resume}")
         log.write("resume", step, {})
-    elif start.init_from is not None:
-        load_weights(model, start.init_from)
+    elif init_from is not None:
+        load_weights(model, init_from)
         optimizer.reload_model_params()
-        log.say(f"weights from {start.init_from}")
+        log.say(f"weights from {init_from}")
     else:
         log.say("weights: random (train.init_from=CHECKPOINT starts from trained ones)")
 
