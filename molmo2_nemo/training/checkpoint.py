@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config import ConfigError
+from molmo2_nemo.training.optimizer import load_optimizer_state
 from molmo2_nemo.training.step import load_model_state, refuse_other_architecture, sharded_model_state
 
 # Optimizer shards of the distributed optimizer are gathered to whole parameters, so that any layout can read them.
@@ -287,7 +288,7 @@ def load(checkpoint: Path, model, optimizer) -> dict:
             "to start from its weights alone."
         ) from error
     load_model_state(model, loaded)
-    optimizer.load_state_dict(loaded["optimizer"])
+    load_optimizer_state(optimizer, loaded["optimizer"])
     return marker
 
 
