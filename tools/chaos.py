@@ -161,7 +161,7 @@ def main() -> None:
     alone.start()
     if alone.wait() != 0:
         sys.exit(f"error: the run left alone failed: {(alone.folder / 'console.txt').read_text()[-2000:]}")
-    dice, lost, hung = random.Random(args.seed), 0, 0
+    dice, lost, hung, failed = random.Random(args.seed), 0, 0, 0
     print(f"{'round':>5}  {'blow':7} {'saves':5} {'moment':16} {'exit':>5}  newest checkpoint", flush=True)
     for number in range(1, args.rounds + 1):
         kind = KINDS[(number - 1) % len(KINDS)]
@@ -170,6 +170,7 @@ def main() -> None:
         done = strike(struck, kind, dice)
         status = struck.wait()
         hung += status is None
+        failed += done == "ended before" and bool(status)
         after = _newest(struck.folder)
         lost += after < before
         shown = "hung" if status is None else status
@@ -185,14 +186,14 @@ def main() -> None:
         step for step in range(1, args.steps + 1)
         if step not in found or any(found[step][key] != expected[step][key] for key in SAME)
     ]  # fmt: skip
-    passed = status == 0 and not different and not lost and not hung
+    passed = status == 0 and not (different or lost or hung or failed)
     print(
-        f"{args.rounds} rounds: {lost} checkpoints lost, {hung} hung, steps that differ from the run left alone: "
-        f"{', '.join(map(str, different)) or 'none'}; loss of step {args.steps}: {found.get(args.steps, {}).get('loss')} "
+        f"{args.rounds} rounds: {lost} checkpoints lost, {hung} hung, {failed} failed by themselves, steps that differ "
+        f"from the run left alone: {', '.join(map(str, different)) or 'none'}; loss of step {args.steps}: {found.get(args.steps, {}).get('loss')} "
         f"and {expected[args.steps]['loss']}"
     )
-    print(json.dumps({"bench": "chaos", "rounds": args.rounds, "lost": lost, "hung": hung, "different": different,
-                      "passed": passed}))  # fmt: skip
+    print(json.dumps({"bench": "chaos", "rounds": args.rounds, "lost": lost, "hung": hung, "failed": failed,
+                      "different": different, "passed": passed}))  # fmt: skip
     sys.exit(0 if passed else 1)
 
 
