@@ -12,7 +12,7 @@ moment and then does one of these:
     stop      SIGUSR1 to one rank, which is a request to save and end
 
 Checkpoints are written asynchronously in every other start, or in all, or in none (--async-checkpoint). After the last
-round the run goes to its end. Every step's loss, gradient norms and data must be those of the run left alone,
+round the run goes to its end; one that is there before is compared, and another begun. Every step's loss, gradient norms and data must be those of the run left alone,
 to the last bit. Needs the sample data (tools/make_sample_data.py --out data/sample), or --data DIR. No GPU.
 """
 
@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,7 @@ def main() -> None:
     if alone.wait() != 0:
         sys.exit(f"error: the run left alone failed: {(alone.folder / 'console.txt').read_text()[-2000:]}")
     dice, lost, hung, failed = random.Random(args.seed), 0, 0, 0
+    lived, different = 1, []
     print(f"{'round':>5}  {'blow':7} {'saves':5} {'moment':16} {'exit':>5}  newest checkpoint", flush=True)
     for number in range(1, args.rounds + 1):
         kind = KINDS[(number - 1) % len(KINDS)]
@@ -175,26 +177,33 @@ def main() -> None:
         lost += after < before
         shown = "hung" if status is None else status
         print(f"{number:5}  {kind:7} {saves:5} {done:16} {shown:>5}  {before} -> {after}", flush=True)
-        if after == args.steps:
-            # Nothing left to disturb: take the last checkpoints away and go on from before.
-            for step in sorted((struck.folder / "checkpoints").glob("step_*"))[1:]:
-                subprocess.run(["rm", "-rf", str(step)], check=True)
+        if after == args.steps and number < args.rounds:
+            # Nothing left to disturb: look at the whole curve, and begin another run.
+            lived += 1
+            different += differing(struck, alone, args.steps)
+            shutil.rmtree(struck.folder)
     struck.start()
     status = struck.wait()
+    different += differing(struck, alone, args.steps)
     expected, found = alone.records(), struck.records()
-    different = [
-        step for step in range(1, args.steps + 1)
-        if step not in found or any(found[step][key] != expected[step][key] for key in SAME)
-    ]  # fmt: skip
     passed = status == 0 and not (different or lost or hung or failed)
     print(
-        f"{args.rounds} rounds: {lost} checkpoints lost, {hung} hung, {failed} failed by themselves, steps that differ "
+        f"{args.rounds} rounds, {lived} runs to the end: {lost} checkpoints lost, {hung} hung, {failed} failed by themselves, steps that differ "
         f"from the run left alone: {', '.join(map(str, different)) or 'none'}; loss of step {args.steps}: {found.get(args.steps, {}).get('loss')} "
         f"and {expected[args.steps]['loss']}"
     )
     print(json.dumps({"bench": "chaos", "rounds": args.rounds, "lost": lost, "hung": hung, "failed": failed,
                       "different": different, "passed": passed}))  # fmt: skip
     sys.exit(0 if passed else 1)
+
+
+def differing(struck: Run, alone: Run, steps: int) -> list[int]:
+    """Steps that are missing, or not the same to the last bit."""
+    found, expected = struck.records(), alone.records()
+    return [
+        step for step in range(1, steps + 1)
+        if step not in found or any(found[step][key] != expected[step][key] for key in SAME)
+    ]  # fmt: skip
 
 
 def _newest(folder: Path) -> int:
