@@ -214,10 +214,12 @@ class TrainConfig:
     seed: int = 6198
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "auto"  # auto (fp32 on cpu, bf16 on cuda) | fp32 | bf16 | fp8
-    init_from: Optional[str] = None  # checkpoint whose weights start this stage
+    # Whose weights start this stage: a checkpoint, a run, a Hugging Face Molmo2, or [Qwen3 or OLMo 3, SigLIP 2].
+    init_from: Any = None
     save_every: int = 1000
     keep_last: int = 3
     keep_every: int = 0  # checkpoints of steps that are multiples of this stay; 0: none but the last
+    async_checkpoint: str = "auto"  # written while training goes on: auto (on cuda) | true | false
     stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1"])  # save, then end
     stop_after_minutes: Optional[float] = None  # the same after so long, counted from the start of the process
     max_skipped_steps: int = 10  # in a row with a loss or gradient that is not finite; then the run ends
@@ -303,6 +305,7 @@ def to_dataclass(cfg: DictConfig) -> Config:
     config = OmegaConf.to_object(cfg)
     config.model.tokenizer = tokenizer_location(config.model.tokenizer)
     config.data.tokenizer = tokenizer_location(config.data.tokenizer)
+    config.train.async_checkpoint = config.train.async_checkpoint.lower()  # true is a boolean to Hydra
     return config
 
 
@@ -315,12 +318,14 @@ def tokenizer_location(name: str) -> str:
 def fill_from_hf(cfg: DictConfig) -> None:
     """Replace `cfg.model` by the architecture of `cfg.model.hf_path`, a Hugging Face folder."""
     from molmo2_nemo.hf.architecture import model_config_from_hf
+    from molmo2_nemo.hf.convert import head_is_tied
 
     model = model_config_from_hf(Path(cfg.model.hf_path))
     tokenizer = None if OmegaConf.is_missing(cfg.model, "tokenizer") else cfg.model.tokenizer
     if tokenizer is not None:
         model.tokenizer = tokenizer
     model.hf_path = cfg.model.hf_path
+    model.tie_embeddings = head_is_tied(Path(cfg.model.hf_path))
     OmegaConf.update(cfg, "model", OmegaConf.structured(model), merge=False)
 
 
@@ -644,6 +649,13 @@ def check_settings(cfg: Config, world_size: int) -> None:
     check_data(cfg.data, cfg.model.vision, p, multiple)
     _check_choice("train.device", t.device, ("auto", "cpu", "cuda"))
     _check_choice("train.precision", t.precision, ("auto", "fp32", "bf16", "fp8"))
+    given = t.init_from
+    _refuse(
+        not (given is None or isinstance(given, str))
+        and not (isinstance(given, list) and len(given) == 2 and all(isinstance(folder, str) for folder in given)),
+        f"train.init_from={given} must be one folder, or two: 'train.init_from=[LLM_DIR,SIGLIP2_DIR]'.",
+    )
+    _check_choice("train.async_checkpoint", t.async_checkpoint, ("auto", "true", "false"))
     _check_choice("optim.decay", cfg.optim.decay, ("cosine", "linear", "constant"))
     for key in (
         "max_steps", "micro_batch_size", "global_batch_size", "save_every", "keep_last", "log_every", "max_skipped_steps",

@@ -60,13 +60,14 @@ def _need(condition: bool, setting: str, what: str) -> None:
 def ddp_settings(config: Config, device: str) -> dict:
     """Fields of DistributedDataParallelConfig: the user's over our defaults.
 
-    On a GPU optimizer state is split over data-parallel ranks, and both of its collectives overlap with compute, as
-    Megatron's own recipes for GPUs have it: they cost nothing on one rank. On a CPU there is nothing to overlap.
+    Optimizer state is split over data-parallel ranks, also where there is one: only such a state can be continued at any
+    layout. On a GPU both of its collectives overlap with compute, as Megatron's own recipes have it; they cost nothing on
+    one rank. On a CPU there is nothing to overlap.
     """
     user = config.ddp
     overlaps = user.get("overlap_param_gather", device == "cuda" and user.get("use_distributed_optimizer", True))
     return {
-        "use_distributed_optimizer": device == "cuda" or overlaps,
+        "use_distributed_optimizer": True,
         "overlap_grad_reduce": device == "cuda" or overlaps,
         "overlap_param_gather": overlaps and user.get("overlap_grad_reduce", True),
         **user,

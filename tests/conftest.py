@@ -39,3 +39,11 @@ def hf_models(tmp_path_factory) -> dict[str, Path]:
 
     folder = tmp_path_factory.mktemp("hf")
     return {name: hf_models.save(name, folder) for name in hf_models.configs()}
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory) -> Path:
+    """The sample world, a tenth of it. Tests that change it copy it first."""
+    folder = tmp_path_factory.mktemp("data") / "sample"
+    succeeded(python("tools/make_sample_data.py", "--out", folder, "--scale", 0.1))
+    return folder

@@ -18,13 +18,6 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "sample"
-    succeeded(python("tools/make_sample_data.py", "--out", folder, "--scale", 0.1))
-    return folder
-
-
 def ended(run_dir) -> dict:
     return json.loads((run_dir / "ended.json").read_text())
 
@@ -34,11 +27,11 @@ def checkpoints(run_dir) -> list[str]:
 
 
 class Job:
-    """Two ranks in the background."""
+    """Ranks in the background."""
 
-    def __init__(self, run_dir, sample, *overrides):
+    def __init__(self, run_dir, sample, *overrides, ranks=2):
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *TINY,
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *TINY,
             f"data.root={sample}", f"run_dir={run_dir}", "train.max_steps=100000", *overrides,
         ]  # fmt: skip
         self.log = run_dir.with_suffix(".txt")
@@ -68,15 +61,16 @@ class Job:
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("signal_name", ["SIGUSR1", "SIGTERM"])
-def test_a_signal_to_one_rank_saves_and_ends_all(sample, tmp_path, signal_name):
-    job = Job(tmp_path / "run", sample)
+@pytest.mark.parametrize("signal_name, ranks, saves", [("SIGUSR1", 2, "true"), ("SIGTERM", 1, "false")])
+def test_a_signal_to_one_rank_saves_and_ends_all(sample, tmp_path, signal_name, ranks, saves):
+    job = Job(tmp_path / "run", sample, f"train.async_checkpoint={saves}", "train.save_every=2", ranks=ranks)
     job.wait_for("step 3/")
-    os.kill(job.ranks()[1], getattr(signal, signal_name))
+    os.kill(job.ranks()[-1], getattr(signal, signal_name))
     status, log = job.end()
     assert status == 0, log[-3000:]
     end = ended(tmp_path / "run")
-    assert end["reason"] == signal_name and checkpoints(tmp_path / "run") == [f"step_{end['step']:08d}"]
+    assert end["reason"] == signal_name and checkpoints(tmp_path / "run")[-1] == f"step_{end['step']:08d}"
+    assert not list((tmp_path / "run" / "checkpoints").glob(".step*"))
     assert f"ended at step {end['step']} ({signal_name})" in log and "Traceback" not in log
 
 

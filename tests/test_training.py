@@ -7,15 +7,12 @@ import shutil
 import pytest
 from conftest import python, run, succeeded, torchrun
 
+from molmo2_nemo.config import Config, ConfigError, TrainConfig
+from molmo2_nemo.hf.architecture import model_config_from_hf
+from molmo2_nemo.training.start import find_start
+
 TINY = ["model=tiny", "data=sample", "schedule=quickstart", "optim=from_scratch", "train.log_every=1"]
 SMALL = ["train.validation_batches=1", "train.global_batch_size=4", "train.micro_batch_size=2"]
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "sample"
-    succeeded(python("tools/make_sample_data.py", "--out", folder, "--scale", 0.1))
-    return folder
 
 
 def train(ranks, stage, run_dir, sample, *overrides):
@@ -42,7 +39,7 @@ LAYOUTS = {
     "tp2": (2, ["parallel=tp2"]),
     "pp2": (2, ["parallel=pp2", "parallel.num_layers_in_first_pipeline_stage=1"]),
     "cp2": (2, ["parallel=cp2"]),
-    "one_rank_distributed_optimizer": (1, ["ddp.use_distributed_optimizer=true"]),
+    "one rank": (1, []),
 }
 
 
@@ -55,14 +52,7 @@ def test_a_resumed_run_continues_the_curve_at_any_layout(layout, uninterrupted, 
     shutil.copytree(uninterrupted, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step_00000012")
     (run_dir / "metrics.jsonl").unlink()
-    if layout == "one_rank_distributed_optimizer":
-        # Its state is stored otherwise; a plain one cannot be read into it, and that must be said.
-        result = train(ranks, 2, run_dir, sample, "train.max_steps=12", *overrides)
-        if result.returncode != 0:
-            assert "use train.init_from" in result.stderr and "Traceback" not in result.stderr
-            return
-    else:
-        result = succeeded(train(ranks, 2, run_dir, sample, "train.max_steps=12", "train.save_every=6", *overrides))
+    result = succeeded(train(ranks, 2, run_dir, sample, "train.max_steps=12", "train.save_every=6", *overrides))
     assert re.search(r"resumed step 6 from .*step_00000006", result.stdout)
     before, after = losses(uninterrupted), losses(run_dir)
     assert sorted(after) == list(range(7, 13))
@@ -77,6 +67,65 @@ def test_a_resumed_run_continues_the_curve_at_any_layout(layout, uninterrupted, 
         assert after[step]["tokens"] == before[step]["tokens"]
         assert after[step]["tokens_seen"] == before[step]["tokens_seen"]
     assert losses(run_dir, "validation")[12]["rows"] == losses(uninterrupted, "validation")[12]["rows"]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_run_starts_from_base_models_and_from_hugging_face(sample, tmp_path):
+    """Rank 0 makes a checkpoint in the run's folder; exported as a Molmo2, it starts another run alike."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+    text = Qwen3Config(
+        hidden_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=24, num_hidden_layers=3, intermediate_size=256,
+        vocab_size=600, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, initializer_range=0.1,
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=84, patch_size=14
+    )
+    Qwen3ForCausalLM(text).save_pretrained(tmp_path / "llm")
+    SiglipVisionModel(vision).save_pretrained(tmp_path / "vision")
+    common = ["train.max_steps=2", "train.save_every=2"]
+    base = [*common, f"train.init_from=[{tmp_path / 'llm'},{tmp_path / 'vision'}]"]
+    result = succeeded(train(2, 2, tmp_path / "base", sample, *base))
+    start = tmp_path / "base" / "start" / "step_00000000"
+    assert f"weights from {start}" in result.stdout and result.stdout.count("making ") == 1
+    succeeded(python("tools/export_hf.py", start, tmp_path / "hf"))
+    succeeded(train(2, 2, tmp_path / "molmo2", sample, *common, f"train.init_from={tmp_path / 'hf'}"))
+    for step, record in losses(tmp_path / "base").items():
+        assert losses(tmp_path / "molmo2")[step]["loss"] == record["loss"]
+        assert losses(tmp_path / "molmo2")[step]["grad_norm"] == record["grad_norm"]
+    # Before a run has a checkpoint of its own, a second start finds what the first has made.
+    shutil.rmtree(tmp_path / "base" / "checkpoints")
+    result = succeeded(train(1, 2, tmp_path / "base", sample, *base))
+    assert f"weights from {start}" in result.stdout and "making " not in result.stdout
+
+
+def test_what_cannot_start_a_run_is_refused_in_one_sentence(hf_models, tmp_path):
+    def refused(init_from, **model):
+        architecture = model_config_from_hf(hf_models["olmo3"])
+        for key, value in model.items():
+            setattr(architecture, key, value)
+        given = TrainConfig(init_from=init_from if isinstance(init_from, list) else str(init_from))
+        with pytest.raises(ConfigError) as error:
+            find_start(Config(run_dir=str(tmp_path / "run"), model=architecture, train=given))
+        return str(error.value)
+
+    (tmp_path / "empty").mkdir()
+    assert "does not exist" in refused(tmp_path / "nothing")
+    assert "is an empty folder" in refused(tmp_path / "empty")
+    assert "is a file" in refused(hf_models["olmo3"] / "config.json")
+    assert "has model.hidden_size=48, this run has 64" in refused(hf_models["olmo3"], hidden_size=64)
+    for kind, sentence in (("llama", "only molmo2 can be read"), ("qwen3", r"half a model: give both")):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert sentence in refused(folder)
+    assert "a vision tower is one of siglip" in refused([str(tmp_path / "qwen3"), str(tmp_path / "llama")])
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(hf_models["olmo3"] / "config.json", pickled)
+    (pickled / "pytorch_model.bin").write_bytes(b"pickle")
+    assert "only safetensors are read, never pickles" in refused(pickled)
 
 
 @pytest.mark.slow
@@ -120,6 +169,8 @@ def test_what_users_do_wrong_ends_in_one_sentence(sample, tmp_path):
     missing = message("data.root=/nonexistent/place")
     assert "data.root=/nonexistent/place" in missing and "make_sample_data" in missing
     assert "does not exist" in message("train.init_from=/nonexistent/step_00000001")
+    end = json.loads((tmp_path / "run" / "ended.json").read_text())
+    assert end["reason"] == "config error" and "/nonexistent/step_00000001" in end["message"] and end["step"] == 0
     assert "train.device=cuda, but torch sees no GPU" in message("train.device=cuda")
 
 

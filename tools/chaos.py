@@ -1,6 +1,6 @@
 """Kill a small training run at random moments, again and again, and check that its loss curve is the undisturbed one.
 
-    python tools/chaos.py --rounds 30 [--ranks 2] [--steps 60] [--seed 1]
+    python tools/chaos.py --rounds 30 [--ranks 2] [--steps 60] [--seed 1] [--async-checkpoint alternate]
 
 One run is left alone. The other has the same settings and is started again after every round; a round waits for a random
 moment and then does one of these:
@@ -11,7 +11,8 @@ moment and then does one of these:
     writer    SIGKILL to all processes while a checkpoint is being written
     stop      SIGUSR1 to one rank, which is a request to save and end
 
-After the last round the run goes to its end. Every step's loss, gradient norms and data must be those of the run left alone,
+Checkpoints are written asynchronously in every other start, or in all, or in none (--async-checkpoint). After the last
+round the run goes to its end; one that is there before is compared, and another begun. Every step's loss, gradient norms and data must be those of the run left alone,
 to the last bit. Needs the sample data (tools/make_sample_data.py --out data/sample), or --data DIR. No GPU.
 """
 
@@ -19,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +31,6 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 KINDS = ("job", "rank", "worker", "writer", "stop")
 SAME = ("loss", "loss_by_source", "grad_norm", "tokens", "tokens_seen", "data")
-PATIENCE = 300  # seconds without a new step, or for ending after a blow
 
 
 class Run:
@@ -38,6 +39,7 @@ class Run:
     def __init__(self, folder: Path, args):
         self.folder, self.args = folder, args
         self.process = None
+        self.starts = 0
 
     def start(self) -> None:
         arguments = [
@@ -45,7 +47,9 @@ class Run:
             f"data.root={self.args.data}", f"run_dir={self.folder}", f"train.max_steps={self.args.steps}",
             "train.log_every=1", "train.save_every=4", "train.keep_last=2", "train.validation_batches=0",
             "train.global_batch_size=4", "train.micro_batch_size=1", "data.num_workers=2",
+            f"train.async_checkpoint={self.is_asynchronous()}",
         ]  # fmt: skip
+        self.starts += 1
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.args.ranks)]
         self.folder.mkdir(parents=True, exist_ok=True)
         log = open(self.folder / "console.txt", "a")
@@ -53,6 +57,10 @@ class Run:
             [sys.executable, *launcher, *arguments], cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         )  # fmt: skip
+
+    def is_asynchronous(self) -> bool:
+        choice = self.args.async_checkpoint
+        return self.starts % 2 == 0 if choice == "alternate" else choice == "true"
 
     def records(self) -> dict[int, dict]:
         """Step -> record; the last start that took a step has the say. A line cut by a kill is none."""
@@ -87,7 +95,7 @@ class Run:
     def wait(self) -> int | None:
         """The exit status; None if it does not end. Nothing of it is left alive."""
         try:
-            return self.process.wait(PATIENCE)
+            return self.process.wait(self.args.patience)
         except subprocess.TimeoutExpired:
             return None
         finally:
@@ -109,7 +117,7 @@ def strike(run: Run, kind: str, dice: random.Random) -> str:
     first = max(run.records(), default=0)
     # The first steps are taken after some seconds of imports; some blows fall before.
     target, early = first + dice.randint(0, 7), dice.random() < 0.1
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + run.args.patience
     while run.process.poll() is None and not early and time.monotonic() < deadline:
         if max(run.records(), default=0) >= target and (kind != "writer" or run.is_writing()):
             break
@@ -140,6 +148,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--async-checkpoint", choices=("true", "false", "alternate"), default="alternate")
+    parser.add_argument("--patience", type=float, default=600, help="seconds for a start to get going, and to end")
     parser.add_argument("--data", type=Path, default=REPOSITORY / "data" / "sample")
     parser.add_argument("--keep", type=Path, help="leave both runs in this folder")
     args = parser.parse_args()
@@ -152,39 +162,48 @@ def main() -> None:
     alone.start()
     if alone.wait() != 0:
         sys.exit(f"error: the run left alone failed: {(alone.folder / 'console.txt').read_text()[-2000:]}")
-    dice, lost, hung = random.Random(args.seed), 0, 0
-    print(f"{'round':>5}  {'blow':7} {'moment':16} {'exit':>5}  newest checkpoint")
+    dice, lost, hung, failed = random.Random(args.seed), 0, 0, 0
+    lived, different = 1, []
+    print(f"{'round':>5}  {'blow':7} {'saves':5} {'moment':16} {'exit':>5}  newest checkpoint", flush=True)
     for number in range(1, args.rounds + 1):
         kind = KINDS[(number - 1) % len(KINDS)]
-        before = _newest(struck.folder)
+        before, saves = _newest(struck.folder), "async" if struck.is_asynchronous() else "sync"
         struck.start()
         done = strike(struck, kind, dice)
         status = struck.wait()
         hung += status is None
+        failed += done == "ended before" and bool(status)
         after = _newest(struck.folder)
         lost += after < before
         shown = "hung" if status is None else status
-        print(f"{number:5}  {kind:7} {done:16} {shown:>5}  {before} -> {after}", flush=True)
-        if after == args.steps:
-            # Nothing left to disturb: take the last checkpoints away and go on from before.
-            for step in sorted((struck.folder / "checkpoints").glob("step_*"))[1:]:
-                subprocess.run(["rm", "-rf", str(step)], check=True)
+        print(f"{number:5}  {kind:7} {saves:5} {done:16} {shown:>5}  {before} -> {after}", flush=True)
+        if after == args.steps and number < args.rounds:
+            # Nothing left to disturb: look at the whole curve, and begin another run.
+            lived += 1
+            different += differing(struck, alone, args.steps)
+            shutil.rmtree(struck.folder)
     struck.start()
     status = struck.wait()
+    different += differing(struck, alone, args.steps)
     expected, found = alone.records(), struck.records()
-    different = [
-        step for step in range(1, args.steps + 1)
-        if step not in found or any(found[step][key] != expected[step][key] for key in SAME)
-    ]  # fmt: skip
-    passed = status == 0 and not different and not lost and not hung
+    passed = status == 0 and not (different or lost or hung or failed)
     print(
-        f"{args.rounds} rounds: {lost} checkpoints lost, {hung} hung, steps that differ from the run left alone: "
-        f"{', '.join(map(str, different)) or 'none'}; loss of step {args.steps}: {found.get(args.steps, {}).get('loss')} "
+        f"{args.rounds} rounds, {lived} runs to the end: {lost} checkpoints lost, {hung} hung, {failed} failed by themselves, steps that differ "
+        f"from the run left alone: {', '.join(map(str, different)) or 'none'}; loss of step {args.steps}: {found.get(args.steps, {}).get('loss')} "
         f"and {expected[args.steps]['loss']}"
     )
-    print(json.dumps({"bench": "chaos", "rounds": args.rounds, "lost": lost, "hung": hung, "different": different,
-                      "passed": passed}))  # fmt: skip
+    print(json.dumps({"bench": "chaos", "rounds": args.rounds, "lost": lost, "hung": hung, "failed": failed,
+                      "different": different, "passed": passed}))  # fmt: skip
     sys.exit(0 if passed else 1)
+
+
+def differing(struck: Run, alone: Run, steps: int) -> list[int]:
+    """Steps that are missing, or not the same to the last bit."""
+    found, expected = struck.records(), alone.records()
+    return [
+        step for step in range(1, steps + 1)
+        if step not in found or any(found[step][key] != expected[step][key] for key in SAME)
+    ]  # fmt: skip
 
 
 def _newest(folder: Path) -> int:

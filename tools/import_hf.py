@@ -1,8 +1,11 @@
 """Turn a Hugging Face Molmo2 folder into a checkpoint that a stage can start from (train.init_from=CKPT).
 
-Reads released and native tensor names, safetensors only, one tensor in memory at a time. Needs no GPU.
+Reads released and native tensor names, safetensors only, one tensor in memory at a time. Needs no GPU. With --llm and
+--vision, the language model is a Qwen3 or an OLMo 3, the vision tower a SigLIP 2, and the connector and the extra
+vocabulary's rows are drawn. A run does all this by itself where train.init_from names such folders.
 
     python tools/import_hf.py HF_DIR CKPT
+    python tools/import_hf.py --llm Qwen3-4B-Instruct-2507 --vision siglip2-so400m-patch14-384 CKPT
 """
 
 import argparse
@@ -10,24 +13,37 @@ import sys
 from pathlib import Path
 
 from molmo2_nemo.config import ConfigError
+from molmo2_nemo.hf.base_models import import_base_models
 from molmo2_nemo.hf.convert import import_hf
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="folder with config.json and *.safetensors")
+    parser.add_argument(
+        "hf_dir", type=Path, metavar="HF_DIR", nargs="?", help="a Molmo2: folder with config.json and *.safetensors"
+    )
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="new folder for the checkpoint")
+    parser.add_argument("--llm", type=Path, metavar="DIR", help="a Qwen3 or OLMo 3 instead of HF_DIR")
+    parser.add_argument("--vision", type=Path, metavar="DIR", help="its vision tower, a SigLIP 2")
+    parser.add_argument("--seed", type=int, default=6198, help="of what is drawn (train.seed)")
     parser.add_argument("--verbose", action="store_true", help="name every tensor as it is written")
     args = parser.parse_args()
+    if (args.llm is None) != (args.vision is None) or (args.llm is None) == (args.hf_dir is None):
+        parser.error("give HF_DIR, or both --llm and --vision")
+    progress = print if args.verbose else lambda line: None
     try:
         if args.checkpoint.exists():
             raise ConfigError(f"{args.checkpoint} exists: remove it or name another folder.")
-        model = import_hf(args.hf_dir, args.checkpoint, progress=print if args.verbose else lambda line: None)
+        if args.llm is None:
+            model = import_hf(args.hf_dir, args.checkpoint, progress)
+        else:
+            model = import_base_models(args.llm, args.vision, args.checkpoint, seed=args.seed, progress=progress)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     tied = "tied to the embedding" if model.tie_embeddings else "its own"
     print(f"{args.checkpoint}: {model.num_layers} decoder layers, {model.vit.num_layers} ViT layers, head {tied}")
-    print(f"start from it: model=hf model.hf_path={args.hf_dir} train.init_from={args.checkpoint}")
+    architecture = f"model=hf model.hf_path={args.hf_dir}" if args.llm is None else "model=NAME (of the same sizes)"
+    print(f"start from it: {architecture} train.init_from={args.checkpoint}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config import ConfigError, ModelConfig
 from molmo2_nemo.hf.architecture import hf_config, model_config_from_hf
-from molmo2_nemo.hf.names import EMBEDDING_PARTS, read_released, tensor_table
+from molmo2_nemo.hf.names import EMBEDDING_PARTS, NATIVE_EMBEDDING, read_released, tensor_table
 
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MODEL_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -51,9 +52,14 @@ class HuggingFaceWeights:
             return file.get_tensor(name)
 
     def shape_of(self, name: str) -> Tensor:
-        """A tensor of the right shape without memory."""
+        """A tensor of the right shape and type without memory."""
         with self._open(name) as file:
-            return torch.empty(file.get_slice(name).get_shape(), device="meta")
+            part = file.get_slice(name)
+            return torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.float32), device="meta")
+
+    def first_rows(self, name: str, rows: int) -> Tensor:
+        with self._open(name) as file:
+            return file.get_slice(name)[:rows]
 
 
 class _LazyPlanner(DefaultSavePlanner):
@@ -68,11 +74,25 @@ class _LazyPlanner(DefaultSavePlanner):
         return make() if make is not None else super().resolve_data(write_item)
 
 
-def import_hf(folder: Path, checkpoint: Path, progress: Callable[[str], None] = print) -> ModelConfig:
+def head_is_tied(folder: Path) -> bool:
+    """Whether a Molmo2's head is its embedding, by the first rows of both. False also for a folder without weights."""
+    try:
+        weights = HuggingFaceWeights(folder)
+    except ConfigError:
+        return False
+    table = next((name for name in (EMBEDDING_PARTS[0], NATIVE_EMBEDDING) if name in weights), None)
+    if table is None or "lm_head.weight" not in weights:
+        return False
+    return torch.equal(weights.first_rows(table, 64), weights.first_rows("lm_head.weight", 64))
+
+
+def import_hf(
+    folder: Path, checkpoint: Path, progress: Callable[[str], None] = print, info: dict | None = None
+) -> ModelConfig:
     """Write a checkpoint of the weights in a Hugging Face folder (released or native names). Returns its architecture.
 
-    A head equal to the base embedding, bit for bit, is stored once and marked tied. Raises ConfigError when the
-    folder lacks a tensor or has one of another shape.
+    A head equal to the base embedding, bit for bit, is stored once and marked tied. info: more for the marker. Raises
+    ConfigError when the folder lacks a tensor or has one of another shape.
     """
     model = model_config_from_hf(folder)
     weights = HuggingFaceWeights(folder)
@@ -106,7 +126,8 @@ def import_hf(folder: Path, checkpoint: Path, progress: Callable[[str], None] = 
 
         state[entry.key] = torch.empty(entry.shape, dtype=dtype, device="meta")
         make[entry.key] = build
-    write_checkpoint(checkpoint, model, state, make, {"step": 0, "stage": "imported", "source": str(folder)})
+    source = {"step": 0, "stage": "imported", "source": str(folder)}
+    write_checkpoint(checkpoint, model, state, make, source | (info or {}))
     return model
 
 

@@ -170,6 +170,37 @@ def native_parts(released: str) -> list[str]:
     return [name]
 
 
+# Where the tensors of a base model are: native name without its prefix -> the base model's own.
+_BASE_RULES = {
+    # OLMo 3 norms the output of a sublayer, and calls it so.
+    "olmo3": [
+        (r"\.post_attention_layernorm\.", ".post_feedforward_layernorm."),
+        (r"\.input_layernorm\.", ".post_attention_layernorm."),
+    ],
+    "qwen3": [],
+    "siglip": [
+        (r"^layers\.", "encoder.layers."),
+        (r"\.self_attn\.o_proj\.", ".self_attn.out_proj."),
+        (r"^patch_embedding\.", "embeddings.patch_embedding."),
+        (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    ],
+}  # fmt: skip
+
+
+def base_parts(released: str, family: str) -> list[str]:
+    """Names in a base model (`qwen3`, `olmo3`, `siglip`) whose rows, one above the other, make the released tensor.
+
+    Without the prefix that depends on the class it was saved from. Sources: the modules of transformers.
+    """
+    names = []
+    for name in native_parts(released):
+        name = re.sub(r"^model\.(language_model|vision_tower)\.", "", name)
+        for pattern, replacement in _BASE_RULES[family]:
+            name = re.sub(pattern, replacement, name)
+        names.append(name)
+    return names
+
+
 EMBEDDING_PARTS = ("model.transformer.wte.embedding", "model.transformer.wte.new_embedding")
 NATIVE_EMBEDDING = "model.language_model.embed_tokens.weight"
 

@@ -2,21 +2,27 @@
 
 import queue
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config import ConfigError
+from molmo2_nemo.training.optimizer import load_optimizer_state
 from molmo2_nemo.training.step import load_model_state, refuse_other_architecture, sharded_model_state
 
 # Optimizer shards of the distributed optimizer are gathered to whole parameters, so that any layout can read them.
@@ -36,54 +42,198 @@ def _state(model, optimizer, is_loading: bool) -> dict:
     }
 
 
-def save_sharded(state: dict, folder: Path) -> None:
-    """Megatron's distributed save of a sharded state dict into an empty folder. Collective."""
-    # Megatron collects what its writer threads report in a queue of a manager process: seconds to start, and it would
-    # outlive a rank that is killed. The threads are this process's own, so a plain queue will do.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(folder))
+class _Plan(TorchDistSaveShardedStrategy):
+    """Megatron's way to save, which shows what it planned: the writer, and the index on rank 0."""
+
+    def _get_save_and_finalize_callbacks(self, writer, planned, strategy):
+        self.writer, self.metadata = planned[0], planned[1]
+        return super()._get_save_and_finalize_callbacks(writer, planned, strategy)
 
 
-def save(
-    folder: Path, step: int, model, optimizer, loader_state, info: dict, config_yaml: str, keep_last: int,
-    keep_every: int = 0,
-) -> tuple[Path, str | None]:  # fmt: skip
-    """Write step_XXXXXXXX aside and publish it by rename. Collective.
+class ShardedSave:
+    """One distributed save of a sharded state dict into a folder.
 
-    All but the last `keep_last` are removed, those of steps that are multiples of `keep_every` stay. loader_state:
-    this data-parallel replica's, on the rank that has the loader, else None. Returns the directory and None, or why it
-    could not be written: then the checkpoints before it are as they were.
+    Megatron plans it; its asynchronous callers would then fork or spawn a process. Here a thread of the rank writes:
+    it can neither outlive the rank nor inherit its signal handlers and GPU context, and it holds the interpreter for
+    milliseconds at a time, since torch writes tensors without it.
     """
-    final = folder / checkpoint_dir.step_name(step)
-    state = _state(model, optimizer, is_loading=False)
-    failure, temporary = _no_room(folder, state), None
-    if failure is None:
-        failure, temporary = _on_rank_0(lambda: checkpoint_dir.aside(final))
+
+    def __init__(self, state: dict, folder: Path, asynchronous: bool, live_on_cpu: bool = True):
+        """Plan, and write, or let the thread write copies in host memory. Collective.
+
+        live_on_cpu: training goes on with what the state dict holds in host memory, so that this is copied, too.
+        """
+        # Megatron collects what its writer threads report in a queue of a manager process: seconds to start, and it
+        # would outlive a rank that is killed. The threads are this process's own, so a plain queue will do.
+        filesystem_async._results_queue = queue.Queue()
+        self.folder, self.plan = folder, _Plan()
+        request = dist_checkpointing.save(
+            state, str(folder), self.plan, async_sharded_save=True, async_strategy="mcore"
+        )  # fmt: skip
+        self.thread = None
+        if request.async_fn is None:
+            return  # nothing to write on this rank
+        rank, buckets, results = request.async_fn_args
+        staged = request.preload_fn()
+        if asynchronous and live_on_cpu:
+            staged = [_copied(before, after) for before, after in zip(buckets, staged)]
+        # The writer only counts them from here on; the tensors are the thread's.
+        self.plan.writer.write_buckets = [path for path, *_ in buckets]
+        self.thread = threading.Thread(target=request.async_fn, args=(rank, staged, results), daemon=True)
+        self.thread.start()
+        if not asynchronous:
+            self.thread.join()
+
+    def written(self) -> bool:
+        """Whether all ranks have written theirs. Collective."""
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        busy = self.thread is not None and self.thread.is_alive()
+        busy = torch.tensor(busy, dtype=torch.int32, device=device)
+        dist.all_reduce(busy, op=dist.ReduceOp.MAX)
+        return not busy
+
+    def wait(self) -> None:
+        """For this rank's thread."""
+        if self.thread is not None:
+            self.thread.join()
+
+    def finish(self, last: Callable[[], None] = lambda: None) -> str | None:
+        """Wait for the ranks, write the index and, on rank 0, do the `last` thing. Collective.
+
+        Returns None, or what went wrong on the first rank where something did. Megatron's own way to finish leaves the
+        other ranks in a collective when rank 0 cannot write.
+        """
+        self.wait()
+        results = self.plan.writer.retrieve_write_results()
+        failure = None
+        if not isinstance(results, list):
+            failure, results = f"rank {dist.get_rank()}: {_last_line(results[0])}", None
+        reports = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object((failure, results), reports)
+
+        def write_index():
+            for failure, _ in reports:
+                if failure is not None:
+                    raise OSError(failure)
+            self.plan.writer.finish(self.plan.metadata, [results for _, results in reports])
+            save_config(CheckpointingConfig(self.plan.backend, self.plan.version), str(self.folder))
+            last()
+
+        return _on_rank_0(write_index)[0]
+
+
+def _copied(before: tuple, after: tuple) -> tuple:
+    """A bucket (path, name, (bytes, tensors)) staged in host memory, where Megatron copies from GPUs alone."""
+    path, name, (data, tensors) = after
+    sources = [tensor for _, tensor in before[2][1]]
+    tensors = [(item, t.clone() if source.is_cpu else t) for source, (item, t) in zip(sources, tensors)]
+    return path, name, (data, tensors)
+
+
+def save_sharded(state: dict, folder: Path) -> None:
+    """Megatron's distributed save of a sharded state dict into an empty folder. Collective. Raises OSError."""
+    failure = ShardedSave(state, folder, asynchronous=False).finish()
     if failure is not None:
-        return final, failure
+        raise OSError(failure)
 
-    def write():
-        save_sharded(state, temporary)
-        if loader_state is not None:
-            (temporary / f"loader_dp{parallel_state.get_data_parallel_rank():03d}.state").write_bytes(loader_state)
 
-    def publish():
-        (temporary / "config.yaml").write_text(config_yaml)
-        checkpoint_dir.publish(temporary, final, unwrap_model(model)[0].model, {"step": step, **info})
-        kept = checkpoint_dir.find_checkpoints(folder)[:-keep_last]
-        for old in kept:
-            if not keep_every or checkpoint_dir.step_of(old) % keep_every:
-                shutil.rmtree(old)
+@dataclass
+class Saved:
+    """What became of a save. failure: None, or why there is no checkpoint; those before it are as they were."""
 
-    failure = _failure(write)
-    if failure is None:
-        failure, _ = _on_rank_0(publish)
-    if failure is not None:
-        failure += f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free in {folder})"
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier()
-    return final, failure
+    step: int
+    path: Path
+    failure: str | None
+    held_up: float  # seconds that training waited
+    seconds: float  # from the beginning to the end
+
+
+@dataclass
+class _Pending:
+    step: int
+    final: Path
+    begun: float
+    temporary: Path | None = None
+    write: ShardedSave | None = None
+    publish: Callable[[], None] | None = None
+    failure: str | None = None
+    held_up: float = 0.0
+
+
+class Saver:
+    """Writes checkpoints step_XXXXXXXX into `folder`, one at a time, aside, and publishes them by rename.
+
+    All but the last `keep_last` are removed, those of steps that are multiples of `keep_every` stay. asynchronous: the
+    tensors are copied to host memory and written while training goes on. All methods are collective.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0, asynchronous: bool = False):
+        self.folder, self.keep_last, self.keep_every, self.asynchronous = folder, keep_last, keep_every, asynchronous
+        self.pending = None
+
+    def begin(self, step: int, model, optimizer, loader_state: bytes | None, info: dict, config_yaml: str) -> None:
+        """Begin to save; `poll` or `finish` says what becomes of it. The save before must be finished.
+
+        loader_state: this data-parallel replica's, on the rank that has the loader, else None.
+        """
+        assert self.pending is None
+        self.pending = now = _Pending(step, self.folder / checkpoint_dir.step_name(step), time.monotonic())
+        state = _state(model, optimizer, is_loading=False)
+        # The distributed optimizer's state dict is gathered for this save.
+        live_on_cpu = dist.get_backend() != "nccl" or not model[0].ddp_config.use_distributed_optimizer
+        now.failure = _no_room(self.folder, state)
+        if now.failure is None:
+            now.failure, now.temporary = _on_rank_0(lambda: self._aside(now.final))
+        if now.failure is None:
+
+            def write():
+                if loader_state is not None:
+                    name = f"loader_dp{parallel_state.get_data_parallel_rank():03d}.state"
+                    (now.temporary / name).write_bytes(loader_state)
+                now.write = ShardedSave(state, now.temporary, self.asynchronous, live_on_cpu)
+
+            now.failure = _failure(write)
+        architecture = unwrap_model(model)[0].model
+
+        def publish():
+            (now.temporary / "config.yaml").write_text(config_yaml)
+            checkpoint_dir.publish(now.temporary, now.final, architecture, {"step": step, **info})
+            for old in checkpoint_dir.find_checkpoints(self.folder)[: -self.keep_last]:
+                if not self.keep_every or checkpoint_dir.step_of(old) % self.keep_every:
+                    shutil.rmtree(old)
+
+        now.publish, now.held_up = publish, time.monotonic() - now.begun
+
+    def poll(self) -> Saved | None:
+        """What became of the save that was begun, or None while ranks still write it. Does not wait for them."""
+        now = self.pending
+        if now is None or (now.failure is None and not now.write.written()):
+            return None
+        return self.finish()
+
+    def finish(self) -> Saved | None:
+        """Wait for the save that was begun, if there is one."""
+        now, self.pending = self.pending, None
+        if now is None:
+            return None
+        waits = time.monotonic()
+        if now.failure is None:
+            now.failure = now.write.finish(now.publish)
+        elif now.write is not None:
+            now.write.wait()
+        if now.failure is not None and dist.get_rank() == 0:
+            now.failure += f" ({shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB free in {self.folder})"
+            if now.temporary is not None:
+                shutil.rmtree(now.temporary, ignore_errors=True)
+        dist.barrier()
+        ends = time.monotonic()
+        return Saved(now.step, now.final, now.failure, now.held_up + ends - waits, ends - now.begun)
+
+    def _aside(self, final: Path) -> Path:
+        """Where to write it; what saves that were cut off have left behind goes."""
+        for left in self.folder.glob(".step_*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+        return checkpoint_dir.aside(final)
 
 
 def _no_room(folder: Path, state: dict) -> str | None:
@@ -143,7 +293,7 @@ def load(checkpoint: Path, model, optimizer) -> dict:
             "to start from its weights alone."
         ) from error
     load_model_state(model, loaded)
-    optimizer.load_state_dict(loaded["optimizer"])
+    load_optimizer_state(optimizer, loaded["optimizer"])
     return marker
 
 

@@ -15,6 +15,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
 from molmo2_nemo.config import COMPONENTS, Config, ConfigError, OptimConfig, component_of, is_frozen  # noqa: F401
@@ -41,9 +42,53 @@ def build_optimizer(cfg: Config, model: list[DistributedDataParallel], precision
     }
     try:
         config = OptimizerConfig(**{**values, **cfg.optimizer})
-        return get_megatron_optimizer(config, model, config_overrides=overrides)
+        optimizer = get_megatron_optimizer(config, model, config_overrides=overrides)
+        _start_torch_adam(optimizer)
+        return optimizer
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"Megatron refuses the optimizer settings {cfg.optimizer}: {error}") from error
+
+
+def _start_torch_adam(optimizer: MegatronOptimizer) -> None:
+    """Give torch's Adam inside a distributed optimizer its state before the first step: Megatron can neither save nor
+    load it without. Transformer Engine's and apex's need nothing."""
+    for part in _parts(optimizer):
+        if not _is_torch_adam(part):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                device = parameter.device if group["fused"] or group["capturable"] else None
+                part.optimizer.state[parameter].update(
+                    step=torch.zeros((), device=device), exp_avg=torch.zeros_like(parameter),
+                    exp_avg_sq=torch.zeros_like(parameter),
+                )  # fmt: skip
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict) -> None:
+    """What was loaded into the optimizer's sharded state dict goes into the optimizer.
+
+    Megatron 0.19 stumbles over the step that torch's Adam keeps with every parameter (Transformer Engine's and apex's
+    have one for all), and gives all parameters the same tensor for it, which each of them would then count up.
+    """
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    if not any(_is_torch_adam(part) for part in parts):
+        optimizer.load_state_dict(state)
+        return
+    states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
+    moments = [part_state.pop("param_state", None) for part_state in states]
+    optimizer.load_state_dict(state)
+    for part, part_moments in zip(parts, moments):
+        if part_moments is None:
+            continue
+        kept = part.optimizer.state
+        steps = {parameter: values.pop("step").clone() for parameter, values in kept.items()}
+        part.load_parameter_state_from_fully_reshardable(part_moments)
+        for parameter, step in steps.items():
+            kept[parameter]["step"] = step.clone()
+
+
+def _is_torch_adam(part: MegatronOptimizer) -> bool:
+    return isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam)
 
 
 def check_freeze_patterns(names: list[str], optim: OptimConfig) -> None:
@@ -67,8 +112,7 @@ def clip_and_step(
     norm or some rank's loss is not finite, weights and optimizer state stay as they are. max_norm: 0 clips nothing.
     One norm for each group as the public trainer has it (allenai/molmo2, olmo/train/optim.py).
     """
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    parts = [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+    parts = _parts(optimizer)
     found_inf = any([part.prepare_grads() for part in parts])
     # A rank whose part of the model is frozen has no optimizer, and takes part in the sums all the same.
     group = parts[0].get_grad_stats_parallel_group() if parts else parallel_state.get_model_parallel_group()
@@ -86,6 +130,12 @@ def clip_and_step(
             if max_norm > 0 and _parameters(part, component):
                 clip_grad_by_total_norm_fp32(_parameters(part, component), max_norm, norms[component], decoupled)
     return optimizer.step_with_ready_grads(), norms
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that have parameters on this rank."""
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
 
 
 def _parameters(optimizer: MegatronOptimizer, component: str) -> list[torch.nn.Parameter]:

@@ -53,14 +53,21 @@ class StopRequest:
         return "time limit" if code == _TIME_LIMIT else signal.Signals(code).name
 
 
-def write_ended(run_dir: Path, reason: str, step: int, **more) -> None:
-    """Leave a file that says why the run ended: `finished`, `time limit`, a signal's name, or `error`.
+def write_ended(run_dir: Path, reason: str, step: int, message: str = "") -> None:
+    """Leave ended.json in the run's folder: why it ended, for batch scripts, since launchers do not hand on exit codes.
 
-    A batch script reads it, since launchers do not hand on exit codes.
+    reason, and what a script should do:
+        finished        all steps are taken: start the next stage
+        time limit      train.stop_after_minutes is over; saved: start again
+        SIGUSR1, ...    a signal of train.stop_signals came; saved: start again
+        error           message says what: once more may help (a lost node, a full disk), for ever will not
+        config error    nothing was trained; message says which key: do not start again
+    step: the last one. The file is removed when a run starts; without it the run was killed, or could not write it.
     """
+    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / ENDED
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"reason": reason, "step": step, "time": time.time(), **more}) + "\n")
+    temporary.write_text(json.dumps({"reason": reason, "step": step, "message": message, "time": time.time()}) + "\n")
     temporary.rename(path)
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from molmo2_nemo import checkpoint_dir, gpu, parallel
 from molmo2_nemo.config import (
@@ -37,6 +38,7 @@ from molmo2_nemo.training.optimizer import (
     set_learning_rates,
 )
 from molmo2_nemo.training.speed import Speed, impossible_mfu
+from molmo2_nemo.training.start import Start, converted, find_start
 from molmo2_nemo.training.step import build_model, forward_backward, global_names, global_weight, load_weights
 
 
@@ -53,13 +55,17 @@ def run_stage(cfg: DictConfig) -> None:
             sources = blend.load_blend(config.data)
             blend.check_shards(sources, config.data.max_error_rate)
         start = find_start(config)
-        (Path(config.run_dir) / survive.ENDED).unlink(missing_ok=True)
+        if rank == 0:
+            (Path(config.run_dir) / survive.ENDED).unlink(missing_ok=True)
         progress = {"step": 0}
         with survive.told_in_one_line(Path(config.run_dir), progress):
             train(config, device, sources, start, OmegaConf.to_yaml(cfg, resolve=True), progress)
     except ConfigError as error:
         # Before the ranks are joined all of them find the same error; later it may be one rank's own.
         if rank == 0 or dist.is_initialized():
+            # Where the configuration does not even say which folder is the run's, there is none to write to.
+            with contextlib.suppress(OSError, OmegaConfBaseException):
+                survive.write_ended(Path(cfg.run_dir), "config error", 0, str(error))
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -73,34 +79,13 @@ def user_errors():
         raise ConfigError(str(error)) from error
 
 
-def stop(message: str, run_dir: Path, step: int) -> NoReturn:
+def stop(message: str, run_dir: Path, step: int, reason: str = "error") -> NoReturn:
     """End the run for what all ranks have found alike. Collective; one of them says so."""
     if dist.get_rank() == 0:
-        survive.write_ended(run_dir, "error", step, message=message)
+        survive.write_ended(run_dir, reason, step, message)
         print(f"error: {message}", file=sys.stderr, flush=True)
     dist.barrier()
     sys.exit(2)
-
-
-@dataclasses.dataclass
-class Start:
-    """Where the weights come from: a checkpoint of this run, the weights of another, or nowhere (random)."""
-
-    resume: Path | None
-    init_from: Path | None
-    ignored: list[str]
-
-
-def find_start(config: Config) -> Start:
-    """Newest complete checkpoint of the run directory, else train.init_from. Raises ConfigError on a damaged one."""
-    resume, ignored = checkpoint_dir.latest_complete(Path(config.run_dir) / "checkpoints")
-    if resume is not None:
-        return Start(resume, None, ignored)
-    if config.train.init_from is None:
-        return Start(None, None, ignored)
-    init_from = checkpoint_dir.resolve(config.train.init_from)
-    checkpoint_dir.read_marker(init_from)
-    return Start(None, init_from, ignored)
 
 
 def train(config: Config, device: str, sources: list, start: Start, config_yaml: str, progress: dict) -> None:
@@ -112,6 +97,16 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
         survive.record_collectives(run_dir)
     parallel.initialize(config.parallel, device, t.timeout_minutes, t.seed)
     precision = parallel.resolve_precision(t, device)
+    log = RunLog(run_dir, 1, config.name, config_yaml, t.wandb_project)
+    log.say(banner(config, device, precision, sources))
+    log.say(gpu.description(config, precision, device))
+    for line in start.ignored:
+        log.say(f"ignored: {line}")
+    init_from = start.init_from
+    if start.hugging_face:
+        init_from, failure = converted(start.hugging_face, config, log.say)
+        if failure is not None:
+            stop(f"train.init_from={t.init_from}: {failure}", run_dir, 0, "config error")
     optim, tied = config.optim, config.model.tie_embeddings
     if config.transformer.get("tp_comm_overlap"):
         gpu.initialize_user_buffers(config, precision)
@@ -125,15 +120,29 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     )  # fmt: skip
     check_freeze_patterns([name for chunk in unwrap_model(model) for name, _ in global_names(chunk)], optim)
     optimizer = build_optimizer(config, model, precision)
-    log = RunLog(run_dir, 1, config.name, config_yaml, t.wandb_project)
-    log.say(banner(config, device, precision, sources))
-    log.say(gpu.description(config, precision, device))
-    for line in start.ignored:
-        log.say(f"ignored: {line}")
     counts = parameter_table(model)
     log.say("rank 0 trains (freezes): " + ", ".join(f"{c} {n:,} ({f:,})" for c, (n, f) in counts.items()))
 
+    asynchronous = device == "cuda" if t.async_checkpoint == "auto" else t.async_checkpoint == "true"
+    saver = checkpoint.Saver(run_dir / "checkpoints", t.keep_last, t.keep_every, asynchronous)
     step, tokens_seen, counted, saved = 0, 0, {}, []
+
+    def tell(outcome: checkpoint.Saved | None) -> None:
+        """Say what became of a save, if it has ended."""
+        if outcome is None:
+            return
+        failed = outcome.failure is not None
+        log.write("checkpoint", step, {"seconds": outcome.held_up, "written_in": outcome.seconds, "failed": int(failed)})
+        behind = f", training waited {outcome.held_up:.1f} s" if asynchronous else ""
+        log.say(
+            f"step {outcome.step} was not saved: {outcome.failure}" if failed
+            else f"saved {outcome.path} in {outcome.seconds:.1f} s{behind}"
+        )  # fmt: skip
+
+    def end(message: str) -> NoReturn:
+        tell(saver.finish())
+        stop(message, run_dir, step)
+
     if start.resume is not None:
         marker = checkpoint.load(start.resume, model, optimizer)
         step, tokens_seen, counted = marker["step"], marker.get("tokens_seen", 0), marker.get("data", {})
@@ -145,10 +154,10 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             )
         log.say(f"resumed step {step} from {start.resume}")
         log.write("resume", step, {})
-    elif start.init_from is not None:
-        load_weights(model, start.init_from)
+    elif init_from is not None:
+        load_weights(model, init_from)
         optimizer.reload_model_params()
-        log.say(f"weights from {start.init_from}")
+        log.say(f"weights from {init_from}")
     else:
         log.say("weights: random (train.init_from=CHECKPOINT starts from trained ones)")
 
@@ -184,7 +193,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             log.say(f"broken sample: {line}")
         too_broken = data.too_broken(config.data.max_error_rate, config.data.blend)
         if too_broken:
-            stop(too_broken, run_dir, step)
+            end(too_broken)
         stacks.at(step, "forward, backward and update")
         rates = set_learning_rates(optimizer, config, step)
         for chunk in model:
@@ -193,11 +202,10 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
         total_weight = global_weight(batches)
         if not total_weight > 0:
             lost = "; ".join(data.lines()) or "nothing was dropped"
-            stop(
+            end(
                 f"step {step}: no token of the global batch carries loss ({lost}): check "
-                f"data.blend={config.data.blend} and data.seq_length={config.data.seq_length}.",
-                run_dir, step,
-            )  # fmt: skip
+                f"data.blend={config.data.blend} and data.seq_length={config.data.seq_length}."
+            )
         weighted = forward_backward(model, batches, total_weight, z_loss=optim.z_loss)
         updated, norms = clip_and_step(optimizer, optim.clip_grad, all(bool(x.isfinite().all()) for x in weighted))
         if updated:
@@ -213,12 +221,12 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
                 f"{in_batch}; skipped {skipped_in_a_row} in a row, {skipped} in all"
             )
             if skipped_in_a_row >= t.max_skipped_steps:
-                stop(
+                end(
                     f"step {step}: loss or gradient was not finite in {skipped_in_a_row} steps in a row "
                     f"(train.max_skipped_steps); sources in the last batch: {in_batch}. The newest checkpoint is from "
-                    "before these steps: look at these sources, or lower optim.*.lr.",
-                    run_dir, step,
+                    "before these steps: look at these sources, or lower optim.*.lr."
                 )
+        tell(saver.poll())
         reason = request.reason(device)
         last = step == t.max_steps or reason is not None
         if step % t.log_every == 0 or last or step == 1:
@@ -260,16 +268,18 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
         if step % t.save_every == 0 or last:
             stacks.at(step, "checkpoint")
             state = save_state(loader) if loader is not None else None
-            started = time.monotonic()
-            path, failure = checkpoint.save(
-                run_dir / "checkpoints", step, model, optimizer, state,
-                {**info, "tokens_seen": tokens_seen, "data": data.by_source()}, config_yaml, t.keep_last, t.keep_every,
-            )  # fmt: skip
-            if failure is not None and last:
-                stop(f"step {step} could not be saved: {failure}. The checkpoints before it are whole.", run_dir, step)
-            seconds = time.monotonic() - started
-            log.write("checkpoint", step, {"seconds": seconds, "failed": int(failure is not None)})
-            log.say(f"saved {path} in {seconds:.1f} s" if failure is None else f"step {step} was not saved: {failure}")
+            tell(saver.finish())  # one at a time
+            saver.begin(
+                step, model, optimizer, state, {**info, "tokens_seen": tokens_seen, "data": data.by_source()}, config_yaml
+            )
+            if last or not asynchronous:
+                outcome = saver.finish()
+                if last and outcome.failure is not None:
+                    stop(
+                        f"step {step} could not be saved: {outcome.failure}. The checkpoints before it are whole.",
+                        run_dir, step,
+                    )  # fmt: skip
+                tell(outcome)
             log.interval()
         if reason is not None:
             break

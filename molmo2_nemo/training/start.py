@@ -1,0 +1,110 @@
+"""Where a run's weights come from: its own newest checkpoint, another one, Hugging Face folders, or nowhere (random)."""
+
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.distributed as dist
+
+from molmo2_nemo import checkpoint_dir
+from molmo2_nemo.config import Config, ConfigError
+from molmo2_nemo.hf import base_models, convert
+from molmo2_nemo.hf.architecture import model_config_from_hf
+from molmo2_nemo.training.step import refuse_other_architecture
+
+# Longest that the ranks wait for the one that converts.
+_CONVERSION_HOURS = 12
+
+
+@dataclass
+class Start:
+    """resume: a checkpoint of this run. init_from: a checkpoint whose weights start it. hugging_face: folders that are
+    to be made one first. All empty: random weights. ignored: a sentence for each checkpoint that was passed over.
+    """
+
+    resume: Path | None = None
+    init_from: Path | None = None
+    hugging_face: list[Path] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+def find_start(config: Config) -> Start:
+    """Newest complete checkpoint of the run directory, else train.init_from. Raises ConfigError on what cannot start."""
+    resume, ignored = checkpoint_dir.latest_complete(Path(config.run_dir) / "checkpoints")
+    given = config.train.init_from
+    if resume is not None or given is None:
+        return Start(resume=resume, ignored=ignored)
+    if isinstance(given, list):
+        llm, vision = (Path(folder) for folder in given)
+        base_models.check_base_models(llm, vision, config.model)
+        for folder in (llm, vision):
+            convert.HuggingFaceWeights(folder)
+        return Start(hugging_face=[llm, vision], ignored=ignored)
+    path = Path(given)
+    if path.is_file():
+        raise ConfigError(f"train.init_from={given} is a file: name a checkpoint, a run, or a Hugging Face folder.")
+    kind = None if (path / checkpoint_dir.MARKER).exists() else base_models.model_type(path)
+    if kind in base_models.LANGUAGE_MODELS + base_models.VISION_MODELS:
+        raise ConfigError(
+            f"train.init_from={given} is a {kind}, half a model: give both, 'train.init_from=[LLM_DIR,SIGLIP2_DIR]'."
+        )
+    if kind is not None:
+        found = model_config_from_hf(path)
+        found.tie_embeddings = convert.head_is_tied(path)
+        refuse_other_architecture(found, config.model, path)
+        convert.HuggingFaceWeights(path)
+        return Start(hugging_face=[path], ignored=ignored)
+    if path.is_dir() and not any(path.iterdir()):
+        raise ConfigError(f"train.init_from={given} is an empty folder: name a checkpoint, a run, or a Hugging Face folder.")
+    init_from = checkpoint_dir.resolve(given)
+    checkpoint_dir.read_marker(init_from)
+    return Start(init_from=init_from, ignored=ignored)
+
+
+def converted(folders: list[Path], config: Config, say: Callable[[str], None]) -> tuple[Path, str | None]:
+    """The checkpoint of Hugging Face weights in the run's folder, made by rank 0 unless it is there; why it is not.
+
+    Collective. The others wait without a collective of the usual timeout.
+    """
+    checkpoint, failure = Path(config.run_dir) / "start" / checkpoint_dir.step_name(0), [None]
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=_CONVERSION_HOURS))
+    if dist.get_rank() == 0:
+        try:
+            _convert(folders, checkpoint, config, say)
+        except (ConfigError, OSError) as error:
+            failure[0] = str(error)
+    dist.broadcast_object_list(failure, group=patient)
+    dist.destroy_process_group(patient)
+    return checkpoint, failure[0]
+
+
+def _convert(folders: list[Path], checkpoint: Path, config: Config, say: Callable[[str], None]) -> None:
+    info = {"made_of": _contents(folders), "seed": config.train.seed}
+    try:
+        marker = checkpoint_dir.read_marker(checkpoint)
+        refuse_other_architecture(checkpoint_dir.read_model(checkpoint), config.model, checkpoint)
+        if all(marker.get(key) == value for key, value in info.items()):
+            return
+    except ConfigError:
+        pass
+    done = 0
+
+    def progress(key: str) -> None:
+        nonlocal done
+        done += 1
+        if done % 100 == 0:
+            say(f"{done} tensors of {', '.join(map(str, folders))} read")
+
+    say(f"making {checkpoint} of {' and '.join(map(str, folders))}; the other ranks wait")
+    if len(folders) == 2:
+        base_models.import_base_models(*folders, checkpoint, config.model, config.train.seed, progress, info)
+        return
+    model = convert.import_hf(*folders, checkpoint, progress, info)
+    refuse_other_architecture(model, config.model, folders[0])
+
+
+def _contents(folders: list[Path]) -> dict[str, int]:
+    """Sizes of the files that a conversion reads: another model in the same place is converted anew."""
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")]
+    return {str(path.absolute()): path.stat().st_size for path in files}
