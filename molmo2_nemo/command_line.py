@@ -11,6 +11,8 @@ _NOISY_LOGGERS = ("megatron.core", "torch.utils.cpp_extension", "torch.distribut
 _NOISY_WARNINGS = (
     ".*Apex (is|are) not installed.*", ".*is experimental and still under.*", ".*CUDA_DEVICE_MAX_CONNECTIONS.*", ".*Future Hydra versions.*", ".*full scope is deprecated.*",
     ".*argument order of load has been changed.*", ".*torch.distributed is disabled.*", ".*pin_memory.*",
+    # Megatron's distributed optimizer of float32 weights holds views of them.
+    ".*grad attribute of a Tensor that is not a leaf.*",
 )  # fmt: skip
 
 

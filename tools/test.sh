@@ -10,7 +10,12 @@ if (($#)); then
 fi
 # Loader workers are forked, and a fork hangs in swscale when its parent has converted a video frame before (PyAV's
 # contexts do not survive it). So tests of loaders with workers get processes that have touched no video.
-.venv/bin/python -m pytest tests/test_loader.py
-.venv/bin/python -m pytest tests/test_faults.py
+log=$(mktemp)
+{ .venv/bin/python -m pytest tests/test_loader.py && .venv/bin/python -m pytest tests/test_faults.py; } > "$log" 2>&1 &
+status=0
 # Two test files at a time: one rank of a test often waits for the other, or all of them for an import.
-.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/test_loader.py --ignore tests/test_faults.py
+.venv/bin/python -m pytest --durations=40 --numprocesses 2 --dist loadfile --ignore tests/test_loader.py --ignore tests/test_faults.py || status=$?
+wait $! || status=$?
+cat "$log"
+rm "$log"
+exit "$status"
