@@ -1,5 +1,7 @@
 """Molmo2: vision tower, embeddings with an extra vocabulary, decoder, head. One instance is one pipeline stage."""
 
+import copy
+
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
@@ -59,8 +61,11 @@ class Molmo2(LanguageModule):
                 # YaRN multiplies rotated queries and keys by a factor: the same as scaling the scores by its square.
                 layer.self_attention.core_attention.scale *= self.rope.attention_factor**2
         if self.post_process:
+            head_config = copy.copy(config)
+            # The losses make its weight's gradient themselves, and Megatron's own layer would ask for apex's kernel.
+            head_config.gradient_accumulation_fusion = False
             self.output_layer = tensor_parallel.ColumnParallelLinear(
-                model.hidden_size, rows, config=config, init_method=config.init_method, bias=False,
+                model.hidden_size, rows, config=head_config, init_method=config.init_method, bias=False,
                 skip_bias_add=False, gather_output=False, tp_group=self.tp_group,
                 skip_weight_param_allocation=self.pre_process and model.tie_embeddings,
             )  # fmt: skip
