@@ -202,7 +202,7 @@ def test_command_says_what_fits_and_what_does_not(capsys, monkeypatch):
 
     status, out, err = run("--config-name", "stage3", "model=molmo2_8b", "gpus=128", "parallel=h100_128")
     assert status == 0 and out.rstrip().endswith("fits") and not err
-    for word in ("weights", "gradients", "optimizer", "logits chunk", "ViT", "PFLOP", "days", "unmeasured", "NVLink"):
+    for word in ("weights", "gradients", "optimizer", "logits chunk", "vision workspace", "PFLOP", "days", "unmeasured", "NVLink"):
         assert word in out, word
     status, out, _ = run("--config-name", "stage3", "model=molmo2_8b", "gpus=128")
     assert status == 1 and "does not fit: " in out and "transformer.recompute_granularity=full" in out
