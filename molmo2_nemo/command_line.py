@@ -61,5 +61,6 @@ def compose(config_name: str, overrides: list[str]) -> Config:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return to_dataclass(hydra_compose(config_name, overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ConfigError(f"the configuration cannot be read: {reason}") from error
+        cause = error.__cause__ or error
+        key, reason = getattr(cause, "full_key", None), str(cause).strip().splitlines()[0]
+        raise ConfigError(f"{key + ': ' if key else 'the configuration cannot be read: '}{reason}") from error

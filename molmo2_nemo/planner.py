@@ -77,6 +77,10 @@ class Job:
     def ddp(self, key: str, default=None):
         return self.config.ddp.get(key, default)
 
+    def overlaps(self, key: str) -> bool:
+        """Whether a collective of data parallelism overlaps with computation: on a GPU unless it is switched off."""
+        return self.ddp(key, self.device == "cuda" and self.distributed)
+
     def optimizer(self, key: str, default=None):
         return self.config.optimizer.get(key, default)
 
@@ -338,7 +342,7 @@ def vit_crop_bytes(job: Job) -> float:
 def vision_parts(job: Job) -> list[Part]:
     """The vision tower on the first stage: its crops and windows are split over tensor x context parallel ranks."""
     m, train, e = job.config.model, job.config.train, job.e
-    ranks, frozen = job.t * job.c, job.config.optim.vit.freeze
+    ranks = job.t * job.c
     crops = math.ceil(job.work.crops * job.rows / ranks)
     windows = math.ceil(job.work.visual_tokens * job.rows / ranks)
     features = m.vit.hidden_size * len(m.vit.feature_layers)
@@ -346,23 +350,24 @@ def vision_parts(job: Job) -> list[Part]:
     width = m.vision.video_pooling**2  # places of a window
     chunk = min(train.vision_chunk_crops or crops, crops)
     per_crop = vit_crop_bytes(job)
-    feature_bytes = crops * m.vision.patches_per_crop * features * e
-    parts = []
-    if frozen:
-        kept, workspace, reason = 0.0, chunk * per_crop / max(1, m.vit.num_layers), "frozen: nothing is kept"
-    elif train.vision_recompute:
-        kept, workspace = feature_bytes, chunk * per_crop + feature_bytes
-        reason = f"features of {crops} crops; the rest is made again {chunk} crops at a time"
-    else:
-        kept, workspace, reason = crops * per_crop, feature_bytes, f"{crops} crops of this rank, all layers"
-    parts.append(Part("ViT activations", kept, reason))
-    parts.append(Part("ViT workspace", workspace, f"{chunk} crops made again, gradient of features", (VISION,)))
+    features_of_crop = m.vision.patches_per_crop * features * e
     window = width * (features * e + 2 * inner * e + 8 + 1)  # patches, keys and values, indices
     window += e * (features + 3 * inner + m.connector.hidden_size + 5 * m.connector.ffn_hidden_size)
+    if job.config.optim.vit.freeze:
+        per_crop /= max(1, m.vit.num_layers)  # a layer at a time, nothing is kept
     everybodys = job.work.visual_tokens * job.rows * m.hidden_size * e
-    parts.append(Part("connector activations", windows * window + everybodys,
-                      f"{windows:,} windows of {width} patches, SwiGLU; visual tokens of all ranks"))  # fmt: skip
-    return parts
+    tokens = Part("visual tokens", everybodys + windows * m.hidden_size * e, "own ones and, gathered, those of all ranks")
+    if train.vision_recompute:
+        share = chunk / max(1, crops)
+        workspace = chunk * (per_crop + 2 * features_of_crop) + share * windows * window
+        return [tokens, Part("vision workspace", workspace, f"{chunk} of {crops} crops encoded again at a time", (VISION,))]
+    frozen = job.config.optim.vit.freeze
+    return [
+        tokens,
+        Part("ViT activations", 0 if frozen else crops * per_crop, f"{crops} crops of this rank, all layers"),
+        Part("connector activations", windows * window, f"{windows:,} windows of {width} patches, SwiGLU"),
+        Part("vision workspace", chunk * features_of_crop, "gradient of the features", (VISION,)),
+    ]
 
 
 def head_parts(job: Job, counts: Counts) -> list[Part]:

@@ -106,9 +106,9 @@ def traffic(job: Job) -> list[Traffic]:
         gradient = 4 if job.ddp("grad_reduce_in_fp32", True) or e == 4 else 2
         share, at = counts.trained * (ranks - 1) / ranks, link(t * ranks)
         passes = 1 if job.distributed else 2
-        found.append(Traffic("DP", share * gradient * passes, at, "gradients summed", bool(job.ddp("overlap_grad_reduce"))))
+        found.append(Traffic("DP", share * gradient * passes, at, "gradients summed", job.overlaps("overlap_grad_reduce")))
         if job.distributed:
-            found.append(Traffic("DP", share * e, at, "new weights gathered", bool(job.ddp("overlap_param_gather"))))
+            found.append(Traffic("DP", share * e, at, "new weights gathered", job.overlaps("overlap_param_gather")))
     return found
 
 

@@ -23,8 +23,6 @@ MODELS = ("molmo2_4b", "molmo2_8b", "molmo2_o_7b")
 STAGES = ("stage1", "stage2", "stage3")
 SCHEDULES = ("seed", "report")
 PRESETS = {"h100_1": 1, "h100_8": 8, "h100_64": 64, "h100_128": 128}
-# What a preset does not serve; everything else is accepted.
-REFUSED = {("h100_1", model, "stage3", schedule) for model in ("molmo2_8b", "molmo2_o_7b") for schedule in SCHEDULES}
 
 
 # ---- parameters and memory against what is measured ----
@@ -80,20 +78,17 @@ def models():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_serve_what_they_say(preset, models):
-    gpus, refused = PRESETS[preset], {}
+def test_presets_serve_every_model_stage_and_schedule(preset, models):
+    gpus = PRESETS[preset]
     for stage, schedule in itertools.product(STAGES, SCHEDULES):
         composed = compose(stage, [f"parallel={preset}", f"schedule={schedule}", "model=molmo2_4b"])
         for name, model in models.items():
             config = replace(composed, model=model)
             check(config, gpus)  # with Megatron's own fields
-            reason = verdict(config, gpus)
-            if reason is not None:
-                refused[preset, name, stage, schedule] = reason
-    assert set(refused) == {case for case in REFUSED if case[0] == preset}
-    for reason in refused.values():
-        # What is in the way: the micro-batches of a step on the device, and long rows on one GPU.
-        assert re.match(r"\d\d\.\d GiB are needed on a GPU of 79\.6 GiB", reason) and "inputs 20.1" in reason
+            assert verdict(config, gpus) is None, (name, stage, schedule)
+            # None is accepted because everything would be: half of a GPU's memory is too little for stage 3 of the 8B.
+            if preset in ("h100_1", "h100_8") and (name, stage) == ("molmo2_8b", "stage3"):
+                assert "inputs 20.1" in verdict(config, gpus, 40.0)
 
 
 def test_every_h100_preset_is_tested():
@@ -207,7 +202,7 @@ def test_command_says_what_fits_and_what_does_not(capsys, monkeypatch):
 
     status, out, err = run("--config-name", "stage3", "model=molmo2_8b", "gpus=128", "parallel=h100_128")
     assert status == 0 and out.rstrip().endswith("fits") and not err
-    for word in ("weights", "gradients", "optimizer", "logits chunk", "ViT", "PFLOP", "days", "unmeasured", "NVLink"):
+    for word in ("weights", "gradients", "optimizer", "logits chunk", "vision workspace", "PFLOP", "days", "unmeasured", "NVLink"):
         assert word in out, word
     status, out, _ = run("--config-name", "stage3", "model=molmo2_8b", "gpus=128")
     assert status == 1 and "does not fit: " in out and "transformer.recompute_granularity=full" in out

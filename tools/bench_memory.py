@@ -107,6 +107,8 @@ def measure(config, precision: str) -> tuple[dict[str, int], dict]:
     )  # fmt: skip
     (model,) = chunks
     model.train()
+    tower = model.module.vision
+    tower.chunk_crops, tower.recompute = config.train.vision_chunk_crops, config.train.vision_recompute
     batch = packed_row(config.model, config.data.seq_length, config.data.max_crops, seed=0)
     batch["loss_weights"].fill_(1.0)  # the planner's upper bound
     inputs = {name: batch[name] for name in MODEL_INPUTS}
@@ -154,7 +156,8 @@ def predict(config, precision: str, batch: dict) -> dict[str, float]:
     job.work = replace(job.work, crops=crops, visual_tokens=windows, pooled_patches=int((batch["pooling"] >= 0).sum()))
     parts = stage_memory(job, 0)
     of = {part.name: part.bytes for part in parts}
-    kept = ("decoder activations", "ViT activations", "connector activations", "head's inputs", "mask and angles")
+    kept = ("decoder activations", "ViT activations", "connector activations", "visual tokens", "head's inputs",
+            "mask and angles")  # fmt: skip
     states = ("weights", "gradients", "optimizer", "inputs", "gather buffer")
     phases = [
         sum(part.bytes for part in parts if phase in part.phases and part.name not in states)
@@ -162,7 +165,7 @@ def predict(config, precision: str, batch: dict) -> dict[str, float]:
     ]
     return {
         "weights": of["weights"], "gradients": of["gradients"], "optimizer": of["optimizer"],
-        "activations": sum(of[name] for name in kept), "peak of the backward pass": max(phases),
+        "activations": sum(of.get(name, 0) for name in kept), "peak of the backward pass": max(phases),
     }  # fmt: skip
 
 
