@@ -12,7 +12,8 @@ moment and then does one of these:
     stop      SIGUSR1 to one rank, which is a request to save and end
 
 Checkpoints are written asynchronously in every other start, or in all, or in none (--async-checkpoint). After the last
-round the run goes to its end; one that is there before is compared, and another begun. Every step's loss, gradient norms and data must be those of the run left alone,
+round the run goes to its end; one that is there before is compared, and another begun. Every step's loss, gradient norms
+and data must be those of the run left alone,
 to the last bit. Needs the sample data (tools/make_sample_data.py --out data/sample), or --data DIR. No GPU.
 """
 
