@@ -28,7 +28,8 @@ def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> dict:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=list(IMAGE_SUFFIX)) as image:
+            # MPO is opened as JPEG.
+            with Image.open(path, formats=[form for form in IMAGE_SUFFIX if form != "MPO"]) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise BadContent(f"a picture of {width} x {height} pixels, more than {max_pixels:,}")

@@ -74,7 +74,7 @@ def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
 
     wanted = files.revision or pinned(root, files.repo)
     _use_steady_client(rules)
-    api = HfApi(user_agent=USER_AGENT)
+    api = HfApi(endpoint=_endpoint(), user_agent=USER_AGENT)
     info = _asked(
         files.repo, wanted, rules,
         lambda: api.dataset_info(files.repo, revision=wanted, files_metadata=True, timeout=rules.timeout),
@@ -235,7 +235,7 @@ def download_file(
         return digest
     part = path.parent / ".part" / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}-{revision[:12]}"
     part.parent.mkdir(parents=True, exist_ok=True)
-    url = hf_hub_url(repo, file.name, repo_type="dataset", revision=revision)
+    url = hf_hub_url(repo, file.name, repo_type="dataset", revision=revision, endpoint=_endpoint())
     headers = build_hf_headers(token=get_token(), user_agent=USER_AGENT) | {"Accept-Encoding": "identity"}
     for attempt in range(2):
         have = part.stat().st_size if part.exists() else 0
@@ -292,7 +292,7 @@ def _large_file(repo: str, revision: str, file: HubFile, part: Path) -> None:
     from huggingface_hub import hf_hub_download
 
     folder = part.with_name(f"{part.name}.hub")
-    got = hf_hub_download(repo, file.name, repo_type="dataset", revision=revision, local_dir=folder)
+    got = hf_hub_download(repo, file.name, repo_type="dataset", revision=revision, local_dir=folder, endpoint=_endpoint())
     os.replace(got, part)
 
 

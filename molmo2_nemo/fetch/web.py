@@ -167,6 +167,8 @@ async def download(
                 raise Lost("gone", " ".join(str(error).split())) from error
             text = " ".join(str(error).split())[:200] or type(error).__name__
             connected = isinstance(error, (aiohttp.ClientPayloadError, aiohttp.ClientResponseError))
+            if isinstance(error, aiohttp.ClientPayloadError):
+                text = "the body ended before its length"
             lost = Lost("later", text) if connected else Unreachable(text)
         if attempt + 1 < rules.tries:
             await (wait(delay, asked) if wait else asyncio.sleep(delay))
