@@ -200,7 +200,8 @@ class _Fetch:
         def done(name: str, record: dict) -> None:
             self.files.append({"file": f"hub/{name}", "from": f"{source}/{name}", **record})
 
-        hub.fetch_files(repository, names, self.folder / "hub", known, self.rules, self.meter.add, done)
+        into, expect = self.folder / "hub", self.progress.expect
+        hub.fetch_files(repository, names, into, known, self.rules, self.meter.add, done, expect)
 
     def _url_annotations(self) -> None:
         files = []
