@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -13,6 +14,7 @@ from fetch_servers import Repo
 from molmo2_nemo.data.raw import RawSource
 from molmo2_nemo.fetch.archives import BadArchive, Bounds, extract
 from molmo2_nemo.fetch.check import sha256_of
+from molmo2_nemo.fetch.sources import broken_files
 
 ROOMY = Bounds(keep_free=0)
 
@@ -142,6 +144,11 @@ def test_an_archive_of_two_sets_is_fetched_once(hub, media, tmp_path):  # noqa: 
         source = RawSource(tmp_path, name)
         assert source.media(next(source.rows())["image"]).read_bytes() == b"jpg"
     assert media.asked["/train2014.zip"] == 1
+    # What is gone from the shared folder is noticed, and comes again.
+    shutil.rmtree(next((tmp_path / "raw/.shared").iterdir()))
+    assert list(broken_files(tmp_path / "raw/one")) == [("extracted/train2014", "is missing in raw/.shared")]
+    assert fetched(tmp_path, *sets, name="one").state == "complete"
+    assert media.asked["/train2014.zip"] == 2 and not list(broken_files(tmp_path / "raw/two"))
 
 
 def test_archives_in_a_repository_are_unpacked_and_may_be_removed(hub, media, tmp_path):  # noqa: F811

@@ -6,12 +6,14 @@ ended before (the client's own `hf_hub_download` starts it anew since huggingfac
 """
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import json
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -103,7 +105,8 @@ def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
     card = {}
     if "README.md" in listed:
         readme = root / "raw" / ".cards" / files.repo.replace("/", "--") / f"{revision}.md"
-        download_file(files.repo, revision, listed["README.md"], readme, rules, lambda count: None)
+        with locked(readme.parent / ".lock", wait=True):
+            download_file(files.repo, revision, listed["README.md"], readme, rules, lambda count: None)
         card = _card(readme)
     return Repository(files.repo, revision, listed, card)
 
@@ -202,6 +205,11 @@ def fetch_files(
         open_files.append(file)
 
     expect(sum(file.size or 0 for file in open_files))
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [part for file in open_files if (part := _part(folder / file.name, file, repository.revision)).exists()]
+    needed = sum(file.size or 0 for file in open_files) - sum(part.stat().st_size for part in parts)
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are to come, {free:,} are free", str(folder))
     stop = threading.Event()
 
     def counted(count: int) -> None:
@@ -245,7 +253,7 @@ def download_file(
 
     if (file.sha256 or file.git_sha1) and path.is_file() and (digest := _verified(path, file)):
         return digest
-    part = path.parent / ".part" / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}-{revision[:12]}"
+    part = _part(path, file, revision)
     part.parent.mkdir(parents=True, exist_ok=True)
     url = hf_hub_url(repo, file.name, repo_type="dataset", revision=revision, endpoint=_endpoint())
     headers = build_hf_headers(token=get_token(), user_agent=USER_AGENT) | {"Accept-Encoding": "identity"}
@@ -264,9 +272,8 @@ def download_file(
             return digest
     for attempt in range(2):
         have = part.stat().st_size if part.exists() else 0
-        if file.size is not None and have > file.size:
+        if have and (file.size is None or have > file.size):
             part.unlink()
-            have = 0
         if (file.size or 0) > MAX_HTTP_BYTES:
             _large_file(repo, revision, file, part)
         else:
@@ -286,14 +293,17 @@ def download_file(
             with part.open("rb") as stream:
                 os.fsync(stream.fileno())
             part.replace(path)
-            with contextlib.suppress(OSError):
-                part.parent.rmdir()
             return digest
         size = part.stat().st_size
         part.unlink()
     raise ValueError(
         f"{file.name} of {repo} came with {size:,} bytes of other content than the Hub lists, twice: try again later."
     )
+
+
+def _part(path: Path, file: HubFile, revision: str) -> Path:
+    """Where a file is until it is whole."""
+    return path.parent / ".part" / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}-{revision[:12]}"
 
 
 class _Counted:
@@ -328,6 +338,7 @@ def _verified(path: Path, file: HubFile) -> str | None:
         return None
     sha256 = hashlib.sha256()
     blob = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    plain = hashlib.sha1(usedforsecurity=False)
     if not file.sha256 and not file.git_sha1 and instead_of_file(path):
         return None
     with path.open("rb") as stream:
@@ -335,9 +346,11 @@ def _verified(path: Path, file: HubFile) -> str | None:
             sha256.update(chunk)
             if file.git_sha1:
                 blob.update(chunk)
+                plain.update(chunk)
     if file.sha256 and sha256.hexdigest() != file.sha256:
         return None
-    if file.git_sha1 and not file.sha256 and blob.hexdigest() != file.git_sha1:
+    # Mirrors that keep files by their own SHA-1 say that one in place of git's.
+    if file.git_sha1 and not file.sha256 and file.git_sha1 not in (blob.hexdigest(), plain.hexdigest()):
         return None
     return sha256.hexdigest()
 
