@@ -186,9 +186,7 @@ def show_plan(catalogue, entries, options) -> int:
     else:
         print("no speed was measured yet: fetch something, or give --speed 50MB")
     if any(row.estimated for row in get):
-        print(
-            "~ estimated from the numbers of pictures and videos; archives take up to twice as much"
-        )
+        print("~ estimated from the numbers of pictures and videos; archives take up to twice as much")
     if total * 1e9 > free:
         print(f"note: only {free / 1e9:,.1f} GB are free under {options.root}")
     return 0

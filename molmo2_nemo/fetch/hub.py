@@ -73,7 +73,7 @@ def pinned(root: Path, repo: str) -> str | None:
 
 
 def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
-    """What a repository holds at its commit, which is pinned if it is not. ValueError, one sentence: it cannot be read."""
+    """What a repository holds at its commit, which is pinned now if it was not. ValueError: it cannot be read."""
     from huggingface_hub import HfApi
 
     wanted = files.revision or pinned(root, files.repo)
@@ -394,8 +394,8 @@ def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: s
             ) from error
         except (RepositoryNotFoundError, DisabledRepoError) as error:
             raise ValueError(
-                f"{repo} is not on the Hub, or not for you: look at {page(repo)}, and log in with `hf auth login` if it "
-                "is private."
+                f"{repo} is not on the Hub, or not for you: look at {page(repo)}, and log in with "
+                "`hf auth login` if it is private."
             ) from error
         except RemoteEntryNotFoundError as error:
             raise ValueError(f"{name} is not on the Hub at the commit {revision}: look at {page(repo)}.") from error
