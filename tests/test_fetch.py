@@ -212,7 +212,8 @@ def test_every_bad_manner_of_a_server_is_named_and_leaves_nothing_behind(media, 
     rules = replace(RULES, allow_private=False, max_file_bytes=8 * 2**20)
     urls = {kind: f"{media.url}/{kind}/{number}.jpg" for number, kind in enumerate([*GOOD, *BAD])}
     odd = {
-        "file:///etc/hostname": "of the type file:", "http://[::1/x": "not an address", "no address": "of the type none:",
+        "file:///etc/hostname": "of the type file:", "http://[::1/x": "not an address",
+        "no address": "of the type none:",
         "http://10.0.0.1/x": "private", "http://[::ffff:10.0.0.2]/x": "private", "http://192.168.0.1/x": "private",
     }  # fmt: skip
     counts = fetch_list([Wanted(url) for url in (*urls.values(), *odd)], tmp_path, rules)
