@@ -67,13 +67,16 @@ class RawSource:
     def rows(self, split: str | None = None) -> Iterator[dict]:
         """Rows of parquet, JSON lines, JSON (a list's items, or one object), CSV and TSV files with a head line.
 
-        A sample (`fetch --limit N`) ends after N rows. ValueError, one sentence: a file cannot be read.
+        Rows that the catalogue's filter does not mean are left out; a sample (`fetch --limit N`) ends after N rows.
+        ValueError, one sentence: a file cannot be read.
         """
-        left = self.info.get("limit")
+        left, condition = self.info.get("limit"), self.info.get("filter")
         for path in self.files(split):
             if path.suffix.lower() not in ROW_SUFFIXES:
                 continue
             for row in read_rows(path):
+                if not matches(row, condition):
+                    continue
                 if left is not None:
                     if left == 0:
                         return
@@ -122,9 +125,9 @@ class RawSource:
         return splits
 
 
-def read_rows(path: Path) -> Iterator[dict]:
-    """Rows of one file. ValueError, one sentence, names the file and the line."""
-    suffix = path.suffix.lower()
+def read_rows(path: Path, suffix: str | None = None) -> Iterator[dict]:
+    """Rows of one file, of the type that `suffix` or its own says. ValueError, one sentence, names file and line."""
+    suffix = (suffix or path.suffix).lower()
     try:
         if suffix == ".parquet":
             for batch in _parquet(path).iter_batches(batch_size=BATCH_ROWS):
@@ -178,6 +181,12 @@ def column_values(path: Path, columns: list[str]) -> Iterator[dict]:
             yield from batch.to_pylist()
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+
+
+def matches(row: dict, condition: str | None) -> bool:
+    """Does a row meet "COLUMN == VALUE"?"""
+    column, _, value = (condition or "").partition("==")
+    return not condition or str(row.get(column.strip())) == value.strip()
 
 
 def size_on_disk(folder: Path) -> int:

@@ -1,0 +1,112 @@
+"""Is a file what it should be? A picture or video is decoded; what a header or a suffix says counts for nothing."""
+
+import contextlib
+import hashlib
+import warnings
+from pathlib import Path
+
+IMAGE_SUFFIX = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tiff"}
+VIDEO_SUFFIX = {"mp4": ".mp4", "webm": ".webm", "matroska": ".mkv", "avi": ".avi"}
+# Smaller ones are tracking pixels and placeholders.
+MIN_SIDE = 10
+MAX_PIXELS = 200_000_000
+
+
+class BadContent(Exception):
+    """The bytes are not what they should be; the message says what they are instead."""
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> dict:
+    """Decode all of a picture; its suffix, width and height as stored. BadContent: it is none, or out of bounds."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=list(IMAGE_SUFFIX)) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise BadContent(f"a picture of {width} x {height} pixels, more than {max_pixels:,}")
+                if min(width, height) < MIN_SIDE:
+                    raise BadContent(f"a picture of {width} x {height} pixels, a placeholder")
+                image.load()
+                return {"suffix": IMAGE_SUFFIX[image.format], "width": width, "height": height}
+    except BadContent:
+        raise
+    except Exception as error:  # Pillow raises a dozen types for broken files
+        raise BadContent(_instead(path) or f"a broken picture ({' '.join(str(error).split())[:120]})") from error
+
+
+def check_video(path: Path) -> dict:
+    """Decode the first frame and read all packets; suffix, width, height. BadContent: it is no video, or cut off."""
+    import av
+
+    try:
+        with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+            suffix = next((s for name, s in VIDEO_SUFFIX.items() if name in container.format.name.split(",")), None)
+            if suffix is None or not container.streams.video:
+                raise BadContent(f"a file of the type {container.format.name}")
+            stream = container.streams.video[0]
+            frame = next(container.decode(stream))
+            width, height, expected = frame.width, frame.height, stream.frames
+            container.seek(0)
+            packets = sum(1 for packet in container.demux(stream) if packet.size)
+            if packets < expected:
+                raise BadContent(f"a video with {packets} of {expected} frames")
+            return {"suffix": suffix, "width": width, "height": height}
+    except BadContent:
+        raise
+    except Exception as error:
+        raise BadContent(_instead(path) or f"a broken video ({' '.join(str(error).split())[:120]})") from error
+
+
+def archive_kind(path: Path) -> str | None:
+    """zip, tar, rar or 7z by content; None: no archive."""
+    import tarfile
+
+    with path.open("rb") as file:
+        head = file.read(8)
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "zip"
+    if head.startswith(b"Rar!"):
+        return "rar"
+    if head.startswith(b"7z\xbc\xaf"):
+        return "7z"
+    with contextlib.suppress(Exception):
+        if tarfile.is_tarfile(path):
+            return "tar"
+    return None
+
+
+def check_file(path: Path) -> dict:
+    """An annotation file or an archive: anything but an error page."""
+    web_page = _instead(path)
+    if web_page:
+        raise BadContent(web_page)
+    return {}
+
+
+def dhash(path: Path) -> int:
+    """64 bits of a picture's look: is each of 8 x 8 grey pixels brighter than its right neighbour?"""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        grey = list(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR).tobytes())
+    bits = [grey[9 * row + column] > grey[9 * row + column + 1] for row in range(8) for column in range(8)]
+    return sum(bit << position for position, bit in enumerate(bits))
+
+
+def _instead(path: Path) -> str | None:
+    """What was sent in place of a file, if it can be named."""
+    with path.open("rb") as file:
+        head = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return "an empty file"
+    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<script")) or b"<html" in head:
+        return "a web page"
+    return None

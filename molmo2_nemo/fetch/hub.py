@@ -1,0 +1,450 @@
+"""Files of data set repositories on the Hugging Face Hub, by the Hub's own client.
+
+A commit is pinned: by the catalogue, or by raw/revisions.json under the data root, where the first fetch of a repository
+writes the commit that it got. Every file is checked against the hash that the Hub lists for it. A file continues where it
+ended before (the client's own `hf_hub_download` starts it anew since huggingface_hub 1.x).
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import yaml
+
+from molmo2_nemo.data.catalogue import HubFiles
+from molmo2_nemo.data.raw import ROW_SUFFIXES
+from molmo2_nemo.fetch.journal import is_disk_error, locked, write_json
+from molmo2_nemo.fetch.web import USER_AGENT, Lost, OutOfBytes, Rules, check_address, retry_after
+
+SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test")
+# Larger files the Hub serves through its own storage protocol alone (huggingface_hub, constants.MAX_HTTP_DOWNLOAD_SIZE).
+MAX_HTTP_BYTES = 50_000_000_000
+FILES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository, as the Hub lists it."""
+
+    name: str
+    size: int | None
+    sha256: str | None  # of a large file
+    git_sha1: str | None  # of a small one, as git hashes a blob
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository at a commit."""
+
+    repo: str
+    revision: str
+    files: dict[str, HubFile]
+    card: dict  # the head of its README.md
+
+    @property
+    def license(self) -> str | None:
+        value = self.card.get("license")
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value) if value else None
+
+
+def page(repo: str) -> str:
+    return f"{_endpoint()}/datasets/{repo}"
+
+
+def pinned(root: Path, repo: str) -> str | None:
+    """The commit of a repository that an earlier fetch recorded."""
+    try:
+        return json.loads((root / "raw" / "revisions.json").read_text()).get(repo)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
+    """What a repository holds at its pinned commit; pins it if it is not. ValueError, one sentence: it cannot be read."""
+    from huggingface_hub import HfApi
+
+    wanted = files.revision or pinned(root, files.repo)
+    _use_steady_client(rules)
+    api = HfApi(user_agent=USER_AGENT)
+    info = _asked(
+        files.repo, wanted, rules,
+        lambda: api.dataset_info(files.repo, revision=wanted, files_metadata=True, timeout=rules.timeout),
+    )  # fmt: skip
+    listed = {}
+    for sibling in info.siblings or []:
+        if not _is_safe(sibling.rfilename):
+            raise ValueError(f"{files.repo} lists the file {sibling.rfilename!r}, which leads out of its folder: refused.")
+        sha256 = sibling.lfs.sha256 if sibling.lfs else None
+        listed[sibling.rfilename] = HubFile(
+            sibling.rfilename, sibling.size, sha256, None if sha256 else sibling.blob_id
+        )
+    revision = info.sha
+    if not revision or (wanted and revision != wanted):
+        raise ValueError(f"{files.repo} answered with the commit {revision} instead of {wanted}: try again later.")
+    if files.revision is None:
+        _pin(root, files.repo, revision)
+    card = {}
+    if "README.md" in listed:
+        readme = root / "raw" / ".cards" / files.repo.replace("/", "--") / f"{revision}.md"
+        download_file(files.repo, revision, listed["README.md"], readme, rules, lambda count: None)
+        card = _card(readme)
+    return Repository(files.repo, revision, listed, card)
+
+
+def choose_files(repository: Repository, wanted: HubFiles) -> dict[str, list[str]]:
+    """Files of each split that the catalogue asks for: by its patterns, by the card's configs, or by their names.
+
+    ValueError, one sentence: they cannot be told, or a pattern matches nothing.
+    """
+    names = sorted(repository.files)
+    split = wanted.split or "train"
+    if wanted.files:
+        chosen = []
+        for config in wanted.configs:
+            for pattern in wanted.files:
+                found = fnmatch.filter(names, pattern.replace("<config>", config or ""))
+                if not found:
+                    shown = pattern.replace("<config>", config or "")
+                    raise ValueError(f"no file of {repository.repo} matches {shown}: it holds {_shown(names)}.")
+                chosen += [name for name in found if name not in chosen]
+        return {split: chosen}
+    chosen = []
+    for config in wanted.configs:
+        found = _by_card(repository, config, split) or _by_name(repository.repo, names, config, split)
+        chosen += [name for name in found if name not in chosen]
+    return {split: chosen}
+
+
+def _by_card(repository: Repository, config: str | None, split: str) -> list[str]:
+    """From `configs` in the card (https://huggingface.co/docs/hub/datasets-manual-configuration)."""
+    configs = [entry for entry in repository.card.get("configs") or [] if isinstance(entry, dict)]
+    if config is None:
+        named = [entry for entry in configs if entry.get("default") or entry.get("config_name") == "default"]
+        configs = named[:1] or (configs if len(configs) == 1 else [])
+    else:
+        configs = [entry for entry in configs if entry.get("config_name") == config]
+    names, found = sorted(repository.files), []
+    for entry in configs:
+        folder = str(entry.get("data_dir") or "").strip("/")
+        data_files = entry.get("data_files")
+        if isinstance(data_files, dict):
+            data_files = [{"split": key, "path": value} for key, value in data_files.items()]
+        for part in data_files if isinstance(data_files, list) else [data_files]:
+            if isinstance(part, dict):
+                if part.get("split") != split:
+                    continue
+                part = part.get("path")
+            for pattern in part if isinstance(part, list) else [part]:
+                if isinstance(pattern, str):
+                    pattern = f"{folder}/{pattern}" if folder else pattern
+                    found += [name for name in fnmatch.filter(names, pattern) if name not in found]
+    return found
+
+
+def _by_name(repo: str, names: list[str], config: str | None, split: str) -> list[str]:
+    """From folders and words in file names, as the library `datasets` finds splits without a card."""
+    rows = [name for name in names if name.lower().endswith(ROW_SUFFIXES) and not name.startswith(".")]
+    if config is not None:
+        rows = [name for name in rows if config in PurePosixPath(name).parts[:-1] or _words(name)[:1] == [config]]
+        if not rows:
+            raise ValueError(f"{repo} has no files of the config {config}: it holds {_shown(names)}.")
+    by_split = {name: next((w for w in reversed(_words(name)) if w in {*SPLIT_WORDS, split.lower()}), None) for name in rows}
+    mine = [name for name, word in by_split.items() if word == split.lower()]
+    if mine:
+        return mine
+    if not rows or any(by_split.values()):
+        raise ValueError(f"{repo} has no files of the split {split}: it holds {_shown(names)}.")
+    return rows
+
+
+def _words(name: str) -> list[str]:
+    """Parts of a path, and what stands between its marks: data/train-00000-of-00002.parquet -> data, train, 00000, ..."""
+    words = []
+    for part in PurePosixPath(name.lower()).parts:
+        words += [part, *part.replace("_", "-").replace(".", "-").split("-")]
+    return words
+
+
+def fetch_files(
+    repository: Repository, names: list[str], folder: Path, known: dict[str, dict], rules: Rules,
+    add_bytes: Callable[[int], None], done: Callable[[str, dict], None],
+) -> None:  # fmt: skip
+    """Get files into `folder`. `done`(name, record) is called for each, from one thread at a time.
+
+    known: records of files that are there, by name; those of the right hash and size are left as they are.
+    """
+    open_files = []
+    for name in names:
+        file, record = repository.files[name], known.get(name)
+        path = folder / name
+        if record and path.is_file() and path.stat().st_size == record["bytes"] and _agrees(record, file):
+            continue
+        open_files.append(file)
+
+    stop = threading.Event()
+
+    def counted(count: int) -> None:
+        if stop.is_set():
+            raise OutOfBytes("another file stopped the run")
+        add_bytes(count)
+
+    def one(file: HubFile) -> tuple[str, dict]:
+        digest = download_file(repository.repo, repository.revision, file, folder / file.name, rules, counted)
+        return file.name, {"bytes": (folder / file.name).stat().st_size, "sha256": digest}
+
+    with ThreadPoolExecutor(min(rules.jobs, FILES_AT_ONCE)) as threads:
+        futures = [threads.submit(one, file) for file in open_files]
+        try:
+            for future in futures:
+                done(*future.result())
+        except BaseException:
+            stop.set()
+            for future in futures:
+                future.cancel()
+            # What is whole is recorded; the others' parts stay.
+            for future in futures:
+                with contextlib.suppress(BaseException):
+                    done(*future.result())
+            raise
+
+
+def _agrees(record: dict, file: HubFile) -> bool:
+    if file.sha256:
+        return record["sha256"] == file.sha256
+    return file.size is None or record["bytes"] == file.size
+
+
+def download_file(
+    repo: str, revision: str, file: HubFile, path: Path, rules: Rules, add_bytes: Callable[[int], None]
+) -> str:
+    """Get one file, checked and under its name; its sha256. ValueError, one sentence: it cannot be had."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers, get_token
+
+    if path.is_file() and (digest := _verified(path, file)):
+        return digest
+    part = path.parent / ".part" / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}-{revision[:12]}"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    url = hf_hub_url(repo, file.name, repo_type="dataset", revision=revision)
+    headers = build_hf_headers(token=get_token(), user_agent=USER_AGENT) | {"Accept-Encoding": "identity"}
+    for attempt in range(2):
+        have = part.stat().st_size if part.exists() else 0
+        if file.size is not None and have > file.size:
+            part.unlink()
+            have = 0
+        if (file.size or 0) > MAX_HTTP_BYTES:
+            _large_file(repo, revision, file, part)
+        else:
+
+            def get() -> None:
+                with part.open("r+b" if part.exists() else "w+b") as stream:
+                    start = stream.seek(0, os.SEEK_END)
+                    http_get(
+                        url, _Counted(stream, add_bytes), resume_size=start, headers=headers, expected_size=file.size,
+                        displayed_filename=file.name, _nb_retries=2,
+                    )  # fmt: skip
+
+            _asked(repo, revision, rules, get, file.name)
+        digest = _verified(part, file)
+        if digest is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("rb") as stream:
+                os.fsync(stream.fileno())
+            part.replace(path)
+            with contextlib.suppress(OSError):
+                part.parent.rmdir()
+            return digest
+        size = part.stat().st_size
+        part.unlink()
+    raise ValueError(
+        f"{file.name} of {repo} came with {size:,} bytes of other content than the Hub lists, twice: try again later."
+    )
+
+
+class _Counted:
+    """A file that reports what is written to it."""
+
+    def __init__(self, stream, add_bytes: Callable[[int], None]):
+        self._stream, self._add_bytes = stream, add_bytes
+
+    def write(self, data: bytes) -> int:
+        self._add_bytes(len(data))
+        written = self._stream.write(data)
+        self._stream.flush()
+        return written
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def _large_file(repo: str, revision: str, file: HubFile, part: Path) -> None:
+    """Through hf_xet, which the Hub asks for. It starts anew when it was stopped."""
+    from huggingface_hub import hf_hub_download
+
+    folder = part.with_name(f"{part.name}.hub")
+    got = hf_hub_download(repo, file.name, repo_type="dataset", revision=revision, local_dir=folder)
+    os.replace(got, part)
+
+
+def _verified(path: Path, file: HubFile) -> str | None:
+    """sha256 of a file that is what the Hub lists; None: it is not."""
+    size = path.stat().st_size
+    if file.size is not None and size != file.size:
+        return None
+    sha256 = hashlib.sha256()
+    blob = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            sha256.update(chunk)
+            if file.git_sha1:
+                blob.update(chunk)
+    if file.sha256 and sha256.hexdigest() != file.sha256:
+        return None
+    if file.git_sha1 and not file.sha256 and blob.hexdigest() != file.git_sha1:
+        return None
+    return sha256.hexdigest()
+
+
+def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: str | None = None):
+    """The answer of the Hub, after more tries. ValueError, one sentence: it has none."""
+    import httpx2
+    from huggingface_hub.errors import (
+        DisabledRepoError, GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError,
+        RepositoryNotFoundError, RevisionNotFoundError,
+    )  # fmt: skip
+
+    name = f"{what} of {repo}" if what else repo
+    for attempt in range(rules.tries):
+        try:
+            return ask()
+        except GatedRepoError as error:
+            raise ValueError(
+                f"{name} is gated: agree to its terms at {page(repo)}, then log in with `hf auth login` or set HF_TOKEN, "
+                "and run it again."
+            ) from error
+        except RevisionNotFoundError as error:
+            raise ValueError(
+                f"{repo} has no commit {revision} any more: remove its line from raw/revisions.json or mend the catalogue."
+            ) from error
+        except (RepositoryNotFoundError, DisabledRepoError) as error:
+            raise ValueError(
+                f"{repo} is not on the Hub, or not for you: look at {page(repo)}, and log in with `hf auth login` if it is "
+                "private."
+            ) from error
+        except RemoteEntryNotFoundError as error:
+            raise ValueError(f"{name} is not on the Hub at the commit {revision}: look at {page(repo)}.") from error
+        except OfflineModeIsEnabled as error:
+            raise ValueError(f"{name} cannot be asked for: HF_HUB_OFFLINE is set.") from error
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status in (401, 403):
+                raise ValueError(f"{name} is not for this account (status {status}): look at {page(repo)}.") from error
+            if status < 500 and status not in (408, 429):
+                raise ValueError(f"{name}: the Hub says {' '.join(str(error).split())[:200]}.") from error
+            last = error
+        except (httpx2.HTTPError, httpx2.StreamError, OSError, ValueError) as error:
+            if is_disk_error(error):
+                raise
+            if isinstance(error, Lost):
+                raise ValueError(f"{name}: {error.reason}.") from error
+            last = error
+        if attempt + 1 < rules.tries:
+            time.sleep(rules.backoff * 2**attempt)
+    raise ValueError(f"{name} cannot be had from {_endpoint()} now ({' '.join(str(last).split())[:200]}): run it again.")
+
+
+def _use_steady_client(rules: Rules) -> None:
+    """The Hub's client, which drops a connection that only drips, and does not follow the Hub to private addresses."""
+    import httpx2
+    import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils._http import default_client_factory
+
+    class Steady(httpx2.SyncByteStream):
+        def __init__(self, stream):
+            self._stream = stream
+
+        def __iter__(self):
+            started, got = time.monotonic(), 0
+            for chunk in self._stream:
+                got, passed = got + len(chunk), time.monotonic() - started
+                if passed >= rules.timeout:
+                    if got < rules.min_rate * passed:
+                        raise httpx2.ReadTimeout(f"slower than {rules.min_rate:.0f} bytes/s for {rules.timeout:.0f} s")
+                    started, got = time.monotonic(), 0
+                yield chunk
+
+        def close(self):
+            self._stream.close()
+
+    def check(request) -> None:
+        try:
+            check_address(str(request.url), rules)
+        except Lost as error:
+            raise httpx2.UnsupportedProtocol(error.reason) from error
+
+    def steady(response) -> None:
+        response.stream = Steady(response.stream)
+        # The client waits as long as it is asked to, were it until next year.
+        response.headers.pop("ratelimit", None)
+        if (seconds := retry_after(response.headers.get("Retry-After"))) and seconds > rules.max_wait:
+            response.headers["Retry-After"] = str(int(rules.max_wait))
+
+    def factory():
+        client = default_client_factory()
+        hooks = client.event_hooks
+        client.event_hooks = {"request": [*hooks["request"], check], "response": [*hooks["response"], steady]}
+        client.timeout = httpx2.Timeout(rules.timeout)
+        return client
+
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    huggingface_hub.set_client_factory(factory)
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def _pin(root: Path, repo: str, revision: str) -> None:
+    path = root / "raw" / "revisions.json"
+    with locked(path.with_name(".revisions.lock"), wait=True):
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, ValueError):
+            values = {}
+        if values.get(repo) != revision:
+            write_json(path, values | {repo: revision})
+
+
+def _is_safe(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name and "\\" not in name
+
+
+def _card(readme: Path) -> dict:
+    """The YAML head of a README.md; {}: it has none."""
+    text = readme.read_text(errors="replace")
+    if not text.startswith("---"):
+        return {}
+    try:
+        value = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---"))
+    except yaml.YAMLError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _shown(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"
+
+

@@ -1,0 +1,315 @@
+"""What is on the disk, what is missing, what it would cost, and what mends it. Reads, and changes nothing."""
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from molmo2_nemo.data.catalogue import Catalogue, DataSet
+from molmo2_nemo.data.raw import RawSource
+from molmo2_nemo.fetch.hub import page, pinned
+from molmo2_nemo.fetch.sources import broken_files, missing_layout
+
+# Where a set's size is not known: bytes of a picture (mean of public mirrors of PixMo's pictures) and of a video (FunQA:
+# 24.5 GB for about 4,300 videos).
+IMAGE_BYTES, VIDEO_BYTES, ROW_BYTES = 250_000, 5_700_000, 5_000
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A set in `list`."""
+
+    name: str
+    stages: list[int]
+    category: str
+    modality: str
+    kind: str  # annotations / media
+    examples: int | None
+    size_gb: float | None  # None: not known
+    license: str | None
+    terms: str | None
+    gated: bool | None
+    by_hand: bool
+    state: str
+    bytes_on_disk: int
+    page: str | None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A set in `plan`."""
+
+    name: str
+    action: str  # fetch | there | by hand | refused | no room
+    gigabytes: float
+    estimated: bool
+    seconds: float | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that `doctor` found."""
+
+    name: str
+    what: str
+    mend: str
+
+
+def read_note(root: Path, name: str) -> dict | None:
+    try:
+        return RawSource(root, name).info
+    except ValueError:
+        return None
+
+
+def state_of(entry: DataSet, root: Path) -> str:
+    """complete | sample | part | by hand | refused | -"""
+    folder = root / "raw" / entry.name
+    if entry.unsure:
+        return "refused"
+    info = read_note(root, entry.name)
+    if info is None:
+        return "part" if (folder / "files.jsonl").exists() or (folder / "media").exists() else "-"
+    if info.get("complete"):
+        return "complete"
+    if info.get("stopped"):
+        return "part"
+    if info.get("waiting"):
+        return "by hand" if entry.by_hand else "part"
+    return "sample" if info.get("limit") is not None else "part"
+
+
+def page_of(entry: DataSet) -> str | None:
+    return entry.source.page or (page(entry.source.hf.repo) if entry.source.hf else None) or entry.media.page
+
+
+def listed(entries: list[DataSet], root: Path) -> list[Listed]:
+    rows = []
+    for entry in entries:
+        info = read_note(root, entry.name) or {}
+        rows.append(
+            Listed(
+                entry.name, list(entry.stages), entry.category, entry.modality,
+                f"{entry.source.kind}/{entry.media.kind}", entry.examples, entry.disk_gb or entry.size_gb,
+                info.get("license") or entry.license, entry.terms, entry.gated, entry.by_hand, state_of(entry, root),
+                info.get("bytes") or 0, page_of(entry),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def with_license(entries: list[DataSet], allowed: list[str], root: Path) -> list[DataSet]:
+    """Entries under one of the licences, by name or by its beginning ("cc-by" has "cc-by-4.0", not "cc-by-nc-4.0").
+
+    A licence that nobody knows is none of them.
+    """
+
+    def fits(license: str | None) -> bool:
+        parts = [part.strip().lower() for part in (license or "").split(",") if part.strip()]
+        return bool(parts) and all(any(_same_license(part, one.lower()) for one in allowed) for part in parts)
+
+    return [e for e in entries if fits(e.license or (read_note(root, e.name) or {}).get("license"))]
+
+
+def _same_license(license: str, wanted: str) -> bool:
+    rest = license.removeprefix(f"{wanted}-") if license.startswith(f"{wanted}-") else None
+    return license == wanted or (rest is not None and rest.replace(".", "").isdigit())
+
+
+def size_of(entry: DataSet) -> tuple[int, bool]:
+    """Bytes that a fetch takes, and whether they are an estimate from the numbers of pictures and videos."""
+    known = entry.disk_gb or entry.size_gb
+    if known:
+        return int(known * GB), False
+    visuals = int(entry.counts.get("paper_visual") or entry.examples or 0)
+    rows = int(entry.counts.get("paper_annotations") or entry.examples or 0) * ROW_BYTES
+    if entry.modality == "text":
+        return rows, True
+    if entry.source.kind == "manual" or entry.media.kind in ("manual", "youtube-ids", "render", "unknown"):
+        return rows, True  # what a fetch gets of it
+    return rows + visuals * (VIDEO_BYTES if entry.modality == "video" else IMAGE_BYTES), True
+
+
+def measured_speed(root: Path) -> float | None:
+    """Bytes/s of the fetches under this root, over all that took a second or more; None: there was none."""
+    total = seconds = 0.0
+    for path in sorted((root / "raw").glob("*/fetched.json")):
+        try:
+            info = json.loads(path.read_text())
+            if info["seconds"] >= 1 and info["fetched_bytes"]:
+                total, seconds = total + info["fetched_bytes"], seconds + info["seconds"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return total / seconds if seconds else None
+
+
+def plan(entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, speed: float | None) -> list[Planned]:
+    """What to fetch, in order, within `budget` bytes, and what not and why.
+
+    What is there counts as paid for. The rest goes by its share of the mixture for a byte: a stage's ratio, or the
+    square root of its size. `speed`: bytes/s.
+    """
+    ready, planned = [], []
+    for entry in entries:
+        size, estimated = size_of(entry)
+        state = state_of(entry, root)
+        if entry.unsure:
+            planned.append(Planned(entry.name, "refused", 0, False, None, entry.unsure))
+        elif state == "complete":
+            planned.append(Planned(entry.name, "there", size / GB, estimated, None, "complete"))
+        elif entry.source.kind == "manual":
+            why = f"python tools/download.py how {entry.name}"
+            planned.append(Planned(entry.name, "by hand", size / GB, estimated, None, why))
+        else:
+            ready.append((entry, max(0, size - _bytes_there(root, entry)), estimated))
+    ready.sort(key=lambda item: (-_worth(item[0]) / max(item[1], 1e6), item[0].name))
+    left, chosen = budget, []
+    for entry, size, estimated in ready:
+        seconds = size / speed if speed else None
+        if size <= left:
+            left -= size
+            why = "annotations; its media by hand" if entry.by_hand else ""
+            chosen.append(Planned(entry.name, "fetch", size / GB, estimated, seconds, why))
+        else:
+            why = f"{size / GB:,.1f} GB, {left / GB:,.1f} left"
+            planned.append(Planned(entry.name, "no room", size / GB, estimated, seconds, why))
+    order = {"no room": 0, "by hand": 1, "refused": 2, "there": 3}
+    return chosen + sorted(planned, key=lambda item: (order[item.action], item.name))
+
+
+def _worth(entry: DataSet) -> float:
+    # A stage-1 set's ratio puts it before all that only later stages need.
+    return 1e6 * entry.ratio if entry.ratio else math.sqrt(max(1, entry.size))
+
+
+def _bytes_there(root: Path, entry: DataSet) -> int:
+    info = read_note(root, entry.name) or {}
+    return info.get("bytes") or 0
+
+
+def doctor(entries: list[DataSet], root: Path, deep: bool = False) -> Iterator[Problem]:
+    """What is broken or missing of the sets that are there, in part or whole; `deep` reads every byte."""
+    for package, mend in (("pyarrow", "pip install pyarrow"), ("aiohttp", "pip install aiohttp")):
+        if importlib.util.find_spec(package) is None:
+            yield Problem("-", f"the package {package} is missing, without which parquet or addresses cannot be read", mend)
+    free = _free(root)
+    if free is not None and free < 2 * GB:
+        yield Problem("-", f"only {free / GB:.1f} GB are free under {root}", "free some space, or set DATA_ROOT elsewhere")
+    for entry in entries:
+        folder = root / "raw" / entry.name
+        if not folder.is_dir():
+            continue
+        fetch = f"python tools/download.py fetch {entry.name}"
+        if entry.unsure:
+            yield Problem(entry.name, f"is not fetched: {entry.unsure}", f"python tools/download.py how {entry.name}")
+            continue
+        info = read_note(root, entry.name)
+        broken = list(broken_files(folder, deep))
+        for name, what in broken[:5]:
+            yield Problem(entry.name, f"{name} {what}", f"{fetch} --verify")
+        if len(broken) > 5:
+            yield Problem(entry.name, f"{len(broken) - 5} more files are missing or changed", f"{fetch} --verify")
+        revision = entry.source.hf and (entry.source.hf.revision or pinned(root, entry.source.hf.repo))
+        if info is None:
+            if any(path.name not in ("manual", ".lock") for path in folder.iterdir()):
+                yield Problem(entry.name, "was started and is not whole", fetch)
+            elif missing := missing_layout(entry, folder):
+                yield Problem(entry.name, f"manual/ lacks {', '.join(missing)}", f"python tools/download.py how {entry.name}")
+            else:
+                yield Problem(entry.name, "is in manual/ and not yet registered", fetch)
+            continue
+        if info.get("stopped"):
+            yield Problem(entry.name, f"is not whole: {info['stopped']}", fetch)
+        elif missing := missing_layout(entry, folder):
+            if not info.get("complete") or entry.source.kind == "manual":
+                what = f"manual/ lacks {', '.join(missing)}"
+                yield Problem(entry.name, what, f"python tools/download.py how {entry.name}")
+        elif info.get("waiting"):
+            yield Problem(entry.name, "; ".join(info["waiting"]), fetch)
+        elif info.get("limit") is not None:
+            yield Problem(entry.name, f"is a sample of {info['limit']:,} rows", fetch)
+        if revision and info.get("revision") and revision != info["revision"]:
+            yield Problem(entry.name, f"is of the commit {info['revision'][:12]}, {revision[:12]} is pinned", fetch)
+        if info.get("held_out") == "not checked":
+            what = "the list of held-out pictures was not on the Hub; pictures of evaluations may be among its own"
+            yield Problem(entry.name, what, f"{fetch} --retry-lost")
+        media = info.get("media", {})
+        if media.get("later") and not info.get("waiting"):
+            yield Problem(entry.name, f"{media['later']:,} addresses gave no file in time", fetch)
+        yield from _bad_manual(entry, folder)
+
+
+def _bad_manual(entry: DataSet, folder: Path) -> Iterator[Problem]:
+    """Files of the user that are empty, or pages in the place of files."""
+    how = f"python tools/download.py how {entry.name}"
+    shown = 0
+    for pattern in entry.layout:
+        for path in (folder / "manual").glob(pattern):
+            if path.is_file() and shown < 5 and (what := _wrong(path)):
+                shown += 1
+                yield Problem(entry.name, f"{path.relative_to(folder)} is {what}", f"get it again: {how}")
+
+
+def _wrong(path: Path) -> str | None:
+    with path.open("rb") as file:
+        head = file.read(256).lstrip().lower()
+    if not head:
+        return "empty"
+    return "a web page" if head.startswith((b"<!doctype html", b"<html")) else None
+
+
+def how(entry: DataSet, root: Path) -> str:
+    """The page of a set: where it comes from, what is fetched, what is for the user, where that goes."""
+    source, media, folder = entry.source, entry.media, root / "raw" / entry.name
+    lines = [f"# {entry.name}", ""]
+    lines += [f"{key}: {value}" for key, value in (
+        ("Tasks", ", ".join(entry.task)), ("Stages", ", ".join(map(str, entry.stages))),
+        ("Examples", f"{entry.examples:,}" if entry.examples else ""), ("Licence", entry.license or "not known: read its page"),
+        ("Terms", entry.terms), ("Account or form needed", {True: "yes", False: "no", None: "not known"}[entry.gated]),
+        ("Page", page_of(entry)), ("Note", entry.note),
+    ) if value]  # fmt: skip
+    lines += ["", "## Annotations", ""]
+    if entry.unsure:
+        lines += [f"Not fetched: {entry.unsure}."]
+    elif source.kind == "hf":
+        lines += [f"`python tools/download.py fetch {entry.name}` gets them from {page(source.hf.repo)}."]
+    elif source.kind == "url":
+        lines += [f"`python tools/download.py fetch {entry.name}` gets them from:", *(f"- {url}" for url in source.urls)]
+    else:
+        lines += [f"By hand, from {source.page}: {source.instructions}."]
+    lines += ["", "## Media", ""]
+    lines += [f"{media.kind}: {media.detail or ''}".rstrip(": ")]
+    if media.page:
+        lines += [f"Page: {media.page}"]
+    lines += [f"- {url}" for url in media.urls]
+    if media.kind == "youtube-ids":
+        lines += ["", "Where yt-dlp is installed, fetch gets the videos of the ids that are still there; it is not installed for you."]
+    if entry.layout:
+        lines += ["", "## What goes where", "", f"Unpack into {folder / 'manual'} so that each of these matches a file:", ""]
+        lines += [f"    manual/{pattern}" for pattern in entry.layout]
+        lines += ["", f"Then `python tools/download.py fetch {entry.name}` registers it, and `python tools/download.py doctor` checks it."]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(rows: list) -> str:
+    return json.dumps([asdict(row) for row in rows], indent=1)
+
+
+def _free(root: Path) -> int | None:
+    path = root
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return None
+
+
+def free_bytes(root: Path) -> int:
+    return _free(Path(os.path.abspath(root))) or 0

@@ -1,0 +1,587 @@
+"""Fetching one data set: its annotations, then what they name, then the note that it is whole.
+
+Beside the folders that `molmo2_nemo.data.raw` describes, raw/NAME holds files.jsonl (each file with its size, hash and
+address) and archives/ (those of plain addresses). An address that several sets share is fetched once, into raw/.shared.
+"""
+
+import asyncio
+import collections
+import contextlib
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+from molmo2_nemo.data.catalogue import Catalogue, DataSet, HeldOut, HubFiles
+from molmo2_nemo.data.raw import ROW_SUFFIXES, RawSource, column_values, matches, num_rows, read_rows, size_on_disk
+from molmo2_nemo.fetch import hub
+from molmo2_nemo.fetch.archives import BadArchive, Bounds, extract, folder_name
+from molmo2_nemo.fetch.check import BadContent, archive_kind, check_file, sha256_of
+from molmo2_nemo.fetch.journal import Journal, is_disk_error, locked, write_json
+from molmo2_nemo.fetch.url_list import NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
+from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, download, publish, session
+
+# Of the addresses may give no file for now, or the set is not whole before they were asked in another fetch, too.
+MAX_LATER = 0.25
+MAX_ARCHIVE = 4 * 10**12  # bytes
+YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to fetch."""
+
+    root: Path
+    rules: Rules = field(default_factory=Rules)
+    limit: int | None = None  # rows
+    verify: bool = False  # read what is there again
+    retry_lost: bool = False
+    deduplicate: bool = False
+    remove_archives: bool = False
+    bounds: Bounds = field(default_factory=Bounds)
+
+
+@dataclass
+class Meter:
+    """Bytes from the network, of all sets of a run."""
+
+    max_bytes: int | None = None
+    bytes: int = 0
+    report: Callable[[int], None] = lambda count: None
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            if self.max_bytes is not None and self.bytes + count > self.max_bytes:
+                raise OutOfBytes(f"--max-bytes {self.max_bytes:,} is used up")
+            self.bytes += count
+        self.report(count)
+
+
+@dataclass
+class Result:
+    """How it ended. state: complete | sample | by hand | part | refused | failed."""
+
+    name: str
+    state: str
+    reason: str = ""
+    bytes: int = 0  # that came now
+    seconds: float = 0.0
+    counts: dict = field(default_factory=dict)
+
+
+def fetch_set(entry: DataSet, catalogue: Catalogue, options: Options, meter: Meter, progress: Progress) -> Result:
+    """Fetch what can be fetched of a set. OSError of the disk and OutOfBytes pass through: the run is over."""
+    if entry.unsure:
+        return Result(entry.name, "refused", f"not fetched: {entry.unsure}")
+    folder = options.root / "raw" / entry.name
+    started, before = time.monotonic(), meter.bytes
+    try:
+        with locked(folder / ".lock"):
+            fetch = _Fetch(entry, catalogue, options, meter, progress)
+            try:
+                result = fetch.run()
+            except (OutOfBytes, KeyboardInterrupt, OSError) as error:
+                with contextlib.suppress(OSError):
+                    fetch.note(complete=False, stopped=str(error) or "interrupted")
+                raise
+            except (ValueError, Lost, NoNetwork, BadArchive, BadContent) as error:
+                fetch.note(complete=False, stopped=str(error))
+                result = Result(entry.name, "failed", " ".join(str(error).split()))
+            finally:
+                fetch.files.close()
+    except BlockingIOError:
+        return Result(entry.name, "failed", f"another fetch of {entry.name} is running")
+    result.bytes, result.seconds = meter.bytes - before, time.monotonic() - started
+    return result
+
+
+class _Fetch:
+    """One set while it is fetched."""
+
+    def __init__(self, entry: DataSet, catalogue: Catalogue, options: Options, meter: Meter, progress: Progress):
+        self.entry, self.catalogue, self.options, self.meter, self.progress = entry, catalogue, options, meter, progress
+        self.rules = options.rules
+        self.folder = options.root / "raw" / entry.name
+        self.files = Journal(self.folder / "files.jsonl", "file")
+        self.splits: dict[str, list[str]] = {}
+        self.waiting: list[str] = []  # what is missing, in words
+        self.counts: dict[str, int] = {}
+        self.facts: dict = {"revision": None, "repo": None, "license": entry.license, "held_out": None}
+        self.started, self.bytes_before = time.monotonic(), meter.bytes
+
+    def run(self) -> Result:
+        entry = self.entry
+        if self.options.verify:
+            remove_broken(self.folder)
+            self.files.close()
+            self.files = Journal(self.folder / "files.jsonl", "file")
+        elif self._is_whole():
+            return Result(entry.name, "complete", "was there already")
+        if (self.folder / "fetched.json").exists():
+            self.note(complete=False, stopped="being fetched")
+        {"hf": self._hub_annotations, "url": self._url_annotations, "manual": lambda: None}[entry.source.kind]()
+        self._media()
+        self._by_hand()
+        sample = self.options.limit is not None
+        complete = not self.waiting and not sample
+        if not self.waiting:
+            self._tidy()
+        self.note(complete=complete, stopped=None)
+        if self.waiting:
+            return Result(entry.name, "by hand" if entry.by_hand else "part", "; ".join(self.waiting), counts=self.counts)
+        return Result(entry.name, "sample" if sample else "complete", self._remark(), counts=self.counts)
+
+    def _is_whole(self) -> bool:
+        try:
+            info = RawSource(self.options.root, self.entry.name).info
+        except ValueError:
+            return False
+        pinned = self.entry.source.hf and self.entry.source.hf.revision
+        again = info.get("media", {}).get("later", 0) or self.options.retry_lost or self.options.deduplicate
+        if not info.get("complete") or again or (pinned and pinned != info.get("revision")):
+            return False
+        return not any(broken_files(self.folder))
+
+    def _remark(self) -> str:
+        media = self.counts
+        if not media.get("urls"):
+            return ""
+        text = f"{media['fetched']:,} of {media['urls']:,} addresses"
+        if media.get("held_out"):
+            text += f", {media['held_out']:,} held out"
+        if media.get("later"):
+            text += f", {media['later']:,} may still come: run it again"
+        return text
+
+    # Annotations
+
+    def _hub_annotations(self) -> None:
+        wanted = self.entry.source.hf
+        repository = hub.open_repository(wanted, self.options.root, self.rules)
+        self.facts |= {"revision": repository.revision, "repo": repository.repo}
+        self.facts["license"] = self.entry.license or repository.license
+        chosen = hub.choose_files(repository, wanted)
+        for split, names in chosen.items():
+            if self.options.limit is not None:
+                names = self._enough(repository, names, wanted.filter)
+            self._from_hub(repository, names)
+            self.splits[split] = [f"hub/{name}" for name in names]
+
+    def _enough(self, repository: hub.Repository, names: list[str], condition: str | None) -> list[str]:
+        """The first files with enough rows for a sample, fetched."""
+        rows, chosen = 0, []
+        for name in names:
+            chosen.append(name)
+            self._from_hub(repository, [name])
+            path = self.folder / "hub" / name
+            if path.suffix.lower() in ROW_SUFFIXES and not condition:
+                rows += num_rows(path)
+            if rows >= self.options.limit:
+                break
+        return chosen
+
+    def _from_hub(self, repository: hub.Repository, names: list[str]) -> None:
+        source = f"hf://datasets/{repository.repo}@{repository.revision}"
+        known = {record["file"][4:]: record for record in self.files.records.values() if record["file"].startswith("hub/")}
+        known = {name: record for name, record in known.items() if record.get("from", "").startswith(source)}
+        names = [name for name in names if name not in known or not _is_unpacked(self.folder, self.files, known[name])]
+
+        def done(name: str, record: dict) -> None:
+            self.files.append({"file": f"hub/{name}", "from": f"{source}/{name}", **record})
+
+        hub.fetch_files(repository, names, self.folder / "hub", known, self.rules, self.meter.add, done)
+
+    def _url_annotations(self) -> None:
+        files = []
+        for url in self.entry.source.urls:
+            files += self._from_url(url, "hub", archive=None)
+        self.splits["train"] = [name for name in files if Path(name).suffix.lower() in ROW_SUFFIXES]
+
+    # Media
+
+    def _media(self) -> None:
+        media = self.entry.media
+        if media.hf:
+            repository = hub.open_repository(media.hf, self.options.root, self.rules)
+            names = [name for names in hub.choose_files(repository, media.hf).values() for name in names]
+            self._from_hub(repository, names)
+            for name in names:
+                self._unpack(self.folder, self.files, f"hub/{name}", only_if_archive=True)
+        for url in media.urls:
+            self._from_url(url, "media", archive=True if media.kind == "archive" else None)
+        if media.kind == "archive" and not media.hf and not media.urls and self.entry.source.kind == "hf":
+            for name in list(self.files.records):
+                if name.startswith("hub/"):
+                    self._unpack(self.folder, self.files, name, only_if_archive=True)
+        if media.kind == "url-list":
+            self._url_list()
+        elif media.kind == "youtube-ids" and media.columns and shutil.which("yt-dlp"):
+            self._youtube()
+
+    def _url_list(self) -> None:
+        held_out, checked = held_out_lists(tuple(self.catalogue.held_out), self.options.root, self.rules)
+        self.facts["held_out"] = "checked" if checked else "not checked"
+        kind = "video" if self.entry.modality == "video" else "image"
+        folder = self.folder / "media"
+        counts = fetch_list(
+            self._wanted(), folder, self.rules, kind, replace(self.progress, add_bytes=self.meter.add), held_out,
+            self.options.retry_lost,
+        )  # fmt: skip
+        if self.options.deduplicate and kind == "image":
+            counts["duplicates"] = remove_duplicates(folder)
+            counts["fetched"] -= counts["duplicates"]
+        counts["later"] = counts.get("lost: later", 0)
+        self.counts |= counts
+        fresh = counts.pop("fresh")
+        if fresh > MAX_LATER * counts["urls"]:
+            self.waiting.append(f"{fresh:,} of {counts['urls']:,} addresses gave no file in time: run it again")
+
+    def _wanted(self) -> Iterator[Wanted]:
+        media = self.entry.media
+        columns = [*media.columns, *([media.sha256] if media.sha256 else [])]
+        for row in self._columns(columns):
+            for column in media.columns:
+                value = row.get(column)
+                for url in value if isinstance(value, list) else [value]:
+                    if isinstance(url, str) and url:
+                        digest = row.get(media.sha256) if media.sha256 else None
+                        yield Wanted(url, digest if isinstance(digest, str) and len(digest) == 64 else None)
+
+    def _columns(self, columns: list[str]) -> Iterator[dict]:
+        """Columns of the rows that are meant. ValueError: a column is not there."""
+        wanted = self.entry.source.hf.filter if self.entry.source.hf else None
+        left, seen = self.options.limit, set()
+        names = [name for names in self.splits.values() for name in names]
+        extra = [wanted.partition("==")[0].strip()] if wanted else []
+        for name in names:
+            if Path(name).suffix.lower() not in ROW_SUFFIXES:
+                continue
+            for row in column_values(self.folder / name, columns + extra):
+                if not matches(row, wanted):
+                    continue
+                if left is not None:
+                    if left == 0:
+                        return
+                    left -= 1
+                seen.update(row)
+                yield row
+        missing = [column for column in columns if column not in seen]
+        if missing and names:
+            raise ValueError(
+                f"{self.entry.name} has no column {', '.join(missing)}: it has {', '.join(sorted(seen)) or 'no rows'}; mend "
+                "its entry in the catalogue."
+            )
+
+    def _youtube(self) -> None:
+        """By yt-dlp, which the user installed. What it does not get is for the user."""
+        media, wanted = self.folder / "media", set()
+        for row in self._columns(self.entry.media.columns):
+            wanted.update(v for column in self.entry.media.columns if YOUTUBE_ID.fullmatch(str(v := row.get(column))))
+        lost = Journal(media / "lost.jsonl", "url")
+        self.progress.start(len(wanted), 0)
+        for video in sorted(wanted):
+            path = media / f"{video}.mp4"
+            if not path.is_file() and (video not in lost.records or self.options.retry_lost):
+                part = media / ".part" / video
+                part.mkdir(parents=True, exist_ok=True)
+                command = [
+                    "yt-dlp", "--quiet", "--no-playlist", "--no-exec", "--ignore-config", "--format",
+                    "best[ext=mp4][height<=720]/best[ext=mp4]", "--output", str(part / "video.mp4"), "--",
+                    f"https://www.youtube.com/watch?v={video}",
+                ]  # fmt: skip
+                ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+                if ended.returncode == 0 and (part / "video.mp4").is_file():
+                    self.meter.add((part / "video.mp4").stat().st_size)
+                    os.replace(part / "video.mp4", path)
+                else:
+                    reason = (ended.stderr.strip().splitlines() or ["no file"])[-1][:200]
+                    lost.append({"url": video, "kind": "gone", "reason": reason, "code": None})
+                shutil.rmtree(part)
+            self.progress.add_files(1)
+        lost.close()
+        there = sum((media / f"{video}.mp4").is_file() for video in wanted)
+        self.counts |= {"videos": len(wanted), "fetched": there, "lost": len(wanted) - there}
+
+    # By hand
+
+    def _by_hand(self) -> None:
+        entry = self.entry
+        missing = missing_layout(entry, self.folder)
+        youtube = entry.media.kind == "youtube-ids" and self.counts.get("fetched")
+        if missing and not youtube:
+            what = entry.source.instructions or entry.media.detail or "its media"
+            self.waiting.append(
+                f"{', '.join(missing)} must be put into {self.folder / 'manual'} by hand ({what}): python tools/download.py "
+                f"how {entry.name}"
+            )
+        if entry.source.kind == "manual":
+            self.splits["train"] = [
+                str(path.relative_to(self.folder)) for path in manual_annotations(entry, self.folder)
+            ]
+
+    # Files of plain addresses
+
+    def _from_url(self, url: str, into: str, archive: bool | None) -> list[str]:
+        """Get a file or an archive, which is unpacked; names of files that are none, relative to the set's folder.
+
+        archive: it must be one (True), or may (None).
+        """
+        shared = is_shared(self.catalogue, url)
+        home = self.options.root / "raw" / ".shared" / hashlib.sha256(url.encode()).hexdigest()[:16] if shared else self.folder
+        with contextlib.ExitStack() as stack:
+            files = self.files
+            if shared:
+                stack.enter_context(locked(home / ".lock", wait=True))
+                files = stack.enter_context(contextlib.closing(Journal(home / "files.jsonl", "file")))
+            record = next((r for r in files.records.values() if r.get("from") == url), None)
+            if record is None or not (_is_there(home, record) or _is_unpacked(home, files, record)):
+                record = self._download(url, home, files, into, archive)
+            name = record["file"]
+            if not record.get("archive"):
+                return [name] if not shared else [self._link(home / name, name)]
+            unpacked = self._unpack(home, files, name)
+        if shared:
+            self._link(home / unpacked, unpacked)
+        return []
+
+    def _link(self, target: Path, name: str) -> str:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aim = os.path.relpath(target, path.parent)
+        if not path.is_symlink() or os.readlink(path) != aim:
+            path.unlink(missing_ok=True)
+            path.symlink_to(aim)
+        return name
+
+    def _download(self, url: str, home: Path, files: Journal, into: str, archive: bool | None) -> dict:
+        part = home / ".part" / hashlib.sha256(url.encode()).hexdigest()[:16]
+        rules = replace(self.rules, max_file_bytes=MAX_ARCHIVE)
+
+        async def get() -> dict:
+            async with session(rules) as client:
+                return await download(client, direct(url), part, rules, self.meter.add)
+
+        try:
+            reply = asyncio.run(get())
+            kind = archive_kind(part)
+            check_file(part)
+            if archive and kind is None:
+                raise BadContent("no archive")
+            suffix = Path(urllib.parse.urlsplit(url).path.lower().replace(".tar.gz", ".tgz")).suffix
+            if not kind and suffix in (".zip", ".tar", ".tgz"):
+                raise BadContent("no archive")
+            if not kind and suffix in ROW_SUFFIXES:
+                _check_rows(part, suffix)
+        except Lost as error:
+            raise ValueError(f"{url} cannot be had: {error.reason}.") from error
+        except BadContent as error:
+            part.unlink(missing_ok=True)
+            raise ValueError(f"{url} gave {error} in place of the file: try again later or look at the page.") from error
+        name = f"{'archives' if kind else into}/{file_name(url, reply['file_name'], kind)}"
+        record = {"file": name, "from": url, "bytes": part.stat().st_size, "sha256": sha256_of(part)}
+        publish(part, home / name)
+        files.append(record | ({"archive": kind} if kind else {}))
+        return files.records[name]
+
+    def _unpack(self, home: Path, files: Journal, name: str, only_if_archive: bool = False) -> str:
+        """Unpack an archive of `home` once; the folder, relative to it."""
+        record, path = files.records[name], home / name
+        unpacked = f"extracted/{folder_name(name)}"
+        done = files.records.get(unpacked)
+        if done and done["archive"] == record["sha256"] and (home / unpacked).is_dir():
+            return unpacked
+        if only_if_archive and archive_kind(path) is None:
+            return unpacked
+        try:
+            found = extract(path, home / unpacked, record["sha256"], self.options.bounds)
+        except BadArchive as error:
+            raise ValueError(f"the archive {path} is not unpacked: it is {error}.") from error
+        files.append(
+            {"file": unpacked, "archive": record["sha256"], "files": found.files, "bytes": found.bytes,
+             "links": found.links, "repeated": found.repeated}
+        )  # fmt: skip
+        if self.options.remove_archives:
+            path.unlink()
+        return unpacked
+
+    # Notes
+
+    def _tidy(self) -> None:
+        """Nothing half-done is left of a set that has everything."""
+        for part in [self.folder / ".part", *(self.folder / "hub").rglob(".part")]:
+            shutil.rmtree(part, ignore_errors=True)
+        self.files.tidy()
+
+    def note(self, complete: bool, stopped: str | None) -> None:
+        """Write fetched.json."""
+        rows = None
+        if stopped is None:
+            paths = [self.folder / name for names in self.splits.values() for name in names]
+            rows = sum(num_rows(path) for path in paths if path.suffix.lower() == ".parquet") or None
+        write_json(
+            self.folder / "fetched.json",
+            {
+                "name": self.entry.name,
+                "complete": complete,
+                "stopped": stopped,
+                "waiting": self.waiting,
+                "limit": self.options.limit,
+                "filter": self.entry.source.hf.filter if self.entry.source.hf else None,
+                "splits": self.splits,
+                "terms": self.entry.terms,
+                **self.facts,
+                "counts": {"files": len(self.files.records), "rows": rows},
+                "media": {"kind": self.entry.media.kind, **self.counts},
+                "bytes": size_on_disk(self.folder) if stopped is None else None,
+                "fetched_bytes": self.meter.bytes - self.bytes_before,
+                "seconds": round(time.monotonic() - self.started, 3),
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+        )
+
+
+def is_shared(catalogue: Catalogue, url: str) -> bool:
+    return sum(url in (*entry.source.urls, *entry.media.urls) for entry in catalogue.sets) > 1
+
+
+@cache
+def held_out_lists(lists: tuple[HeldOut, ...], root: Path, rules: Rules) -> tuple[tuple[set[str], set[str]], bool]:
+    """Addresses and hashes of pictures that training must not see; False: a list is not on the Hub.
+
+    ValueError: a list cannot be read for now.
+    """
+    urls: set[str] = set()
+    hashes: set[str] = set()
+    whole = True
+    for held in lists:
+        wanted = HubFiles(repo=held.repo, revision=held.revision, split=held.split)
+        folder = root / "raw" / ".held_out" / held.repo.replace("/", "--")
+        try:
+            repository = hub.open_repository(wanted, root, rules)
+        except ValueError as error:
+            if "is not on the Hub" not in str(error):
+                raise ValueError(f"the pictures held out for evaluation are not known: {error}") from error
+            whole = False
+            continue
+        try:
+            names = [name for names in hub.choose_files(repository, wanted).values() for name in names]
+        except ValueError:  # all of its splits, then
+            names = [name for name in repository.files if name.lower().endswith(ROW_SUFFIXES)]
+        with locked(folder / ".lock", wait=True):
+            hub.fetch_files(repository, names, folder / repository.revision, {}, rules, lambda n: None, lambda n, r: None)
+        for name in names:
+            for row in column_values(folder / repository.revision / name, [held.column, *([held.sha256] if held.sha256 else [])]):
+                value = row.get(held.column)
+                urls.update(value if isinstance(value, list) else [value])
+                if row.get(held.sha256 or ""):
+                    hashes.add(row[held.sha256].lower())
+        urls.discard(None)
+        if not urls:
+            raise ValueError(f"the pictures held out for evaluation are not known: {held.repo} has no column {held.column}.")
+    return (urls, hashes), whole
+
+
+def missing_layout(entry: DataSet, folder: Path) -> list[str]:
+    """Patterns of what the user has to put into manual/ that match no file with content."""
+    manual = folder / "manual"
+    return [pattern for pattern in entry.layout if not any(_has_content(path) for path in manual.glob(pattern))]
+
+
+def manual_annotations(entry: DataSet, folder: Path) -> list[Path]:
+    """Files with rows among what the user put there."""
+    found = []
+    for pattern in entry.source.layout or ["**/*"]:
+        if pattern.lower().endswith(ROW_SUFFIXES) or pattern == "**/*":
+            found += [p for p in sorted((folder / "manual").glob(pattern)) if p.suffix.lower() in ROW_SUFFIXES]
+    return list(dict.fromkeys(found))
+
+
+def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong) of those that are recorded; `deep` reads all bytes."""
+    for journal_file, key, base in (("files.jsonl", "file", folder), ("media/index.jsonl", "url", folder / "media")):
+        journal = Journal(folder / journal_file, key)
+        for record in journal.records.values():
+            path = base / record["file"]
+            if "sha256" not in record:  # a folder of an archive
+                if not path.is_dir():
+                    yield str(path.relative_to(folder)), "is missing"
+                continue
+            try:
+                size = path.stat().st_size
+            except OSError:
+                if not _is_unpacked(folder, journal, record):
+                    yield str(path.relative_to(folder)), "is missing"
+                continue
+            if size != record["bytes"]:
+                yield str(path.relative_to(folder)), f"has {size:,} bytes instead of {record['bytes']:,}"
+            elif deep and sha256_of(path) != record["sha256"]:
+                yield str(path.relative_to(folder)), "has changed"
+
+
+def remove_broken(folder: Path) -> int:
+    """Read everything that is recorded and forget what is not as it was; the number of files."""
+    broken = dict(broken_files(folder, deep=True))
+    for journal_file, base in (("files.jsonl", ""), ("media/index.jsonl", "media/")):
+        if broken and (folder / journal_file).exists():
+            journal = Journal(folder / journal_file, "file" if not base else "url")
+            for key, record in list(journal.records.items()):
+                if f"{base}{record['file']}" in broken:
+                    journal.remove(key)
+                    with contextlib.suppress(OSError):
+                        (folder / f"{base}{record['file']}").unlink()
+            journal.close()
+    return len(broken)
+
+
+def _check_rows(path: Path, suffix: str) -> None:
+    """BadContent: a file of rows is cut off, or something else."""
+    try:
+        collections.deque(read_rows(path, suffix), maxlen=0)
+    except ValueError as error:
+        raise BadContent(f"a broken {suffix} file ({str(error).partition(' cannot be read: ')[2][:120]})") from error
+
+
+def direct(url: str) -> str:
+    """The address of the file behind a Google Drive page; others as they are."""
+    match = re.fullmatch(r"https://drive\.google\.com/file/d/([\w-]+)/view.*", url)
+    return f"https://drive.usercontent.google.com/download?id={match[1]}&export=download&confirm=t" if match else url
+
+
+def file_name(url: str, named: str | None, kind: str | None) -> str:
+    """A safe name of what an address gave."""
+    name = named or urllib.parse.unquote(urllib.parse.urlsplit(url).path).rstrip("/").rpartition("/")[2]
+    name = re.sub(r"[^\w.-]", "_", name).lstrip(".")[-100:]
+    if not Path(name).suffix or name in ("view", "download", "main"):
+        name = f"{name or 'file'}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+        name += {"zip": ".zip", "tar": ".tar"}.get(kind or "", "")
+    return name
+
+
+def _is_there(home: Path, record: dict) -> bool:
+    with contextlib.suppress(OSError):
+        return (home / record["file"]).stat().st_size == record["bytes"]
+    return False
+
+
+def _is_unpacked(home: Path, files: Journal, record: dict) -> bool:
+    """An archive that was removed after its contents came out."""
+    unpacked = f"extracted/{folder_name(record['file'])}"
+    done = files.records.get(unpacked)
+    return bool(done) and done.get("archive") == record.get("sha256") and (home / unpacked).is_dir()
+
+
+def _has_content(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.is_file() and path.stat().st_size > 0
+    return False

@@ -1,0 +1,321 @@
+"""One file from the web, mistrusted: where it leads, how fast it comes, how long it is, and what to do when it stops."""
+
+import asyncio
+import contextlib
+import email.utils
+import ipaddress
+import json
+import os
+import random
+import re
+import socket
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import yarl
+
+from molmo2_nemo import __version__
+from molmo2_nemo.fetch.journal import is_disk_error
+
+USER_AGENT = f"molmo2-nemo/{__version__} (research data set download)"
+# Statuses after which asking again makes sense.
+PASSING = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524}
+FORBIDDEN = {401, 402, 403, 407}
+# Validators for resuming are kept beside files from this size on; smaller ones start anew.
+RESUMABLE_BYTES = 2**20
+CHUNK = 2**18
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Bounds of a download."""
+
+    jobs: int = 32  # files at once
+    per_host: int = 4  # of them from one host
+    tries: int = 4  # of one file in a run
+    timeout: float = 30.0  # s to connect, to answer, and in which `min_rate` must hold
+    min_rate: float = 1024.0  # bytes/s
+    max_file_bytes: int = 64 * 2**20
+    max_redirects: int = 6
+    max_wait: float = 60.0  # s that a server's Retry-After may hold up a host
+    backoff: float = 1.0  # s before the second try, doubled for each further one
+    allow_private: bool = False  # addresses of this machine and its network
+
+
+class Lost(Exception):
+    """The file cannot be had. kind: gone, forbidden and content stay so; later may pass."""
+
+    def __init__(self, kind: str, reason: str, code: int | None = None, wait_too_long: bool = False):
+        super().__init__(reason)
+        self.kind, self.reason, self.code, self.wait_too_long = kind, reason, code, wait_too_long
+
+
+class Unreachable(Lost):
+    """No answer at all, so that the fault may be on this side."""
+
+    def __init__(self, reason: str):
+        super().__init__("later", reason)
+
+
+class OutOfBytes(Exception):
+    """--max-bytes is used up."""
+
+
+class Busy(Exception):
+    """The host asks to wait so many seconds; there is still a try left."""
+
+    def __init__(self, seconds: float):
+        super().__init__(f"asked to wait {seconds:.0f} s")
+        self.seconds = seconds
+
+
+def is_private(address: str) -> bool:
+    """Is it an address of this machine, its network, a cloud's metadata service, or none of a host?"""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return not ip.is_global or ip.is_multicast
+
+
+def trusted_hosts() -> set[str]:
+    """Hosts that the user named: proxies, and the endpoint of the Hub."""
+    named = [os.environ.get("HF_ENDPOINT", ""), *urllib.request.getproxies().values()]
+    return {host for url in named if (host := urllib.parse.urlsplit(url).hostname)}
+
+
+def check_address(url: str, rules: Rules) -> str:
+    """The address as it is asked for. Lost: another scheme than http(s), or a private address in figures."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise Lost("gone", "not an address") from None
+    if parts.scheme.lower() not in ("http", "https") or not host:
+        raise Lost("gone", f"an address of the type {parts.scheme or 'none'}:, only http and https are followed")
+    if not rules.allow_private and host not in trusted_hosts():
+        with contextlib.suppress(ValueError):
+            if is_private(host):
+                raise Lost("gone", f"leads to the private address {host} (--allow-private follows it)")
+    return url
+
+
+class _Resolver(aiohttp.ThreadedResolver):
+    """Names to addresses, without private ones."""
+
+    def __init__(self, rules: Rules):
+        super().__init__()
+        self._rules, self._trusted = rules, trusted_hosts()
+
+    async def resolve(self, host, port=0, family=socket.AF_INET):
+        found = await super().resolve(host, port, family)
+        if self._rules.allow_private or host in self._trusted:
+            return found
+        public = [entry for entry in found if not is_private(entry["host"])]
+        if not public:
+            raise OSError(None, f"{host} is a private address (--allow-private follows it)")
+        return public
+
+
+def session(rules: Rules) -> aiohttp.ClientSession:
+    """For use inside a running event loop."""
+    connector = aiohttp.TCPConnector(
+        limit=rules.jobs, resolver=_Resolver(rules), ttl_dns_cache=600, family=socket.AF_UNSPEC
+    )
+    return aiohttp.ClientSession(
+        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trust_env=True,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=rules.timeout),
+        headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
+    )  # fmt: skip
+
+
+async def download(
+    client: aiohttp.ClientSession, url: str, part: Path, rules: Rules, count: Callable[[int], None],
+    accept: str = "*/*", wait: Callable | None = None,
+) -> dict:  # fmt: skip
+    """Get `url` into the file `part`, from where it ended before if the server can; its content type and file name.
+
+    `count` is called with each number of bytes. `wait`(seconds, the server asked for it) sleeps between tries. Lost: it cannot be had.
+    OSError of the disk and OutOfBytes pass through, and `part` stays for the next run.
+    """
+    lost = Lost("later", "not tried")
+    for attempt in range(rules.tries):
+        delay, asked = rules.backoff * 2**attempt * (1 + 0.2 * random.random()), False
+        try:
+            return await _once(client, url, part, rules, count, accept)
+        except Busy as busy:
+            too_long = busy.seconds > rules.max_wait
+            lost = Lost("later", f"the server asks to wait {busy.seconds:.0f} s", 429, too_long)
+            if too_long:
+                raise lost from None
+            delay, asked = max(delay, busy.seconds), True
+        except Lost as error:
+            lost = error
+            if error.kind != "later":
+                raise
+        except TimeoutError:
+            lost = Unreachable(f"no answer in {rules.timeout:.0f} s")
+        except aiohttp.InvalidURL as error:
+            raise Lost("gone", "not an address") from error
+        except (aiohttp.ClientError, OSError, ValueError, asyncio.IncompleteReadError) as error:
+            if is_disk_error(error) and not isinstance(error, aiohttp.ClientError):
+                raise
+            if "private address" in str(error):
+                raise Lost("gone", " ".join(str(error).split())) from error
+            text = " ".join(str(error).split())[:200] or type(error).__name__
+            connected = isinstance(error, (aiohttp.ClientPayloadError, aiohttp.ClientResponseError))
+            lost = Lost("later", text) if connected else Unreachable(text)
+        if attempt + 1 < rules.tries:
+            await (wait(delay, asked) if wait else asyncio.sleep(delay))
+    raise lost
+
+
+async def _once(client, url: str, part: Path, rules: Rules, count, accept: str) -> dict:
+    """One try of `download`."""
+    have, known = _so_far(part)
+    headers = {"Accept": accept}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if known.get("validator"):
+            headers["If-Range"] = known["validator"]
+    response = await _open(client, url, headers, rules)
+    try:
+        status = response.status
+        if status == 416 and have:
+            _forget(part)
+            raise Lost("later", "the rest of the file is not there", status)
+        if status in PASSING:
+            seconds = retry_after(response.headers.get("Retry-After"))
+            if seconds is not None:
+                raise Busy(seconds)
+            raise Lost("later", f"status {status}", status)
+        if status in FORBIDDEN:
+            raise Lost("forbidden", f"status {status}", status)
+        if status not in (200, 206):
+            raise Lost("gone", f"status {status}", status)
+        if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
+            raise Lost("content", f"packed as {response.headers['Content-Encoding'][:40]}, which was not asked for")
+        length = response.content_length
+        total = None if length is None else length
+        if status == 206:
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+            whole = int(match[2]) if match and match[2] != "*" else None
+            if not have or not match or int(match[1]) != have or whole != known.get("total"):
+                _forget(part)
+                raise Lost("later", "the server sent another part of the file than was asked for")
+            total = whole
+        else:
+            have = 0
+        if (total or 0) > rules.max_file_bytes:
+            raise Lost("content", f"a file of {total:,} bytes, more than {rules.max_file_bytes:,}")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if status == 200:
+            _forget(part)
+            if total and total >= RESUMABLE_BYTES:
+                validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
+                validator = None if validator is None or validator.startswith("W/") else validator
+                _notes(part).write_text(json.dumps({"total": total, "validator": validator}))
+        with part.open("ab" if status == 206 else "wb") as file:
+            got = have + await _copy(response, file, have, rules, count)
+        if total is not None and got != total:
+            raise Lost("later", f"{got:,} bytes came, {total:,} were promised")
+        return {
+            "type": response.headers.get("Content-Type", "").split(";")[0].strip().lower(),
+            "file_name": _file_name(response.headers.get("Content-Disposition", "")),
+        }
+    finally:
+        response.close()
+
+
+async def _open(client, url: str, headers: dict, rules: Rules) -> aiohttp.ClientResponse:
+    """The answer after redirects, each of which is checked."""
+    for _ in range(rules.max_redirects + 1):
+        check_address(url, rules)
+        async with asyncio.timeout(rules.timeout):
+            # As it is written, so that signed addresses stay what they are.
+            asked = yarl.URL(url, encoded=url.isascii() and " " not in url)
+            response = await client.get(asked, headers=headers, allow_redirects=False)
+        if response.status not in (301, 302, 303, 307, 308):
+            return response
+        target = response.headers.get("Location", "")
+        response.close()
+        if not target:
+            raise Lost("gone", f"status {response.status} without a place to go", response.status)
+        try:
+            url = urllib.parse.urljoin(str(response.url), target)
+        except ValueError:
+            raise Lost("gone", "redirected to what is no address", response.status) from None
+    raise Lost("gone", f"more than {rules.max_redirects} redirects")
+
+
+async def _copy(response, file, have: int, rules: Rules, count) -> int:
+    """Body to file; its bytes. Lost: it comes too slowly, or does not end where it may."""
+    got = in_window = 0
+    loop = asyncio.get_running_loop()
+    window_ends = loop.time() + rules.timeout
+    while True:
+        chunk = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(window_ends):
+                chunk = await response.content.read(CHUNK)
+        if chunk == b"":
+            return got
+        if chunk:
+            got, in_window = got + len(chunk), in_window + len(chunk)
+            if have + got > rules.max_file_bytes:
+                raise Lost("content", f"more than {rules.max_file_bytes:,} bytes")
+            count(len(chunk))
+            file.write(chunk)
+        if loop.time() >= window_ends:
+            if in_window < rules.min_rate * rules.timeout:
+                raise Lost("later", f"slower than {rules.min_rate:.0f} bytes/s for {rules.timeout:.0f} s")
+            in_window, window_ends = 0, loop.time() + rules.timeout
+
+
+def _notes(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
+
+
+def _so_far(part: Path) -> tuple[int, dict]:
+    """Bytes of a part that may be continued, and what is known of the whole; (0, {}): start anew."""
+    try:
+        known = json.loads(_notes(part).read_text())
+        have = part.stat().st_size
+        return (have, known) if 0 < have < known["total"] else (0, {})
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, {}
+
+
+def _forget(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _notes(part).unlink(missing_ok=True)
+
+
+def publish(part: Path, path: Path) -> None:
+    """A whole and checked part gets its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if part.stat().st_size >= RESUMABLE_BYTES:
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+    os.replace(part, path)
+    _notes(part).unlink(missing_ok=True)
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds, from a number or a date."""
+    if not value:
+        return None
+    if value.strip().isdigit():
+        return float(value[:12])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _file_name(disposition: str) -> str | None:
+    match = re.search(r'filename="?([^";]+)"?', disposition)
+    return os.path.basename(match[1].replace("\\", "/")) if match else None

@@ -1,0 +1,285 @@
+"""Get the raw data sets of conf/datasets.yaml. docs/datasets.md says more.
+
+    python tools/download.py list --stage 1                       # what there is, its licence, its state on the disk
+    python tools/download.py plan --stage 2 --budget 1TB          # what fits, in which order, how long
+    python tools/download.py fetch pixmo-cap chartqa --jobs 32    # or --stage 1; --limit 1000 gets a sample
+    python tools/download.py how docvqa                           # what is for you to get, and where it goes
+    python tools/download.py doctor                               # what is broken or missing, and what mends it
+
+They go to raw/NAME under --root (DATA_ROOT, else data). Everything can be stopped at any time and run again. Exit
+status of fetch: 0 all is there, 1 something is not, 3 the disk is full, 4 --max-bytes is used up, 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from molmo2_nemo.data.catalogue import CATEGORIES, CONF_FILE, load_catalogue
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        catalogue = load_catalogue(options.catalogue)
+        entries = chosen(catalogue, options)
+        return {"list": show, "plan": show_plan, "fetch": fetch, "how": show_how, "doctor": diagnose}[options.command](
+            catalogue, entries, options
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--root", type=Path, default=None, help="data root (default: DATA_ROOT, else data)")
+    shared.add_argument("--catalogue", type=Path, default=CONF_FILE, help="another catalogue than conf/datasets.yaml")
+    shared.add_argument("--json", action="store_true", help="print JSON")
+    choice = argparse.ArgumentParser(add_help=False)
+    choice.add_argument("names", nargs="*", metavar="NAME", help="data sets; none: all of the stage, or all")
+    choice.add_argument("--stage", type=int, choices=(1, 2, 3), help="those of a stage")
+    choice.add_argument("--category", choices=CATEGORIES, help="those of a category")
+    choice.add_argument("--only-license", nargs="+", metavar="LICENSE", help="those under one of these, e.g. odc-by cc-by")
+    both = [shared, choice]
+    commands.add_parser("list", parents=both, help="data sets and their state")
+    planning = commands.add_parser("plan", parents=both, help="what fits in a budget, in which order, how long")
+    planning.add_argument("--budget", type=size, help="bytes, as 500GB or 1TB (default: what is free)")
+    planning.add_argument("--speed", type=size, metavar="BYTES/S", help="as 50MB (default: as measured before)")
+    fetching = commands.add_parser("fetch", parents=both, help="get data sets")
+    fetching.add_argument("--jobs", type=positive, default=32, help="files at once (default 32)")
+    fetching.add_argument("--per-host", type=positive, default=4, help="of them from one host (default 4)")
+    fetching.add_argument("--limit", type=positive, metavar="N", help="a sample: media of the first N rows")
+    fetching.add_argument("--max-bytes", type=size, metavar="BYTES", help="stop after so many from the network, as 50GB")
+    fetching.add_argument("--max-file-bytes", type=size, default=64 * 2**20, help="of a picture or video (default 64 MiB)")
+    fetching.add_argument("--tries", type=positive, default=4, help="of a file in a run (default 4)")
+    fetching.add_argument("--timeout", type=float, default=30.0, help="s to connect, to answer, to keep --min-rate (30)")
+    fetching.add_argument("--min-rate", type=size, default=1024, metavar="BYTES/S", help="slower is dropped (default 1024)")
+    fetching.add_argument("--retry-lost", action="store_true", help="ask dead addresses again before their date")
+    fetching.add_argument("--verify", action="store_true", help="read all that is there, and get again what has changed")
+    fetching.add_argument("--deduplicate", action="store_true", help="drop pictures that look like another of their set")
+    fetching.add_argument("--remove-archives", action="store_true", help="once they are unpacked")
+    fetching.add_argument("--allow-private", action="store_true", help="follow addresses of this machine and network")
+    fetching.add_argument("--quiet", action="store_true", help="no progress, one line for each set")
+    commands.add_parser("how", parents=both, help="what is for the user to get, and where it goes")
+    checking = commands.add_parser("doctor", parents=both, help="what is broken or missing, and what mends it")
+    checking.add_argument("--deep", action="store_true", help="read every byte")
+    options = parser.parse_args(arguments)
+    options.root = (options.root or Path(os.environ.get("DATA_ROOT") or "data")).expanduser()
+    if options.command in ("fetch", "how") and not (options.names or options.stage or options.category):
+        parser.error(f"{options.command} needs names, --stage or --category")
+    return options
+
+
+def size(text: str) -> int:
+    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?I?B?)(/S)?", text.strip().upper())
+    unit = match[2].replace("I", "").rstrip("B") + "B" if match and match[2] else ""
+    try:
+        value = int(float(match[1]) * UNITS[unit])
+    except (TypeError, ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text} is not a size like 500GB or 1TB") from None
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def chosen(catalogue, options) -> list:
+    """The sets that the command is about, in the catalogue's order or in that of the names."""
+    entries = catalogue.find(options.names) if options.names else catalogue.sets
+    if options.stage:
+        entries = [entry for entry in entries if options.stage in entry.stages]
+    if options.category:
+        entries = [entry for entry in entries if options.category in (entry.category, entry.stage2_category)]
+    if options.only_license:
+        from molmo2_nemo.fetch.inventory import with_license
+
+        entries = with_license(entries, options.only_license, options.root)
+    if not entries:
+        raise ValueError("no data set is meant: loosen --stage, --category or --only-license.")
+    return entries
+
+
+def show(catalogue, entries, options) -> int:
+    from molmo2_nemo.fetch.inventory import as_json, listed
+
+    rows = listed(entries, options.root)
+    if options.json:
+        print(as_json(rows))
+        return 0
+    table = [("name", "kind", "examples", "GB", "licence", "gated", "state")]
+    for row in rows:
+        gated = {True: "yes", False: "no", None: "?"}[row.gated]
+        examples = f"{row.examples:,}" if row.examples else "?"
+        gigabytes = f"{row.size_gb:g}" if row.size_gb else "?"
+        license = (row.license or "?") + (" *" if row.terms else "")
+        table.append((row.name, row.kind, examples, gigabytes, license, gated, row.state))
+    print_table(table)
+    states = [row.state for row in rows]
+    summary = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "-")
+    on_disk = sum(row.bytes_on_disk for row in rows)
+    print(f"\n{len(rows)} data sets: {summary or 'none on disk'}; {on_disk / 1e9:,.1f} GB under {options.root / 'raw'}")
+    if any(row.terms for row in rows):
+        print("* has terms of its own: python tools/download.py how NAME")
+    return 0
+
+
+def show_plan(catalogue, entries, options) -> int:
+    from molmo2_nemo.fetch.inventory import free_bytes, measured_speed, plan
+
+    free = free_bytes(options.root)
+    budget = options.budget or free
+    speed = options.speed or measured_speed(options.root)
+    rows = plan(entries, catalogue, options.root, budget, speed)
+    get = [row for row in rows if row.action == "fetch"]
+    total, seconds = sum(row.gigabytes for row in get), sum(row.seconds or 0 for row in get) if speed else None
+    if options.json:
+        print(json.dumps({
+            "budget_bytes": budget, "free_bytes": free, "bytes_per_second": speed, "fetch_gigabytes": total,
+            "seconds": seconds, "sets": [asdict(row) for row in rows],
+        }, indent=1))  # fmt: skip
+        return 0
+    table = [("", "name", "action", "GB", "time", "")]
+    for number, row in enumerate(rows, 1):
+        gigabytes = f"{'~' if row.estimated else ''}{row.gigabytes:,.1f}" if row.action != "refused" else ""
+        table.append((str(number), row.name, row.action, gigabytes, duration(row.seconds), row.why[:70]))
+    print_table(table)
+    print(f"\n{len(get)} of {len(rows)} sets are fetched within {budget / 1e9:,.1f} GB: {total:,.1f} GB, {duration(seconds) or 'no speed'}")
+    if speed:
+        print(f"at {speed / 1e6:,.2f} MB/s ({'as given' if options.speed else 'as measured in earlier fetches'})")
+    else:
+        print("no speed was measured yet: fetch something, or give --speed 50MB")
+    if any(row.estimated for row in get):
+        print("~ estimated from the numbers of pictures and videos; archives take up to twice as much until unpacked and removed")
+    if total * 1e9 > free:
+        print(f"note: only {free / 1e9:,.1f} GB are free under {options.root}")
+    return 0
+
+
+def fetch(catalogue, entries, options) -> int:
+    from molmo2_nemo.fetch.journal import is_disk_error
+    from molmo2_nemo.fetch.sources import Meter, Options, Result, fetch_set
+    from molmo2_nemo.fetch.web import OutOfBytes, Rules
+
+    rules = Rules(
+        jobs=options.jobs, per_host=options.per_host, tries=options.tries, timeout=options.timeout,
+        min_rate=options.min_rate, max_file_bytes=options.max_file_bytes, allow_private=options.allow_private,
+        backoff=min(1.0, options.timeout / 10),
+    )  # fmt: skip
+    settings = Options(
+        options.root, rules, options.limit, options.verify, options.retry_lost, options.deduplicate, options.remove_archives
+    )
+    results, status = [], 0
+    meter = Meter(options.max_bytes)
+    for number, entry in enumerate(entries, 1):
+        with Bar(entry.name, quiet=options.quiet) as bar:
+            meter.report = bar.add_bytes
+            try:
+                result = fetch_set(entry, catalogue, settings, meter, bar.progress)
+            except OutOfBytes as error:
+                result, status = Result(entry.name, "part", f"{error}; run it again for more"), 4
+            except OSError as error:
+                if not is_disk_error(error):
+                    raise ValueError(f"{entry.name}: {error}") from error
+                reason = f"cannot write under {options.root} ({error.strerror}); make room and run it again"
+                result, status = Result(entry.name, "part", reason), 3
+        results.append(result)
+        if not options.json:
+            rate = f", {result.bytes / 1e6:,.1f} MB in {duration(result.seconds)}" if result.bytes else ""
+            text = f": {result.reason}" if result.reason else ""
+            print(f"[{number}/{len(entries)}] {result.name} {result.state}{rate}{text}", flush=True)
+        if status:
+            break
+    if options.json:
+        print(json.dumps([asdict(result) for result in results], indent=1))
+    # Sets by hand are no failure of a stage; of names they are.
+    fine = {"complete", "sample"} | (set() if options.names else {"by hand", "refused"})
+    open_sets = [result.name for result in results if result.state not in fine]
+    if open_sets and not options.json and len(entries) > 1:
+        print(f"not there yet: {', '.join(open_sets)}", file=sys.stderr)
+    return status or (1 if open_sets else 0)
+
+
+def show_how(catalogue, entries, options) -> int:
+    from molmo2_nemo.fetch.inventory import how
+
+    print("\n".join(how(entry, options.root) for entry in entries), end="")
+    return 0
+
+
+def diagnose(catalogue, entries, options) -> int:
+    from molmo2_nemo.fetch.inventory import as_json, doctor, state_of
+
+    problems = list(doctor(entries, options.root, options.deep))
+    if options.json:
+        print(as_json(problems))
+        return 1 if problems else 0
+    for problem in problems:
+        print(f"{problem.name}: {problem.what}\n    {problem.mend}")
+    states = [state_of(entry, options.root) for entry in entries]
+    there = len(states) - states.count("-") - states.count("refused")
+    print(f"{len(problems)} problem(s); {states.count('complete')} complete, {there} begun of {len(entries)} data sets")
+    return 1 if problems else 0
+
+
+class Bar:
+    """Progress of one set on the standard error: files, rate, time left. Off where nobody looks."""
+
+    def __init__(self, name: str, quiet: bool):
+        from tqdm import tqdm
+
+        from molmo2_nemo.fetch.url_list import Progress
+
+        self._bar = tqdm(desc=name, unit=" files", disable=quiet or None, dynamic_ncols=True, leave=False)
+        self._rate = tqdm(unit="B", unit_scale=True, desc="  bytes", disable=quiet or None, leave=False, dynamic_ncols=True)
+        self.progress = Progress(self.add_bytes, self._bar.update, self._start)
+
+    def add_bytes(self, count: int) -> None:
+        self._rate.update(count)
+
+    def _start(self, total: int, done: int) -> None:
+        self._bar.total = total
+        self._bar.update(done)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._rate.close()
+        self._bar.close()
+
+
+def print_table(rows: list[tuple]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
