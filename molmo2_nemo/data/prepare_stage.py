@@ -44,6 +44,8 @@ SPOOL_MEMORY = 64 * 2**20  # bytes
 # Rows after which a set of which none could be used is given up.
 HOPELESS = 1000
 MAX_REASONS = 50
+# What of fetched.json decides what the shards hold; the rest tells of the fetch.
+DECISIVE = ("revision", "repo", "limit", "filter", "splits", "counts", "media")
 VAL = "val"
 
 
@@ -87,21 +89,27 @@ class Plan:
         return [f"{k:05d}" for k in range(int(number) * each, (int(number) + 1) * each)]
 
 
-def make_plan(entry: dict, root: Path, out: Path, num_shards: int) -> Plan:
-    """ValueError, one sentence: the set has no converter, is not fetched, or not as a whole."""
+def make_plan(entry: dict, root: Path, out: Path, num_shards: int, partial: bool = False) -> Plan:
+    """ValueError, one sentence: the set has no converter, is not fetched, or not as a whole (unless `partial`).
+
+    A sample (fetch --limit) counts as whole.
+    """
     converter_of(entry)
-    raw = RawSource(root, entry["name"])
+    name, raw = entry["name"], RawSource(root, entry["name"])
     info = raw.info
-    if info.get("complete") is False:
+    if info.get("stopped"):
+        raise ValueError(f"{name} is not fetched to its end ({info['stopped']}): run tools/download.py fetch {name}.")
+    if info.get("complete") is False and info.get("waiting") and not partial:
         raise ValueError(
-            f"{entry['name']} is not fetched as a whole: run python tools/download.py fetch {entry['name']}."
+            f"{name} is fetched in part ({'; '.join(info['waiting'])}): see tools/download.py doctor, or take what is "
+            f"there with --partial."
         )
     expected = expected_samples(entry, info)
     num_train = min(num_shards, math.ceil(expected / MIN_SAMPLES))
     val_share = min(VAL_SHARE, VAL_SAMPLES / expected)
     num_val = min(num_train, math.ceil(expected * val_share / VAL_PER_SHARD))
     what = {
-        "version": VERSION, "raw": {key: value for key, value in info.items() if key != "time"}, "shards": num_train,
+        "version": VERSION, "raw": {key: info.get(key) for key in DECISIVE}, "shards": num_train,
         "val": [num_val, val_share], "source": entry["source"],
     }  # fmt: skip
     fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
@@ -113,9 +121,8 @@ def expected_samples(entry: dict, info: dict) -> int:
     counts = entry.get("counts") or {}
     known = [counts.get(key) for key in ("paper_examples", "released_rows", "paper_visual")] + [entry.get("examples")]
     expected = next((number for number in known if number), 1000)
-    rows = info.get("counts")
-    rows = sum(v for v in rows.values() if isinstance(v, int)) if isinstance(rows, dict) else rows
-    return max(1, min(number for number in (expected, rows, info.get("limit")) if isinstance(number, int) and number))
+    rows = (info.get("counts") or {}).get("rows")
+    return min(number for number in (expected, rows, info.get("limit")) if number)
 
 
 # -- rows to drafts, on disk ------------------------------------------------------------------------------------------
@@ -323,9 +330,9 @@ def source_of(plan: Plan) -> dict:
     info, source = RawSource(plan.root, plan.name).info, plan.entry["source"]
     hub = source.get("hf") or {}
     return {
-        "name": plan.name, "from": hub.get("repo") or source.get("page") or (source.get("urls") or [None])[0],
+        "name": plan.name, "from": info.get("repo") or hub.get("repo") or source.get("page") or (source.get("urls") or [None])[0],
         "config": hub.get("config"), "revision": info.get("revision"),
-        "license": info.get("license") or plan.entry.get("license"), "terms": plan.entry.get("terms"),
+        "license": plan.entry.get("license") or info.get("license"), "terms": plan.entry.get("terms"),
     }  # fmt: skip
 
 

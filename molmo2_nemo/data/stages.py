@@ -14,6 +14,7 @@ import yaml
 from tqdm import tqdm
 
 from molmo2_nemo.config import CONF_DIR
+from molmo2_nemo.data.catalogue import CONF_FILE, Catalogue, load_catalogue
 from molmo2_nemo.data.prepare_stage import (
     Plan,
     finish,
@@ -50,32 +51,24 @@ class State:
         return self.entry["name"]
 
 
-def catalogue() -> list[dict]:
-    entries = yaml.safe_load((CONF_DIR / "datasets.yaml").read_text())["datasets"]
-    return [entry for entry in entries if "group_of" not in entry]
-
-
-def chosen(stage: int, names: list[str], licenses: list[str] | None) -> list[dict]:
+def chosen(catalogue: Catalogue, stage: int, names: list[str], licenses: list[str] | None) -> list[dict]:
     """Entries of the stage, of these names. ValueError: a name is none of the stage's."""
-    entries = [entry for entry in catalogue() if stage in entry["stages"]]
-    known = {entry["name"] for entry in entries}
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(
-            f"{', '.join(unknown)} is no data set of stage {stage}: tools/download.py list --stage {stage} shows them"
-        )
-    entries = [entry for entry in entries if not names or entry["name"] in names]
+    entries = catalogue.find(names) if names else catalogue.of_stage(stage)
+    if strange := [entry.name for entry in entries if stage not in entry.stages]:
+        raise ValueError(f"{', '.join(strange)} is no data set of stage {stage}")
     if licenses:
         allowed = {name.lower() for name in licenses}
-        entries = [entry for entry in entries if str(entry.get("license") or "unknown").lower() in allowed]
+        entries = [entry for entry in entries if str(entry.license or "unknown").lower() in allowed]
         if not entries:
             raise ValueError(f"--only-license {' '.join(licenses)} leaves no data set of stage {stage}")
-    return entries
+    return [entry.model_dump() for entry in entries]
 
 
 def prepare_stage(options: argparse.Namespace) -> int:
     """Run it all; the exit status. ValueError or OSError: nothing can be done at all."""
     out, root = options.out.expanduser().absolute(), (options.root or options.out).expanduser().absolute()
-    states = [State(entry) for entry in chosen(options.stage, options.names, options.only_license)]
+    catalogue = load_catalogue(options.catalogue)
+    states = [State(entry) for entry in chosen(catalogue, options.stage, options.names, options.only_license)]
     for state in states:
         look(state, root, out, options)
     work = [state for state in states if state.plan and not state.made]
@@ -87,7 +80,9 @@ def prepare_stage(options: argparse.Namespace) -> int:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     results = [result_of(state) for state in states]
-    files = write_companions(options.stage, states, out, options.only_license) if any(s.made for s in states) else []
+    files = []
+    if any(state.made for state in states):
+        files = write_companions(catalogue, options.stage, states, out, options.only_license)
     if any(state.made for state in states):
         write_json(out / f"stage{options.stage}.report.json", results)
     if options.json:
@@ -101,7 +96,7 @@ def prepare_stage(options: argparse.Namespace) -> int:
 def look(state: State, root: Path, out: Path, options: argparse.Namespace) -> None:
     """What there is to do for one set."""
     try:
-        plan = make_plan(state.entry, root, out, options.shards)
+        plan = make_plan(state.entry, root, out, options.shards, options.partial)
     except ValueError as error:
         state.problem = str(error).rstrip(".")
         state.made = made_before(out / state.name)
@@ -205,7 +200,9 @@ def run(states: list[State], pool: ProcessPoolExecutor, options: argparse.Namesp
 # -- what lies beside the shards --------------------------------------------------------------------------------------
 
 
-def write_companions(stage: int, states: list[State], out: Path, licenses: list[str] | None) -> list[Path]:
+def write_companions(
+    catalogue: Catalogue, stage: int, states: list[State], out: Path, licenses: list[str] | None
+) -> list[Path]:  # fmt: skip
     """The stage's blends, restricted to what is there, and what licences that has."""
     allowed = {state.name for state in states} if licenses else None
     files, present = [], set()
@@ -218,8 +215,11 @@ def write_companions(stage: int, states: list[State], out: Path, licenses: list[
         text = f"# {len(sources)} sources below data.root={out}; from conf/blend/{blend}.yaml\n"
         files.append(replace(out / f"{blend}.yaml", text + yaml.safe_dump(content, sort_keys=False)))
         present |= set(sources)
+    for state in states:
+        if state.made and state.name not in present:
+            state.note = f"{state.name} is in no blend of stage {stage}: run python tools/make_blends.py, then this again"
     if present:
-        files.append(replace(out / f"stage{stage}.LICENSES.txt", licences(sorted(present), out)))
+        files.append(replace(out / f"stage{stage}.LICENSES.txt", licences(catalogue, sorted(present), out)))
     return files
 
 
@@ -237,9 +237,9 @@ def restrict(blend: dict, out: Path, allowed: set[str] | None) -> tuple[dict, li
     return (blend | {"sources": sources}, list(sources)) if sources else None
 
 
-def licences(names: list[str], out: Path) -> str:
+def licences(catalogue: Catalogue, names: list[str], out: Path) -> str:
     """One paragraph a data set. What is not known is said to be unknown."""
-    entries = {entry["name"]: entry for entry in catalogue()}
+    entries = {entry.name: entry.model_dump() for entry in catalogue.sets}
     lines = ["Licences of the data sets in this blend, as their catalogue and the Hub state them. No legal advice.\n"]
     for name in names:
         entry, made = entries.get(name, {}), made_before(out / name) or {}
@@ -308,6 +308,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="data sets (default: all of the stage)")
     parser.add_argument("--out", type=Path, required=True, help="where the data sets' folders appear: data.root")
     parser.add_argument("--root", type=Path, help="holds raw/ (default: --out)")
+    parser.add_argument("--catalogue", type=Path, default=CONF_FILE, help="another than conf/datasets.yaml")
+    parser.add_argument("--partial", action="store_true", help="take what is there of sets that are fetched in part")
     parser.add_argument("--shards", type=int, default=512, help="of a data set, at most; fewer of a small one")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     parser.add_argument("--array-index", type=int, default=0, help="of a Slurm array: $SLURM_ARRAY_TASK_ID, from 0")
