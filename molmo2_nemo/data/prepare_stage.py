@@ -436,11 +436,14 @@ def finished(plan: Plan, verify: bool = False) -> dict | None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Whether nobody else holds the lock; it is let go when the process ends, however it ends."""
+    """Whether no other process holds the lock; it is let go when this one ends, however it ends.
+
+    A lock of lockf is not one of the processes that this one forks.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield False
         else:

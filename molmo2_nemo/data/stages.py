@@ -1,8 +1,12 @@
 """All data sets of a stage, from raw to shards, with the stage's blend, its licences and a report beside them."""
 
 import argparse
+import ctypes
 import json
+import multiprocessing
 import os
+import shutil
+import signal
 import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -30,6 +34,7 @@ from molmo2_nemo.data.prepare_stage import (
 # Stage -> blends of conf/blend. Stage 3 trains on the data of stage 2.
 BLENDS = {1: ["stage1"], 2: ["stage2", "stage2_report"], 3: ["stage2", "stage2_report"]}
 SHOWN_REASONS = 5
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
@@ -73,11 +78,14 @@ def prepare_stage(options: argparse.Namespace) -> int:
         look(state, root, out, options)
     work = [state for state in states if state.plan and not state.made]
     if work:
-        with ProcessPoolExecutor(options.jobs) as pool:
+        fork = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(options.jobs, fork, follow, (os.getpid(),)) as pool:
             try:
                 run(work, pool, options)
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                # What they have begun is begun again by the next run.
+                for process in multiprocessing.active_children():
+                    process.kill()
                 raise
     results = [result_of(state) for state in states]
     files = []
@@ -93,6 +101,14 @@ def prepare_stage(options: argparse.Namespace) -> int:
     return 1 if failed or not any(s.made or s.note for s in states) else 0
 
 
+def follow(parent: int) -> None:
+    """A worker ends when its parent does, even if that is killed, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def look(state: State, root: Path, out: Path, options: argparse.Namespace) -> None:
     """What there is to do for one set."""
     try:
@@ -105,13 +121,13 @@ def look(state: State, root: Path, out: Path, options: argparse.Namespace) -> No
         return
     made = finished(plan, options.verify)
     if made is None and made_before(plan.final):
-        state.problem = f"{plan.final} has lost or damaged shards: run again with --redo {state.name} to make it anew"
-        state.problem = None if options.redo else state.problem
+        state.note = f"{state.name}: shards were lost or damaged, and it was made anew"
     elif made and made["fingerprint"] != plan.fingerprint and not options.redo:
         state.note = f"{state.name}: its raw data or --shards changed since it was prepared; --redo makes it anew"
         state.made = made
-    elif made and not (options.redo and made["fingerprint"] != plan.fingerprint):
+    elif made and made["fingerprint"] == plan.fingerprint:
         state.made = made
+        shutil.rmtree(plan.work, ignore_errors=True)  # left by a run that was stopped as it ended
     elif plan.final.exists() and not made_before(plan.final) and any(plan.final.iterdir()):
         state.problem = f"{plan.final} is there and was not made by this tool: move it away"
     if state.made is None and state.problem is None:
@@ -329,8 +345,10 @@ def main(arguments: list[str] | None = None) -> None:
         if not (options.root or options.out).is_dir():
             raise ValueError(f"{options.root or options.out} is no folder")
         sys.exit(prepare_stage(options))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except OSError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}; once that is mended, the same command goes on")
     except BrokenProcessPool:
         sys.exit("error: a process was killed: if memory was short, use fewer --jobs; run again to go on")
     except KeyboardInterrupt:

@@ -257,7 +257,7 @@ def clevrer(row: dict) -> Iterator[Draft | Drop]:
         else:
             options.append(choice(item["question"], [c["choice"] for c in item["choices"]], right[0], MC))
     name = row["video_filename"]
-    number = int(re.sub(r"\D", "", name) or 0) // 1000
+    number = int((re.search(r"\d+", name) or ["0"])[0]) // 1000
     names = [name, f"video_{number * 1000:05d}-{(number + 1) * 1000:05d}/{name}"]
     for tree, tasks in (("mc", options), ("oe", spoken)):
         if tasks:
