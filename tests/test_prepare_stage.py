@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import resource
+import shutil
 import sys
 import tarfile
 import time
@@ -316,6 +317,7 @@ def test_what_is_not_fetched_or_not_usable_is_said(prepared, tmp_path, capsys):
     assert "none of the first 1000 rows of pixmo-cap can be used (no column 'caption')" in said("pixmo-cap")
     assert "--array-index 3 is not" in run(tmp_path, "--array-index", "3", "--array-count", "3")
     # A sample of a set is enough, and what others lack is no failure of a stage.
+    shutil.rmtree(tmp_path / "raw" / "pixmo-cap")
     fetched(tmp_path, "pixmo-count", rows, {row["image_url"]: jpeg(0) for row in rows}, complete=False, limit=3)
     assert "pixmo-points is not fetched" in said(status=0)
     assert list(yaml.safe_load((tmp_path / "stage1.yaml").read_text())["sources"]) == ["pixmo-count"]
@@ -357,7 +359,7 @@ def test_clips_tracks_and_subtitles_of_a_video(raw):
         with pytest.raises(Dropped, match="outside of its video"):
             pack(Draft([task], video=Clip(["bikes.mp4"], start, end)), raw)
     # A file that was cut already has times of its own; an annotation between frames cannot be used.
-    parts, _ = pack(Draft([task], video=Clip([], 100.0, 103.0, cut=["no.mp4", "bikes.mp4"])), raw)
+    parts, _ = pack(Draft([task | {"fps": 1.0}], video=Clip([], 100.0, 103.0, cut=["no.mp4", "bikes.mp4"])), raw)
     assert read_example(parts["json"]).video.clip is None
     with pytest.raises(Dropped, match="does not divide the video's"):
         pack(Draft([task | {"fps": 2.0}], video=Clip(["bikes.mp4"], annotation_fps=2.0)), raw)
@@ -396,14 +398,16 @@ def test_no_name_leads_out_of_the_raw_folder(raw, name):
 
 def test_branches_are_divided_evenly():
     drafts = [Draft([{"n": n}], ["a"], tree="x") for n in range(21)] + [Draft([{"n": 3}], ["a"], tree="x")]
-    joined = [[b["n"] for b in draft.branches] for draft, _ in join(drafts, Converter(None, max_branches=10))]
+    found = list(join(drafts, Converter(None, max_branches=10)))
+    joined = [[b["n"] for b in draft.branches] for draft, _ in found]
     assert [len(part) for part in joined] == [7, 7, 7] and sum(joined, []) == list(range(21))
+    assert [left_out for _, left_out in found] == [{"the same annotation again": 1}, {}, {}]
     [(few, left_out)] = join(drafts, Converter(None, most_branches=5))
-    assert len(few.branches) == 5 and left_out == 16
+    assert len(few.branches) == 5 and left_out["more than 5 about one picture"] == 16
     assert [d.branches for d, _ in join(reversed(drafts), Converter(None, most_branches=5))] == [few.branches[::-1]]
-    counted = [Draft([{"n": n, "points": [[1, [[0, 0]] * n]]}], ["a"]) for n in (30, 30, 1, 59, 60)]
+    counted = [Draft([{"n": n, "points": [[1, [[0, 0]] * n]]}], ["a"]) for n in (30, 29, 1, 58, 60)]
     parts = [[b["n"] for b in d.branches] for d, _ in join(counted, Converter(None, max_points=60))]
-    assert parts == [[30, 30], [1, 59], [60]]
+    assert parts == [[30, 29, 1], [58], [60]]
     alone = [Draft([{"n": n}], ["a"], tree=None) for n in range(2)]
     assert len(list(join(alone, Converter(None)))) == 2
 

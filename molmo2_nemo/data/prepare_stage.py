@@ -292,8 +292,7 @@ def write_shard(plan: Plan, folder: Path, shard: str) -> dict:
                     continue
                 numbers = count()
                 for draft, left_out in join(drafts, converter):
-                    if left_out:
-                        dropped[f"more than {converter.most_branches} questions about one picture"] += left_out
+                    dropped.update(left_out)
                     try:
                         parts, moved = pack(draft, raw)
                     except Dropped as error:

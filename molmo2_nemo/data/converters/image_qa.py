@@ -1,4 +1,8 @@
-"""Questions about pictures."""
+"""Questions about pictures.
+
+Questions about one picture share a sample where the report has fewer examples than annotations (arXiv 2601.10611, Table
+13); in the other sets (`tree` is None) each is a sample of its own.
+"""
 
 import re
 from collections.abc import Iterator
@@ -78,10 +82,11 @@ def answers_of(message: dict) -> list[str]:
     raise ValueError(f"a question without answers among the keys {', '.join(sorted(message))}")
 
 
-def message_list(row: dict, style: str) -> Iterator[Draft]:
-    """Ai2's form: the questions of one picture, whose path is below the data folder."""
+def message_list(row: dict, style: str, joined: bool = True) -> Iterator[Draft]:
+    """Ai2's form: the questions of one picture, whose path is below the data folder, joined in one sample or not."""
     tasks = [question(message["question"], answers_of(message), style) for message in row["message_list"]]
-    yield Draft(tasks, [row["image"]])
+    for part in [tasks] if joined else [[task] for task in tasks]:
+        yield Draft(part, [row["image"]], tree="" if joined else None)
 
 
 def okvqa(row: dict) -> Iterator[Draft]:
@@ -104,7 +109,7 @@ def aokvqa(row: dict) -> Iterator[Draft]:
 
 
 def chartqa(row: dict) -> Iterator[Draft]:
-    yield Draft([question(row["query"], row["label"], "chart_qa")], [image_of(row["image"])])
+    yield Draft([question(row["query"], row["label"], "chart_qa")], [image_of(row["image"])], tree=None)
 
 
 def scienceqa(row: dict) -> Iterator[Draft | Drop]:
@@ -120,7 +125,7 @@ def document_question(row: dict, style: str, column: str) -> Iterator[Draft | Dr
     if row.get("data_split", "train") != "train" or row.get("set_name", "train") != "train":
         yield Drop("not of the training split")
     else:
-        yield Draft([question(row["question"], row["answers"], style)], [row[column]])
+        yield Draft([question(row["question"], row["answers"], style)], [row[column]], tree=None)
 
 
 def mantis(row: dict) -> Iterator[Draft | Drop]:
@@ -200,8 +205,8 @@ def ai2d(row: dict) -> Iterator[Draft | Drop]:
             letters.append(question(asked, task["options"][answer], "ai2_diagram_no_letter"))
         else:
             plain.append(choice(text, options, answer, "ai2_diagram"))
-    if plain:
-        yield Draft(plain, [row["image"]], about=row["image"])
+    for task in plain:
+        yield Draft([task], [row["image"]], about=row["image"], tree=None)
     if letters:
         boxes = [
             [*item["rectangle"][0], *item["rectangle"][1], str(item["replacementText"])]
@@ -213,7 +218,8 @@ def ai2d(row: dict) -> Iterator[Draft | Drop]:
             return
         for opacity in (255, 128):
             drawn = {"name": row["image"], "boxes": boxes, "opacity": opacity}
-            yield Draft(letters, [drawn], about=row["image"], tree=f"letters-{opacity}")
+            for task in letters:
+                yield Draft([task], [drawn], about=row["image"], tree=None)
 
 
 def dvqa(row: dict) -> Iterator[Draft]:
@@ -265,7 +271,7 @@ CONVERTERS = {
     "pixmo-cap-qa": Converter(pixmo_cap_qa),
     "pixmo-clocks": Converter(clocks),
     "vqa-v2": Converter(partial(message_list, style="vqa2")),
-    "textvqa": Converter(partial(message_list, style="text_vqa")),
+    "textvqa": Converter(partial(message_list, style="text_vqa", joined=False)),
     "tallyqa": Converter(partial(message_list, style="tally_qa")),
     "okvqa": Converter(okvqa),
     "aokvqa": Converter(aokvqa),

@@ -3,8 +3,9 @@
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -40,14 +41,15 @@ FIRST_FRAMES = tuple(
 SAME_END = 1.0
 # Of the file, as content says: names of addresses need not have a suffix.
 MAGIC = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"RIFF", ".webp"), (b"BM", ".bmp"))
+NUMBER = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?")
 
 
 class Dropped(ValueError):
     """A sample, or a part of it, that cannot be used; the text is the reason, the same for all like it."""
 
 
-def join(drafts: Iterable[Draft], converter: Converter) -> Iterator[tuple[Draft, int]]:
-    """Samples of drafts that are about the same thing, and how many branches were left out of each.
+def join(drafts: Iterable[Draft], converter: Converter) -> Iterator[tuple[Draft, dict[str, int]]]:
+    """Samples of drafts that are about the same thing, and how many branches were left out of each and why.
 
     Drafts with the same media and `tree` become one sample, or several where that has more branches or points than
     the converter allows: branches then are divided evenly, points in their order.
@@ -59,19 +61,18 @@ def join(drafts: Iterable[Draft], converter: Converter) -> Iterator[tuple[Draft,
         alone = number if draft.tree is None else None
         trees.setdefault((draft.tree, alone, draft.unit, video, media), []).append(draft)
     for members in trees.values():
+        first, left_out = members[0], {}
         unique = {json.dumps(branch, sort_keys=True): branch for draft in members for branch in draft.branches}
-        branches, left_out = list(unique.values()), 0
-        if converter.most_branches and len(branches) > converter.most_branches:
+        if again := sum(len(draft.branches) for draft in members) - len(unique):
+            left_out["the same annotation again"] = again
+        if converter.most_branches and len(unique) > converter.most_branches:
+            left_out[f"more than {converter.most_branches} about one picture"] = len(unique) - converter.most_branches
             chosen = set(sorted(unique, key=digest)[: converter.most_branches])
-            left_out = len(branches) - len(chosen)
-            branches = [branch for text, branch in unique.items() if text in chosen]
-        first = members[0]
-        for number, part in enumerate(_parts(branches, converter)):
+            unique = {text: branch for text, branch in unique.items() if text in chosen}
+        for part in _parts(list(unique.values()), converter):
             multi_turn = first.multi_turn if len(part) > 1 else 0.0
-            yield (
-                Draft(part, first.images, first.video, first.unit, multi_turn, first.about, first.tree),
-                0 if number else left_out,
-            )
+            yield replace(first, branches=part, multi_turn=multi_turn), left_out
+            left_out = {}
 
 
 def _parts(branches: list[dict], converter: Converter) -> Iterator[list[dict]]:
@@ -121,8 +122,7 @@ def pack(draft: Draft, raw: RawSource) -> tuple[dict[str, bytes], int]:
 
 def _general(reason: str) -> str:
     """A reason without the numbers of the one sample, so that like reasons can be counted."""
-    words = ("#" if any(c.isdigit() for c in word) else word for word in reason.split())
-    return " ".join(words)[:120].rstrip(".")
+    return NUMBER.sub("#", " ".join(reason.split()))[:120].rstrip(".")
 
 
 def _try(look, what: str, *args):
