@@ -125,6 +125,7 @@ class Repo:
     gated: bool = False
     sha: str = "a" * 40
     large: frozenset[str] = frozenset()  # names kept by Git LFS: hash in the listing, a redirect to get them
+    bare: bool = False  # the listing has names alone
     faults: dict[str, list[str]] = field(default_factory=dict)  # file -> what goes wrong at each request, in turn
 
 
@@ -167,7 +168,9 @@ class Hub(_Server):
         siblings = []
         for file, body in repo.files.items():
             entry = {"rfilename": file, "size": len(body), "blobId": hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()}
-            if file in repo.large:
+            if repo.bare:
+                entry = {"rfilename": file}
+            elif file in repo.large:
                 entry["lfs"] = {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 130}
             siblings.append(entry)
         info = {"id": name, "sha": repo.sha, "private": False, "gated": repo.gated, "disabled": False, "tags": [],
@@ -206,7 +209,7 @@ class Hub(_Server):
             return None
         if self.delay:
             return self._slowly(request, body)
-        return request.send_ranged(body, X_Repo_Commit=repo.sha)
+        return request.send_ranged(body, X_Repo_Commit=repo.sha, X_Linked_Size=len(body))
 
     def _slowly(self, request, body: bytes) -> None:
         start = int((request.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))

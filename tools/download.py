@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -65,8 +66,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     fetching.add_argument("--limit", type=positive, metavar="N", help="a sample: media of the first N rows")
     fetching.add_argument("--max-bytes", type=size, metavar="BYTES", help="stop after so many from the network, as 50GB")
     fetching.add_argument("--max-file-bytes", type=size, default=64 * 2**20, help="of a picture or video (default 64 MiB)")
-    fetching.add_argument("--tries", type=positive, default=4, help="of a file in a run (default 4)")
-    fetching.add_argument("--timeout", type=float, default=30.0, help="s to connect, to answer, to keep --min-rate (30)")
+    fetching.add_argument("--tries", type=positive, default=3, help="of a file in a run (default 3)")
+    fetching.add_argument("--timeout", type=float, default=20.0, help="s to connect, to answer, to keep --min-rate (20)")
     fetching.add_argument("--min-rate", type=size, default=1024, metavar="BYTES/S", help="slower is dropped (default 1024)")
     fetching.add_argument("--retry-lost", action="store_true", help="ask dead addresses again before their date")
     fetching.add_argument("--verify", action="store_true", help="read all that is there, and get again what has changed")
@@ -241,30 +242,55 @@ def diagnose(catalogue, entries, options) -> int:
 
 
 class Bar:
-    """Progress of one set on the standard error: files, rate, time left. Off where nobody looks."""
+    """Progress of one set on the standard error: files or bytes, rate, time left. A line a minute where nobody looks."""
 
     def __init__(self, name: str, quiet: bool):
-        from tqdm import tqdm
-
         from molmo2_nemo.fetch.url_list import Progress
 
-        self._bar = tqdm(desc=name, unit=" files", disable=quiet or None, dynamic_ncols=True, leave=False)
-        self._rate = tqdm(unit="B", unit_scale=True, desc="  bytes", disable=quiet or None, leave=False, dynamic_ncols=True)
-        self.progress = Progress(self.add_bytes, self._bar.update, self._start)
+        self._name, self._quiet, self._bar, self._files = name, quiet, None, False
+        self._bytes, self._since, self._shown = 0, time.monotonic(), 0.0
+        self.progress = Progress(self.add_bytes, self._add_files, self._start, self._expect)
 
     def add_bytes(self, count: int) -> None:
-        self._rate.update(count)
+        self._bytes += count
+        if self._bar is None:
+            return
+        if not self._files:
+            self._bar.update(count)
+        elif (now := time.monotonic()) - self._shown > 1:
+            self._shown = now
+            self._bar.set_postfix_str(f"{self._bytes / 1e6 / (now - self._since):,.2f} MB/s", refresh=False)
+
+    def _add_files(self, count: int) -> None:
+        self._bar.update(count)
 
     def _start(self, total: int, done: int) -> None:
-        self._bar.total = total
-        self._bar.update(done)
+        self._open(total, True, unit=" files", initial=done)
+
+    def _expect(self, count: int) -> None:
+        if count:
+            self._open(count, False, unit="B", unit_scale=True)
+
+    def _open(self, total: int, files: bool, **options) -> None:
+        from tqdm import tqdm
+
+        self.close()
+        self._files, self._bytes, self._since = files, 0, time.monotonic()
+        wait = 0.2 if sys.stderr.isatty() else 60
+        self._bar = tqdm(
+            total=total, desc=self._name, disable=self._quiet, mininterval=wait, maxinterval=max(10, wait), leave=False,
+            dynamic_ncols=True, delay=0 if wait < 1 else wait, **options,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def __enter__(self) -> "Bar":
         return self
 
     def __exit__(self, *error) -> None:
-        self._rate.close()
-        self._bar.close()
+        self.close()
 
 
 def print_table(rows: list[tuple]) -> None:

@@ -20,14 +20,17 @@ from pathlib import Path
 import yaml
 
 from molmo2_nemo.config import CONF_DIR
+from molmo2_nemo.data.catalogue import load_catalogue
 
+# Of an entry that a user added (molmo2_nemo/data/catalogue.py).
+DEFAULTS = {"stages": [2, 3], "sft": None, "loss_weight": None, "counts": {}, "examples": None}
 NOTICE = "# Made by tools/make_blends.py from conf/datasets.yaml: change these, not this file.\n"
 
 
 def blends(catalogue: dict) -> dict[str, tuple[str, dict]]:
     """Name -> (what it is, the blend) of each blend."""
     # An entry with group_of stands for others that are in the catalogue, too.
-    entries = [entry for entry in catalogue["datasets"] if "group_of" not in entry]
+    entries = [DEFAULTS | entry for entry in catalogue["datasets"] if "group_of" not in entry]
     first = [entry for entry in entries if 1 in entry["stages"]]
     later = [entry for entry in entries if 2 in entry["stages"]]
     ratios = {entry["name"]: {"path": entry["name"], "weight": rounded(100 * entry["ratio"])} for entry in first}
@@ -156,8 +159,9 @@ def main() -> None:
     parser.add_argument("--conf", type=Path, default=CONF_DIR, help="folder of datasets.yaml, blend/ and data/")
     arguments = parser.parse_args()
     try:
+        load_catalogue(arguments.conf / "datasets.yaml")
         texts = files(yaml.safe_load((arguments.conf / "datasets.yaml").read_text()))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     changed = []
     for name, text in texts.items():

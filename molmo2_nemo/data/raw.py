@@ -23,6 +23,8 @@ from pathlib import Path, PurePosixPath
 MEDIA_SUFFIXES = (".jpg", ".png", ".webp", ".gif", ".bmp", ".tiff", ".mp4", ".webm", ".mkv", ".avi", ".mov")
 ROW_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 SPLITS = ("train", "validation", "val", "test")
+# More folders in extracted/ or manual/ are not looked through one by one.
+MAX_FOLDERS = 64
 # Rows held at once; a row may hold pictures.
 BATCH_ROWS = 64
 
@@ -110,7 +112,9 @@ class RawSource:
         for name in ("extracted", "manual"):
             folder = self.folder / name
             inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-            roots += [folder, *(path for path in inside if not path.name.startswith("."))]
+            inside = [path for path in inside if not path.name.startswith(".")]
+            # Where each of thousands of videos came as an archive, names begin with the archive's.
+            roots += [folder, *(inside if len(inside) <= MAX_FOLDERS else [])]
         return [root for root in (*roots, self.folder / "hub") if root.is_dir()]
 
     def _guessed_splits(self) -> dict[str, list[str]]:

@@ -28,7 +28,8 @@ def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> dict:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=list(IMAGE_SUFFIX)) as image:
+            # MPO is opened as JPEG.
+            with Image.open(path, formats=[form for form in IMAGE_SUFFIX if form != "MPO"]) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise BadContent(f"a picture of {width} x {height} pixels, more than {max_pixels:,}")
@@ -39,7 +40,7 @@ def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> dict:
     except BadContent:
         raise
     except Exception as error:  # Pillow raises a dozen types for broken files
-        raise BadContent(_instead(path) or f"a broken picture ({' '.join(str(error).split())[:120]})") from error
+        raise BadContent(instead_of_file(path) or f"a broken picture ({' '.join(str(error).split())[:120]})") from error
 
 
 def check_video(path: Path) -> dict:
@@ -62,7 +63,7 @@ def check_video(path: Path) -> dict:
     except BadContent:
         raise
     except Exception as error:
-        raise BadContent(_instead(path) or f"a broken video ({' '.join(str(error).split())[:120]})") from error
+        raise BadContent(instead_of_file(path) or f"a broken video ({' '.join(str(error).split())[:120]})") from error
 
 
 def archive_kind(path: Path) -> str | None:
@@ -85,7 +86,7 @@ def archive_kind(path: Path) -> str | None:
 
 def check_file(path: Path) -> dict:
     """An annotation file or an archive: anything but an error page."""
-    web_page = _instead(path)
+    web_page = instead_of_file(path)
     if web_page:
         raise BadContent(web_page)
     return {}
@@ -101,7 +102,7 @@ def dhash(path: Path) -> int:
     return sum(bit << position for position, bit in enumerate(bits))
 
 
-def _instead(path: Path) -> str | None:
+def instead_of_file(path: Path) -> str | None:
     """What was sent in place of a file, if it can be named."""
     with path.open("rb") as file:
         head = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()

@@ -6,22 +6,26 @@ ended before (the client's own `hf_hub_download` starts it anew since huggingfac
 """
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import json
 import logging
 import os
+import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import yaml
 
 from molmo2_nemo.data.catalogue import HubFiles
 from molmo2_nemo.data.raw import ROW_SUFFIXES
+from molmo2_nemo.fetch.check import instead_of_file
 from molmo2_nemo.fetch.journal import is_disk_error, locked, write_json
 from molmo2_nemo.fetch.web import USER_AGENT, Lost, OutOfBytes, Rules, check_address, retry_after
 
@@ -73,21 +77,27 @@ def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
     from huggingface_hub import HfApi
 
     wanted = files.revision or pinned(root, files.repo)
+    asked = wanted or "main"
     _use_steady_client(rules)
-    api = HfApi(user_agent=USER_AGENT)
+    api = HfApi(endpoint=_endpoint(), user_agent=USER_AGENT)
     info = _asked(
         files.repo, wanted, rules,
-        lambda: api.dataset_info(files.repo, revision=wanted, files_metadata=True, timeout=rules.timeout),
+        lambda: api.dataset_info(files.repo, revision=asked, files_metadata=True, timeout=rules.timeout),
     )  # fmt: skip
-    listed = {}
-    for sibling in info.siblings or []:
-        if not _is_safe(sibling.rfilename):
-            raise ValueError(f"{files.repo} lists the file {sibling.rfilename!r}, which leads out of its folder: refused.")
-        sha256 = sibling.lfs.sha256 if sibling.lfs else None
-        listed[sibling.rfilename] = HubFile(
-            sibling.rfilename, sibling.size, sha256, None if sha256 else sibling.blob_id
-        )
     revision = info.sha
+    found = [(sibling.rfilename, sibling) for sibling in info.siblings or []]
+    if not found:
+        tree = _asked(
+            files.repo, wanted, rules,
+            lambda: list(api.list_repo_tree(files.repo, recursive=True, revision=revision or asked, repo_type="dataset")),
+        )  # fmt: skip
+        found = [(file.path, file) for file in tree if hasattr(file, "blob_id")]
+    listed = {}
+    for name, file in found:
+        if not _is_safe(name):
+            raise ValueError(f"{files.repo} lists the file {name!r}, which leads out of its folder: refused.")
+        sha256 = file.lfs.sha256 if file.lfs else None
+        listed[name] = HubFile(name, file.size, sha256, None if sha256 else file.blob_id)
     if not revision or (wanted and revision != wanted):
         raise ValueError(f"{files.repo} answered with the commit {revision} instead of {wanted}: try again later.")
     if files.revision is None:
@@ -95,7 +105,8 @@ def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
     card = {}
     if "README.md" in listed:
         readme = root / "raw" / ".cards" / files.repo.replace("/", "--") / f"{revision}.md"
-        download_file(files.repo, revision, listed["README.md"], readme, rules, lambda count: None)
+        with locked(readme.parent / ".lock", wait=True):
+            download_file(files.repo, revision, listed["README.md"], readme, rules, lambda count: None)
         card = _card(readme)
     return Repository(files.repo, revision, listed, card)
 
@@ -177,8 +188,11 @@ def _words(name: str) -> list[str]:
 def fetch_files(
     repository: Repository, names: list[str], folder: Path, known: dict[str, dict], rules: Rules,
     add_bytes: Callable[[int], None], done: Callable[[str, dict], None],
+    expect: Callable[[int], None] = lambda count: None,
 ) -> None:  # fmt: skip
     """Get files into `folder`. `done`(name, record) is called for each, from one thread at a time.
+
+    `expect` is told how many bytes will come, before they do.
 
     known: records of files that are there, by name; those of the right hash and size are left as they are.
     """
@@ -190,6 +204,12 @@ def fetch_files(
             continue
         open_files.append(file)
 
+    expect(sum(file.size or 0 for file in open_files))
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [part for file in open_files if (part := _part(folder / file.name, file, repository.revision)).exists()]
+    needed = sum(file.size or 0 for file in open_files) - sum(part.stat().st_size for part in parts)
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are to come, {free:,} are free", str(folder))
     stop = threading.Event()
 
     def counted(count: int) -> None:
@@ -227,21 +247,33 @@ def download_file(
     repo: str, revision: str, file: HubFile, path: Path, rules: Rules, add_bytes: Callable[[int], None]
 ) -> str:
     """Get one file, checked and under its name; its sha256. ValueError, one sentence: it cannot be had."""
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers, get_token
 
-    if path.is_file() and (digest := _verified(path, file)):
+    if (file.sha256 or file.git_sha1) and path.is_file() and (digest := _verified(path, file)):
         return digest
-    part = path.parent / ".part" / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}-{revision[:12]}"
+    part = _part(path, file, revision)
     part.parent.mkdir(parents=True, exist_ok=True)
-    url = hf_hub_url(repo, file.name, repo_type="dataset", revision=revision)
+    url = hf_hub_url(repo, file.name, repo_type="dataset", revision=revision, endpoint=_endpoint())
     headers = build_hf_headers(token=get_token(), user_agent=USER_AGENT) | {"Accept-Encoding": "identity"}
+    if not file.sha256 and not file.git_sha1:
+        # The listing has names alone: the file's own head says more.
+        head = _asked(
+            repo, revision, rules, lambda: get_hf_file_metadata(url, token=get_token(), timeout=rules.timeout), file.name
+        )
+        tag = (head.etag or "").lower()
+        file = replace(
+            file, size=file.size if file.size is not None else head.size,
+            sha256=tag if re.fullmatch("[0-9a-f]{64}", tag) else None,
+            git_sha1=tag if re.fullmatch("[0-9a-f]{40}", tag) else None,
+        )  # fmt: skip
+        if path.is_file() and (digest := _verified(path, file)):
+            return digest
     for attempt in range(2):
         have = part.stat().st_size if part.exists() else 0
-        if file.size is not None and have > file.size:
+        if have and (file.size is None or have > file.size):
             part.unlink()
-            have = 0
         if (file.size or 0) > MAX_HTTP_BYTES:
             _large_file(repo, revision, file, part)
         else:
@@ -261,14 +293,17 @@ def download_file(
             with part.open("rb") as stream:
                 os.fsync(stream.fileno())
             part.replace(path)
-            with contextlib.suppress(OSError):
-                part.parent.rmdir()
             return digest
         size = part.stat().st_size
         part.unlink()
     raise ValueError(
         f"{file.name} of {repo} came with {size:,} bytes of other content than the Hub lists, twice: try again later."
     )
+
+
+def _part(path: Path, file: HubFile, revision: str) -> Path:
+    """Where a file is until it is whole."""
+    return path.parent / ".part" / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}-{revision[:12]}"
 
 
 class _Counted:
@@ -292,7 +327,7 @@ def _large_file(repo: str, revision: str, file: HubFile, part: Path) -> None:
     from huggingface_hub import hf_hub_download
 
     folder = part.with_name(f"{part.name}.hub")
-    got = hf_hub_download(repo, file.name, repo_type="dataset", revision=revision, local_dir=folder)
+    got = hf_hub_download(repo, file.name, repo_type="dataset", revision=revision, local_dir=folder, endpoint=_endpoint())
     os.replace(got, part)
 
 
@@ -303,14 +338,19 @@ def _verified(path: Path, file: HubFile) -> str | None:
         return None
     sha256 = hashlib.sha256()
     blob = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    plain = hashlib.sha1(usedforsecurity=False)
+    if not file.sha256 and not file.git_sha1 and instead_of_file(path):
+        return None
     with path.open("rb") as stream:
         while chunk := stream.read(2**20):
             sha256.update(chunk)
             if file.git_sha1:
                 blob.update(chunk)
+                plain.update(chunk)
     if file.sha256 and sha256.hexdigest() != file.sha256:
         return None
-    if file.git_sha1 and not file.sha256 and blob.hexdigest() != file.git_sha1:
+    # Mirrors that keep files by their own SHA-1 say that one in place of git's.
+    if file.git_sha1 and not file.sha256 and file.git_sha1 not in (blob.hexdigest(), plain.hexdigest()):
         return None
     return sha256.hexdigest()
 

@@ -26,7 +26,7 @@ from molmo2_nemo.data.catalogue import Catalogue, DataSet, HeldOut, HubFiles
 from molmo2_nemo.data.raw import ROW_SUFFIXES, RawSource, column_values, matches, num_rows, read_rows, size_on_disk
 from molmo2_nemo.fetch import hub
 from molmo2_nemo.fetch.archives import BadArchive, Bounds, extract, folder_name
-from molmo2_nemo.fetch.check import BadContent, archive_kind, check_file, sha256_of
+from molmo2_nemo.fetch.check import BadContent, archive_kind, check_file, check_video, sha256_of
 from molmo2_nemo.fetch.journal import Journal, is_disk_error, locked, write_json
 from molmo2_nemo.fetch.url_list import NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
 from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, download, publish, session
@@ -200,7 +200,8 @@ class _Fetch:
         def done(name: str, record: dict) -> None:
             self.files.append({"file": f"hub/{name}", "from": f"{source}/{name}", **record})
 
-        hub.fetch_files(repository, names, self.folder / "hub", known, self.rules, self.meter.add, done)
+        into, expect = self.folder / "hub", self.progress.expect
+        hub.fetch_files(repository, names, into, known, self.rules, self.meter.add, done, expect)
 
     def _url_annotations(self) -> None:
         files = []
@@ -297,16 +298,19 @@ class _Fetch:
                 part.mkdir(parents=True, exist_ok=True)
                 command = [
                     "yt-dlp", "--quiet", "--no-playlist", "--no-exec", "--ignore-config", "--format",
-                    "best[ext=mp4][height<=720]/best[ext=mp4]", "--output", str(part / "video.mp4"), "--",
+                    "best[ext=mp4][height<=720]/best[ext=mp4]", "--socket-timeout", "30", "--output",
+                    str(part / "video.mp4"), "--",
                     f"https://www.youtube.com/watch?v={video}",
                 ]  # fmt: skip
                 ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-                if ended.returncode == 0 and (part / "video.mp4").is_file():
+                try:
+                    if ended.returncode != 0 or not (part / "video.mp4").is_file():
+                        raise BadContent((ended.stderr.strip().splitlines() or ["no file"])[-1][:200])
+                    check_video(part / "video.mp4")
                     self.meter.add((part / "video.mp4").stat().st_size)
                     os.replace(part / "video.mp4", path)
-                else:
-                    reason = (ended.stderr.strip().splitlines() or ["no file"])[-1][:200]
-                    lost.append({"url": video, "kind": "gone", "reason": reason, "code": None})
+                except BadContent as error:
+                    lost.append({"url": video, "kind": "gone", "reason": str(error), "code": None})
                 shutil.rmtree(part)
             self.progress.add_files(1)
         lost.close()
@@ -516,6 +520,8 @@ def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
             if "sha256" not in record:  # a folder of an archive
                 if not path.is_dir():
                     yield str(path.relative_to(folder)), "is missing"
+                elif deep and (there := sum(len(names) for _, _, names in os.walk(path))) != record["files"]:
+                    yield str(path.relative_to(folder)), f"has {there:,} files instead of {record['files']:,}"
                 continue
             try:
                 size = path.stat().st_size
@@ -527,6 +533,9 @@ def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
                 yield str(path.relative_to(folder)), f"has {size:,} bytes instead of {record['bytes']:,}"
             elif deep and sha256_of(path) != record["sha256"]:
                 yield str(path.relative_to(folder)), "has changed"
+    for path in (folder / "extracted").glob("*"):
+        if path.is_symlink() and not path.exists():
+            yield str(path.relative_to(folder)), "is missing in raw/.shared"
 
 
 def remove_broken(folder: Path) -> int:

@@ -52,7 +52,8 @@ class Progress:
 
     add_bytes: Callable[[int], None] = lambda count: None
     add_files: Callable[[int], None] = lambda count: None
-    start: Callable[[int, int], None] = lambda total, done: None
+    start: Callable[[int, int], None] = lambda total, done: None  # files of a list, and those there before
+    expect: Callable[[int], None] = lambda count: None  # bytes of files that come next
 
 
 def fetch_list(

@@ -29,6 +29,7 @@ FORBIDDEN = {401, 402, 403, 407}
 # Validators for resuming are kept beside files from this size on; smaller ones start anew.
 RESUMABLE_BYTES = 2**20
 CHUNK = 2**18
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Rules:
 
     jobs: int = 32  # files at once
     per_host: int = 4  # of them from one host
-    tries: int = 4  # of one file in a run
-    timeout: float = 30.0  # s to connect, to answer, and in which `min_rate` must hold
+    tries: int = 3  # of one file in a run
+    timeout: float = 20.0  # s to connect, to answer, and in which `min_rate` must hold
     min_rate: float = 1024.0  # bytes/s
     max_file_bytes: int = 64 * 2**20
     max_redirects: int = 6
@@ -50,9 +51,10 @@ class Rules:
 class Lost(Exception):
     """The file cannot be had. kind: gone, forbidden and content stay so; later may pass."""
 
-    def __init__(self, kind: str, reason: str, code: int | None = None, wait_too_long: bool = False):
+    def __init__(self, kind: str, reason: str, code: int | None = None, wait_too_long: bool = False, again: bool = True):
         super().__init__(reason)
         self.kind, self.reason, self.code, self.wait_too_long = kind, reason, code, wait_too_long
+        self.again = again and kind == "later"  # may pass within the minute
 
 
 class Unreachable(Lost):
@@ -87,6 +89,14 @@ def trusted_hosts() -> set[str]:
     return {host for url in named if (host := urllib.parse.urlsplit(url).hostname)}
 
 
+def is_trusted(host: str, address: str | None = None) -> bool:
+    """Did the user name this host? A Hub on this machine stands for the machine."""
+    named = trusted_hosts()
+    if host in named:
+        return True
+    return bool(named & LOOPBACK) and (host in LOOPBACK or (address or host).startswith("127."))
+
+
 def check_address(url: str, rules: Rules) -> str:
     """The address as it is asked for. Lost: another scheme than http(s), or a private address in figures."""
     try:
@@ -96,7 +106,7 @@ def check_address(url: str, rules: Rules) -> str:
         raise Lost("gone", "not an address") from None
     if parts.scheme.lower() not in ("http", "https") or not host:
         raise Lost("gone", f"an address of the type {parts.scheme or 'none'}:, only http and https are followed")
-    if not rules.allow_private and host not in trusted_hosts():
+    if not rules.allow_private and not is_trusted(host):
         with contextlib.suppress(ValueError):
             if is_private(host):
                 raise Lost("gone", f"leads to the private address {host} (--allow-private follows it)")
@@ -108,13 +118,13 @@ class _Resolver(aiohttp.ThreadedResolver):
 
     def __init__(self, rules: Rules):
         super().__init__()
-        self._rules, self._trusted = rules, trusted_hosts()
+        self._rules = rules
 
     async def resolve(self, host, port=0, family=socket.AF_INET):
         found = await super().resolve(host, port, family)
-        if self._rules.allow_private or host in self._trusted:
+        if self._rules.allow_private:
             return found
-        public = [entry for entry in found if not is_private(entry["host"])]
+        public = [entry for entry in found if not is_private(entry["host"]) or is_trusted(host, entry["host"])]
         if not public:
             raise OSError(None, f"{host} is a private address (--allow-private follows it)")
         return public
@@ -154,7 +164,7 @@ async def download(
             delay, asked = max(delay, busy.seconds), True
         except Lost as error:
             lost = error
-            if error.kind != "later":
+            if not error.again:
                 raise
         except TimeoutError:
             lost = Unreachable(f"no answer in {rules.timeout:.0f} s")
@@ -167,6 +177,8 @@ async def download(
                 raise Lost("gone", " ".join(str(error).split())) from error
             text = " ".join(str(error).split())[:200] or type(error).__name__
             connected = isinstance(error, (aiohttp.ClientPayloadError, aiohttp.ClientResponseError))
+            if isinstance(error, aiohttp.ClientPayloadError):
+                text = "the body ended before its length"
             lost = Lost("later", text) if connected else Unreachable(text)
         if attempt + 1 < rules.tries:
             await (wait(delay, asked) if wait else asyncio.sleep(delay))
@@ -271,7 +283,7 @@ async def _copy(response, file, have: int, rules: Rules, count) -> int:
             file.write(chunk)
         if loop.time() >= window_ends:
             if in_window < rules.min_rate * rules.timeout:
-                raise Lost("later", f"slower than {rules.min_rate:.0f} bytes/s for {rules.timeout:.0f} s")
+                raise Lost("later", f"slower than {rules.min_rate:.0f} bytes/s for {rules.timeout:.0f} s", again=False)
             in_window, window_ends = 0, loop.time() + rules.timeout
 
 

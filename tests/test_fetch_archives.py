@@ -1,0 +1,173 @@
+"""Archives from strangers: contents come out whole, and nothing else does."""
+
+import io
+import os
+import shutil
+import stat
+import tarfile
+import zipfile
+
+import pytest
+from test_fetch import entry, fetched, hub, lines, media, tree  # noqa: F401 (fixtures)
+from fetch_servers import Repo
+
+from molmo2_nemo.data.raw import RawSource
+from molmo2_nemo.fetch.archives import BadArchive, Bounds, extract
+from molmo2_nemo.fetch.check import sha256_of
+from molmo2_nemo.fetch.sources import broken_files
+
+ROOMY = Bounds(keep_free=0)
+
+
+def make_zip(path, members: dict, compression=zipfile.ZIP_STORED, links=()):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, body in members.items():
+            archive.writestr(zipfile.ZipInfo(name), body, compression)
+        for name, target in links:
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, target)
+    return path
+
+
+def make_tar(path, members: dict, links=(), mode="w:gz", kinds=()):
+    with tarfile.open(path, mode) as archive:
+        for name, body in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            archive.addfile(info, io.BytesIO(body))
+        for name, target in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+        for name, kind in kinds:
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            archive.addfile(info)
+    return path
+
+
+FILES = {"a/1.txt": b"one", "a/b/2.bin": os.urandom(300_000), "3": b""}
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_contents_come_out_whole(tmp_path, make):
+    archive = make(tmp_path / "x.archive", FILES, links=[("a/link", "1.txt")])
+    found = extract(archive, tmp_path / "out/x", sha256_of(archive), ROOMY)
+    assert tree(tmp_path / "out/x") == FILES and found.files == 3 and found.links == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+@pytest.mark.parametrize("name", ["../up", "/abs", "a/../../up", "..\\up", "C:\\x", "a/" + "n" * 300])
+def test_a_name_that_leads_out_is_refused_and_nothing_is_left(tmp_path, make, name):
+    archive = make(tmp_path / "x.archive", {"good": b"1", name: b"2"})
+    with pytest.raises(BadArchive):
+        extract(archive, tmp_path / "deep/er/out", sha256_of(archive), ROOMY)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"x.archive", "deep", "deep/er"}
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+@pytest.mark.parametrize("target", ["/etc", "../..", "a/../../../x"])
+def test_a_link_that_leads_out_is_refused(tmp_path, make, target):
+    archive = make(tmp_path / "x.archive", {"good": b"1"}, links=[("a", target)])
+    with pytest.raises(BadArchive):
+        extract(archive, tmp_path / "out", sha256_of(archive), ROOMY)
+    assert not (tmp_path / "out").exists()
+
+
+def test_devices_and_locked_archives_are_refused(tmp_path):
+    archive = make_tar(tmp_path / "x.tar", {}, kinds=[("dev", tarfile.CHRTYPE)])
+    with pytest.raises(BadArchive, match="refused"):
+        extract(archive, tmp_path / "out", "0" * 64, ROOMY)
+    locked = bytearray(make_zip(tmp_path / "x.zip", {"a": b"1"}).read_bytes())
+    locked[locked.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "x.zip").write_bytes(locked)
+    with pytest.raises(BadArchive, match="encrypted"):
+        extract(tmp_path / "x.zip", tmp_path / "out", "0" * 64, ROOMY)
+
+
+def test_what_explodes_is_stopped_before_it_does(tmp_path):
+    bounds = Bounds(keep_free=0, free_ratio_bytes=2**20, max_files=50)
+    zeros = make_zip(tmp_path / "zeros.zip", {"zeros": bytes(20 * 2**20)}, zipfile.ZIP_DEFLATED)
+    tar = make_tar(tmp_path / "zeros.tar.gz", {"zeros": bytes(20 * 2**20)})
+    many = make_zip(tmp_path / "many.zip", {str(n): b"" for n in range(51)})
+    for archive, said in ((zeros, "explodes"), (tar, "explodes"), (many, "more than 50 files")):
+        with pytest.raises(BadArchive, match=said):
+            extract(archive, tmp_path / "out", sha256_of(archive), bounds)
+    # A head that lies about the length of a member.
+    lying = bytearray(make_zip(tmp_path / "l.zip", {"zeros": bytes(20 * 2**20)}, zipfile.ZIP_DEFLATED).read_bytes())
+    at = lying.index(b"PK\x01\x02") + 24
+    lying[at : at + 4] = (10).to_bytes(4, "little")
+    (tmp_path / "l.zip").write_bytes(lying)
+    with pytest.raises(BadArchive):
+        extract(tmp_path / "l.zip", tmp_path / "out", "0" * 64, bounds)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".part*"))
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_a_stopped_extraction_goes_on(tmp_path, make):
+    archive = make(tmp_path / "x.archive", FILES)
+
+    class Stop(Exception):
+        pass
+
+    def stop(count):
+        if count > 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        extract(archive, tmp_path / "x", sha256_of(archive), ROOMY, stop)
+    assert not (tmp_path / "x").exists()
+    written = []
+    extract(archive, tmp_path / "x", sha256_of(archive), ROOMY, written.append)
+    assert tree(tmp_path / "x") == FILES and 3 not in written, "the first member was there already"
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_a_cut_archive_is_broken(tmp_path, make):
+    whole = make(tmp_path / "x.archive", FILES).read_bytes()
+    for share in (0.3, 0.9):
+        (tmp_path / "cut").write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(BadArchive):
+            extract(tmp_path / "cut", tmp_path / "out", "0" * 64, ROOMY)
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_archive_of_two_sets_is_fetched_once(hub, media, tmp_path):  # noqa: F811
+    media.files["/train2014.zip"] = make_zip(tmp_path / "z", {"train2014/1.jpg": b"jpg"}).read_bytes()
+    url = f"{media.url}/train2014.zip"
+    hub.repos["me/mine"] = Repo({"train.jsonl": lines([{"image": "coco/train2014/1.jpg"}])})
+    sets = [entry(name, media={"kind": "archive", "urls": [url]}) for name in ("one", "two")]
+    for name in ("one", "two"):
+        assert fetched(tmp_path, *sets, name=name).state == "complete"
+        source = RawSource(tmp_path, name)
+        assert source.media(next(source.rows())["image"]).read_bytes() == b"jpg"
+    assert media.asked["/train2014.zip"] == 1
+    # What is gone from the shared folder is noticed, and comes again.
+    shutil.rmtree(next((tmp_path / "raw/.shared").iterdir()))
+    assert list(broken_files(tmp_path / "raw/one")) == [("extracted/train2014", "is missing in raw/.shared")]
+    assert fetched(tmp_path, *sets, name="one").state == "complete"
+    assert media.asked["/train2014.zip"] == 2 and not list(broken_files(tmp_path / "raw/two"))
+
+
+def test_archives_in_a_repository_are_unpacked_and_may_be_removed(hub, media, tmp_path):  # noqa: F811
+    body = make_zip(tmp_path / "z", {"v/1.mp4": b"mp4"}).read_bytes()
+    hub.repos["me/mine"] = Repo({"train.jsonl": lines([{"video": "v/1.mp4"}]), "videos.zip": body})
+    videos = entry(media={"kind": "archive", "hf": {"repo": "me/mine", "files": ["*.zip"]}})
+    assert fetched(tmp_path, videos, remove_archives=True).state == "complete"
+    assert RawSource(tmp_path, "mine").media("v/1.mp4").read_bytes() == b"mp4"
+    assert not (tmp_path / "raw/mine/hub/videos.zip").exists()
+    asked = hub.asked.total()
+    assert fetched(tmp_path, videos).reason == "was there already" and hub.asked.total() == asked
+
+
+def test_files_of_plain_addresses_are_checked(hub, media, tmp_path):  # noqa: F811
+    media.files |= {"/rows.json": b'[{"q": 1}]', "/cut.json": b'[{"q": 1}', "/page.zip": b"<html>quota</html>", "/text.zip": b"text"}
+    source = lambda name: {"kind": "url", "urls": [f"{media.url}/{name}"]}  # noqa: E731
+    nothing = {"kind": "none"}
+    assert fetched(tmp_path, entry("a", source=source("rows.json"), media=nothing), name="a").state == "complete"
+    assert list(RawSource(tmp_path, "a").rows()) == [{"q": 1}]
+    for name, said in (("cut.json", "a broken .json file"), ("page.zip", "a web page"), ("text.zip", "no archive"), ("none", "status 404")):
+        result = fetched(tmp_path, entry("b", source=source(name), media=nothing), name="b")
+        assert result.state == "failed" and said in result.reason, result
