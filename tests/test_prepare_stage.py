@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import skimage.data
@@ -29,6 +30,7 @@ from molmo2_nemo.data.converters.common import Clip, Converter, Draft
 from molmo2_nemo.data.converters.samples import Dropped, join, pack
 from molmo2_nemo.data.raw import RawSource, media_name
 from molmo2_nemo.data.schema import read_example
+from molmo2_nemo.data.video import pick_frames
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 import prepare as tool  # noqa: E402
@@ -379,6 +381,44 @@ def test_clips_tracks_and_subtitles_of_a_video(raw):
     assert read_example(parts["json"]).video.clip is None
     with pytest.raises(Dropped, match="does not divide the video's"):
         pack(Draft([task | {"fps": 2.0}], video=Clip(["bikes.mp4"], annotation_fps=2.0)), raw)
+
+
+def long_video(path, codec, container, **options):
+    """200 frames of moving noise at 20 a second, all different, with a key frame every second."""
+    draw = np.random.default_rng(0)
+    picture = draw.integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    with av.open(str(path), "w", format=container) as file:
+        stream = file.add_stream(codec, rate=20)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.options = {"g": "20", **options}
+        for number in range(200):
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, 3 * number, 1), "rgb24")
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("codec", "container", "options", "cuts"),
+    [("libx264", "mp4", {"bf": "2", "x264-params": "open-gop=1"}, 3), ("libvpx", "matroska", {"deadline": "realtime"}, 3),
+     ("mpeg4", "avi", {}, 3), ("libx264", "mpegts", {"bf": "2"}, 0)],  # what cannot be cut is stored whole
+)  # fmt: skip
+def test_a_clip_of_a_long_video_is_cut_without_a_change(tmp_path, monkeypatch, codec, container, options, cuts):
+    monkeypatch.setattr("molmo2_nemo.data.converters.samples.MIN_CUT", 0)
+    name = f"long.{ {'matroska': 'mkv', 'mpegts': 'avi'}.get(container, container)}"  # content tells, not the name
+    folder = fetched(tmp_path, "any", [], {f"manual/{name}": b""})
+    path = long_video(folder / "manual" / name, codec, container, **options)
+    task = {"task": "question", "question": "Q?", "answers": ["A"], "style": "s"}
+    cut = 0
+    for start, end in ((4.5, 6.2), (0.0, 2.0), (7.95, 9.99)):
+        parts, _ = pack(Draft([task], video=Clip([name], start, end, subtitles=[(start + 0.5, end, "x")])), RawSource(tmp_path, "any"))
+        video = read_example(parts["json"]).video
+        assert video.seconds == pytest.approx(end - start, abs=0.06) and video.subtitles[0][0] == pytest.approx(0.5)
+        times = np.arange(0, end - start, 0.11).tolist()
+        stored = list(pick_frames(parts[video.part], times, video.num_frames, video.start))
+        assert np.array_equal(stored, list(pick_frames(path.read_bytes(), times, 200, start)))
+        cut += len(parts[video.part]) < 0.6 * path.stat().st_size
+    assert cut >= cuts
 
 
 def test_folders_of_frames_become_videos(raw):

@@ -1,6 +1,7 @@
 """What pictures and videos are (sizes, lengths), and whether annotations fit them."""
 
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,15 @@ from molmo2_nemo.data.points import NO_TRACKS, SAME_TIME, Points, from_json, ren
 from molmo2_nemo.data.processor import read_image
 from molmo2_nemo.data.schema import Chat, Example, Pointing, Tracking
 from molmo2_nemo.data.tasks import converse
-from molmo2_nemo.data.video import annotation_times, pick_frames
+from molmo2_nemo.data.video import TOLERANCE, annotation_times, pick_frames
 
 MAX_MEDIA = 2 * 2**30  # bytes of one file: it is held in memory, later in every loader's pool
 UNITS = ("fraction", "percent", "pixels")
 # Outside the picture by less than this share of its side, a point is moved to the border: rounding, not a mistake.
 SLACK = 0.005
+SEEK_BACK = 0.5  # seconds
+# Of containers that are written: no random identity, no time of day.
+BIT_EXACT = {"fflags": "+bitexact"}
 
 
 def suffix(file: Path) -> str:
@@ -130,3 +134,48 @@ def without_nothing(value):
     if isinstance(value, dict):
         return {k: without_nothing(v) for k, v in value.items() if v is not None and (k, v) != ("multi_turn", 0)}
     return [without_nothing(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def excerpt(path: Path, start: float, end: float) -> tuple[bytes, str, float] | None:
+    """The part of a video file that shows it from `start` to `end` (seconds after its first frame), not encoded anew.
+
+    Its bytes, suffix, and the seconds at which it starts, on a key frame. None: it cannot be cut without a change of
+    what is seen at `start` and at `end`.
+    """
+    file = io.BytesIO()
+    try:
+        with av.open(str(path)) as source:
+            stream = source.streams.best("video")
+            if stream is None or stream.start_time is None:
+                return None
+            suffix = ".mp4" if stream.codec_context.name in ("h264", "hevc", "mpeg4", "av1") else ".mkv"
+            scale, first = float(stream.time_base), stream.start_time
+            # Some containers seek by times of decoding, which are a few frames before those on screen.
+            source.seek(first + math.floor(max(0.0, start - SEEK_BACK) / scale), stream=stream, backward=True)
+            key = None
+            with av.open(file, "w", format={".mp4": "mp4", ".mkv": "matroska"}[suffix], options=BIT_EXACT) as target:
+                copied = target.add_stream_from_template(stream)
+                for packet in source.demux(stream):
+                    if packet.dts is None or packet.pts is None or not packet.size:
+                        continue
+                    key = packet.pts if key is None and packet.is_keyframe else key
+                    if key is None or packet.pts < key:  # frames that lead over from what is left out
+                        continue
+                    if packet.dts > first + math.ceil(end / scale):
+                        break
+                    packet.pts, packet.dts, packet.stream = packet.pts - key, packet.dts - key, copied
+                    target.mux(packet)
+        if key is None or (key - first) * scale > start + TOLERANCE:
+            return None
+        data, begin = file.getvalue(), (key - first) * scale
+        if path.stat().st_size <= MAX_MEDIA and not _alike(path.read_bytes(), data, [start, end], begin):
+            return None
+        return data, suffix, begin
+    except (av.FFmpegError, ValueError, KeyError):
+        return None
+
+
+def _alike(whole: bytes, part: bytes, times: list[float], begin: float) -> bool:
+    """Whether both show the same frames at these seconds of the whole."""
+    pairs = zip(pick_frames(whole, times), pick_frames(part, times, start=-begin), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)

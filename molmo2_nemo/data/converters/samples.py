@@ -20,6 +20,7 @@ from molmo2_nemo.data.measure import (
     MAX_MEDIA,
     check_answers,
     check_rates,
+    excerpt,
     image_facts,
     suffix,
     use_fractions,
@@ -34,6 +35,8 @@ VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 ABSENT = "its picture or video is not on disk"
 # Seconds by which a clip may lie outside of its video, which annotations round.
 SAME_END = 1.0
+# A clip is cut out of a file of more bytes, if it is less than this share of it.
+MIN_CUT, CUT_SHARE = 2 * 2**20, 0.6
 # Of the file, as content says: names of addresses need not have a suffix.
 MAGIC = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"RIFF", ".webp"), (b"BM", ".bmp"))
 NUMBER = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?")
@@ -237,21 +240,17 @@ def _video(video: Clip, raw: RawSource) -> tuple[bytes, str, dict]:
     if path is None:
         data, facts = _encoded(video, raw), None
         facts, ending, whole = _try(video_facts, "video", data), ".mp4", True
+    elif path.stat().st_size > MAX_MEDIA and video.start is not None and not whole:
+        data, ending, facts = _cut(path, video.start, video.end, math.inf, None)
     else:
         data, ending = _read(path), suffix(path)
         stat = path.stat()
         facts = dict(_facts_of(str(path), stat.st_size, stat.st_mtime_ns))
         if "error" in facts:
             raise Dropped(facts["error"])
+        if video.start is not None and not whole:
+            data, ending, facts = _cut(path, video.start, video.end, facts["duration"], (data, ending, facts))
     start = video.start or 0.0
-    if video.start is not None and not whole:
-        end = min(video.end, facts["duration"])
-        if video.end > facts["duration"] + SAME_END or not start < end:
-            raise Dropped("a clip that lies outside of its video")
-        if (start, end) != (0.0, facts["duration"]):
-            facts["clip"] = [start, end]
-    elif video.start is None:
-        start = 0.0
     length = facts["clip"][1] - facts["clip"][0] if "clip" in facts else facts["duration"]
     if video.subtitles:
         shifted = [(s - start, min(e - start, length), text.strip()) for s, e, text in video.subtitles]
@@ -259,6 +258,26 @@ def _video(video: Clip, raw: RawSource) -> tuple[bytes, str, dict]:
     if video.annotation_fps:
         facts["annotation_fps"] = video.annotation_fps
     return data, ending, facts
+
+
+def _cut(path: Path, start: float, end: float, duration: float, whole: tuple | None) -> tuple[bytes, str, dict]:
+    """Bytes, suffix and facts of a file with a clip: the whole file, or a part of it if that is much smaller."""
+    if end > duration + SAME_END or not start < min(end, duration):
+        raise Dropped("a clip that lies outside of its video")
+    begin, end, part = 0.0, min(end, duration), None
+    if whole is None or (len(whole[0]) > MIN_CUT and end - start < CUT_SHARE * duration):
+        part = excerpt(path, start, end)
+    if part:
+        data, ending, begin = part
+        facts = _try(video_facts, "video", data)
+        if end > begin + facts["duration"] + SAME_END:
+            raise Dropped("a clip that lies outside of its video")
+    elif whole:
+        data, ending, facts = whole
+    else:
+        raise Dropped(f"a file of more than {MAX_MEDIA:,} bytes of which no clip can be cut")
+    clip = [start - begin, min(end - begin, facts["duration"])]
+    return data, ending, facts if clip == [0.0, facts["duration"]] else facts | {"clip": clip}
 
 
 @lru_cache(maxsize=256)
