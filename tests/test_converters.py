@@ -138,7 +138,9 @@ def test_multi_image_points_ask_of_all_images_or_of_some():
     # The form of the other repository: several labels an image, in normal form.
     nested = row | {"normalized_labels": [["cat", "dog"], ["dog"], ["dog"]], "images": ["a", "b", "c"],
                     "points": [[[{"x": 9.0, "y": 9.0}], []], [[]], [[{"x": 7.0, "y": 7.0}]]]}  # fmt: skip
-    tasks = [convert("Molmo2-MultiImagePoint", nested | {"image_urls": [str(k), "b", "c"]})[0].branches[0] for k in range(30)]
+    tasks = [
+        convert("Molmo2-MultiImagePoint", nested | {"image_urls": [str(k), "b", "c"]})[0].branches[0] for k in range(30)
+    ]
     assert {task["label"] for task in tasks} == {"cat", "dog"}
     assert all(task["images"] == [1] for task in tasks if task["label"] == "cat")
 
@@ -178,7 +180,9 @@ def track_row(**more):
 
 def test_tracks_leave_occluded_points_out_and_the_folder_says_the_task(tmp_path):
     clip = {"clip": "v1_0_90", "video_dataset": "MOSE", "start_frame": 60, "end_frame": 150}
-    files = {f"hub/{task}/train-00000.jsonl": lines(track_row(**clip)) for task in ("track", "ground", "single_point_track")}
+    files = {
+        f"hub/{task}/train-00000.jsonl": lines(track_row(**clip)) for task in ("track", "ground", "single_point_track")
+    }
     drafts = read(tmp_path, "Molmo2-VideoTrack", files, {"train": sorted(files)}, "train")
     assert sorted(draft.branches[0]["style"] for draft in drafts) == [
         "video_point_ground_start_end", "video_point_track_per_frame", "video_single_point_track_per_frame",
@@ -215,7 +219,10 @@ def test_molmo2_cap_has_up_to_three_captions():
     row = {"video_id": "y", "video_start": 5.0, "video_end": 20.0, "video_caption": "", "merged_caption": "m",
            "video_frame_merged_caption": "long", "annotation_score": 3}  # fmt: skip
     [draft] = convert("Molmo2-Cap", row)
-    assert [(b["style"], b["text"]) for b in draft.branches] == [("video_merged_caption", "m"), ("video_long_caption", "long")]
+    assert [(b["style"], b["text"]) for b in draft.branches] == [
+        ("video_merged_caption", "m"),
+        ("video_long_caption", "long"),
+    ]
     assert (draft.video.start, draft.video.end) == (5.0, 20.0)
     assert convert("Molmo2-Cap", row | {"annotation_score": 2.5}) == ["annotation_score below 3"]
 
@@ -235,7 +242,11 @@ def test_subtitles_come_as_lists_as_lines_of_a_file_and_as_tagged_text(tmp_path)
     assert "friends_frames/friends_s01" in draft.video.frames and draft.video.subtitles == [(11.0, 12.0, "Hello")]
     assert draft.branches[0]["options"][draft.branches[0]["answer"]] == "y"
 
-    film = {"video_id": "m", "movie_name": "M", "examples": [{"question": "Q?", "choices": ["a", "b"], "answer_key_position": 1}]}
+    film = {
+        "video_id": "m",
+        "movie_name": "M",
+        "examples": [{"question": "Q?", "choices": ["a", "b"], "answer_key_position": 1}],
+    }
     [draft] = convert("cinepile", film | {"subtitles": "<subtitle> Hello <b>there</b>\n<subtitle> Bye"})
     assert draft.video.subtitles == [(0.0, 1e6, "Hello  there\nBye")]
     [draft] = convert("cinepile", film | {"subtitles": "<subtitle> [1.0-2.0] Hello<subtitle> [3.5 - 4] Bye"})
@@ -292,7 +303,9 @@ def test_headless_tables_and_lines_of_text_are_clips(tmp_path):
     with pytest.raises(ValueError, match="span"):
         convert("how2qa", {"span": "[__import__('os')]", "video_id": "v", "wrong1": "", "wrong2": "", "wrong3": ""})
 
-    [draft] = read(tmp_path, "charades-sta", {"manual/charades_sta_train.txt": "AO8RW 0.0 6.9##a person opens a door.\n"})
+    [draft] = read(
+        tmp_path, "charades-sta", {"manual/charades_sta_train.txt": "AO8RW 0.0 6.9##a person opens a door.\n"}
+    )
     assert draft.video.end == 6.9 and draft.branches[0]["answers"] == ["a person opens a door."]
 
     row = {"qid": 3, "query": "Chef cuts", "vid": "x_60.0_210.0", "duration": 150, "relevant_windows": [[82, 150], [0, 4]],
@@ -304,7 +317,14 @@ def test_headless_tables_and_lines_of_text_are_clips(tmp_path):
 
 def test_ego4d_messages_are_ready():
     messages = [{"question": "What?", "answer": "opens", "style": "ego4d_label"}]
-    row = {"clip": "u_1_2_custom_clip.mp4", "message_list": messages, "uid": "u", "start": 1.0, "end": 2.0, "corrupt": False}
+    row = {
+        "clip": "u_1_2_custom_clip.mp4",
+        "message_list": messages,
+        "uid": "u",
+        "start": 1.0,
+        "end": 2.0,
+        "corrupt": False,
+    }
     [draft] = convert("ego4d", row)
     assert draft.video.cut[0] == "u_1_2_custom_clip.mp4" and draft.branches[0]["style"] == "ego4d_label"
     assert convert("ego4d", row | {"corrupt": True}) == ["marked as corrupt"]
@@ -340,7 +360,13 @@ def test_other_odd_files(tmp_path):
     assert drafts[0].branches[0]["answer"] == 4 and drafts[0].branches[1]["answers"] == ["cry"]
 
     pair = {"rel_vid_path": "videos/1.webm", "label": "opening", "label_action_antonym_clip_text": "closing"}
-    ego = {"video_uid": "u", "clip_start": 1.5, "clip_end": 2.5, "clip_text": "C lifts", "action_antonym_clip_text": "C drops"}
+    ego = {
+        "video_uid": "u",
+        "clip_start": 1.5,
+        "clip_end": 2.5,
+        "clip_text": "C lifts",
+        "action_antonym_clip_text": "C drops",
+    }
     folder = "hub/ego4d/egoclip_subset_action_antonyms_train_val_test_split/train.jsonl"
     first, second = read(tmp_path, "paxion", {"hub/ssv2/antonyms/train_with_rel_path.json": [pair], folder: lines(ego)})
     assert set(first.branches[0]["options"]) == {"opening", "closing", "Not sure"}
@@ -442,7 +468,11 @@ UNKNOWN = {"gqa", "videochatgpt"}
 def answer(branch):
     if branch["task"] == "chat":
         return branch["messages"][-1]["content"]
-    return branch["options"][branch["answer"]] if "options" in branch else branch.get("text", branch.get("answers", [None])[0])
+    return (
+        branch["options"][branch["answer"]]
+        if "options" in branch
+        else branch.get("text", branch.get("answers", [None])[0])
+    )
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -524,7 +554,10 @@ def test_an_own_set_of_a_known_form_needs_only_its_entry():
 
 
 def test_long_arrays_are_read_item_by_item(tmp_path, monkeypatch):
-    items = [{"n": n, "text": 'a "qa_pairs": [ ] \\ ü' * (n % 7), "deep": [[n], {}]} for n in range(random.Random(0).randint(300, 400))]
+    items = [
+        {"n": n, "text": 'a "qa_pairs": [ ] \\ ü' * (n % 7), "deep": [[n], {}]}
+        for n in range(random.Random(0).randint(300, 400))
+    ]
     monkeypatch.setattr("molmo2_nemo.data.converters.common.CHUNK", 97)
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"info": {"x": "y" * 500}, "qa_pairs": items, "more": [1]}, indent=2))

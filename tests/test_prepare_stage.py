@@ -73,7 +73,9 @@ def points(*pairs):
 
 def make_raw(root):
     """Small sets of stage 1, with what goes wrong in the real ones."""
-    rows = [{"image_url": address("cap", n), "caption": f"Picture {n}.", "transcripts": ["So", "Well"]} for n in range(9)]
+    rows = [
+        {"image_url": address("cap", n), "caption": f"Picture {n}.", "transcripts": ["So", "Well"]} for n in range(9)
+    ]
     media = {address("cap", n): jpeg(n) for n in range(7)} | {address("cap", 7): b"<html>gone</html>"}  # 8 is lost
     fetched(root, "pixmo-cap", rows, media)
     rows, media = [], {address("points", n): jpeg(n) for n in range(4)}
@@ -95,7 +97,9 @@ def make_raw(root):
              "answer_points": [{"x": [10.0], "y": [20.0]}, {"x": [], "y": []}]} for n in range(4)]  # fmt: skip
     fetched(root, "cosyn-point", rows, media)
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    rows = [{"id": f"t{n}", "messages": talk, "source": "hard_coded" if n % 40 == 0 else "flan"} for n in range(NUM_TEXTS)]
+    rows = [
+        {"id": f"t{n}", "messages": talk, "source": "hard_coded" if n % 40 == 0 else "flan"} for n in range(NUM_TEXTS)
+    ]
     fetched(root, "tulu-v2-sft-mixture", rows)
 
 
@@ -109,7 +113,9 @@ def run(root, *arguments, stage=1):
 def content(root):
     """Path -> hash of all that a run makes."""
     files = [f for f in sorted(root.rglob("*")) if f.is_file() and "raw" not in f.parts and ".prepare" not in f.parts]
-    return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if "stage" not in f.name}
+    return {
+        str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if "stage" not in f.name
+    }
 
 
 def samples(folder, split=""):
@@ -258,7 +264,9 @@ def test_a_run_that_was_killed_goes_on(prepared, tmp_path):
             time.sleep(0.1)
         assert status == 0
         found = content(root)
-        assert found == {path: value for path, value in expected.items() if path.split("/")[0] in ("pixmo-points", "pixmo-cap")}
+        assert found == {
+            path: value for path, value in expected.items() if path.split("/")[0] in ("pixmo-points", "pixmo-cap")
+        }
     assert kills
 
 
@@ -311,7 +319,9 @@ def test_what_is_not_fetched_or_not_usable_is_said(prepared, tmp_path, capsys):
     assert "leaves no data set" in run(tmp_path, "--only-license", "wtfpl")
     fetched(tmp_path, "pixmo-count", [], complete=False, stopped="being fetched")
     assert "not fetched to its end" in said("pixmo-count")
-    rows = [{"image_url": address("count", n), "count": 1, "points": {"x": [1], "y": [1]}, "label": "cat"} for n in range(3)]
+    rows = [
+        {"image_url": address("count", n), "count": 1, "points": {"x": [1], "y": [1]}, "label": "cat"} for n in range(3)
+    ]
     fetched(tmp_path, "pixmo-count", rows, complete=False, waiting=["2 of 3 addresses gave no file in time"])
     assert "is fetched in part (2 of 3 addresses" in said("pixmo-count")
     assert "no training sample: 3 its picture or video is not on disk" in said("pixmo-count", "--partial")
@@ -341,7 +351,9 @@ def test_what_was_put_there_by_hand_later_is_found(tmp_path, capsys):
 
 
 def test_new_raw_data_are_taken_when_asked(prepared, tmp_path, capsys):
-    rows = [{"image_url": address("count", n), "count": 1, "points": {"x": [1], "y": [1]}, "label": "cat"} for n in range(4)]
+    rows = [
+        {"image_url": address("count", n), "count": 1, "points": {"x": [1], "y": [1]}, "label": "cat"} for n in range(4)
+    ]
     fetched(tmp_path, "pixmo-count", rows, {row["image_url"]: jpeg(0) for row in rows}, limit=4)
     assert run(tmp_path, "pixmo-count") == 0
     before = content(tmp_path)
@@ -366,8 +378,15 @@ def raw(tmp_path_factory):
 
 
 def test_clips_tracks_and_subtitles_of_a_video(raw):
-    task = {"task": "tracking", "label": "bike", "frames": [[0.0, [["1", 0.5, 0.5]]], [0.5, [["1", 1.2, 0.5]]]], "fps": 2.0}
-    video = Clip(["bikes.mp4"], 1.0, 4.0, annotation_fps=1.0, subtitles=[(0.0, 0.5, "a"), (0.5, 2.0, "b"), (2.5, 9.0, "c")])
+    task = {
+        "task": "tracking",
+        "label": "bike",
+        "frames": [[0.0, [["1", 0.5, 0.5]]], [0.5, [["1", 1.2, 0.5]]]],
+        "fps": 2.0,
+    }
+    video = Clip(
+        ["bikes.mp4"], 1.0, 4.0, annotation_fps=1.0, subtitles=[(0.0, 0.5, "a"), (0.5, 2.0, "b"), (2.5, 9.0, "c")]
+    )
     parts, moved = pack(Draft([task], video=video), raw)
     example = read_example(parts["json"])
     assert moved == 1 and example.branches[0].frames[1] == (0.5, [("1", 1.0, 0.5)])
@@ -405,13 +424,16 @@ def long_video(path, codec, container, **options):
 )  # fmt: skip
 def test_a_clip_of_a_long_video_is_cut_without_a_change(tmp_path, monkeypatch, codec, container, options, cuts):
     monkeypatch.setattr("molmo2_nemo.data.converters.samples.MIN_CUT", 0)
-    name = f"long.{ {'matroska': 'mkv', 'mpegts': 'avi'}.get(container, container)}"  # content tells, not the name
+    name = f"long.{ {'matroska': 'mkv', 'mpegts': 'avi'}.get(container, container) }"  # content tells, not the name
     folder = fetched(tmp_path, "any", [], {f"manual/{name}": b""})
     path = long_video(folder / "manual" / name, codec, container, **options)
     task = {"task": "question", "question": "Q?", "answers": ["A"], "style": "s"}
     cut = 0
     for start, end in ((4.5, 6.2), (0.0, 2.0), (7.95, 9.99)):
-        parts, _ = pack(Draft([task], video=Clip([name], start, end, subtitles=[(start + 0.5, end, "x")])), RawSource(tmp_path, "any"))
+        parts, _ = pack(
+            Draft([task], video=Clip([name], start, end, subtitles=[(start + 0.5, end, "x")])),
+            RawSource(tmp_path, "any"),
+        )
         video = read_example(parts["json"]).video
         assert video.seconds == pytest.approx(end - start, abs=0.06) and video.subtitles[0][0] == pytest.approx(0.5)
         times = np.arange(0, end - start, 0.11).tolist()
@@ -446,7 +468,9 @@ def test_letters_are_drawn_over_the_words(raw):
     assert np.abs(opaque[:40] - plain[:40]).mean() < 3
 
 
-@pytest.mark.parametrize("name", ["../any/extracted/0.png", "./../any/extracted/0.png", "/etc/hostname", "./extracted", "elsewhere/x.mp4"])
+@pytest.mark.parametrize(
+    "name", ["../any/extracted/0.png", "./../any/extracted/0.png", "/etc/hostname", "./extracted", "elsewhere/x.mp4"]
+)
 def test_no_name_leads_out_of_the_raw_folder(raw, name):
     with pytest.raises(Dropped, match="not on disk"):
         pack(Draft([{"task": "caption", "text": "x", "style": "s"}], [name]), raw)

@@ -164,18 +164,11 @@ def _read(folder: Path, name) -> tuple[Path, bytes]:
     return file, file.read_bytes()
 
 
-
 def _facts(name: str, data: bytes, look: Callable[[bytes], dict]) -> dict:
     try:
         return look(data)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-
-
-
-
 
 
 def _numbered(file: Path) -> Iterator[tuple[int, bytes]]:

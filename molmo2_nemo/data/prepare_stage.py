@@ -336,9 +336,9 @@ TOTALS = ("samples", "branches", "images", "videos", "moved_points")
 def source_of(plan: Plan) -> dict:
     """Where a shard's data come from."""
     info, source = RawSource(plan.root, plan.name).info, plan.entry["source"]
-    hub = source.get("hf") or {}
+    hub, urls = source.get("hf") or {}, source.get("urls") or [None]
     return {
-        "name": plan.name, "from": info.get("repo") or hub.get("repo") or source.get("page") or (source.get("urls") or [None])[0],
+        "name": plan.name, "from": info.get("repo") or hub.get("repo") or source.get("page") or urls[0],
         "config": hub.get("config"), "revision": info.get("revision"),
         "license": plan.entry.get("license") or info.get("license"), "terms": plan.entry.get("terms"),
     }  # fmt: skip

@@ -87,11 +87,11 @@ def prepare_stage(options: argparse.Namespace) -> int:
                 for process in multiprocessing.active_children():
                     process.kill()
                 raise
-    results = [result_of(state) for state in states]
     files = []
     if any(state.made for state in states):
         files = write_companions(catalogue, options.stage, states, out, options.only_license)
-    if any(state.made for state in states):
+    results = [result_of(state) for state in states]
+    if files:
         write_json(out / f"stage{options.stage}.report.json", results)
     if options.json:
         print(json.dumps(results, indent=1))
@@ -208,7 +208,7 @@ def run(states: list[State], pool: ProcessPoolExecutor, options: argparse.Namesp
                 bar.set_description(state.name)
                 try:
                     advance(state, step, future)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     state.problem = str(error).rstrip(".")
                     state.locks.close()
 
@@ -233,7 +233,9 @@ def write_companions(
         present |= set(sources)
     for state in states:
         if state.made and state.name not in present:
-            state.note = f"{state.name} is in no blend of stage {stage}: run python tools/make_blends.py, then this again"
+            state.note = (
+                f"{state.name} is in no blend of stage {stage}: run python tools/make_blends.py, then this again"
+            )
     if present:
         files.append(replace(out / f"stage{stage}.LICENSES.txt", licences(catalogue, sorted(present), out)))
     return files
@@ -248,7 +250,11 @@ def restrict(blend: dict, out: Path, allowed: set[str] | None) -> tuple[dict, li
     if "groups" in blend:
         groups = {name: restrict(group, out, allowed) for name, group in blend["groups"].items()}
         kept = {name: group for name, group in groups.items() if group}
-        return ({"groups": {n: g for n, (g, _) in kept.items()}}, [s for _, ss in kept.values() for s in ss]) if kept else None
+        return (
+            ({"groups": {n: g for n, (g, _) in kept.items()}}, [s for _, ss in kept.values() for s in ss])
+            if kept
+            else None
+        )
     sources = {name: source for name, source in blend["sources"].items() if there(name, source)}
     return (blend | {"sources": sources}, list(sources)) if sources else None
 
@@ -282,7 +288,14 @@ def result_of(state: State) -> dict:
     status = "prepared" if state.made else "waiting" if state.note else "not prepared"
     made = {key: value for key, value in (state.made or {}).items() if key not in ("shards", "fingerprint")}
     shards = sum(record["samples"] > 0 for record in (state.made or {}).get("shards", []))
-    return {"name": state.name, "status": status, "problem": state.problem, "note": state.note, "shards": shards, **made}
+    return {
+        "name": state.name,
+        "status": status,
+        "problem": state.problem,
+        "note": state.note,
+        "shards": shards,
+        **made,
+    }
 
 
 def print_report(options: argparse.Namespace, states: list[State], out: Path, files: list[Path]) -> None:
@@ -309,7 +322,9 @@ def print_report(options: argparse.Namespace, states: list[State], out: Path, fi
             print(f"  {file}")
         print("Look at them, then train on them:")
         root = f"data.root={out} data.blend={files[0]}"
-        print(f"  python tools/inspect_data.py --config-name stage{options.stage} {root} --samples 20 --html runs/inspect")
+        print(
+            f"  python tools/inspect_data.py --config-name stage{options.stage} {root} --samples 20 --html runs/inspect"
+        )
         recipe = {1: "stage1_pretrain", 2: "stage2_sft", 3: "stage3_long_context"}[options.stage]
         print(f"  torchrun --nproc-per-node 8 recipes/{recipe}.py {root}")
 
@@ -317,8 +332,8 @@ def print_report(options: argparse.Namespace, states: list[State], out: Path, fi
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="tools/prepare.py --stage", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Turn the fetched data sets of a stage ($ROOT/raw/NAME, made by tools/download.py) into Energon shards, "
-        "the stage's blend and its licences. Run it again after a stop: what is whole is kept.",
+        description="Turn the fetched data sets of a stage ($ROOT/raw/NAME, made by tools/download.py) into Energon "
+        "shards, the stage's blend and its licences. Run it again after a stop: what is whole is kept.",
     )  # fmt: skip
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
     parser.add_argument("names", nargs="*", metavar="NAME", help="data sets (default: all of the stage)")
@@ -353,5 +368,3 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("error: a process was killed: if memory was short, use fewer --jobs; run again to go on")
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command again to go on")
-
-

@@ -64,7 +64,8 @@ def converter_by_form(entry: dict) -> Converter | None:
     form, fields, name = entry.get("convert") or {}, entry.get("fields") or {}, entry["name"]
     if not isinstance(form, dict) or not set(form) <= KEYS or form.get("kind", "chat") not in KINDS:
         raise ValueError(
-            f"{name} has convert={form}: it may have {', '.join(sorted(KEYS))}, and its kind is one of {', '.join(KINDS)}."
+            f"{name} has convert={form}: it may have {', '.join(sorted(KEYS))}, and its kind is one of "
+            f"{', '.join(KINDS)}."
         )
     columns = {column: _named(column, fields) for column in {*ALIASES, *(c for cs in KINDS.values() for c in cs)}}
     columns |= form.get("columns") or {}

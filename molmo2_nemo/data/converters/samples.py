@@ -176,7 +176,11 @@ def _deep(name: str, raw: RawSource) -> Path | None:
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or parts[0] == "/":
         return None
-    found = [path for path in _places(str(raw.folder)).get(parts[-1], []) if PurePosixPath(path).parts[-len(parts) :] == parts]
+    found = [
+        path
+        for path in _places(str(raw.folder)).get(parts[-1], [])
+        if PurePosixPath(path).parts[-len(parts) :] == parts
+    ]
     return raw.folder / found[0] if len(found) == 1 else None
 
 

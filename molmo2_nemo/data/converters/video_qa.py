@@ -10,15 +10,12 @@ from molmo2_nemo.data.converters.common import (
     Converter,
     Draft,
     Drop,
-    Rows,
     array_rows,
-    chat,
     choice,
     clip,
     columns,
     find,
     find_all,
-    fixed_random,
     json_items,
     jsonl,
     pick,
@@ -26,7 +23,6 @@ from molmo2_nemo.data.converters.common import (
     read_json,
     shuffled_choice,
     table,
-    video_names,
 )
 from molmo2_nemo.data.raw import RawSource
 
@@ -80,7 +76,9 @@ def five_options(row: dict) -> Iterator[Draft]:
     text = row["question"].strip()
     task = choice(text if text.endswith("?") else f"{text}?", numbered(row, "a", 0, 5), row["answer"], MC)
     last = name.rsplit("/", 1)[-1]
-    yield Draft([task], video=clip(list(dict.fromkeys([name, last, f"NExTVideo-all-videos/{name}", f"NExTVideo/{name}"]))))
+    yield Draft(
+        [task], video=clip(list(dict.fromkeys([name, last, f"NExTVideo-all-videos/{name}", f"NExTVideo/{name}"])))
+    )
 
 
 def perception_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
