@@ -259,7 +259,7 @@ def test_ai2d_draws_letters_into_two_versions_of_the_picture(tmp_path):
         "What eats it?": {"questionId": "0-1", "abcLabel": False, "answerTexts": ["frog", "cow"], "correctAnswer": 0},
     }
     boxes = {"T0": {"rectangle": [[1, 2], [30, 12]], "replacementText": "A", "value": "larva"}}
-    files = {"media/ai2d/x": "", "extracted/ai2d-all/ai2d/questions/0.png.json": {"imageName": "0.png", "questions": asked},
+    files = {"extracted/ai2d-all/ai2d/questions/0.png.json": {"imageName": "0.png", "questions": asked},
              "extracted/ai2d-all/ai2d/annotations/0.png.json": {"text": boxes},
              "extracted/ai2d-all/ai2d/questions/7.png.json": {"imageName": "7.png", "questions": asked},
              "hub/ai2d_test_ids.csv": "7\n"}  # fmt: skip
@@ -308,10 +308,11 @@ def test_headless_tables_and_lines_of_text_are_clips(tmp_path):
     )
     assert draft.video.end == 6.9 and draft.branches[0]["answers"] == ["a person opens a door."]
 
-    row = {"qid": 3, "query": "Chef cuts", "vid": "x_60.0_210.0", "duration": 150, "relevant_windows": [[82, 150], [0, 4]],
-           "relevant_clip_ids": [1], "saliency_scores": [[1, 2, 3]]}  # fmt: skip
-    kept, dropped = read(tmp_path, "qvhighlights",
-                         {"hub/highlight_train_release.jsonl": lines(row, row | {"relevant_windows": [[0, 2]] * 6})})  # fmt: skip
+    row = {"qid": 3, "query": "Chef cuts", "vid": "x_60.0_210.0", "duration": 150,
+           "relevant_windows": [[82, 150], [0, 4]], "relevant_clip_ids": [1],
+           "saliency_scores": [[1, 2, 3]]}  # fmt: skip
+    files = {"hub/highlight_train_release.jsonl": lines(row, row | {"relevant_windows": [[0, 2]] * 6})}
+    kept, dropped = read(tmp_path, "qvhighlights", files)
     assert kept.branches[0]["answers"] == ["Segments: [0.0-4.0], [82.0-150.0]"] and "5 windows" in dropped
 
 
@@ -380,15 +381,17 @@ def test_other_odd_files(tmp_path):
     asked = [{"question": "What colour?", "answer": "red"},
              {"question": "Which?", "choices": [{"choice": "a", "choice_id": 0, "answer": "wrong"},
                                                 {"choice": "b", "choice_id": 1, "answer": "correct"}]},
-             {"question": "Which two?", "choices": [{"choice": c, "choice_id": 0, "answer": "correct"} for c in "ab"]}]  # fmt: skip
+             {"question": "Which two?",
+              "choices": [{"choice": c, "choice_id": 0, "answer": "correct"} for c in "ab"]}]  # fmt: skip
     files = {"hub/train.json": [{"video_filename": "video_01234.mp4", "questions": asked}]}
     dropped, options, spoken = read(tmp_path, "clevrer", files)
     assert dropped == "not exactly one right choice" and options.branches[0]["answer"] == 1
     assert spoken.branches[0]["answers"] == ["red"] and "video_01000-02000/video_01234.mp4" in options.video.names
 
     asked = [{"image_index": 5, "question_string": "Is it?", "answer": 1, "question_id": 0}]
-    [draft] = read(tmp_path, "figureqa", {"extracted/f/figureqa-train1-v1/qa_pairs.json": {"qa_pairs": asked},
-                                          "extracted/g/figureqa-validation1-v1/qa_pairs.json": {"qa_pairs": asked * 9}})  # fmt: skip
+    files = {"extracted/f/figureqa-train1-v1/qa_pairs.json": {"qa_pairs": asked},
+             "extracted/g/figureqa-validation1-v1/qa_pairs.json": {"qa_pairs": asked * 9}}  # fmt: skip
+    [draft] = read(tmp_path, "figureqa", files)
     assert draft.images == ["./extracted/f/figureqa-train1-v1/png/5.png"] and draft.branches[0]["answers"] == ["1"]
     [draft] = read(tmp_path, "plotqa", {"extracted/q/train/qa_pairs_V2.json": {"qa_pairs": asked}})
     assert "png/5.png" in draft.images[0]
@@ -411,10 +414,12 @@ ROWS = {
     "Molmo2-AskModelAnything": ({"video_id": "v", "question": "Q?", "answer": "A"}, 1, "A"),
     "Molmo2-VideoCapQA": ({"video_id": "v", **ASKED}, 1, "Ann"),
     "Molmo2-MultiImageQA": ({"image_urls": ["a", "b"], "qa_pairs": {"question": ["Q?"], "answer": ["A"]}}, 1, "A"),
-    **{f"Molmo2-SynMultiImageQA-{k}": (SEVERAL, 2, "a") for k in ("chart", "chemical", "diagram", "doc", "music", "table")},
+    **{f"Molmo2-SynMultiImageQA-{k}": (SEVERAL, 2, "a")
+       for k in ("chart", "chemical", "diagram", "doc", "music", "table")},
     "pixmo-ask-model-anything": ({"image_url": "u", "image_sha256": "h", "question": "Q?", "answer": "A"}, 1, "A"),
     "vqa-v2": (MESSAGES, 1, "cat"), "textvqa": (MESSAGES, 1, "cat"), "tallyqa": (MESSAGES, 1, "cat"),
-    "okvqa": ({"image": "i", "image_id": 1, "qas": [{"question": "Q?", "question_id": 1, "answers": [{"raw_answer": "x"}]}]},
+    "okvqa": ({"image": "i", "image_id": 1,
+               "qas": [{"question": "Q?", "question_id": 1, "answers": [{"raw_answer": "x"}]}]},
               1, "x"),
     "chartqa": ({"image": PNG, "query": "Q?", "label": ["7"], "human_or_machine": 0}, 1, "7"),
     "docvqa": ({"question": "Q?", "answers": ["A", "a"], "image": "documents/x.png", "docId": 1, "questionId": 2,
@@ -427,10 +432,12 @@ ROWS = {
     "tabwmp": ({"id": "1", "image": "./tables/1.png", "question": "Q?", "choices": None, "answer": "35"}, 1, "35"),
     **{f"cosyn-{k}": (COSYN, 2, "a") for k in ("chart", "chemical", "diagram", "doc", "math", "music", "table")},
     "nextqa": ({"video": "1", "file": "1164/1", **FIVE}, 1, "y"), "intentqa": ({"video_id": "1", **FIVE}, 1, "y"),
-    "perception-test": ({"video": "v", "mc_question": [{"question": "Q?", "options": ["a", "b", "c"], "answer_id": 2}]}, 1, "c"),
+    "perception-test": ({"video": "v", "mc_question": [{"question": "Q?", "options": ["a", "b", "c"],
+                                                        "answer_id": 2}]}, 1, "c"),
     "activitynet-qa": ({"video_name": "abc", "question": "who is it", "question_id": "q", "answer": "Ann"}, 1, "Ann"),
     "llava-video-academic": ({"id": "1", "data_source": "0_30_s_nextqa", "video": "v.mp4", "conversations": [
-        {"from": "human", "value": "<image>\nWhy?\nA. one\nB. two\nAnswer with the letter."}, {"from": "gpt", "value": "B."}]},
+        {"from": "human", "value": "<image>\nWhy?\nA. one\nB. two\nAnswer with the letter."},
+        {"from": "gpt", "value": "B."}]},
         1, "two"),
     "newsvideoqa": ({"uni_clipped_id": "c", "question": "Q?", "answer": "A"}, 1, "A"),
     "social-iq-2": ({"vid_name": "v", "q": "Q?", "a0": "a", "a1": "b", "a2": "c", "a3": "d", "answer_idx": 0}, 1, "a"),
@@ -457,9 +464,10 @@ ROWS = {
 # Those with tests of their own, above.
 UNUSUAL = {
     "pixmo-cap", "pixmo-points", "pixmo-count", "cosyn-point", "pixmo-cap-qa", "pixmo-clocks", "Molmo2-MultiImagePoint",
-    "Molmo2-VideoPoint", "Molmo2-VideoTrack", "tnllt", "Molmo2-Cap", "Molmo2-VideoSubtitleQA", "tvqa", "cinepile", "ai2d",
-    "aokvqa", "funqa", "how2qa", "charades-sta", "qvhighlights", "ego4d", "tulu-v2-sft-mixture", "sutd-trafficqa", "tgif",
-    "paxion", "countix", "clevrer", "figureqa", "plotqa", "youcook2",
+    "Molmo2-VideoPoint", "Molmo2-VideoTrack", "tnllt", "Molmo2-Cap", "Molmo2-VideoSubtitleQA", "tvqa", "cinepile",
+    "ai2d", "aokvqa", "funqa", "how2qa", "charades-sta", "qvhighlights", "ego4d", "tulu-v2-sft-mixture",
+    "sutd-trafficqa",
+    "tgif", "paxion", "countix", "clevrer", "figureqa", "plotqa", "youcook2",
     *(f"academic-video-point-{s}" for s in ("mevis", "ref-youtube-vos", "lv-vis", "ovis", "burst", "ref-davis17")),
 }  # fmt: skip
 UNKNOWN = {"gqa", "videochatgpt"}
@@ -517,7 +525,8 @@ def test_readers_of_lists_and_maps(tmp_path):
     for text in ("adult+male/1.mp4,adult+male\nclap/2.mp4,clapping\n", "video_path,label\nclap/2.mp4,clapping\n"):
         *_, draft = read(tmp_path, "moments-in-time", {"manual/train.csv": text})
         assert answer(draft.branches[0]) == "clapping"
-    files = {"manual/map_vid_vidorID.json": {"1": "11/1"}, "manual/train.csv": "video,question,answer,qid,type,a0,a1,a2,a3,a4\n"
+    files = {"manual/map_vid_vidorID.json": {"1": "11/1"},
+             "manual/train.csv": "video,question,answer,qid,type,a0,a1,a2,a3,a4\n"
              "1,why did he,2,0,CW,a,b,c,d,e\n"}  # fmt: skip
     [draft] = read(tmp_path, "nextqa", files)
     assert draft.video.names[0] == "11/1.mp4" and answer(draft.branches[0]) == "c"
@@ -543,7 +552,8 @@ def test_an_own_set_of_a_known_form_needs_only_its_entry():
     [draft] = drafts({"image": {"path": "i.png"}, "conversations": talk})
     assert answer(draft.branches[0]) == "Hello" and draft.branches[0]["messages"][0]["content"] == "Hi"
     [draft] = drafts({"pic": "a.jpg", "q": "Q?", "a": ["A", "A", "B"]},
-                     convert={"kind": "question", "style": "s", "columns": {"image": "pic", "question": "q", "answer": "a"}})  # fmt: skip
+                     convert={"kind": "question", "style": "s",
+                              "columns": {"image": "pic", "question": "q", "answer": "a"}})  # fmt: skip
     assert draft.branches[0] == {"task": "question", "question": "Q?", "answers": ["A", "A", "B"], "style": "s"}
     with pytest.raises(ValueError, match="needs the column answer"):
         drafts({"question": "Q?"}, convert={"kind": "question"})
