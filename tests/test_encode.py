@@ -502,6 +502,23 @@ def test_a_source_gets_its_share_of_high_resolution():
         assert plan.max_crops == 8 and plan.num_tokens and not plan.counters["images_shrunk"]
 
 
+def test_a_source_may_leave_out_the_branches_of_one_style():
+    branches = [
+        {"task": "caption", "text": "A cat.", "style": "long_caption"},
+        {"task": "caption", "text": ["So, a cat", "Well, a cat"], "style": "transcript"},
+    ]
+    sample, _ = sample_of([noise(100, 100)], branches=branches)
+    texts = [TOKENIZER.decode(plan_of(ENCODER, sample, rng(seed)).input_ids) for seed in range(20)]
+    # One of several texts is drawn each time.
+    assert all("A cat." in text for text in texts) and 0 < sum("So, a cat" in text for text in texts) < 20
+    assert all(("So, a cat" in text) != ("Well, a cat" in text) for text in texts)
+    without = SourceOptions(without_style="transcript")
+    text = TOKENIZER.decode(plan_of(ENCODER, sample, rng(), without).input_ids)
+    assert "A cat." in text and "a cat" not in text
+    alone, _ = sample_of([noise(100, 100)], branches=branches[1:])
+    assert "a cat" in TOKENIZER.decode(plan_of(ENCODER, alone, rng(), without).input_ids)
+
+
 @pytest.mark.parametrize("seq_length", [1900, 2600, 4096, 7500])
 def test_images_get_the_most_crops_that_fit(seq_length):
     encoder = make_encoder(REAL, seq_length=seq_length)

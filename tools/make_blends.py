@@ -58,6 +58,8 @@ def options(entry: dict) -> dict:
     for part in (entry["sft"] or {}).get("code_datasets", []):
         if "p_high_res" in part:
             values["high_res_probability"] = part["p_high_res"]
+        if "without_style" in part:
+            values["without_style"] = part["without_style"]
     return values
 
 

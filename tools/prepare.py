@@ -3,13 +3,16 @@
     python tools/prepare.py my_annotations.jsonl --images DIR --out SHARDS
     python recipes/stage2_sft.py data.blend=SHARDS/blend.yaml ...
 
+Or the public data sets of a stage, once tools/download.py has fetched them (options: --stage 1 --help):
+
+    python tools/prepare.py --stage 1 --shards 512 --out $DATA_ROOT
+
 Every line is read, every picture decoded and every video opened before anything is written. Lines with a mistake are
 listed by number, and nothing is written unless --skip-bad says to go on without them.
 """
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import os
@@ -19,33 +22,35 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
 
-import av
-import numpy as np
 import yaml
 
 from molmo2_nemo.config import DataConfig
-from molmo2_nemo.data.points import NO_TRACKS, SAME_TIME, Points, from_json, render_content
-from molmo2_nemo.data.processor import read_image
-from molmo2_nemo.data.schema import Chat, Example, Pointing, Tracking, read_example
+from molmo2_nemo.data import stages
+from molmo2_nemo.data.measure import (
+    MAX_MEDIA,
+    UNITS,
+    check_answers,
+    check_rates,
+    image_facts,
+    suffix,
+    use_fractions,
+    video_facts,
+    without_nothing,
+)
+from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.shards import KEY, SHARD_SAMPLES, published, write_shards
-from molmo2_nemo.data.tasks import converse
-from molmo2_nemo.data.video import annotation_times, pick_frames
 
 MAX_LINE = 16 * 2**20  # bytes
-MAX_MEDIA = 2 * 2**30  # bytes of one file: it is held in memory, later in every loader's pool
 MAX_ID = 64  # characters; --repeat appends to it
 SHOWN_ERRORS = 20
-UNITS = ("fraction", "percent", "pixels")
 MEDIA = ("image", "images", "video")
 OF_VIDEO = ("clip", "annotation_fps", "subtitles")
 OF_LINE = ("id", *MEDIA, *OF_VIDEO, "unit", "style", "multi_turn")
-# Outside the picture by less than this share of its side, a point is moved to the border: rounding, not a mistake.
-SLACK = 0.005
 
 
 @dataclass
@@ -80,12 +85,12 @@ def read_line(text: bytes, number: int, folder: Path, unit: str) -> Line:
     if "task" in record:
         sample.pop("style", None)  # it is the task's, where it may be a list
     example = read_example(json.dumps(sample))
-    _use_fractions(example, line_unit)
+    use_fractions(example, line_unit)
     if example.video:
-        _check_rates(example)
-    _check_answers(example)
+        check_rates(example)
+    check_answers(example)
     tasks = ["chat" if isinstance(branch, list) else branch.task for branch in example.branches]
-    return Line(str(key), json.dumps(_without_nothing(asdict(example))).encode(), files, tasks)
+    return Line(str(key), json.dumps(without_nothing(asdict(example))).encode(), files, tasks)
 
 
 def _media(record: dict, folder: Path) -> tuple[dict, list[tuple[str, Path]]]:
@@ -99,17 +104,17 @@ def _media(record: dict, folder: Path) -> tuple[dict, list[tuple[str, Path]]]:
         return {}, []
     if "video" in record:
         file, data = _read(folder, record["video"])
-        part = f"video{_suffix(file)}"
+        part = f"video{suffix(file)}"
         given = {name: record[name] for name in OF_VIDEO if name in record}
-        return {"video": {"part": part, **_facts(record["video"], data, _video_facts), **given}}, [(part, file)]
+        return {"video": {"part": part, **_facts(record["video"], data, video_facts), **given}}, [(part, file)]
     names = record["images"] if "images" in record else [record["image"]]
     if not isinstance(names, list):
         raise ValueError("images is not a list")
     images, files = [], []
     for index, name in enumerate(names):
         file, data = _read(folder, name)
-        files.append((f"img{index}{_suffix(file)}", file))
-        images.append({"part": files[-1][0], **_facts(name, data, _image_facts)})
+        files.append((f"img{index}{suffix(file)}", file))
+        images.append({"part": files[-1][0], **_facts(name, data, image_facts)})
     return {"images": images}, files
 
 
@@ -159,124 +164,11 @@ def _read(folder: Path, name) -> tuple[Path, bytes]:
     return file, file.read_bytes()
 
 
-def _suffix(file: Path) -> str:
-    """.jpg and the like; part names are for people, the content decides how it is decoded."""
-    suffix = file.suffix.lower()
-    return suffix if suffix[1:].isalnum() and suffix.isascii() and len(suffix) < 8 else ".bin"
-
-
 def _facts(name: str, data: bytes, look: Callable[[bytes], dict]) -> dict:
     try:
         return look(data)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def _image_facts(data: bytes) -> dict:
-    """Displayed size; decodes the whole picture."""
-    height, width = read_image(data).shape[:2]
-    return {"width": width, "height": height}
-
-
-def _video_facts(data: bytes) -> dict:
-    """Displayed size, seconds to the end of the last frame, number of frames, and their rate if it is constant.
-
-    The first and the last frame are decoded.
-    """
-    try:
-        with av.open(io.BytesIO(data)) as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise ValueError("the file holds no video")
-            stamps = [p.dts if p.pts is None else p.pts for p in container.demux(stream) if p.size and not p.is_discard]
-            stamps = np.sort([stamp * float(stream.time_base) for stamp in stamps if stamp is not None])
-            rate = float(stream.average_rate or 0)
-    except av.FFmpegError as error:
-        raise ValueError(f"the video cannot be opened: {error}") from error
-    if not len(stamps):
-        raise ValueError("the video holds no frame")
-    last, steps = float(stamps[-1] - stamps[0]), np.diff(stamps)
-    typical = float(np.median(steps)) if len(steps) else 1 / rate if rate else 0.0
-    frames = list(pick_frames(data, [0.0, last], len(stamps)))
-    height, width = frames[0].shape[:2]
-    facts = {"width": width, "height": height, "duration": round(last + typical, 6), "num_frames": len(stamps)}
-    # Stamps may be rounded to milliseconds.
-    is_constant = rate and (not len(steps) or np.ptp(steps) < 0.2 * typical)
-    return facts | ({"fps": round(rate, 6)} if is_constant else {})
-
-
-def _use_fractions(example: Example, unit: str) -> None:
-    """Change coordinates to fractions, in place. ValueError: one is outside its picture, or of no picture."""
-
-    def size(frame: float) -> tuple[int, int]:
-        """Width and height of what the coordinates of a frame are of."""
-        video = example.video
-        if video and frame > video.seconds + SAME_TIME:
-            raise ValueError(f"points are at {frame:g} seconds, and the video has {video.seconds:g}")
-        if not video and frame not in range(1, len(example.images) + 1):
-            raise ValueError(f"points are of image {frame:g}, and there are {len(example.images)}")
-        seen = video or example.images[int(frame) - 1]
-        return seen.width, seen.height
-
-    def fraction(value: float, side: int) -> float:
-        value /= {"fraction": 1, "percent": 100, "pixels": side}[unit]
-        if not -SLACK <= value <= 1 + SLACK:
-            raise ValueError(
-                f"a coordinate is {value:.3f} of the picture's side, outside of it: is unit={unit} right? "
-                f"({', '.join(UNITS)})"
-            )
-        return min(max(value, 0.0), 1.0)
-
-    def scaled(frame: float, points: list[tuple]) -> list[tuple]:
-        width, height = size(frame)
-        return [(*name, fraction(x, width), fraction(y, height)) for *name, x, y in points]
-
-    for branch in example.branches:
-        if isinstance(branch, Pointing):
-            branch.points = [(frame, scaled(frame, points)) for frame, points in branch.points]
-        elif isinstance(branch, Tracking):
-            branch.frames = [(seconds, scaled(seconds, objects)) for seconds, objects in branch.frames]
-        else:
-            messages = branch if isinstance(branch, list) else branch.messages if isinstance(branch, Chat) else []
-            for entry in (from_json(entry) for message in messages for entry in message.points):
-                if unit != "fraction":
-                    raise ValueError("points of messages are fractions: leave out unit")
-                if (isinstance(entry, Points) and entry.kind == "image") == bool(example.video):
-                    raise ValueError("points of a message are of an image, and the sample has a video, or the reverse")
-                for frame, points in entry.groups if isinstance(entry, Points) else entry.frames:
-                    scaled(frame, points)
-
-
-def _check_rates(example: Example) -> None:
-    """Have frames where the tracks are. ValueError: the video has none there."""
-    video, tracks = example.video, [branch for branch in example.branches if isinstance(branch, Tracking)]
-    if tracks and video.annotation_fps is None:
-        video.annotation_fps = min(task.fps for task in tracks)
-    if video.annotation_fps is not None:
-        annotation_times(video.seconds, 1, video.annotation_fps, video.fps)
-
-
-def _check_answers(example: Example) -> None:
-    """ValueError: a branch cannot be asked in one of its styles, or an answer is empty."""
-    for branch in example.branches:
-        styles = getattr(branch, "style", None)
-        if styles == []:
-            raise ValueError("style is an empty list")
-        for style in styles if isinstance(styles, list) else [styles]:
-            styled = branch if isinstance(branch, list) else replace(branch, style=style)
-            [talk] = converse(replace(example, branches=[styled]), np.random.default_rng(0), "templates")
-            answers = [render_content(m.content, m.points) for m in talk.messages if m.role == "assistant"]
-            if not all(answer.strip() for answer in answers):
-                raise ValueError("an answer is empty")
-            if isinstance(branch, Tracking) and NO_TRACKS in answers:
-                raise ValueError(f"no track is at a multiple of 1 / fps = {1 / branch.fps:g} seconds")
-
-
-def _without_nothing(value):
-    """Without the keys that say nothing: null, and multi_turn 0."""
-    if isinstance(value, dict):
-        return {k: _without_nothing(v) for k, v in value.items() if v is not None and (k, v) != ("multi_turn", 0)}
-    return [_without_nothing(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _numbered(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -345,6 +237,8 @@ def samples(lines: list[Line], repeat: int) -> Iterator[tuple[str, dict[str, byt
 
 
 def main() -> None:
+    if any(argument.split("=")[0] == "--stage" for argument in sys.argv[1:]):
+        return stages.main()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("annotations", type=Path, help="JSON lines, see docs/own_data.md")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images and videos")

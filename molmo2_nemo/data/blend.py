@@ -51,6 +51,7 @@ class SourceOptions:
     loss_weighting: str | None = None  # flat | root | root_report; None: data.loss_weighting
     token_weight: float | None = None  # the weight of every target token instead
     high_res_probability: float = 0.0  # that a single image gets up to data.high_res_crops crops
+    without_style: str | None = None  # branches of this style are left out, where a sample has others
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,10 @@ def _read_sources(cfg: DataConfig, group: dict, where: str, name: str | None, ra
         high_res = entry.get("high_res_probability", 0.0)
         if isinstance(high_res, bool) or not isinstance(high_res, (int, float)) or not 0 <= high_res <= 1:
             raise ValueError(f"{within} has high_res_probability={high_res}: make it a number from 0 to 1.")
-        options = SourceOptions(loss_weighting, _number(entry, "token_weight", within), float(high_res))
+        without = entry.get("without_style")
+        if without is not None and not isinstance(without, str):
+            raise ValueError(f"{within} has without_style={without}: name one style, such as transcript.")
+        options = SourceOptions(loss_weighting, _number(entry, "token_weight", within), float(high_res), without)
         numbers = [_number(entry, key, within) for key in ("weight", "size", "factor")]
         if entry.get("size", 1) < 1:
             raise ValueError(f"{within} has size={entry['size']}: it is a number of samples, make it 1 or more.")

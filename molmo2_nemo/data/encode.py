@@ -18,7 +18,7 @@ Source of the rules: public `olmo/preprocessing` and `olmo/data` of allenai/molm
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -157,6 +157,9 @@ class Encoder:
         """
         if len(example.images) > self.data.max_images:
             return dropped("too_many_images")
+        if options.without_style:
+            asked = [branch for branch in example.branches if getattr(branch, "style", None) != options.without_style]
+            example = replace(example, branches=asked or example.branches)
         return self.plan_conversations(example, converse(example, rng, self.data.prompts), rng, options)
 
     def plan_conversations(

@@ -88,9 +88,9 @@ class Chat:
 
 @dataclass(config=_STRICT)
 class Caption:
-    """A description, or a transcript of a spoken one."""
+    """A description, or a transcript of a spoken one. Of several texts one is drawn each time."""
 
-    text: str
+    text: str | Annotated[list[str], Field(min_length=1)]
     task: Literal["caption"] = "caption"
     style: Style | None = None
 

@@ -45,9 +45,6 @@ def write_shards(
 
     The same samples give the same bytes. `folder` exists. ValueError: a key is not a KEY.
     """
-    from megatron.energon.epathlib import EPath  # here because it takes seconds
-    from megatron.energon.flavors import BaseWebdatasetFactory
-
     shards, counts = [], dict.fromkeys(splits, 0)
     for split, samples in splits.items():
         remaining, number = iter(samples), 0
@@ -58,10 +55,19 @@ def write_shards(
             count = size = 0
             with tarfile.open(folder / shards[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
                 while sample is not None and count < shard_samples and size < shard_bytes:
-                    size += _add(tar, *sample)
+                    size += add_sample(tar, *sample)
                     count += 1
                     sample = next(remaining, None)
             counts[split] += count
+    write_index(folder, shards, list(splits))
+    return counts
+
+
+def write_index(folder: Path, shards: list[str], splits: list[str]) -> None:
+    """Write .nv-meta and the .idx of each shard, named SPLIT-NUMBER.tar and not empty."""
+    from megatron.energon.epathlib import EPath  # here because it takes seconds
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the path of every file it writes
         BaseWebdatasetFactory.prepare_dataset(
             EPath(folder), shards, split_parts_patterns=[(split, f"{split}-.*") for split in splits],
@@ -69,10 +75,9 @@ def write_shards(
         )  # fmt: skip
     dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
     (folder / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(dataset))
-    return counts
 
 
-def _add(tar: tarfile.TarFile, key: str, parts: dict[str, bytes]) -> int:
+def add_sample(tar: tarfile.TarFile, key: str, parts: dict[str, bytes]) -> int:
     """Append a sample; returns its bytes."""
     if not KEY.fullmatch(key):
         raise ValueError(f"The key {key!r} of a sample is not up to 80 letters, digits, - and _.")

@@ -113,7 +113,8 @@ def _caption(task: Caption, style: str, example: Example, rng: np.random.Generat
     else:
         choices = sets.SHORT_CAPTION if "short" in style else sets.CAPTION
     medium = "video" if example.video else "image" if len(example.images) < 2 else "set of images"
-    return _turn(_draw(rng, choices).format(medium=medium) if templates else "", task.text)
+    text = task.text if isinstance(task.text, str) else _draw(rng, task.text)
+    return _turn(_draw(rng, choices).format(medium=medium) if templates else "", text)
 
 
 def _question(task: Question, style: str, example: Example, rng: np.random.Generator, templates: bool):
