@@ -476,6 +476,8 @@ def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig) -> None:
 
 def check_megatron_fields(cfg: Config) -> None:
     """Refuse names that Megatron's dataclasses lack, and those that another key already decides."""
+    if not (cfg.transformer or cfg.optimizer or cfg.ddp):
+        return  # Megatron takes seconds to import
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer import TransformerConfig
