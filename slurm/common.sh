@@ -154,17 +154,17 @@ run_stage() {
     stage3) previous=$(dirname "$run_dir")/stage2 ;;
   esac
   mkdir -p "$run_dir/slurm" || die "$(hostname) cannot write to $run_dir: correct RUN_ROOT in slurm/site.env."
-  if [[ -n $previous && -z $init_from ]]; then
-    local own=("$run_dir"/checkpoints/step_*/complete.json)
-    if [[ ! -e ${own[0]} ]] && ! finished "$previous"; then
-      die "$stage starts from $previous, which has not finished: train it first, or set train.init_from=CHECKPOINT."
-    fi
-    init_from=train.init_from=$(quoted "$previous")
-  fi
+  if [[ -n $previous && -z $init_from ]]; then init_from=train.init_from=$(quoted "$previous"); else previous=''; fi
   overrides+=(name="$(quoted "$name")" run_dir="$(quoted "$run_dir")" ${init_from:+"$init_from"})
 
   say "$stage of '$name' in $run_dir: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NNODES node(s) x $tasks_per_node rank(s): $SLURM_JOB_NODELIST"
   "$host_python" slurm/starts.py begin "$run_dir" || exit 1
+  # A stage that has a checkpoint of its own goes on from it.
+  local own=("$run_dir"/checkpoints/step_*/complete.json)
+  if [[ -n $previous && ! -e ${own[0]} ]] && ! finished "$previous"; then
+    "$host_python" slurm/starts.py stop "$run_dir" "$stage starts from $previous, which has not finished: train it first, or set train.init_from=CHECKPOINT"
+    exit 2
+  fi
 
   local phase=preflight status=0 errors=$run_dir/slurm/srun_errors.txt
   if [[ ${PREFLIGHT:-yes} == yes ]]; then
@@ -186,7 +186,7 @@ run_stage() {
   fi
 
   local decision action number nodes
-  decision=$("$host_python" slurm/starts.py end "$run_dir" --exit "$status" --phase "$phase" ${stopping:+--usr1} ${term:+--term} --srun-errors "$errors")
+  decision=$("$host_python" slurm/starts.py end "$run_dir" --exit "$status" --phase "$phase" ${stopping:+--usr1} ${term:+--term})
   read -r action number nodes <<< "$decision"
   [[ $action == requeue ]] || exit "$number"
   requeue "$run_dir" "$number" "$nodes"
@@ -211,4 +211,58 @@ requeue() {
     scontrol update JobId="$SLURM_JOB_ID" StartTime=now+"$2" || say "the wait of $2 s could not be set"
   fi
   exit 0
+}
+
+# run_python SCRIPT [ARGUMENT...]: one process on the job's node, in RUNTIME.
+run_python() {
+  local inside=() srun_options python host_python
+  load_site
+  set_runtime
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+  srun "${srun_options[@]}" --ntasks=1 "${inside[@]}" "${python[@]}" "$@" < /dev/null
+}
+
+# run_tasks FILE: this array task's part of a list of commands (slurm/prepare.sbatch).
+run_tasks() {
+  local inside=() srun_options python host_python lines line key done_dir number=-1 failed=0 ran=0 kept=0
+  load_site
+  set_runtime
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+  # `python` in a line, with or without a container.
+  local shell_start
+  shell_start="python() { $(printf '%q ' "${python[@]}")\"\$@\"; }; export -f python; "
+  done_dir=$RUN_ROOT/prepare/$(basename "$1")
+  mkdir -p "$done_dir"
+  # Spread by number: the array may be any list of indices.
+  local first=${SLURM_ARRAY_TASK_MIN:-0} count=${SLURM_ARRAY_TASK_COUNT:-1} index=${SLURM_ARRAY_TASK_ID:-0}
+  ((${SLURM_ARRAY_TASK_MAX:-0} - first + 1 == count)) || die "--array must be a range without gaps, such as 0-15."
+  mapfile -t lines < "$1"
+  for line in "${lines[@]}"; do
+    [[ $line =~ ^[[:space:]]*(#|$) ]] && continue
+    number=$((number + 1))
+    ((number % count == index - first)) || continue
+    key=$(sha256sum <<< "$line" | cut -c1-24)
+    if [[ -e $done_dir/$key.done ]]; then
+      kept=$((kept + 1))
+      continue
+    fi
+    # An earlier submission of the list may still be at this line.
+    exec 8> "$done_dir/$key.lock"
+    if ! flock --nonblock 8; then
+      say "task $number is being run by another job: $line"
+      failed=$((failed + 1))
+      continue
+    fi
+    say "task $number: $line"
+    if srun "${srun_options[@]}" --ntasks=1 "${inside[@]}" bash -c "$shell_start$line" < /dev/null 8>&-; then
+      printf '%s\n' "$line" > "$done_dir/$key.tmp"
+      mv "$done_dir/$key.tmp" "$done_dir/$key.done"
+      ran=$((ran + 1))
+    else
+      say "task $number FAILED: $line"
+      failed=$((failed + 1))
+    fi
+  done
+  say "$ran done, $kept done before, $failed failed, of $((number + 1)) tasks in the list"
+  ((failed == 0))
 }

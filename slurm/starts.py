@@ -4,7 +4,7 @@ common.sh calls it on the first node of the job, once before and once after each
 
     starts.py begin RUN_DIR                      exit 1: this start must not go on (the reason is printed)
     starts.py end RUN_DIR --exit N --phase ...   prints "requeue SECONDS NODES" (NODES to leave out, or -) or "exit N"
-    starts.py stop RUN_DIR REASON                the requeue that `end` asked for was refused
+    starts.py stop RUN_DIR REASON                it does not go on, for a reason that the batch script has found
 
 What it knows is RUN_DIR/slurm/starts.jsonl, two lines a start; tools/status.py shows it. Standard library and Python
 3.6 alone: it runs with the host's python3, where the training may run in a container.
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 STARTS = "slurm/starts.jsonl"
+ERRORS = "slurm/srun_errors.txt"  # standard error of the last step
 STOP = "slurm/stop"  # asks the batch script not to queue the job again
 NODE_FAILURES = 2  # of one node, then it is left out
 FAILED_STARTS = 2  # in a row without a new checkpoint: a third would fail, too
@@ -86,17 +87,29 @@ def hosts(nodelist):
 
 
 def nodes_to_blame(message, srun_errors, nodes):
-    """Nodes of the job whose rank failed first: as the trainer says, else as srun does.
+    """The node of the job whose rank failed first: as the trainer says, else as srun does.
 
-    srun: "srun: error: node2: task 1: Killed", "srun: error: Node failure on node2"; later lines are of ranks that were
-    ended because of the first.
+    srun: "srun: error: node2: task 1: Killed"; later lines are of ranks that were ended because of the first.
     """
     named = re.findall(r"\brank \d+ on ([\w.-]+)", message or "")
     if not named or "lost contact" in message:
-        named = re.findall(r"srun: error: Node failure on ([\w.-]+)", srun_errors)
-        named = named or re.findall(r"srun: error: ([\w.-]+): tasks? [\d,-]+:", srun_errors)
+        named = re.findall(r"srun: error: ([\w.-]+): tasks? [\d,-]+:", srun_errors)
     short = {node.split(".")[0]: node for node in nodes}
     return [short[name.split(".")[0]] for name in named[:1] if name.split(".")[0] in short]
+
+
+def ended_by_slurm(run_dir, began):
+    """(sentence, nodes that failed) of a start that Slurm ended, from what srun said last."""
+    path = run_dir / ERRORS
+    fresh = path.exists() and path.stat().st_mtime >= began["time"]
+    errors = path.read_text(errors="replace") if fresh else ""
+    why = re.findall(r"CANCELLED AT \S+ DUE TO ([A-Z ]+)", errors)  # JOB REQUEUE, NODE FAILURE, PREEMPTION, TIME LIMIT
+    failed = re.findall(r"srun: error: Node failure on ([\w.-]+)", errors)
+    marker = read_json(run_dir / "ended.json", began["time"])
+    message = "ended by Slurm (%s%s)" % (why[-1].strip().lower() if why else "before the training", " of " + failed[0] if failed else "")
+    if marker.get("reason") and marker["reason"] != "error":
+        message += ", saved at step %s" % marker.get("step")
+    return message, [node for node in failed if node in began["nodes"]][:1]
 
 
 def classify(exit_code, phase, marker, preflight, usr1, term, stop_asked):
@@ -111,7 +124,7 @@ def classify(exit_code, phase, marker, preflight, usr1, term, stop_asked):
     if stop_asked:
         return "stopped", "stopped on request at step %s" % marker.get("step", "?")
     if term:
-        return "slurm", "ended by Slurm (scancel, scontrol requeue, a node failure or the time limit)"
+        return "slurm", "ended by Slurm"
     if phase == "preflight" and exit_code:
         message = preflight.get("message") or "the pre-flight ended with exit status %d and no verdict" % exit_code
         kind = {"config": "config", "node": "node"}.get(preflight.get("kind"), "error")
@@ -194,9 +207,14 @@ def begin(run_dir):
     restart = environment_number("SLURM_RESTART_COUNT", 0)
     if restart == 0:
         starts = []
-    if starts and starts[-1]["event"] == "begin":  # its batch script was killed
-        message = "ended by Slurm (scontrol requeue, preemption or a node failure)"
-        append(run_dir, event="end", time=time.time(), kind="slurm", message=message, step=newest_step(run_dir))
+        if (run_dir / STOP).exists():  # it was for an earlier submission
+            (run_dir / STOP).unlink()
+    if starts and starts[-1]["event"] == "begin":  # its batch script was killed before it could say so
+        message, blamed = ended_by_slurm(run_dir, starts[-1])
+        append(
+            run_dir, event="end", time=time.time(), kind="slurm", message=message, failed_nodes=blamed,
+            step=newest_step(run_dir), action="requeue",
+        )  # fmt: skip
         starts = read(run_dir)
     append(
         run_dir, event="begin", time=time.time(), job=os.environ.get("SLURM_JOB_ID"), restart=restart,
@@ -210,7 +228,7 @@ def begin(run_dir):
         sys.exit("error: %s: it is not tried again." % why)
 
 
-def end(run_dir, exit_code, phase, usr1, term, srun_errors):
+def end(run_dir, exit_code, phase, usr1, term):
     starts = read(run_dir)
     began = starts[-1]
     marker = read_json(run_dir / "ended.json", began["time"]) if phase == "training" else {}
@@ -219,11 +237,11 @@ def end(run_dir, exit_code, phase, usr1, term, srun_errors):
     blamed = []
     if kind == "node":
         blamed = [node for node in preflight.get("nodes", []) if node in began["nodes"]]
-    elif kind in ("error", "slurm") and phase == "training":
-        errors = srun_errors.read_text(errors="replace") if srun_errors and srun_errors.exists() else ""
-        blamed = nodes_to_blame(marker.get("message") if kind == "error" else "", errors, began["nodes"])
-        if kind == "slurm" and "Node failure on" not in errors:
-            blamed = []
+    elif kind == "slurm":
+        message, blamed = ended_by_slurm(run_dir, began)
+    elif kind == "error" and phase == "training":
+        errors = (run_dir / ERRORS).read_text(errors="replace") if (run_dir / ERRORS).exists() else ""
+        blamed = nodes_to_blame(marker.get("message"), errors, began["nodes"])
     starts[-1] = dict(
         began, event="end", kind=kind, message=message, failed_nodes=blamed, step=newest_step(run_dir),
     )  # fmt: skip
@@ -261,13 +279,13 @@ def main():
     parser.add_argument("--phase", choices=("preflight", "training"), default="training", help="how far it came")
     parser.add_argument("--usr1", action="store_true", help="the batch script got SIGUSR1: the time limit is near")
     parser.add_argument("--term", action="store_true", help="the batch script got SIGTERM: Slurm ends the job")
-    parser.add_argument("--srun-errors", type=Path, help="what srun wrote to standard error")
     args = parser.parse_args()
     if args.what == "begin":
         begin(args.run_dir)
     elif args.what == "end":
-        end(args.run_dir, args.exit, args.phase, args.usr1, args.term, args.srun_errors)
+        end(args.run_dir, args.exit, args.phase, args.usr1, args.term)
     else:
+        print("error: %s" % args.reason, file=sys.stderr)
         append(args.run_dir, event="end", time=time.time(), kind="error", message=args.reason, action="stop",
                why=args.reason, step=newest_step(args.run_dir))  # fmt: skip
 
