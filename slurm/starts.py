@@ -106,7 +106,9 @@ def ended_by_slurm(run_dir, began):
     why = re.findall(r"CANCELLED AT \S+ DUE TO ([A-Z ]+)", errors)  # JOB REQUEUE, NODE FAILURE, PREEMPTION, TIME LIMIT
     failed = re.findall(r"srun: error: Node failure on ([\w.-]+)", errors)
     marker = read_json(run_dir / "ended.json", began["time"])
-    message = "ended by Slurm (%s%s)" % (why[-1].strip().lower() if why else "before the training", " of " + failed[0] if failed else "")
+    message = "ended by Slurm"
+    if why:
+        message += " (%s%s)" % (why[-1].strip().lower(), " of " + failed[0] if failed else "")
     if marker.get("reason") and marker["reason"] != "error":
         message += ", saved at step %s" % marker.get("step")
     return message, [node for node in failed if node in began["nodes"]][:1]
@@ -158,13 +160,13 @@ def excluded(starts):
 
 
 def decide(starts, max_restarts, max_idle, backoff):
-    """(action, why, seconds to wait) for the last of `starts`. action: finished | requeue | stop."""
+    """(action, why, seconds to wait) for the last of `starts`. action: finished | requeue | stop | slurm (its affair)."""
     last = starts[-1]
     kind = last["kind"]
     if kind == "finished":
         return "finished", "", 0
     if kind == "slurm":
-        return "stop", "left to Slurm, which queues it again unless it was cancelled", 0
+        return "slurm", "left to Slurm, which queues it again unless it was cancelled", 0
     if kind == "stopped":
         return "stop", "a person asked for it", 0
     if kind == "config":
@@ -242,6 +244,9 @@ def end(run_dir, exit_code, phase, usr1, term):
     elif kind == "error" and phase == "training":
         errors = (run_dir / ERRORS).read_text(errors="replace") if (run_dir / ERRORS).exists() else ""
         blamed = nodes_to_blame(marker.get("message"), errors, began["nodes"])
+        first = re.search(r"srun: error: ([\w.\[\],-]+: tasks? [\d,-]+: .*)", errors)
+        if first and not marker:
+            message += " (%s)" % first.group(1)
     starts[-1] = dict(
         began, event="end", kind=kind, message=message, failed_nodes=blamed, step=newest_step(run_dir),
     )  # fmt: skip
@@ -266,7 +271,7 @@ def end(run_dir, exit_code, phase, usr1, term):
         print("requeue %d %s" % (delay, ",".join(left_out) or "-"))
     else:
         if why:
-            print("not queued again: %s" % why, file=sys.stderr)
+            print(why if action == "slurm" else "not queued again: %s" % why, file=sys.stderr)
         print("exit %d" % (0 if kind == "finished" else 2 if kind == "config" else 1))
 
 

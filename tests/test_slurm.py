@@ -59,7 +59,7 @@ def decide(*ends, max_restarts=50, **kwargs):
 def test_what_is_queued_again():
     assert decide(("finished", 5))[0] == "finished"
     assert decide(("interrupted", 5))[::2] == ("requeue", 0)
-    assert decide(("config", 0))[0] == "stop" and decide(("slurm", 0))[0] == "stop" and decide(("stopped", 9))[0] == "stop"
+    assert decide(("config", 0))[0] == "stop" and decide(("slurm", 0))[0] == "slurm" and decide(("stopped", 9))[0] == "stop"
     # A failure is tried again once where no checkpoint is gained, and as long as one is where it is.
     assert decide(("error", 0))[0] == "requeue"
     assert decide(("error", 0), ("error", 0))[:2] == ("stop", "2 starts in a row gained no checkpoint")
@@ -385,7 +385,7 @@ def test_wrong_settings_are_refused_before_and_after_the_submission(cluster):
     for arguments, sentence in (
         (["--name"], "--name has no value"), (["model=tiny"], "--name is missing"), (["--name", "a/b"], "letters, digits"),
         (["--name", "x", "tiny"], "neither an option"), (["--name", "x", "--resume"], "there is no run 'x'"),
-        (["--name", "x", "--nodes=5", *TINY], "node"),  # the cluster has two
+        (["--name", "x", "--nodes=4", "--ntasks-per-node=1", *TINY], "node"),  # the cluster has two
     ):  # fmt: skip
         result = cluster.do("slurm/submit.sh", *arguments)
         assert result.returncode == 2 and sentence in result.stderr and not (cluster.runs / "x").exists(), result.stderr
@@ -408,7 +408,7 @@ def test_wrong_settings_are_refused_before_and_after_the_submission(cluster):
 def test_a_dry_run_shows_every_command_and_submits_nothing(cluster):
     before = cluster.do("squeue", "-h").stdout
     result = succeeded(cluster.do(
-        "slurm/submit.sh", "--name", "it's dry".replace("'", ""), "--dry-run", *SMALL, *TINY, "stage3:--nodes=1",
+        "slurm/submit.sh", "--name", "its dry", "--dry-run", *SMALL, *TINY, "stage3:--nodes=1", "stage3:--ntasks-per-node=2",
         "train.init_from=runs/start", "stage3:train.max_steps=7", "train.max_steps=5",
     ))  # fmt: skip
     commands = [line for line in result.stdout.splitlines() if line.startswith("sbatch ")]

@@ -134,7 +134,7 @@ def stage_status(run: Path, stage: str, job: str | None, blocked: str | None) ->
     slurm = job_state(job)
     queue = slurm.get("JobState", "")
     state, why = "not started", None
-    if queue in ("RUNNING", "COMPLETING") and not (last.get("ended") and last.get("action") != "requeue"):
+    if queue in ("RUNNING", "COMPLETING") and not (last.get("ended") and last.get("action") == "stop"):
         state = "running" if queue == "RUNNING" else "ending"
         if queue == "RUNNING":
             why = None if records and not last.get("ended") else "starting"
@@ -148,7 +148,7 @@ def stage_status(run: Path, stage: str, job: str | None, blocked: str | None) ->
             state, why = "cancelled", blocked or "the stage before did not finish"
     elif ended.get("reason") == "finished":
         state = "finished"
-    elif last.get("ended") and last.get("action") == "stop" and last.get("kind") != "slurm":
+    elif last.get("ended") and last.get("action") == "stop":
         state = "stopped" if last.get("kind") == "stopped" else "failed"
         why = "; ".join(dict.fromkeys(part for part in (last.get("message"), last.get("why")) if part))
     elif blocked and job and not starts:
@@ -160,8 +160,6 @@ def stage_status(run: Path, stage: str, job: str | None, blocked: str | None) ->
             why += f"; {last.get('message')}"
     elif records:
         state, why = ("ended", f"{ended['reason']} at step {ended.get('step')}") if ended else ("ended or running", "not under Slurm")
-    elif blocked:
-        why = blocked
     pace = seconds_per_step(records)
     left = (total - step) * pace if total and pace and state in ("running", "queued", "ending") else None
     return {
