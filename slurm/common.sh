@@ -1,0 +1,268 @@
+# shellcheck shell=bash
+# What the batch scripts share: site settings, how Python is started, and one run of a stage with its requeue.
+#
+# One task per GPU, started by srun, and not one torchrun agent per node: srun hands SIGUSR1 on to every rank, while the
+# agent of torchrun dies of it and takes the ranks along in the middle of their checkpoint; and srun keeps the ranks' exit
+# status, which torchrun turns into 1. The trainer finds its ranks in Slurm's variables (molmo2_nemo/parallel.py).
+
+say() { printf '%s | %s\n' "$(date '+%F %T')" "$*"; }
+die() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+# Site settings, as the job's environment has them or as slurm/site.env does; the file wins.
+load_site() {
+  local file=${SITE_ENV:-slurm/site.env}
+  if [[ -e $file ]]; then
+    # shellcheck disable=SC1090
+    source "$file"
+  elif [[ -n ${SITE_ENV:-} ]]; then
+    die "SITE_ENV=$SITE_ENV does not exist: copy slurm/site.example.env there."
+  fi
+  RUN_ROOT=${RUN_ROOT:-runs}
+  # One that is set and empty would be taken for a path.
+  [[ -n ${DATA_ROOT:-} ]] || unset DATA_ROOT
+}
+
+# RUNTIME -> srun_options and python, the two halves of `srun OPTIONS PYTHON script.py`; into a container, too.
+set_runtime() {
+  local runtime=${RUNTIME:-venv} kind what
+  kind=${runtime%%:*} what=''
+  [[ $runtime == *:* ]] && what=${runtime#*:}
+  # --export=ALL: under sbatch --export=NONE the ranks would not even find their programs.
+  # --kill-on-bad-exit: a dead rank ends the step instead of leaving the others to wait for it.
+  srun_options=(--export=ALL --kill-on-bad-exit=1)
+  local mounts="$PWD:$PWD"
+  case $kind in
+    venv)
+      python=("${PYTHON:-${what:-.venv}/bin/python}")
+      command -v "${python[0]}" > /dev/null || die "RUNTIME=$runtime: ${python[0]} does not exist: run tools/setup.sh, or correct RUNTIME in slurm/site.env." ;;
+    module)
+      [[ -n $what ]] || die "RUNTIME=module needs names: RUNTIME=module:cuda/13.0,python/3.12."
+      type module > /dev/null 2>&1 || die "RUNTIME=$runtime: there is no module command in this shell: source its init script in slurm/site.env."
+      local name
+      for name in ${what//,/ }; do module load "$name" || die "RUNTIME=$runtime: module load $name failed on $(hostname)."; done
+      python=("${PYTHON:-python3}") ;;
+    pyxis)
+      [[ -n $what ]] || die "RUNTIME=pyxis needs an image: RUNTIME=pyxis:/images/molmo2.sqsh."
+      # On srun's line alone: as an #SBATCH line it makes a script that no cluster without pyxis accepts.
+      [[ $(srun --help 2>&1) == *--container-image* ]] || die "RUNTIME=$runtime needs pyxis, which this Slurm does not have: use apptainer:IMAGE or venv."
+      srun_options+=(--container-image="$what" --container-mounts="$mounts${MOUNTS:+,$MOUNTS}" --container-workdir="$PWD" --no-container-mount-home)
+      python=("${PYTHON:-python}") ;;
+    apptainer)
+      [[ -n $what ]] || die "RUNTIME=apptainer needs an image: RUNTIME=apptainer:/images/molmo2.sif."
+      command -v apptainer > /dev/null || die "RUNTIME=$runtime: apptainer is not installed on $(hostname)."
+      inside=(apptainer exec --nv --pwd "$PWD" --bind "$mounts${MOUNTS:+,$MOUNTS}" "$what")
+      python=("${PYTHON:-python}") ;;
+    *) die "RUNTIME=$runtime is unknown: use venv[:DIR], module:NAMES, pyxis:IMAGE or apptainer:IMAGE." ;;
+  esac
+  host_python=${HOST_PYTHON:-python3}
+  [[ $kind == venv || $kind == module ]] && host_python=${HOST_PYTHON:-${python[0]}}
+  command -v "$host_python" > /dev/null || die "HOST_PYTHON=$host_python does not exist on $(hostname): any Python from 3.6 on will do for slurm/starts.py."
+}
+
+# The environment of the ranks, a reason beside each.
+set_environment() {
+  # The nodes in their order; rank 0 is on the first. Set here, since a container has no scontrol to ask.
+  JOB_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | xargs)
+  MASTER_ADDR=${JOB_NODES%% *}
+  # Below the ports that Linux gives to outgoing connections (from 32768); two a job, the second is the pre-flight's.
+  export JOB_NODES MASTER_ADDR MASTER_PORT=$((15000 + 2 * (SLURM_JOB_ID % 8000)))
+  tasks_per_node=$((SLURM_NTASKS / SLURM_NNODES))
+  ((tasks_per_node * SLURM_NNODES == SLURM_NTASKS)) || die "$SLURM_NTASKS tasks are not the same number on each of $SLURM_NNODES nodes: use --ntasks-per-node."
+  # srun does not read SLURM_CPUS_PER_TASK since 22.05. Without --cpus-per-task a rank gets its part of the node.
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / tasks_per_node))}
+  if [[ $(scontrol show config) =~ TaskPlugin[[:space:]]*=[^$'\n']*affinity ]]; then
+    # Neighbouring ranks on neighbouring cores: on boards of 8 GPUs the first four hang on the first socket. Slurm's
+    # default deals ranks to the sockets in turn. Memory comes from the socket that the rank is bound to.
+    srun_options+=(--distribution=block:block --cpu-bind=cores --mem-bind=local)
+  fi
+  # Threads of a rank; its loader workers need cores of their own.
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+  # Tensor parallel overlap in Megatron needs one hardware queue.
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+  # NCCL is silent by default, also about why it fails.
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+  # Rank 0's lines in the log when they are printed.
+  export PYTHONUNBUFFERED=1
+  # A blend of a hundred sources keeps many shards open.
+  ulimit -n "$(ulimit -Hn)"
+  # InfiniBand pins the memory that it sends from.
+  ulimit -l unlimited 2> /dev/null || say "ulimit -l stays at $(ulimit -l) KiB: InfiniBand may need more (PropagateResourceLimits in slurm.conf)"
+}
+
+# A value for Hydra's grammar: quoted, so that spaces, commas and brackets mean nothing.
+quoted() {
+  local value=${1//\\/\\\\}
+  printf "'%s'" "${value//\'/\\\'}"
+}
+unquoted() {
+  local value=$1
+  [[ $value =~ ^\'(.*)\'$ || $value =~ ^\"(.*)\"$ ]] && value=${BASH_REMATCH[1]//\\\'/\'}
+  printf '%s' "$value"
+}
+
+finished() { [[ -e $1/ended.json ]] && grep -q '"reason": *"finished"' "$1/ended.json"; }
+
+# wait_for PID: its exit status is in `status`. A trapped signal ends `wait` early, not the process.
+wait_for() {
+  while kill -0 "$1" 2> /dev/null; do wait "$1" || true; done
+  status=0
+  wait "$1" || status=$?
+}
+
+stopping='' term='' step='' repeat=''
+# Slurm's warning before the time limit (--signal=B:USR1@300), or a person's: the ranks save and end. Repeated, since a
+# rank that is still starting does not listen yet.
+on_usr1() {
+  if [[ -z $stopping ]]; then
+    stopping=yes
+    say "SIGUSR1: asking the ranks to save and end"
+    if [[ -n $step ]]; then ask_to_stop; fi
+  fi
+}
+ask_to_stop() {
+  kill -USR1 "$step" 2> /dev/null || true
+  (while sleep 15; do kill -USR1 "$step" || exit 0; done 2> /dev/null) &
+  repeat=$!
+}
+# scancel, scontrol requeue, a lost node: Slurm ends the job and decides what becomes of it; the ranks have the signal, too.
+on_term() { term=yes; say "SIGTERM: Slurm ends this job"; }
+
+# run_stage STAGE RECIPE [OVERRIDE...]
+run_stage() {
+  local stage=$1 recipe=$2 argument name=molmo2 run_dir='' init_from='' previous=''
+  shift 2
+  trap on_usr1 USR1
+  trap on_term TERM
+  local inside=() srun_options python host_python tasks_per_node
+  load_site
+  set_runtime
+  set_environment
+
+  # name and run_dir say where the state of the run is, so they are read here; the rest is the recipe's.
+  local overrides=()
+  for argument in "$@"; do
+    case $argument in
+      name=*) name=$(unquoted "${argument#name=}") ;;
+      run_dir=*) run_dir=$(unquoted "${argument#run_dir=}") ;;
+      train.init_from=*) init_from=$argument ;;
+      *) overrides+=("$argument") ;;
+    esac
+  done
+  run_dir=${run_dir:-$RUN_ROOT/$name/$stage}
+  case $stage in
+    stage2) previous=$(dirname "$run_dir")/stage1 ;;
+    stage3) previous=$(dirname "$run_dir")/stage2 ;;
+  esac
+  mkdir -p "$run_dir/slurm" || die "$(hostname) cannot write to $run_dir: correct RUN_ROOT in slurm/site.env."
+  if [[ -n $previous && -z $init_from ]]; then init_from=train.init_from=$(quoted "$previous"); else previous=''; fi
+  overrides+=(name="$(quoted "$name")" run_dir="$(quoted "$run_dir")" ${init_from:+"$init_from"})
+
+  say "$stage of '$name' in $run_dir: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NNODES node(s) x $tasks_per_node rank(s): $SLURM_JOB_NODELIST"
+  "$host_python" slurm/starts.py begin "$run_dir" || exit 1
+  # A stage that has a checkpoint of its own goes on from it.
+  local own=("$run_dir"/checkpoints/step_*/complete.json)
+  if [[ -n $previous && ! -e ${own[0]} ]] && ! finished "$previous"; then
+    "$host_python" slurm/starts.py stop "$run_dir" "$stage starts from $previous, which has not finished: train it first, or set train.init_from=CHECKPOINT"
+    exit 2
+  fi
+
+  local phase=preflight status=0 errors=$run_dir/slurm/srun_errors.txt
+  if [[ ${PREFLIGHT:-yes} == yes ]]; then
+    # Twice its own limit: it ends by itself, with a sentence.
+    timeout $((2 * ${PREFLIGHT_SECONDS:-60})) srun "${srun_options[@]}" "${inside[@]}" "${python[@]}" tools/preflight.py "$stage" "${overrides[@]}" < /dev/null &
+    wait_for $!
+  fi
+  if ((status == 0)) && [[ -z $stopping && -z $term ]]; then
+    phase=training
+    [[ ${RANK_LOGS:-no} == yes ]] && export RANK_LOG_DIR=$run_dir/slurm/ranks
+    : > "$errors"
+    srun "${srun_options[@]}" "${inside[@]}" bash slurm/rank.sh "${python[@]}" "$recipe" "${overrides[@]}" < /dev/null 2> >(exec tee -a "$errors" >&2) &
+    step=$!
+    [[ -n $stopping ]] && ask_to_stop  # the signal came while srun was being started
+    wait_for "$step"
+    step=''
+    if [[ -n $repeat ]]; then kill "$repeat" 2> /dev/null || true; fi
+    sleep 0.5  # for the last lines of tee
+  fi
+
+  local decision action number nodes
+  decision=$("$host_python" slurm/starts.py end "$run_dir" --exit "$status" --phase "$phase" ${stopping:+--usr1} ${term:+--term})
+  read -r action number nodes <<< "$decision"
+  [[ $action == requeue ]] || exit "$number"
+  requeue "$run_dir" "$number" "$nodes"
+}
+
+# requeue RUN_DIR SECONDS NODES: the same job again, not before SECONDS from now, without NODES (`-`: with all).
+requeue() {
+  local before
+  before=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+  # Slurm sends this script SIGTERM for it.
+  trap '' TERM
+  if ! scontrol requeue "$SLURM_JOB_ID"; then
+    "$host_python" slurm/starts.py stop "$1" "Slurm refused to queue the job again (--no-requeue, or JobRequeue=0 in slurm.conf)"
+    exit 1
+  fi
+  # Both are refused for a job that runs. It cannot start again before this script has ended.
+  if [[ $3 != - ]]; then
+    [[ $before == "(null)" ]] && before=''
+    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${before:+$before,}$3" || say "$3 could not be excluded"
+  fi
+  if (($2 > 0)); then
+    scontrol update JobId="$SLURM_JOB_ID" StartTime=now+"$2" || say "the wait of $2 s could not be set"
+  fi
+  exit 0
+}
+
+# run_python SCRIPT [ARGUMENT...]: one process on the job's node, in RUNTIME.
+run_python() {
+  local inside=() srun_options python host_python
+  load_site
+  set_runtime
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+  srun "${srun_options[@]}" --ntasks=1 "${inside[@]}" "${python[@]}" "$@" < /dev/null
+}
+
+# run_tasks FILE: this array task's part of a list of commands (slurm/prepare.sbatch).
+run_tasks() {
+  local inside=() srun_options python host_python lines line key done_dir number=-1 failed=0 ran=0 kept=0
+  load_site
+  set_runtime
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+  # `python` in a line, with or without a container.
+  local shell_start
+  shell_start="python() { $(printf '%q ' "${python[@]}")\"\$@\"; }; export -f python; "
+  done_dir=$RUN_ROOT/prepare/$(basename "$1")
+  mkdir -p "$done_dir"
+  # Spread by number: the array may be any list of indices.
+  local first=${SLURM_ARRAY_TASK_MIN:-0} count=${SLURM_ARRAY_TASK_COUNT:-1} index=${SLURM_ARRAY_TASK_ID:-0}
+  ((${SLURM_ARRAY_TASK_MAX:-0} - first + 1 == count)) || die "--array must be a range without gaps, such as 0-15."
+  mapfile -t lines < "$1"
+  for line in "${lines[@]}"; do
+    [[ $line =~ ^[[:space:]]*(#|$) ]] && continue
+    number=$((number + 1))
+    ((number % count == index - first)) || continue
+    key=$(sha256sum <<< "$line" | cut -c1-24)
+    if [[ -e $done_dir/$key.done ]]; then
+      kept=$((kept + 1))
+      continue
+    fi
+    # An earlier submission of the list may still be at this line.
+    exec 8> "$done_dir/$key.lock"
+    if ! flock --nonblock 8; then
+      say "task $number is being run by another job: $line"
+      failed=$((failed + 1))
+      continue
+    fi
+    say "task $number: $line"
+    if srun "${srun_options[@]}" --ntasks=1 "${inside[@]}" bash -c "$shell_start$line" < /dev/null 8>&-; then
+      printf '%s\n' "$line" > "$done_dir/$key.tmp"
+      mv "$done_dir/$key.tmp" "$done_dir/$key.done"
+      ran=$((ran + 1))
+    else
+      say "task $number FAILED: $line"
+      failed=$((failed + 1))
+    fi
+  done
+  say "$ran done, $kept done before, $failed failed, of $((number + 1)) tasks in the list"
+  ((failed == 0))
+}

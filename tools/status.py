@@ -1,0 +1,271 @@
+"""Where a run stands: its stages, steps, speed, last checkpoint, restarts, and why something stopped.
+
+    python tools/status.py my-8b                 # the run RUN_ROOT/my-8b, or the path of a run
+    python tools/status.py my-8b --watch         # again every ten seconds
+    python tools/status.py my-8b --json
+
+Reads the run's files, and asks squeue and scontrol where they are. Standard library alone: any Python from 3.9 on will do.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STAGES = ("stage1", "stage2", "stage3")
+COLUMNS = ("stage", "state", "step", "tokens/s", "left", "checkpoint", "restarts")
+TAIL = 2**20  # bytes of metrics.jsonl that are read
+
+
+def find_run(given: str) -> Path:
+    """The folder of a run: a path, or a name below RUN_ROOT of the site settings. ValueError: there is none."""
+    command = 'source slurm/common.sh && load_site && printf %s "$RUN_ROOT"'
+    asked = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
+    if asked.returncode:
+        raise ValueError(asked.stderr.strip().removeprefix("error: ") or "the site settings cannot be read")
+    root = REPOSITORY / asked.stdout
+    for folder in (root / given, Path(given)):
+        if folder.is_dir():
+            return folder.resolve()
+    runs = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    raise ValueError(f"there is no run '{given}' in {root}; there are {', '.join(runs[:20]) or 'none'}")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_lines(path: Path, tail: int = TAIL) -> list[dict]:
+    """The JSON objects in the last bytes of a file; a line cut short is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - tail))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+def ask(*command: str) -> str:
+    """What a Slurm command prints; nothing where it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    except subprocess.TimeoutExpired:
+        return ""
+
+
+def job_state(job: str | None) -> dict[str, str]:
+    """State, reason and start of a job that Slurm still knows, else nothing."""
+    if not job:
+        return {}
+    shown = ask("scontrol", "show", "job", "-o", job)
+    keys = ("JobState", "Reason", "StartTime", "ExcNodeList", "Dependency", "NodeList")
+    found = {key: re.search(rf"(?:^| ){key}=(\S*)", shown) for key in keys}
+    return {key: match.group(1) for key, match in found.items() if match}
+
+
+def max_steps(folder: Path) -> int | None:
+    """train.max_steps of the resolved configuration."""
+    try:
+        text = (folder / "config.yaml").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^train:\n(?:  .*\n)*?  max_steps: (\d+)$", text, re.MULTILINE)
+    return int(found.group(1)) if found else None
+
+
+def newest_checkpoint(folder: Path) -> tuple[int, float] | None:
+    """(step, time) of the newest complete checkpoint."""
+    found = [
+        (int(path.parent.name.removeprefix("step_")), path.stat().st_mtime)
+        for path in (folder / "checkpoints").glob("step_*/complete.json")
+        if path.parent.name.removeprefix("step_").isdigit()
+    ]
+    return max(found, default=None)
+
+
+def seconds_per_step(records: list[dict]) -> float | None:
+    """Of the last training intervals; an interval counts the steps since the record before it."""
+    steps = seconds = 0
+    for before, after in zip(records[-11:], records[-10:]):
+        if after["step"] > before["step"]:
+            steps, seconds = steps + after["step"] - before["step"], seconds + after.get("seconds", 0)
+    return seconds / steps if steps else None
+
+
+def starts_of(folder: Path) -> list[dict]:
+    """The starts in slurm/starts.jsonl, with what is said of their end."""
+    starts = []
+    for record in read_lines(folder / "slurm" / "starts.jsonl"):
+        if record.get("event") == "begin":
+            starts.append({"ended": False, **record})
+        elif starts:
+            starts[-1] |= {**record, "ended": True}
+    return starts
+
+
+def stage_status(run: Path, stage: str, job: str | None, blocked: str | None) -> dict:
+    """One row. blocked: why the stage before cannot be waited for, if it cannot."""
+    folder = run / stage
+    ended, starts, checkpoint = read_json(folder / "ended.json"), starts_of(folder), newest_checkpoint(folder)
+    records = [r for r in read_lines(folder / "metrics.jsonl") if r.get("kind") == "train" and isinstance(r.get("step"), int)]
+    step, total, last = (records[-1]["step"] if records else 0), max_steps(folder), starts[-1] if starts else {}
+    job = job or last.get("job")
+    slurm = job_state(job)
+    queue = slurm.get("JobState", "")
+    state, why = "not started", None
+    if queue in ("RUNNING", "COMPLETING") and not (last.get("ended") and last.get("action") == "stop"):
+        state = "running" if queue == "RUNNING" else "ending"
+        if queue == "RUNNING":
+            why = None if records and not last.get("ended") else "starting"
+    elif queue == "PENDING":
+        state, why = "queued", {"Dependency": "waits for the stage before", "BeginTime": "waits after a failure"}.get(
+            slurm["Reason"], f"Slurm says {slurm['Reason']}" if slurm.get("Reason") not in (None, "None") else None
+        )
+        if slurm["Reason"] == "BeginTime":
+            why += f", until {slurm.get('StartTime')}"
+        if slurm["Reason"] == "DependencyNeverSatisfied":
+            state, why = "cancelled", blocked or "the stage before did not finish"
+    elif ended.get("reason") == "finished":
+        state = "finished"
+    elif last.get("ended") and last.get("action") == "stop":
+        state = "stopped" if last.get("kind") == "stopped" else "failed"
+        why = "; ".join(dict.fromkeys(part for part in (last.get("message"), last.get("why")) if part))
+    elif blocked and job and not starts:
+        state, why = "cancelled", blocked
+    elif last or queue:
+        state = "cancelled" if queue == "CANCELLED" else "failed" if queue else "ended"
+        why = f"Slurm's state of job {job} is {queue}" if queue else f"job {job} is not in the queue any more"
+        if last.get("ended"):
+            why += f"; {last.get('message')}"
+    elif records:
+        state, why = ("ended", f"{ended['reason']} at step {ended.get('step')}") if ended else ("ended or running", "not under Slurm")
+    pace = seconds_per_step(records)
+    left = (total - step) * pace if total and pace and state in ("running", "queued", "ending") else None
+    return {
+        "stage": stage, "state": state, "job": job, "step": step, "max_steps": total,
+        "tokens_per_second": records[-1].get("tokens_per_second") if records else None,
+        "loss": records[-1].get("loss") if records else None, "seconds_left": left,
+        "checkpoint": checkpoint[0] if checkpoint else None, "checkpoint_time": checkpoint[1] if checkpoint else None,
+        "restarts": sum(1 for start in starts if start.get("restart")), "why": why,
+        "excluded_nodes": last.get("excluded") or [], "failed_nodes": failures(starts),
+        "ends": [{k: start.get(k) for k in ("time", "kind", "message", "step", "action")} for start in starts if start["ended"]],
+    }  # fmt: skip
+
+
+def failures(starts: list[dict]) -> dict[str, int]:
+    """Node -> how often its pre-flight or its rank failed."""
+    count = {}
+    for node in (node for start in starts for node in start.get("failed_nodes") or []):
+        count[node] = count.get(node, 0) + 1
+    return count
+
+
+def status(run: Path) -> dict:
+    """Everything that is shown of a run."""
+    jobs = {}
+    if (run / "slurm" / "jobs").exists():
+        jobs = dict(line.split(" ", 1) for line in (run / "slurm" / "jobs").read_text().splitlines() if " " in line)
+    rows, blocked = [], None
+    for stage in STAGES:
+        row = stage_status(run, stage, jobs.get(stage), blocked)
+        rows.append(row)
+        if row["state"] in ("failed", "cancelled", "stopped"):
+            blocked = f"{stage} {row['state']}: {row['why']}" if row["state"] != "cancelled" or not blocked else blocked
+    more = {}
+    for name, result in (("export", run / "hf" / "config.json"), ("report", run / "report.html")):
+        queue = job_state(jobs.get(name)).get("JobState")
+        if result.exists():
+            more[name] = str(result.parent if name == "export" else result)
+        elif queue in ("PENDING", "RUNNING"):
+            more[name] = queue.lower()
+        elif blocked and name in jobs:
+            more[name] = f"cancelled, since {blocked}" if name == "export" else "none"
+        else:
+            more[name] = (queue or "none").lower()
+    return {"run": str(run), "name": run.name, "stages": rows, **more}
+
+
+def duration(seconds: float) -> str:
+    minutes = int(seconds / 60)
+    days, hours, minutes = minutes // 1440, minutes // 60 % 24, minutes % 60
+    return f"{days} d {hours} h" if days else f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def table(found: dict) -> str:
+    """What a person reads."""
+    rows = [COLUMNS]
+    for row in found["stages"]:
+        pace = row["tokens_per_second"]
+        saved = "" if row["checkpoint"] is None else f"{row['checkpoint']:,}, {duration(time.time() - row['checkpoint_time'])} ago"
+        rows.append((
+            row["stage"], row["state"], f"{row['step']:,}" + (f" of {row['max_steps']:,}" if row["max_steps"] else ""),
+            f"{pace:,.0f}" if pace else "", duration(row["seconds_left"]) if row["seconds_left"] is not None else "",
+            saved, str(row["restarts"]),
+        ))  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    for row in found["stages"]:
+        if row["why"]:
+            lines.append(f"{row['stage']}: {row['why']}")
+        if row["failed_nodes"]:
+            counts = ", ".join(f"{node} {count} time(s)" for node, count in row["failed_nodes"].items())
+            out = f"; left out: {', '.join(row['excluded_nodes'])}" if row["excluded_nodes"] else ""
+            lines.append(f"{row['stage']}: nodes that failed: {counts}{out}")
+        for end in row["ends"][-3:]:
+            if end["kind"] != "finished" and end["message"] and end["message"] not in (row["why"] or ""):
+                at = time.strftime("%F %T", time.localtime(end["time"]))
+                lines.append(f"{row['stage']}: {at} {end['message']}" + (" (queued again)" if end["action"] == "requeue" else ""))
+    lines += [f"export: {found['export']}", f"report: {found['report']}"]
+    if shutil.which("squeue") is None:
+        lines.append("Slurm's commands are not on this machine: the states are those of the run's files")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="name below RUN_ROOT, or a folder")
+    parser.add_argument("--watch", nargs="?", type=float, const=10.0, metavar="SECONDS", help="again every so often")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    try:
+        run = find_run(args.run)
+        while True:
+            found = status(run)
+            shown = json.dumps(found, indent=2) if args.json else f"{found['name']} in {found['run']}\n{table(found)}"
+            if args.watch and not args.json and sys.stdout.isatty():
+                print("\033[H\033[2J", end="")
+            print(shown, flush=True)
+            if not args.watch:
+                return
+            time.sleep(max(1.0, args.watch))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
