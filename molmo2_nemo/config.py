@@ -707,7 +707,6 @@ def check_settings(cfg: Config, world_size: int) -> None:
         all(getattr(cfg.optim, c).freeze for c in COMPONENTS),
         "optim.vit.freeze, optim.connector.freeze and optim.llm.freeze are all true: nothing would be trained.",
     )
-    check_megatron_fields(cfg)
     check_engine(cfg)
 
 

@@ -42,6 +42,9 @@ CASES = {
     "tiny full recompute": ("fp32", [*TINY, *FULL]),
     "small": ("fp32", SMALL),
     "small full recompute": ("fp32", [*SMALL, *FULL]),
+    "small vision recompute": (
+        "fp32", [*SMALL, *FULL, "train.vision_recompute=true", "train.vision_chunk_crops=4"]
+    ),
     "small mlp recompute": ("fp32", [*SMALL, *MLP]),
     "small olmo dropout": ("fp32", [*SMALL, *OLMO, "schedule.stage1.hidden_dropout=0.1"]),
     "small bf16": ("bf16", SMALL),
@@ -174,7 +177,7 @@ def compare(name: str) -> list[dict]:
     from molmo2_nemo.command_line import compose
 
     precision, overrides = CASES[name]
-    config = compose("stage1", [*overrides, "train.vision_recompute=false", "train.vision_chunk_crops=0"])
+    config = compose("stage1", ["train.vision_recompute=false", "train.vision_chunk_crops=0", *overrides])
     measured, batch = measure(config, precision)
     predicted = predict(config, precision, batch)
     return [
