@@ -1,4 +1,4 @@
-"""Two servers on 127.0.0.1: one that speaks the Hub's protocol as huggingface_hub needs it, and one with bad manners."""
+"""Servers on 127.0.0.1: one that speaks the Hub's protocol as huggingface_hub needs it, and one with bad manners."""
 
 import contextlib
 import gzip
@@ -35,7 +35,9 @@ def bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    )
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -167,7 +169,11 @@ class Hub(_Server):
             return request.send(404, b"{}", X_Error_Code="RevisionNotFound")
         siblings = []
         for file, body in repo.files.items():
-            entry = {"rfilename": file, "size": len(body), "blobId": hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()}
+            entry = {
+                "rfilename": file,
+                "size": len(body),
+                "blobId": hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest(),
+            }
             if repo.bare:
                 entry = {"rfilename": file}
             elif file in repo.large:
@@ -265,7 +271,9 @@ class Media(_Server):
             case "forbidden":
                 return request.send(403)
             case "html":
-                return request.send(200, b"<!DOCTYPE html><html><body>Not available</body></html>", Content_Type="image/jpeg")
+                return request.send(
+                    200, b"<!DOCTYPE html><html><body>Not available</body></html>", Content_Type="image/jpeg"
+                )
             case "empty":
                 return request.send(200, b"", Content_Type="image/jpeg")
             case "short":  # always

@@ -8,8 +8,8 @@ import tarfile
 import zipfile
 
 import pytest
-from test_fetch import entry, fetched, hub, lines, media, tree  # noqa: F401 (fixtures)
 from fetch_servers import Repo
+from test_fetch import entry, fetched, hub, lines, media, tree  # noqa: F401 (fixtures)
 
 from molmo2_nemo.data.raw import RawSource
 from molmo2_nemo.fetch.archives import BadArchive, Bounds, extract
@@ -163,11 +163,21 @@ def test_archives_in_a_repository_are_unpacked_and_may_be_removed(hub, media, tm
 
 
 def test_files_of_plain_addresses_are_checked(hub, media, tmp_path):  # noqa: F811
-    media.files |= {"/rows.json": b'[{"q": 1}]', "/cut.json": b'[{"q": 1}', "/page.zip": b"<html>quota</html>", "/text.zip": b"text"}
+    media.files |= {
+        "/rows.json": b'[{"q": 1}]',
+        "/cut.json": b'[{"q": 1}',
+        "/page.zip": b"<html>quota</html>",
+        "/text.zip": b"text",
+    }
     source = lambda name: {"kind": "url", "urls": [f"{media.url}/{name}"]}  # noqa: E731
     nothing = {"kind": "none"}
     assert fetched(tmp_path, entry("a", source=source("rows.json"), media=nothing), name="a").state == "complete"
     assert list(RawSource(tmp_path, "a").rows()) == [{"q": 1}]
-    for name, said in (("cut.json", "a broken .json file"), ("page.zip", "a web page"), ("text.zip", "no archive"), ("none", "status 404")):
+    for name, said in (
+        ("cut.json", "a broken .json file"),
+        ("page.zip", "a web page"),
+        ("text.zip", "no archive"),
+        ("none", "status 404"),
+    ):
         result = fetched(tmp_path, entry("b", source=source(name), media=nothing), name="b")
         assert result.state == "failed" and said in result.reason, result

@@ -54,7 +54,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     choice.add_argument("names", nargs="*", metavar="NAME", help="data sets; none: all of the stage, or all")
     choice.add_argument("--stage", type=int, choices=(1, 2, 3), help="those of a stage")
     choice.add_argument("--category", choices=CATEGORIES, help="those of a category")
-    choice.add_argument("--only-license", nargs="+", metavar="LICENSE", help="those under one of these, e.g. odc-by cc-by")
+    choice.add_argument(
+        "--only-license", nargs="+", metavar="LICENSE", help="those under one of these, e.g. odc-by cc-by"
+    )
     both = [shared, choice]
     commands.add_parser("list", parents=both, help="data sets and their state")
     planning = commands.add_parser("plan", parents=both, help="what fits in a budget, in which order, how long")
@@ -64,14 +66,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     fetching.add_argument("--jobs", type=positive, default=32, help="files at once (default 32)")
     fetching.add_argument("--per-host", type=positive, default=4, help="of them from one host (default 4)")
     fetching.add_argument("--limit", type=positive, metavar="N", help="a sample: media of the first N rows")
-    fetching.add_argument("--max-bytes", type=size, metavar="BYTES", help="stop after so many from the network, as 50GB")
-    fetching.add_argument("--max-file-bytes", type=size, default=64 * 2**20, help="of a picture or video (default 64 MiB)")
+    fetching.add_argument(
+        "--max-bytes", type=size, metavar="BYTES", help="stop after so many from the network, as 50GB"
+    )
+    fetching.add_argument(
+        "--max-file-bytes", type=size, default=64 * 2**20, help="of a picture or video (default 64 MiB)"
+    )
     fetching.add_argument("--tries", type=positive, default=3, help="of a file in a run (default 3)")
-    fetching.add_argument("--timeout", type=float, default=20.0, help="s to connect, to answer, to keep --min-rate (20)")
-    fetching.add_argument("--min-rate", type=size, default=1024, metavar="BYTES/S", help="slower is dropped (default 1024)")
+    fetching.add_argument(
+        "--timeout", type=float, default=20.0, help="s to connect, to answer, to keep --min-rate (20)"
+    )
+    fetching.add_argument(
+        "--min-rate", type=size, default=1024, metavar="BYTES/S", help="slower is dropped (default 1024)"
+    )
     fetching.add_argument("--retry-lost", action="store_true", help="ask dead addresses again before their date")
-    fetching.add_argument("--verify", action="store_true", help="read all that is there, and get again what has changed")
-    fetching.add_argument("--deduplicate", action="store_true", help="drop pictures that look like another of their set")
+    fetching.add_argument(
+        "--verify", action="store_true", help="read all that is there, and get again what has changed"
+    )
+    fetching.add_argument(
+        "--deduplicate", action="store_true", help="drop pictures that look like another of their set"
+    )
     fetching.add_argument("--remove-archives", action="store_true", help="once they are unpacked")
     fetching.add_argument("--allow-private", action="store_true", help="follow addresses of this machine and network")
     fetching.add_argument("--quiet", action="store_true", help="no progress, one line for each set")
@@ -163,13 +177,16 @@ def show_plan(catalogue, entries, options) -> int:
         gigabytes = f"{'~' if row.estimated else ''}{row.gigabytes:,.1f}" if row.action != "refused" else ""
         table.append((str(number), row.name, row.action, gigabytes, duration(row.seconds), row.why[:70]))
     print_table(table)
-    print(f"\n{len(get)} of {len(rows)} sets are fetched within {budget / 1e9:,.1f} GB: {total:,.1f} GB, {duration(seconds) or 'no speed'}")
+    print(
+        f"\n{len(get)} of {len(rows)} sets are fetched within {budget / 1e9:,.1f} GB: {total:,.1f} GB"
+        + (f", {duration(seconds)}" if speed else "")
+    )
     if speed:
         print(f"at {speed / 1e6:,.2f} MB/s ({'as given' if options.speed else 'as measured in earlier fetches'})")
     else:
         print("no speed was measured yet: fetch something, or give --speed 50MB")
     if any(row.estimated for row in get):
-        print("~ estimated from the numbers of pictures and videos; archives take up to twice as much until unpacked and removed")
+        print("~ estimated from the numbers of pictures and videos; archives take up to twice as much")
     if total * 1e9 > free:
         print(f"note: only {free / 1e9:,.1f} GB are free under {options.root}")
     return 0
@@ -186,7 +203,13 @@ def fetch(catalogue, entries, options) -> int:
         backoff=min(1.0, options.timeout / 10),
     )  # fmt: skip
     settings = Options(
-        options.root, rules, options.limit, options.verify, options.retry_lost, options.deduplicate, options.remove_archives
+        options.root,
+        rules,
+        options.limit,
+        options.verify,
+        options.retry_lost,
+        options.deduplicate,
+        options.remove_archives,
     )
     results, status = [], 0
     meter = Meter(options.max_bytes)
@@ -242,7 +265,7 @@ def diagnose(catalogue, entries, options) -> int:
 
 
 class Bar:
-    """Progress of one set on the standard error: files or bytes, rate, time left. A line a minute where nobody looks."""
+    """Progress of a set on the standard error: files or bytes, rate, time left; a line a minute without a terminal."""
 
     def __init__(self, name: str, quiet: bool):
         from molmo2_nemo.fetch.url_list import Progress

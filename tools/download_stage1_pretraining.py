@@ -1,6 +1,6 @@
 """Get the raw data sets of stage 1: tools/download.py fetch --stage 1, and its options.
 
-    python tools/download_stage1_pretraining.py [--limit 1000] [--jobs 32] [--max-bytes 500GB] ...
+python tools/download_stage1_pretraining.py [--limit 1000] [--jobs 32] [--max-bytes 500GB] ...
 """
 
 import sys

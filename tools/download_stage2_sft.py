@@ -1,6 +1,6 @@
 """Get the raw data sets of stage 2: tools/download.py fetch --stage 2, and its options.
 
-    python tools/download_stage2_sft.py [--limit 1000] [--jobs 32] [--max-bytes 500GB] ...
+python tools/download_stage2_sft.py [--limit 1000] [--jobs 32] [--max-bytes 500GB] ...
 """
 
 import sys

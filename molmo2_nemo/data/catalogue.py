@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 CONF_FILE = Path(__file__).resolve().parents[2] / "conf" / "datasets.yaml"
 CATEGORIES = (
-    "dense-caption", "image-pointing", "nlp", "molmo2-original", "pixmo", "academic-image", "video-auto", "video-manual",
-    "tracking", "text", "own",
+    "dense-caption", "image-pointing", "nlp", "molmo2-original", "pixmo", "academic-image", "video-auto",
+    "video-manual", "tracking", "text", "own",
 )  # fmt: skip
 # Media that no program can get: somebody puts them into manual/.
 BY_HAND = ("manual", "youtube-ids", "render", "unknown")

@@ -7,7 +7,7 @@
       manual/         what only the user could get, in the layout of `tools/download.py how NAME`
       fetched.json    written last: name, revision, license, splits, counts, bytes, time, complete
 
-tools/download.py writes it. This module only reads, keeps nothing but one batch of rows in memory, and may be used by many
+tools/download.py writes it. This module only reads, keeps one batch of rows in memory, and may be used by many
 processes at once.
 """
 

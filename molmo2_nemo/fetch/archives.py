@@ -1,10 +1,9 @@
 """Unpacking archives from strangers: nothing leaves its folder, nothing explodes, and what was stopped goes on.
 
-    extracted/.part-NAME-SHA/    members so far, each written aside and renamed
-    extracted/NAME/              all of them: renamed in one step
+extracted/.part-NAME-SHA/    members so far, each written aside and renamed
+extracted/NAME/              all of them: renamed in one step
 """
 
-import os
 import shutil
 import stat
 import tarfile
@@ -56,7 +55,8 @@ def folder_name(archive: str) -> str:
 
 
 def extract(
-    archive: Path, folder: Path, digest: str, bounds: Bounds | None = None, add_bytes: Callable[[int], None] = lambda n: None
+    archive: Path, folder: Path, digest: str, bounds: Bounds | None = None,
+    add_bytes: Callable[[int], None] = lambda count: None,
 ) -> Extracted:  # fmt: skip
     """Unpack `archive`, whose sha256 is `digest`, as `folder`. BadArchive: it is broken or hostile; nothing is left."""
     bounds = bounds or Bounds()

@@ -5,7 +5,15 @@ import hashlib
 import warnings
 from pathlib import Path
 
-IMAGE_SUFFIX = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tiff"}
+IMAGE_SUFFIX = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "TIFF": ".tiff",
+}
 VIDEO_SUFFIX = {"mp4": ".mp4", "webm": ".webm", "matroska": ".mkv", "avi": ".avi"}
 # Smaller ones are tracking pixels and placeholders.
 MIN_SIDE = 10

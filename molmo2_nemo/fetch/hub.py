@@ -1,8 +1,8 @@
 """Files of data set repositories on the Hugging Face Hub, by the Hub's own client.
 
-A commit is pinned: by the catalogue, or by raw/revisions.json under the data root, where the first fetch of a repository
-writes the commit that it got. Every file is checked against the hash that the Hub lists for it. A file continues where it
-ended before (the client's own `hf_hub_download` starts it anew since huggingface_hub 1.x).
+A commit is pinned: by the catalogue, or by raw/revisions.json under the data root, where the first fetch of a
+repository writes the commit that it got. Every file is checked against the hash that the Hub lists for it, and goes on
+where it ended before (`hf_hub_download` of huggingface_hub 2.4 would start it anew).
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from molmo2_nemo.fetch.journal import is_disk_error, locked, write_json
 from molmo2_nemo.fetch.web import USER_AGENT, Lost, OutOfBytes, Rules, check_address, retry_after
 
 SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test")
-# Larger files the Hub serves through its own storage protocol alone (huggingface_hub, constants.MAX_HTTP_DOWNLOAD_SIZE).
+# Larger files come through the Hub's own storage protocol alone (huggingface_hub, constants.MAX_HTTP_DOWNLOAD_SIZE).
 MAX_HTTP_BYTES = 50_000_000_000
 FILES_AT_ONCE = 8
 
@@ -73,7 +73,7 @@ def pinned(root: Path, repo: str) -> str | None:
 
 
 def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
-    """What a repository holds at its pinned commit; pins it if it is not. ValueError, one sentence: it cannot be read."""
+    """What a repository holds at its commit, which is pinned now if it was not. ValueError: it cannot be read."""
     from huggingface_hub import HfApi
 
     wanted = files.revision or pinned(root, files.repo)
@@ -89,7 +89,9 @@ def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
     if not found:
         tree = _asked(
             files.repo, wanted, rules,
-            lambda: list(api.list_repo_tree(files.repo, recursive=True, revision=revision or asked, repo_type="dataset")),
+            lambda: list(
+                api.list_repo_tree(files.repo, recursive=True, revision=revision or asked, repo_type="dataset")
+            ),
         )  # fmt: skip
         found = [(file.path, file) for file in tree if hasattr(file, "blob_id")]
     listed = {}
@@ -168,7 +170,9 @@ def _by_name(repo: str, names: list[str], config: str | None, split: str) -> lis
         rows = [name for name in rows if config in PurePosixPath(name).parts[:-1] or _words(name)[:1] == [config]]
         if not rows:
             raise ValueError(f"{repo} has no files of the config {config}: it holds {_shown(names)}.")
-    by_split = {name: next((w for w in reversed(_words(name)) if w in {*SPLIT_WORDS, split.lower()}), None) for name in rows}
+    by_split = {
+        name: next((w for w in reversed(_words(name)) if w in {*SPLIT_WORDS, split.lower()}), None) for name in rows
+    }
     mine = [name for name, word in by_split.items() if word == split.lower()]
     if mine:
         return mine
@@ -178,7 +182,7 @@ def _by_name(repo: str, names: list[str], config: str | None, split: str) -> lis
 
 
 def _words(name: str) -> list[str]:
-    """Parts of a path, and what stands between its marks: data/train-00000-of-00002.parquet -> data, train, 00000, ..."""
+    """Parts of a path, and what stands between its marks: data/train-0-of-2.parquet -> data, train, 0, of, ..."""
     words = []
     for part in PurePosixPath(name.lower()).parts:
         words += [part, *part.replace("_", "-").replace(".", "-").split("-")]
@@ -260,7 +264,11 @@ def download_file(
     if not file.sha256 and not file.git_sha1:
         # The listing has names alone: the file's own head says more.
         head = _asked(
-            repo, revision, rules, lambda: get_hf_file_metadata(url, token=get_token(), timeout=rules.timeout), file.name
+            repo,
+            revision,
+            rules,
+            lambda: get_hf_file_metadata(url, token=get_token(), timeout=rules.timeout),
+            file.name,
         )
         tag = (head.etag or "").lower()
         file = replace(
@@ -327,7 +335,9 @@ def _large_file(repo: str, revision: str, file: HubFile, part: Path) -> None:
     from huggingface_hub import hf_hub_download
 
     folder = part.with_name(f"{part.name}.hub")
-    got = hf_hub_download(repo, file.name, repo_type="dataset", revision=revision, local_dir=folder, endpoint=_endpoint())
+    got = hf_hub_download(
+        repo, file.name, repo_type="dataset", revision=revision, local_dir=folder, endpoint=_endpoint()
+    )
     os.replace(got, part)
 
 
@@ -359,8 +369,13 @@ def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: s
     """The answer of the Hub, after more tries. ValueError, one sentence: it has none."""
     import httpx2
     from huggingface_hub.errors import (
-        DisabledRepoError, GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError,
-        RepositoryNotFoundError, RevisionNotFoundError,
+        DisabledRepoError,
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
     )  # fmt: skip
 
     name = f"{what} of {repo}" if what else repo
@@ -369,17 +384,18 @@ def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: s
             return ask()
         except GatedRepoError as error:
             raise ValueError(
-                f"{name} is gated: agree to its terms at {page(repo)}, then log in with `hf auth login` or set HF_TOKEN, "
-                "and run it again."
+                f"{name} is gated: agree to its terms at {page(repo)}, then log in with `hf auth login` or set "
+                "HF_TOKEN, and run it again."
             ) from error
         except RevisionNotFoundError as error:
             raise ValueError(
-                f"{repo} has no commit {revision} any more: remove its line from raw/revisions.json or mend the catalogue."
+                f"{repo} has no commit {revision} any more: remove its line from raw/revisions.json or mend the "
+                "catalogue."
             ) from error
         except (RepositoryNotFoundError, DisabledRepoError) as error:
             raise ValueError(
-                f"{repo} is not on the Hub, or not for you: look at {page(repo)}, and log in with `hf auth login` if it is "
-                "private."
+                f"{repo} is not on the Hub, or not for you: look at {page(repo)}, and log in with "
+                "`hf auth login` if it is private."
             ) from error
         except RemoteEntryNotFoundError as error:
             raise ValueError(f"{name} is not on the Hub at the commit {revision}: look at {page(repo)}.") from error
@@ -400,7 +416,9 @@ def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: s
             last = error
         if attempt + 1 < rules.tries:
             time.sleep(rules.backoff * 2**attempt)
-    raise ValueError(f"{name} cannot be had from {_endpoint()} now ({' '.join(str(last).split())[:200]}): run it again.")
+    raise ValueError(
+        f"{name} cannot be had from {_endpoint()} now ({' '.join(str(last).split())[:200]}): run it again."
+    )
 
 
 def _use_steady_client(rules: Rules) -> None:
@@ -469,7 +487,9 @@ def _pin(root: Path, repo: str, revision: str) -> None:
 
 def _is_safe(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name and "\\" not in name
+    return (
+        bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name and "\\" not in name
+    )
 
 
 def _card(readme: Path) -> dict:
@@ -486,5 +506,3 @@ def _card(readme: Path) -> dict:
 
 def _shown(names: list[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"
-
-

@@ -14,8 +14,8 @@ from molmo2_nemo.data.raw import RawSource
 from molmo2_nemo.fetch.hub import page, pinned
 from molmo2_nemo.fetch.sources import broken_files, missing_layout
 
-# Where a set's size is not known: bytes of a picture (mean of public mirrors of PixMo's pictures) and of a video (FunQA:
-# 24.5 GB for about 4,300 videos).
+# Where a set's size is not known: bytes of a picture (mean of public mirrors of PixMo's pictures) and of a video
+# (FunQA: 24.5 GB for about 4,300 videos).
 IMAGE_BYTES, VIDEO_BYTES, ROW_BYTES = 250_000, 5_700_000, 5_000
 GB = 10**9
 
@@ -197,10 +197,14 @@ def doctor(entries: list[DataSet], root: Path, deep: bool = False) -> Iterator[P
     """What is broken or missing of the sets that are there, in part or whole; `deep` reads every byte."""
     for package, mend in (("pyarrow", "pip install pyarrow"), ("aiohttp", "pip install aiohttp")):
         if importlib.util.find_spec(package) is None:
-            yield Problem("-", f"the package {package} is missing, without which parquet or addresses cannot be read", mend)
+            yield Problem(
+                "-", f"the package {package} is missing, without which parquet or addresses cannot be read", mend
+            )
     free = _free(root)
     if free is not None and free < 2 * GB:
-        yield Problem("-", f"only {free / GB:.1f} GB are free under {root}", "free some space, or set DATA_ROOT elsewhere")
+        yield Problem(
+            "-", f"only {free / GB:.1f} GB are free under {root}", "free some space, or set DATA_ROOT elsewhere"
+        )
     for entry in entries:
         folder = root / "raw" / entry.name
         if not folder.is_dir():
@@ -220,7 +224,9 @@ def doctor(entries: list[DataSet], root: Path, deep: bool = False) -> Iterator[P
             if any(path.name not in ("manual", ".lock") for path in folder.iterdir()):
                 yield Problem(entry.name, "was started and is not whole", fetch)
             elif missing := missing_layout(entry, folder):
-                yield Problem(entry.name, f"manual/ lacks {', '.join(missing)}", f"python tools/download.py how {entry.name}")
+                yield Problem(
+                    entry.name, f"manual/ lacks {', '.join(missing)}", f"python tools/download.py how {entry.name}"
+                )
             else:
                 yield Problem(entry.name, "is in manual/ and not yet registered", fetch)
             continue
@@ -270,7 +276,8 @@ def how(entry: DataSet, root: Path) -> str:
     lines = [f"# {entry.name}", ""]
     lines += [f"{key}: {value}" for key, value in (
         ("Tasks", ", ".join(entry.task)), ("Stages", ", ".join(map(str, entry.stages))),
-        ("Examples", f"{entry.examples:,}" if entry.examples else ""), ("Licence", entry.license or "not known: read its page"),
+        ("Examples", f"{entry.examples:,}" if entry.examples else ""),
+        ("Licence", entry.license or "not known: read its page"),
         ("Terms", entry.terms), ("Account or form needed", {True: "yes", False: "no", None: "not known"}[entry.gated]),
         ("Page", page_of(entry)), ("Note", entry.note),
     ) if value]  # fmt: skip
@@ -280,7 +287,10 @@ def how(entry: DataSet, root: Path) -> str:
     elif source.kind == "hf":
         lines += [f"`python tools/download.py fetch {entry.name}` gets them from {page(source.hf.repo)}."]
     elif source.kind == "url":
-        lines += [f"`python tools/download.py fetch {entry.name}` gets them from:", *(f"- {url}" for url in source.urls)]
+        lines += [
+            f"`python tools/download.py fetch {entry.name}` gets them from:",
+            *(f"- {url}" for url in source.urls),
+        ]
     else:
         lines += [f"By hand, from {source.page}: {source.instructions}."]
     lines += ["", "## Media", ""]
@@ -289,11 +299,23 @@ def how(entry: DataSet, root: Path) -> str:
         lines += [f"Page: {media.page}"]
     lines += [f"- {url}" for url in media.urls]
     if media.kind == "youtube-ids":
-        lines += ["", "Where yt-dlp is installed, fetch gets the videos of the ids that are still there; it is not installed for you."]
+        lines += [
+            "",
+            "Where yt-dlp is installed, fetch gets the videos that are still there; it is not installed for you.",
+        ]
     if entry.layout:
-        lines += ["", "## What goes where", "", f"Unpack into {folder / 'manual'} so that each of these matches a file:", ""]
+        lines += [
+            "",
+            "## What goes where",
+            "",
+            f"Unpack into {folder / 'manual'} so that each of these matches a file:",
+            "",
+        ]
         lines += [f"    manual/{pattern}" for pattern in entry.layout]
-        lines += ["", f"Then `python tools/download.py fetch {entry.name}` registers it, and `python tools/download.py doctor` checks it."]
+        lines += [
+            "",
+            f"Then `python tools/download.py fetch {entry.name}` registers it, and `doctor` checks it.",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,6 @@ address) and archives/ (those of plain addresses). An address that several sets 
 import asyncio
 import collections
 import contextlib
-
 import hashlib
 import os
 import re
@@ -27,7 +26,7 @@ from molmo2_nemo.data.raw import ROW_SUFFIXES, RawSource, column_values, matches
 from molmo2_nemo.fetch import hub
 from molmo2_nemo.fetch.archives import BadArchive, Bounds, extract, folder_name
 from molmo2_nemo.fetch.check import BadContent, archive_kind, check_file, check_video, sha256_of
-from molmo2_nemo.fetch.journal import Journal, is_disk_error, locked, write_json
+from molmo2_nemo.fetch.journal import Journal, locked, write_json
 from molmo2_nemo.fetch.url_list import NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
 from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, download, publish, session
 
@@ -139,7 +138,9 @@ class _Fetch:
             self._tidy()
         self.note(complete=complete, stopped=None)
         if self.waiting:
-            return Result(entry.name, "by hand" if entry.by_hand else "part", "; ".join(self.waiting), counts=self.counts)
+            return Result(
+                entry.name, "by hand" if entry.by_hand else "part", "; ".join(self.waiting), counts=self.counts
+            )
         return Result(entry.name, "sample" if sample else "complete", self._remark(), counts=self.counts)
 
     def _is_whole(self) -> bool:
@@ -193,7 +194,9 @@ class _Fetch:
 
     def _from_hub(self, repository: hub.Repository, names: list[str]) -> None:
         source = f"hf://datasets/{repository.repo}@{repository.revision}"
-        known = {record["file"][4:]: record for record in self.files.records.values() if record["file"].startswith("hub/")}
+        known = {
+            record["file"][4:]: record for record in self.files.records.values() if record["file"].startswith("hub/")
+        }
         known = {name: record for name, record in known.items() if record.get("from", "").startswith(source)}
         names = [name for name in names if name not in known or not _is_unpacked(self.folder, self.files, known[name])]
 
@@ -280,8 +283,8 @@ class _Fetch:
         missing = [column for column in columns if column not in seen]
         if missing and names:
             raise ValueError(
-                f"{self.entry.name} has no column {', '.join(missing)}: it has {', '.join(sorted(seen)) or 'no rows'}; mend "
-                "its entry in the catalogue."
+                f"{self.entry.name} has no column {', '.join(missing)}: it has {', '.join(sorted(seen)) or 'no rows'}; "
+                "mend its entry in the catalogue."
             )
 
     def _youtube(self) -> None:
@@ -326,8 +329,8 @@ class _Fetch:
         if missing and not youtube:
             what = entry.source.instructions or entry.media.detail or "its media"
             self.waiting.append(
-                f"{', '.join(missing)} must be put into {self.folder / 'manual'} by hand ({what}): python tools/download.py "
-                f"how {entry.name}"
+                f"{', '.join(missing)} must be put into {self.folder / 'manual'} by hand ({what}): python "
+                f"tools/download.py how {entry.name}"
             )
         if entry.source.kind == "manual":
             self.splits["train"] = [
@@ -342,7 +345,11 @@ class _Fetch:
         archive: it must be one (True), or may (None).
         """
         shared = is_shared(self.catalogue, url)
-        home = self.options.root / "raw" / ".shared" / hashlib.sha256(url.encode()).hexdigest()[:16] if shared else self.folder
+        home = (
+            self.options.root / "raw" / ".shared" / hashlib.sha256(url.encode()).hexdigest()[:16]
+            if shared
+            else self.folder
+        )
         with contextlib.ExitStack() as stack:
             files = self.files
             if shared:
@@ -391,7 +398,9 @@ class _Fetch:
             raise ValueError(f"{url} cannot be had: {error.reason}.") from error
         except BadContent as error:
             part.unlink(missing_ok=True)
-            raise ValueError(f"{url} gave {error} in place of the file: try again later or look at the page.") from error
+            raise ValueError(
+                f"{url} gave {error} in place of the file: try again later or look at the page."
+            ) from error
         name = f"{'archives' if kind else into}/{file_name(url, reply['file_name'], kind)}"
         record = {"file": name, "from": url, "bytes": part.stat().st_size, "sha256": sha256_of(part)}
         publish(part, home / name)
@@ -483,16 +492,22 @@ def held_out_lists(lists: tuple[HeldOut, ...], root: Path, rules: Rules) -> tupl
         except ValueError:  # all of its splits, then
             names = [name for name in repository.files if name.lower().endswith(ROW_SUFFIXES)]
         with locked(folder / ".lock", wait=True):
-            hub.fetch_files(repository, names, folder / repository.revision, {}, rules, lambda n: None, lambda n, r: None)
+            hub.fetch_files(
+                repository, names, folder / repository.revision, {}, rules, lambda n: None, lambda n, r: None
+            )
         for name in names:
-            for row in column_values(folder / repository.revision / name, [held.column, *([held.sha256] if held.sha256 else [])]):
+            for row in column_values(
+                folder / repository.revision / name, [held.column, *([held.sha256] if held.sha256 else [])]
+            ):
                 value = row.get(held.column)
                 urls.update(value if isinstance(value, list) else [value])
                 if row.get(held.sha256 or ""):
                     hashes.add(row[held.sha256].lower())
         urls.discard(None)
         if not urls:
-            raise ValueError(f"the pictures held out for evaluation are not known: {held.repo} has no column {held.column}.")
+            raise ValueError(
+                f"the pictures held out for evaluation are not known: {held.repo} has no column {held.column}."
+            )
     return (urls, hashes), whole
 
 

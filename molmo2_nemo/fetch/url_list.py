@@ -63,7 +63,7 @@ def fetch_list(
     """Get all that can be had into `media`; counts: urls, fetched, lost, held_out, "lost: KIND", and
     fresh, of those lost for now, which were asked in one call alone.
 
-    held_out: addresses, and hashes of bytes. NoNetwork, OutOfBytes, OSError of the disk: stopped, the next call goes on.
+    held_out: addresses, and hashes of bytes. NoNetwork, OutOfBytes, OSError of the disk: the next call goes on.
     """
     today = today or datetime.now(UTC).date()
     unique = {item.url: item for item in wanted}
@@ -197,7 +197,9 @@ class _Job:
         if self.dark:
             # The last ones; somebody answered before, or the list is short.
             if not self.answered and len(self.dark) == len(self.open) and len(self.open) > 1:
-                raise NoNetwork(f"none of {len(self.dark)} addresses answered, the last said: {self.dark[-1][1].reason}")
+                raise NoNetwork(
+                    f"none of {len(self.dark)} addresses answered, the last said: {self.dark[-1][1].reason}"
+                )
             self._settle()
 
     async def _one(self, client, item: Wanted, host: str, threads) -> None:
@@ -237,7 +239,9 @@ class _Job:
         except Unreachable as error:
             self.dark.append((item, error))
             if len(self.dark) >= DARK and not self.answered:
-                raise NoNetwork(f"none of {len(self.dark)} addresses answered, the last said: {error.reason}") from error
+                raise NoNetwork(
+                    f"none of {len(self.dark)} addresses answered, the last said: {error.reason}"
+                ) from error
             if self.answered and len(self.dark) >= DARK:
                 self._settle()
         except Lost as error:
@@ -320,4 +324,3 @@ def remove_duplicates(media: Path, max_bits: int = 2, today: date | None = None)
     index.tidy()
     lost.tidy()
     return removed
-

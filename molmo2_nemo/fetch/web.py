@@ -1,4 +1,4 @@
-"""One file from the web, mistrusted: where it leads, how fast it comes, how long it is, and what to do when it stops."""
+"""One file from the web, mistrusted: where it leads, how fast and how long it is, and what to do when it stops."""
 
 import asyncio
 import contextlib
@@ -51,7 +51,9 @@ class Rules:
 class Lost(Exception):
     """The file cannot be had. kind: gone, forbidden and content stay so; later may pass."""
 
-    def __init__(self, kind: str, reason: str, code: int | None = None, wait_too_long: bool = False, again: bool = True):
+    def __init__(
+        self, kind: str, reason: str, code: int | None = None, wait_too_long: bool = False, again: bool = True
+    ):
         super().__init__(reason)
         self.kind, self.reason, self.code, self.wait_too_long = kind, reason, code, wait_too_long
         self.again = again and kind == "later"  # may pass within the minute
@@ -148,8 +150,8 @@ async def download(
 ) -> dict:  # fmt: skip
     """Get `url` into the file `part`, from where it ended before if the server can; its content type and file name.
 
-    `count` is called with each number of bytes. `wait`(seconds, the server asked for it) sleeps between tries. Lost: it cannot be had.
-    OSError of the disk and OutOfBytes pass through, and `part` stays for the next run.
+    `count` is called with each number of bytes; `wait`(seconds, the server asked for it) sleeps between tries.
+    Lost: it cannot be had. OSError of the disk and OutOfBytes pass through, and `part` stays for the next run.
     """
     lost = Lost("later", "not tried")
     for attempt in range(rules.tries):
