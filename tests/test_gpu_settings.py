@@ -15,7 +15,7 @@ from molmo2_nemo.config import ConfigError
 @pytest.mark.parametrize(
     "device, user, expected",
     [
-        ("cpu", {}, (False, False, False)),
+        ("cpu", {}, (True, False, False)),
         ("cuda", {}, (True, True, True)),
         ("cuda", {"overlap_grad_reduce": False}, (True, False, False)),
         ("cuda", {"overlap_param_gather": False}, (True, True, False)),

@@ -8,6 +8,7 @@ export OMP_NUM_THREADS=1
 if (($#)); then
   exec .venv/bin/python -m pytest "$@"
 fi
+tools/install_slurm.sh
 # Loader workers are forked, and a fork hangs in swscale when its parent has converted a video frame before (PyAV's
 # contexts do not survive it). So tests of loaders with workers get processes that have touched no video.
 log=$(mktemp)
