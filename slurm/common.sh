@@ -66,8 +66,10 @@ set_environment() {
   MASTER_ADDR=${JOB_NODES%% *}
   # Below the ports that Linux gives to outgoing connections (from 32768); two a job, the second is the pre-flight's.
   export JOB_NODES MASTER_ADDR MASTER_PORT=$((15000 + 2 * (SLURM_JOB_ID % 8000)))
-  tasks_per_node=$((SLURM_NTASKS / SLURM_NNODES))
-  ((tasks_per_node * SLURM_NNODES == SLURM_NTASKS)) || die "$SLURM_NTASKS tasks are not the same number on each of $SLURM_NNODES nodes: use --ntasks-per-node."
+  local tasks=${SLURM_NTASKS:-$SLURM_NNODES}
+  tasks_per_node=${SLURM_NTASKS_PER_NODE:-$((tasks / SLURM_NNODES))}
+  ((tasks_per_node > 0 && (tasks == tasks_per_node * SLURM_NNODES))) || die "$tasks task(s) on $SLURM_NNODES nodes: give each the same number, --ntasks-per-node=8."
+  srun_options+=(--ntasks=$((tasks_per_node * SLURM_NNODES)) --ntasks-per-node="$tasks_per_node")
   # srun does not read SLURM_CPUS_PER_TASK since 22.05. Without --cpus-per-task a rank gets its part of the node.
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / tasks_per_node))}
   if [[ $(scontrol show config) =~ TaskPlugin[[:space:]]*=[^$'\n']*affinity ]]; then

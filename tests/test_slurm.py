@@ -240,7 +240,8 @@ class Cluster:
 
         def trains():
             begun = [r["time"] for r in records(run_dir) if r["event"] == "begin"]
-            return len(begun) >= start and (run_dir / "metrics.jsonl").stat().st_mtime > begun[-1] and len(self.steps(run_dir))
+            written = (run_dir / "metrics.jsonl").stat().st_mtime if (run_dir / "metrics.jsonl").exists() else 0
+            return len(begun) >= start and written > begun[-1] and len(self.steps(run_dir))
 
         first = self.wait(f"start {start} in {run_dir}", trains)
         self.wait(f"steps of start {start}", lambda: len(self.steps(run_dir)) >= first + 2)
@@ -255,8 +256,19 @@ def ends(run_dir: Path) -> list[str]:
     return [record["kind"] for record in records(run_dir) if record["event"] == "end"]
 
 
+@pytest.fixture
+def cluster(running_cluster):
+    """The cluster without jobs of another test, also of one that failed."""
+    yield running_cluster
+    queue = ["squeue", "-h", "-o", "%A"]
+    for job in running_cluster.do(*queue).stdout.split():
+        running_cluster.do("scancel", job)
+    running_cluster.do("scontrol", "update", "nodename=node2", "state=resume")
+    running_cluster.wait("an empty queue", lambda: not running_cluster.do(*queue).stdout, 60)
+
+
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def running_cluster(tmp_path_factory):
     missing = [program for program in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(program) is None]
     if missing:
         skip_or_fail(f"{', '.join(missing)} not installed (tools/install_slurm.sh)")
@@ -406,7 +418,8 @@ def test_wrong_settings_are_refused_before_and_after_the_submission(cluster):
 
 @pytest.mark.slow
 def test_a_dry_run_shows_every_command_and_submits_nothing(cluster):
-    before = cluster.do("squeue", "-h").stdout
+    jobs = ["squeue", "-h", "-o", "%A"]
+    before = cluster.do(*jobs).stdout
     result = succeeded(cluster.do(
         "slurm/submit.sh", "--name", "its dry", "--dry-run", *SMALL, *TINY, "stage3:--nodes=1", "stage3:--ntasks-per-node=2",
         "train.init_from=runs/start", "stage3:train.max_steps=7", "train.max_steps=5",
@@ -416,7 +429,7 @@ def test_a_dry_run_shows_every_command_and_submits_nothing(cluster):
     assert r"--dependency=afterok:\<stage2\>" in commands[2] and "--nodes=1 " in commands[2] and "--nodes=2" in commands[1]
     assert "train.max_steps=7" in commands[2] and "train.max_steps=5" not in commands[2]
     assert "train.init_from=runs/start" in commands[0] and "init_from" not in commands[1] + commands[2]
-    assert not (cluster.runs / "its dry").exists() and cluster.do("squeue", "-h").stdout == before
+    assert not (cluster.runs / "its dry").exists() and cluster.do(*jobs).stdout == before
 
 
 @pytest.mark.slow

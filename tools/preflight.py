@@ -251,17 +251,22 @@ def room(config: Config) -> str:
     return f"{free / 2**30:,.0f} GiB free for checkpoints of about {size / 2**30:,.2f} GiB"
 
 
-def plan(stage: str, overrides: list[str], ranks: int, seconds: float) -> str:
-    """tools/plan.py's verdict. Fault: the memory does not fit."""
-    command = [sys.executable, str(REPOSITORY / "tools" / "plan.py"), "--config-name", stage, *overrides, f"gpus={ranks}"]
+def plan(stage: str, overrides: list[str], ranks: int, memory_gib: float, seconds: float) -> str:
+    """tools/plan.py's verdict for GPUs of so much memory. Fault: it does not fit."""
+    command = [sys.executable, str(REPOSITORY / "tools" / "plan.py"), "--config-name", stage, "--gpu-memory", f"{memory_gib:.1f}"]
+    # As one process that is no rank of anything.
     alone = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI", "RANK", "WORLD_SIZE", "MASTER_"))}
     try:
-        result = subprocess.run(command, capture_output=True, text=True, env=alone, timeout=max(10.0, seconds))
+        result = subprocess.run(
+            [*command, *overrides, f"gpus={ranks}"], capture_output=True, text=True, env=alone, timeout=max(10.0, seconds)
+        )
     except subprocess.TimeoutExpired:
         return "memory plan: no answer in time, not judged"
-    lines = [line for line in (result.stdout + "\n" + result.stderr).splitlines() if line.strip()]
     if result.returncode:
-        raise Fault(f"memory plan: {lines[-1] if lines else 'exit status %d' % result.returncode}", [])
+        # Status 1 is the verdict, the last line that is printed; otherwise the reason is on standard error.
+        said = result.stdout if result.returncode == 1 and result.stdout.strip() else result.stderr
+        lines = said.strip().splitlines() or [f"tools/plan.py ended with exit status {result.returncode}"]
+        raise Fault(f"memory plan: {lines[-1].removeprefix('error: ').rstrip('.')}", [])
     return "memory plan: fits"
 
 
@@ -429,7 +434,11 @@ def first_verdict(store, stage: str, overrides: list[str], config: Config, names
             counted = f" (Slurm counts {first['slurm_gpus']} and no node has an NVIDIA device)" if first["slurm_gpus"] else ""
             lines.append(f"{len(facts)} node(s) without GPUs{counted}: a CPU run, GPUs not checked")
         lines.append(f"versions equal, torch {first['versions']['torch']}; clocks within {skew:.1f} s; {room(config)}")
-        lines.append(plan(stage, overrides, ranks, left() / 2) if on_gpus else "memory plan: no GPU, not judged")
+        if on_gpus:
+            smallest = min(gpu["gib"] for fact in facts for gpu in fact["gpus"])
+            lines.append(plan(stage, overrides, ranks, smallest, left() / 2))
+        else:
+            lines.append("memory plan: no GPU, not judged")
         return {"lines": lines, "device": "cuda" if on_gpus else "cpu"}
     except ConfigError as error:
         return {"fault": str(error), "nodes": []}
