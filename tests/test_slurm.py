@@ -301,7 +301,7 @@ def test_a_chain_of_three_stages_survives_what_happens_to_it(cluster):
     """USR1, scontrol requeue and a lost node in stage 1; a person's stop in stage 3; then export and report."""
     name, run_dir = "my run", cluster.runs / "my run"
     stage1, stage3 = run_dir / "stage1", run_dir / "stage3"
-    arguments = ["--name", name, *SMALL, *TINY, cluster.data, "stage1:train.max_steps=250",
+    arguments = ["--name", name, *SMALL, *TINY, cluster.data, "stage1:train.max_steps=120",
                  "stage2:train.max_steps=3", "stage3:train.max_steps=5000"]  # fmt: skip
     jobs = cluster.submit(*arguments)
     assert list(jobs) == ["stage1", "stage2", "stage3", "export", "report"]
@@ -328,9 +328,9 @@ def test_a_chain_of_three_stages_survives_what_happens_to_it(cluster):
     # Every start went on from the checkpoint before, and no step is missing.
     resumed = [int(step) for step in re.findall(r"resumed step (\d+) from", log)]
     assert len(resumed) == 3 and resumed == sorted(set(resumed))
-    assert {r["step"] for r in cluster.steps(stage1)} == set(range(1, 251))
+    assert {r["step"] for r in cluster.steps(stage1)} == set(range(1, 121))
     row = cluster.status(name)["stages"][0]
-    assert (row["state"], row["step"], row["restarts"], row["failed_nodes"]) == ("finished", 250, 3, {"node2": 1})
+    assert (row["state"], row["step"], row["restarts"], row["failed_nodes"]) == ("finished", 120, 3, {"node2": 1})
 
     result = succeeded(cluster.do("slurm/submit.sh", "--name", name, "--stop"))
     assert f"job {jobs['stage3']} saves and ends" in result.stdout
