@@ -388,14 +388,16 @@ def head_parts(job: Job, counts: Counts) -> list[Part]:
 
 
 def input_parts(job: Job, stage: int) -> list[Part]:
-    """A step's micro-batches lie on the device from its beginning; pixels as bytes, on the first stage only."""
-    m, w = job.config.model, job.work
-    row = job.seq_length * (4 * 8 + 1 + 4 + 2)
+    """A step's micro-batches lie on the device from its beginning; pixels, as bytes and on the first stage only, from
+    their micro-batch's forward to its backward pass."""
+    m, w, p = job.config.model, job.work, job.config.parallel
+    row, pixels, what = job.seq_length * (4 * 8 + 1 + 4 + 2), 0, ""
     if stage == 0:
-        width = m.vision.video_pooling**2
-        row += w.crops * m.vision.patches_per_crop * m.vision.patch_dim + w.visual_tokens * width * 8
-    parts = [Part("inputs", job.micro_batches * job.rows * row,
-                  f"{job.micro_batches} micro-batches of a step, pixels as bytes")]  # fmt: skip
+        row += w.visual_tokens * m.vision.video_pooling**2 * 8
+        in_flight = min(job.micro_batches, p.pipeline_model_parallel_size * (p.virtual_pipeline_model_parallel_size or 1))
+        pixels = in_flight * w.crops * m.vision.patches_per_crop * m.vision.patch_dim
+        what = f", pixels of {in_flight} as bytes"
+    parts = [Part("inputs", job.rows * (job.micro_batches * row + pixels), f"{job.micro_batches} micro-batches of a step{what}")]
     tables = 2 if m.rope_scaling else 1
     angles = tables * job.tokens * m.head_dim * 4
     mask = job.rows * job.seq_length**2 / job.c if job.device == "cpu" else 3 * 4 * job.rows * (job.seq_length / 128) ** 2

@@ -31,16 +31,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from molmo2_nemo.command_line import prepare
+from molmo2_nemo.command_line import compose, prepare
 from molmo2_nemo.config import (
-    CONF_DIR,
     REPOSITORY,
     Config,
     ConfigError,
     check,
     rank_from_environment,
-    refuse_unknown_overrides,
-    to_dataclass,
     world_size_from_environment,
 )
 
@@ -59,21 +56,6 @@ class Fault(Exception):
     def __init__(self, message: str, nodes: list[str]):
         super().__init__(message)
         self.nodes = nodes
-
-
-def compose(stage: str, overrides: list[str]) -> Config:
-    """The configuration of a recipe. ConfigError: one sentence."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    refuse_unknown_overrides(overrides)
-    try:
-        with initialize_config_dir(str(CONF_DIR), version_base=None):
-            return to_dataclass(compose(stage, overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ or error
-        raise ConfigError(f"the configuration cannot be used: {str(cause).splitlines()[0]}.") from error
 
 
 def node_name() -> str:

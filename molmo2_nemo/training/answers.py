@@ -35,7 +35,7 @@ from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.tasks import Conversation, converse
 from molmo2_nemo.training import score
 from molmo2_nemo.training.batches import BatchSource
-from molmo2_nemo.training.step import MODEL_INPUTS, iterators
+from molmo2_nemo.training.step import iterators, model_inputs
 
 # Samples are read for a question until so many times as many as wanted were of no use.
 PATIENCE = 20
@@ -314,7 +314,7 @@ def next_tokens(model, batches: list[dict]) -> Tensor | None:
 
     def forward_step(iterator, model):
         batch = next(iterator)
-        inputs = {name: batch.get(name) for name in (*MODEL_INPUTS, "logit_positions")}
+        inputs = {**model_inputs(batch), "logit_positions": batch["logit_positions"]}
         return model(**inputs), lambda output, non_loss_data: likeliest(output)
 
     rows, seq_length = batches[0]["input_ids"].shape

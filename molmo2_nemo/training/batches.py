@@ -90,5 +90,6 @@ class BatchSource:
             if self.group.size() > 1:
                 # The loader's rank is the first of the replica, hence of its first stage too.
                 dist.broadcast(tensor, self.source, group=self.vision_group if vision else self.group)
-            result[name] = tensor
+            # Pixels wait in host memory for their forward pass: a step's would fill a GPU (step.forward_backward).
+            result[name] = tensor.cpu() if name == "crops" else tensor
         return result

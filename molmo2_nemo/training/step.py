@@ -168,7 +168,7 @@ def forward_backward(
     def forward_step(iterator, model):
         batch = next(iterator)
         targets = {"labels": batch["labels"], "loss_weights": batch["loss_weights"]}
-        output = model(**{name: batch.get(name) for name in MODEL_INPUTS}, **targets)
+        output = model(**model_inputs(batch), **targets)
 
         def loss(token_losses):
             weighted = token_losses * batch["loss_weights"][:, local]
@@ -184,6 +184,14 @@ def forward_backward(
         forward_step_func=forward_step, data_iterator=iterators(model, batches), model=model, num_microbatches=len(batches),
         seq_length=seq_length, micro_batch_size=rows, forward_only=forward_only,
     )  # fmt: skip
+
+
+def model_inputs(batch: dict) -> dict[str, Tensor | None]:
+    """What the model's forward takes of a micro-batch, pixels on its device now."""
+    inputs = {name: batch.get(name) for name in MODEL_INPUTS}
+    if inputs["crops"] is not None:
+        inputs["crops"] = inputs["crops"].to(batch["input_ids"].device)
+    return inputs
 
 
 def iterators(model: list[DistributedDataParallel], batches: list[dict]):
