@@ -380,7 +380,10 @@ def validation_loader(
     out.
     """
     if not any(source.num_validation_samples for source in sources):
-        raise ValueError(f"no source of data.blend={data.blend} has a split part val: prepare one, or do not validate.")
+        raise ValueError(
+            f"nothing is held out in data.blend={data.blend}: prepare a source with a split part val, or set "
+            "train.validation_batches=0."
+        )
     path = Path(run_dir) / METADATASET
     write_metadataset(sources, path)
     encoder = Molmo2TaskEncoder(

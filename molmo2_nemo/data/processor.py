@@ -37,7 +37,8 @@ def build_processor(tokenizer: str, vision: VisionConfig, max_crops_per_image: i
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"data.tokenizer={tokenizer} holds no tokenizer ({reason}): set it to a folder with one."
+            f"data.tokenizer={tokenizer} holds no tokenizer ({reason}): set it to a folder with one; "
+            "model=tiny brings its own."
         ) from error
     size = {"height": vision.image_size, "width": vision.image_size}
     processor = Molmo2Processor(
