@@ -272,9 +272,13 @@ def test_a_run_that_was_killed_goes_on(prepared, tmp_path):
     assert kills
 
 
+def unfinished(plan):
+    return False
+
+
 def test_a_damaged_shard_is_written_again(prepared, tmp_path, monkeypatch):
     root = copy_raw(prepared, tmp_path / "damaged")
-    monkeypatch.setattr(stages, "finish", lambda plan: False)
+    monkeypatch.setattr(stages, "finish", unfinished)
     assert run(root, "pixmo-points") == 0
     shards = sorted((root / ".prepare" / "pixmo-points" / "shards").glob("*.tar"))
     data = bytearray(shards[0].read_bytes())
@@ -389,7 +393,7 @@ def test_clips_tracks_and_subtitles_of_a_video(raw):
     video = Clip(
         ["bikes.mp4"], 1.0, 4.0, annotation_fps=1.0, subtitles=[(0.0, 0.5, "a"), (0.5, 2.0, "b"), (2.5, 9.0, "c")]
     )
-    parts, moved = pack(Draft([task], video=video), raw)
+    parts, moved, _ = pack(Draft([task], video=video), raw)
     example = read_example(parts["json"])
     assert moved == 1 and example.branches[0].frames[1] == (0.5, [("1", 1.0, 0.5)])
     assert example.video.clip == (1.0, 4.0) and example.video.annotation_fps == 1.0 and example.video.fps == 25
@@ -398,7 +402,7 @@ def test_clips_tracks_and_subtitles_of_a_video(raw):
         with pytest.raises(Dropped, match="outside of its video"):
             pack(Draft([task], video=Clip(["bikes.mp4"], start, end)), raw)
     # A file that was cut already has times of its own; an annotation between frames cannot be used.
-    parts, _ = pack(Draft([task | {"fps": 1.0}], video=Clip([], 100.0, 103.0, cut=["no.mp4", "bikes.mp4"])), raw)
+    parts, *_ = pack(Draft([task | {"fps": 1.0}], video=Clip([], 100.0, 103.0, cut=["no.mp4", "bikes.mp4"])), raw)
     assert read_example(parts["json"]).video.clip is None
     with pytest.raises(Dropped, match="does not divide the video's"):
         pack(Draft([task | {"fps": 2.0}], video=Clip(["bikes.mp4"], annotation_fps=2.0)), raw)
@@ -433,7 +437,7 @@ def test_a_clip_of_a_long_video_is_cut_without_a_change(tmp_path, monkeypatch, c
     task = {"task": "question", "question": "Q?", "answers": ["A"], "style": "s"}
     cut = 0
     for start, end in ((4.5, 6.2), (0.0, 2.0), (7.95, 9.99)):
-        parts, _ = pack(
+        parts, *_ = pack(
             Draft([task], video=Clip([name], start, end, subtitles=[(start + 0.5, end, "x")])),
             RawSource(tmp_path, "any"),
         )
@@ -461,7 +465,7 @@ def test_letters_are_drawn_over_the_words(raw):
     pictures = []
     for opacity in (255, 128):
         image = {"name": "./extracted/0.png", "boxes": [[100, 50, 160, 90, "A"]], "opacity": opacity}
-        parts, _ = pack(Draft([task], [image]), raw)
+        parts, *_ = pack(Draft([task], [image]), raw)
         pictures.append(np.asarray(Image.open(io.BytesIO(parts["img0.png"]))).astype(int))
     plain = PICTURES[0].astype(int)
     opaque, half = pictures

@@ -29,8 +29,9 @@ from pathlib import Path
 
 from molmo2_nemo.data.converters import converter_of
 from molmo2_nemo.data.converters.common import Clip, Draft, Drop
-from molmo2_nemo.data.converters.samples import Dropped, join, pack
+from molmo2_nemo.data.converters.samples import Dropped, general, join, pack
 from molmo2_nemo.data.raw import RawSource, size_on_disk
+from molmo2_nemo.data.schema import check_branch
 from molmo2_nemo.data.shards import add_sample, write_index
 
 # Held out for validation: a share of the pictures and videos, of large sets so many samples.
@@ -44,6 +45,7 @@ SPOOL_MEMORY = 64 * 2**20  # bytes
 # Rows after which a set of which none could be used is given up.
 HOPELESS = 1000
 MAX_REASONS = 50
+MAX_NAME = 255  # bytes of a file's name
 # What of fetched.json decides what the shards hold; the rest tells of the fetch.
 DECISIVE = ("revision", "repo", "limit", "filter", "splits", "counts", "media")
 VAL = "val"
@@ -248,13 +250,38 @@ def converted(plan: Plan) -> Iterator[list[Draft | Drop]]:
         rows = raw.rows(split)
     for row in rows:
         try:
-            yield list(converter.convert(row))
+            yield [checked(result) if isinstance(result, Draft) else result for result in converter.convert(row)]
         except KeyError as error:
             yield [Drop(f"no column {error}")]
+        except UnicodeError:
+            yield [Drop("a text with half a character (a lone surrogate)")]
         except ValueError as error:
-            yield [Drop("columns of unlike length" if str(error).startswith("zip()") else str(error))]
-        except (TypeError, IndexError, AttributeError, OverflowError):
+            yield [Drop("columns of unlike length" if str(error).startswith("zip()") else general(str(error)))]
+        except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError):
             yield [Drop("a value of another type than expected")]
+
+
+def checked(draft: Draft) -> Draft:
+    """The same draft. ValueError or TypeError: it cannot be stored, or the schema knows no such branch."""
+    if not draft.branches:
+        raise ValueError("nothing is asked")
+    for branch in draft.branches:
+        check_branch(json.dumps(branch, ensure_ascii=False).encode())
+    video = draft.video
+    names = [*video.names, *video.cut, *video.frames] if video else [""]
+    for image in draft.images:
+        name = image.get("name") if isinstance(image, dict) else image
+        names += [None] if not name else name if isinstance(name, list) else [name]
+    if not names or not all(map(is_name, names)):
+        raise ValueError("no name of a picture or video")
+    return draft
+
+
+def is_name(name) -> bool:
+    """Of a file as file systems allow it, an address, or the file itself."""
+    if isinstance(name, str) and "://" not in name:
+        return all(len(os.fsencode(part)) <= MAX_NAME for part in name.split("/"))
+    return isinstance(name, str | bytes)
 
 
 def training_split(raw: RawSource, entry: dict) -> str | None:
@@ -268,6 +295,8 @@ def about_of(draft: Draft) -> str:
     """What is held out together, whatever the data set: the same address is always on the same side."""
     if draft.about is not None:
         return draft.about
+    if not draft.video and not draft.images:
+        return json.dumps(draft.branches)
     if draft.video:
         return (draft.video.names or draft.video.cut or draft.video.frames)[0]
     names = [image["name"] if isinstance(image, dict) else image for image in draft.images]
@@ -303,13 +332,15 @@ def write_shard(plan: Plan, folder: Path, shard: str) -> dict:
                 for draft, left_out in join(drafts, converter):
                     dropped.update(left_out)
                     try:
-                        parts, moved = pack(draft, raw)
+                        parts, moved, unfit = pack(draft, raw)
                     except Dropped as error:
                         dropped[reason_of(dropped, str(error))] += len(draft.branches)
                         continue
+                    for reason, number in unfit.items():
+                        dropped[reason_of(dropped, reason)] += number
                     add_sample(tar, f"{about[:20]}_{next(numbers)}", parts)
                     totals["samples"] += 1
-                    totals["branches"] += len(draft.branches)
+                    totals["branches"] += len(draft.branches) - sum(unfit.values())
                     totals["images"] += len(draft.images)
                     totals["videos"] += draft.video is not None
                     totals["moved_points"] += moved

@@ -190,32 +190,41 @@ class Example:
     multi_turn: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
-_ADAPTER = TypeAdapter(Example)
+_ADAPTER, _BRANCH_ADAPTER = TypeAdapter(Example), TypeAdapter(Branch)
 
 
 def read_example(text: bytes | str) -> Example:
     """An Example from its JSON. ValueError, one sentence: what is wrong with it, and where."""
-    try:
-        example = _ADAPTER.validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the JSON"
-        raise ValueError(f"{where}: {first['msg']}.") from error
+    example = _validated(_ADAPTER, text)
     if example.images and example.video:
         raise ValueError("images and video: a sample has images or a video, not both.")
     video = example.video
     if video and video.clip and not video.clip[0] < video.clip[1] <= video.duration + 1e-3:
         raise ValueError(f"video.clip: {list(video.clip)} is no part of {video.duration} seconds.")
     for number, branch in enumerate(example.branches):
-        if isinstance(branch, list | Chat):
-            _check_roles(branch if isinstance(branch, list) else branch.messages, number)
-        elif isinstance(branch, MultipleChoice) and not 0 <= branch.answer < len(branch.options):
-            raise ValueError(f"branches.{number}.answer: {branch.answer} is none of {len(branch.options)} options.")
+        _check_branch(branch, f"branches.{number}")
     return example
 
 
-def _check_roles(messages: list[Message], number: int) -> None:
-    roles = [message.role for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if len(turns) < 2 or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError(f"branches.{number}: the roles are {roles}, not user and assistant in turn.")
+def check_branch(text: bytes | str) -> None:
+    """ValueError, one sentence: this JSON is no branch of an Example."""
+    _check_branch(_validated(_BRANCH_ADAPTER, text), "branch")
+
+
+def _validated(adapter: TypeAdapter, text: bytes | str):
+    try:
+        return adapter.validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the JSON"
+        raise ValueError(f"{where}: {first['msg']}.") from error
+
+
+def _check_branch(branch, where: str) -> None:
+    if isinstance(branch, list | Chat):
+        roles = [message.role for message in (branch if isinstance(branch, list) else branch.messages)]
+        turns = roles[1:] if roles[:1] == ["system"] else roles
+        if len(turns) < 2 or turns != ["user", "assistant"] * (len(turns) // 2):
+            raise ValueError(f"{where}: the roles are {roles}, not user and assistant in turn.")
+    elif isinstance(branch, MultipleChoice) and not 0 <= branch.answer < len(branch.options):
+        raise ValueError(f"{where}.answer: {branch.answer} is none of {len(branch.options)} options.")

@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -72,6 +73,8 @@ def chosen(catalogue: Catalogue, stage: int, names: list[str], licenses: list[st
 def prepare_stage(options: argparse.Namespace) -> int:
     """Run it all; the exit status. ValueError or OSError: nothing can be done at all."""
     out, root = options.out.expanduser().absolute(), (options.root or options.out).expanduser().absolute()
+    if out.resolve().is_relative_to((root / "raw").resolve()):
+        raise ValueError(f"--out {out} is inside of {root / 'raw'}, which holds raw data alone: choose another folder")
     catalogue = load_catalogue(options.catalogue)
     states = [State(entry) for entry in chosen(catalogue, options.stage, options.names, options.only_license)]
     for state in states:
@@ -102,8 +105,16 @@ def prepare_stage(options: argparse.Namespace) -> int:
 
 
 def follow(parent: int) -> None:
-    """A worker ends when its parent does, even if that is killed, and leaves Ctrl-C to it."""
+    """A worker ends when its parent does, even if that is killed, and leaves Ctrl-C to it.
+
+    So do the processes that Energon's indexing forks, which would wait for ever for what a dead worker owes them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with(parent)
+    os.register_at_fork(after_in_child=partial(_end_with, os.getpid()))
+
+
+def _end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -157,23 +168,13 @@ def run(states: list[State], pool: ProcessPoolExecutor, options: argparse.Namesp
             (plan.work / name).mkdir(parents=True, exist_ok=True)
         submit(state, "check", missing_shards, plan, plan.shards[share])
 
-    def end(state: State) -> None:
-        try:
-            if finish(state.plan):
-                state.made = finished(state.plan)
-            else:
-                state.note = f"{state.name}: waits for the shards of other array tasks"
-        except ValueError as error:
-            state.problem = str(error).rstrip(".")
-        state.locks.close()
-
     def advance(state: State, step: str, future: Future) -> None:
         plan = state.plan
         if step == "check":
             state.todo = future.result()
             bar.update(len(plan.shards[share]) - len(state.todo))
             if not state.todo:
-                return end(state)
+                return submit(state, "finish", finish, plan)
             state.spool = plan.work / f"spool-{options.array_index}-of-{options.array_count}"
             state.spool.mkdir(exist_ok=True)
             if not state.locks.enter_context(locked(state.spool / "lock")):
@@ -185,12 +186,18 @@ def run(states: list[State], pool: ProcessPoolExecutor, options: argparse.Namesp
             state.left = len(state.todo)
             for shard in state.todo:
                 submit(state, "shard", write_shard, plan, state.spool, shard)
-        else:
+        elif step == "shard":
             future.result()
             state.left -= 1
             bar.update()
             if not state.left:
-                end(state)
+                submit(state, "finish", finish, plan)
+        elif step == "finish":
+            if future.result():
+                state.made = finished(plan)
+            else:
+                state.note = f"{state.name}: waits for the shards of other array tasks"
+            state.locks.close()
         return None
 
     with bar:

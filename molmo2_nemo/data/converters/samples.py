@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -35,6 +36,8 @@ VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 ABSENT = "its picture or video is not on disk"
 # Seconds by which a clip may lie outside of its video, which annotations round.
 SAME_END = 1.0
+# A point outside by more than this many sides of its picture is no inexact one.
+FAR = 1.0
 # A clip is cut out of a file of more bytes, if it is less than this share of it.
 MIN_CUT, CUT_SHARE = 2 * 2**20, 0.6
 # Of the file, as content says: names of addresses need not have a suffix.
@@ -68,8 +71,7 @@ def join(drafts: Iterable[Draft], converter: Converter) -> Iterator[tuple[Draft,
             chosen = set(sorted(unique, key=digest)[: converter.most_branches])
             unique = {text: branch for text, branch in unique.items() if text in chosen}
         for part in _parts(list(unique.values()), converter):
-            multi_turn = first.multi_turn if len(part) > 1 else 0.0
-            yield replace(first, branches=part, multi_turn=multi_turn), left_out
+            yield replace(first, branches=part), left_out
             left_out = {}
 
 
@@ -90,35 +92,48 @@ def _parts(branches: list[dict], converter: Converter) -> Iterator[list[dict]]:
         yield branches[start:end]
 
 
-def pack(draft: Draft, raw: RawSource) -> tuple[dict[str, bytes], int]:
-    """Parts of the sample, and how many points had to be moved to a picture's border. Dropped: it cannot be used."""
-    sample: dict = {"branches": draft.branches}
+def pack(draft: Draft, raw: RawSource) -> tuple[dict[str, bytes], int, Counter]:
+    """Parts of the sample, how many points had to be moved to a picture's border, and how many branches were left out
+    and why. Dropped: nothing of it can be used."""
+    sample: dict = {"branches": []}
     parts: dict[str, bytes] = {}
-    if draft.multi_turn:
-        sample["multi_turn"] = draft.multi_turn
     for index, image in enumerate(draft.images):
         data = _image(image, raw)
         part = f"img{index}{_kind(data)}"
         parts[part] = data
         sample.setdefault("images", []).append({"part": part, **_try(image_facts, "picture", data)})
-    moved = 0
     if draft.video:
         data, ending, facts = _video(draft.video, raw)
         parts[f"video{ending}"] = data
         sample["video"] = {"part": f"video{ending}", **facts}
+    moved, left_out, reason = 0, Counter(), ""
+    for branch in draft.branches:
+        # One that is wrong takes none of its picture's others with it.
+        try:
+            of_branch = _inside(branch, sample.get("images") or [sample.get("video")], draft)
+            example = read_example(json.dumps(sample | {"branches": [branch]}))
+            use_fractions(example, "fraction")
+            check_answers(example)
+        except ValueError as error:
+            reason = general(str(error))
+            left_out[reason] += 1
+        else:
+            sample["branches"].append(branch)
+            moved += of_branch
+    if not sample["branches"]:
+        raise Dropped(reason)
+    if draft.multi_turn and len(sample["branches"]) > 1:
+        sample["multi_turn"] = draft.multi_turn
     try:
-        moved = _inside(sample, draft.unit)
         example = read_example(json.dumps(sample))
-        use_fractions(example, "fraction")
         if example.video:
             check_rates(example)
-        check_answers(example)
     except ValueError as error:
-        raise Dropped(_general(str(error))) from error
-    return {"json": json.dumps(without_nothing(asdict(example))).encode(), **parts}, moved
+        raise Dropped(general(str(error))) from error
+    return {"json": json.dumps(without_nothing(asdict(example))).encode(), **parts}, moved, left_out
 
 
-def _general(reason: str) -> str:
+def general(reason: str) -> str:
     """A reason without the numbers of the one sample, so that like reasons can be counted."""
     return NUMBER.sub("#", " ".join(reason.split()))[:120].rstrip(".")
 
@@ -127,30 +142,30 @@ def _try(look, what: str, *args):
     try:
         return look(*args)
     except ValueError as error:
-        raise Dropped(f"a {what} that cannot be read ({_general(str(error))})") from error
+        raise Dropped(f"a {what} that cannot be read ({general(str(error))})") from error
 
 
-def _inside(sample: dict, unit: str) -> int:
+def _inside(branch: dict, sizes: list, draft: Draft) -> int:
     """Change points of images and videos to fractions from 0 to 1; returns how many lay outside.
 
-    As in the public code they are moved to the border.
+    As in the public code they are moved to the border. ValueError: one lies farther away than its picture is large.
     """
-    sizes = sample.get("images") or [sample.get("video")]
     moved = 0
-    for branch in sample["branches"]:
-        groups = branch.get("points") or branch.get("frames") or []
-        for frame, points in groups if branch["task"] in ("pointing", "tracking") else []:
-            index = 0 if sample.get("video") else int(frame) - 1
-            if not 0 <= index < len(sizes) or sizes[index] is None:
-                raise ValueError("points of a picture that is not there")
-            size = sizes[index]
-            scale = {"fraction": (1, 1), "percent": (100, 100), "pixels": (size["width"], size["height"])}[unit]
-            for point in points:
-                for place, side in zip((-2, -1), scale):
-                    value = point[place] / side
-                    inside = min(max(value, 0.0), 1.0)
-                    moved += abs(value - inside) > 0.005
-                    point[place] = inside
+    groups = branch.get("points") or branch.get("frames") or []
+    for frame, points in groups if branch["task"] in ("pointing", "tracking") else []:
+        index = 0 if draft.video else int(frame) - 1
+        if not 0 <= index < len(sizes) or sizes[index] is None:
+            raise ValueError("points of a picture that is not there")
+        size = sizes[index]
+        scales = {"fraction": (1, 1), "percent": (100, 100), "pixels": (size["width"], size["height"])}
+        for point in points:
+            for place, side in zip((-2, -1), scales[draft.unit]):
+                value = point[place] / side
+                if not -FAR < value < 1 + FAR:
+                    raise ValueError(f"a point lies far outside of its picture, if its unit is {draft.unit}")
+                inside = min(max(value, 0.0), 1.0)
+                moved += abs(value - inside) > 0.005
+                point[place] = inside
     return moved
 
 
