@@ -212,20 +212,39 @@ def test_neither_processes_nor_arrays_change_a_byte(prepared, tmp_path):
 
 
 def test_held_out_pictures_are_held_out_of_every_set(tmp_path):
-    entry = load_catalogue().find(["tulu-v2-sft-mixture", "pixmo-cap"])
-    plans = []
-    for data_set in entry:
-        fetched(tmp_path, data_set.name, [], limit=20_000)
-        plans.append(prepare_stage.make_plan(data_set.model_dump(), tmp_path, tmp_path, 16))
-    assert [plan.val_share for plan in plans] == [0.01, 0.01] and plans[0].num_train == 16
+    """However large a set is: the same address is always on the same side."""
+
+    def messages(n):
+        return [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "A"}]
+
+    name, counted = "tulu-v2-sft-mixture", {}
+    for size in (4000, 2000):
+        root = tmp_path / str(size)
+        fetched(root, name, [{"id": f"t{n}", "source": "s", "messages": messages(n)} for n in range(size)], limit=size)
+        assert run(root, name) == 0
+        counted[size] = set(samples(root / name, "val"))
+        assert 0.004 * size < len(counted[size]) < 0.02 * size
+    assert counted[2000] < counted[4000] and not counted[4000] & set(samples(tmp_path / "2000" / name, "train"))
+
+
+def test_buckets_are_of_like_size_and_belong_to_one_shard(tmp_path):
+    [entry] = load_catalogue().find(["pixmo-cap"])
+    fetched(tmp_path, entry.name, [], limit=20_000)
+    plan = prepare_stage.make_plan(entry.model_dump(), tmp_path, tmp_path, 16)
     abouts = [hashlib.sha256(f"https://a.b/{n}".encode()).hexdigest() for n in range(20_000)]
-    buckets = [[prepare_stage.bucket_of(plan, about) for about in abouts] for plan in plans]
-    assert buckets[0] == buckets[1] and 150 < buckets[0].count("val") < 250
-    # Buckets are of like size, and each belongs to one shard.
-    shards = [bucket for shard in plans[0].shards for bucket in plans[0].buckets(shard)]
-    assert sorted(shards) == sorted({*buckets[0]}) and len(shards) == 64 + 1
-    largest = Counter(buckets[0]).most_common(1)[0][1]
-    assert largest < 400
+    counts = Counter(prepare_stage.bucket_of(plan, about) for about in abouts)
+    shards = [bucket for shard in plan.shards for bucket in plan.buckets(shard)]
+    assert plan.num_train == 16 and sorted(shards) == sorted([*counts, "val"]) and len(shards) == 64 + 1
+    assert max(counts.values()) < 400
+
+
+@pytest.mark.parametrize("size, held_out", [(1, 0), (2, 1), (9, 1), (25, 2), (40, 3)])
+def test_a_small_set_has_something_held_out(tmp_path, size, held_out):
+    rows = [{"image_url": address("cap", n), "caption": f"Picture {n}.", "transcripts": []} for n in range(size)]
+    fetched(tmp_path, "pixmo-cap", rows, {address("cap", n): jpeg(n) for n in range(size)})
+    assert run(tmp_path, "pixmo-cap") == 0
+    train, val = (samples(tmp_path / "pixmo-cap", split) for split in ("train", "val"))
+    assert len(val) == held_out and len(train) == size - held_out and not set(train) & set(val)
 
 
 def test_validation_and_training_share_nothing(tmp_path, monkeypatch):

@@ -27,6 +27,8 @@ from functools import cache
 from itertools import count, islice
 from pathlib import Path
 
+from tqdm import tqdm
+
 from molmo2_nemo.data.converters import converter_of
 from molmo2_nemo.data.converters.common import Clip, Draft, Drop
 from molmo2_nemo.data.converters.samples import Dropped, general, join, pack
@@ -34,8 +36,9 @@ from molmo2_nemo.data.raw import RawSource, size_on_disk
 from molmo2_nemo.data.schema import check_branch
 from molmo2_nemo.data.shards import add_sample, write_index
 
-# Held out for validation: a share of the pictures and videos, of large sets so many samples.
-VAL_SHARE, VAL_SAMPLES = 0.01, 2000
+# Held out for validation: this share of the pictures and videos, by a hash, and so the same ones in every set; of a
+# small set at least so many, if they are no more than a tenth.
+VAL_SHARE, LEAST_VAL = 0.01, 3
 VAL_PER_SHARD = 500
 # A shard of a small set has so many samples, if the catalogue's number is right.
 MIN_SAMPLES = 200
@@ -60,7 +63,6 @@ class Plan:
     out: Path
     num_train: int  # shards
     num_val: int
-    val_share: float
     fingerprint: str  # of all that decides what the shards hold
 
     @property
@@ -108,15 +110,14 @@ def make_plan(entry: dict, root: Path, out: Path, num_shards: int, partial: bool
         )
     expected = expected_samples(entry, info)
     num_train = min(num_shards, math.ceil(expected / MIN_SAMPLES))
-    val_share = min(VAL_SHARE, VAL_SAMPLES / expected)
-    num_val = min(num_train, math.ceil(expected * val_share / VAL_PER_SHARD))
+    num_val = min(num_train, math.ceil(expected * VAL_SHARE / VAL_PER_SHARD))
     what = {
         "code": code_hash(), "raw": {key: info.get(key) for key in DECISIVE}, "shards": num_train,
-        "by_hand": size_on_disk(raw.folder / "manual"), "val": [num_val, val_share], "source": entry["source"],
+        "by_hand": size_on_disk(raw.folder / "manual"), "val": [num_val, VAL_SHARE], "source": entry["source"],
         "convert": entry.get("convert"),
     }  # fmt: skip
     fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
-    return Plan(entry, root, out, num_train, num_val, val_share, fingerprint)
+    return Plan(entry, root, out, num_train, num_val, fingerprint)
 
 
 @cache
@@ -203,7 +204,7 @@ def read_spool(folder: Path, bucket: str) -> Iterator[tuple[str, list[Draft]]]:
             yield about, drafts
 
 
-def spool(plan: Plan, folder: Path, shards: list[str]) -> None:
+def spool(plan: Plan, folder: Path, shards: list[str], progress: tqdm | None = None) -> None:
     """Convert all rows and keep the drafts of some shards in `folder`, and rows.json beside it.
 
     ValueError, one sentence: a file of the set cannot be read, or none of its first rows can be used.
@@ -214,30 +215,47 @@ def spool(plan: Plan, folder: Path, shards: list[str]) -> None:
     with contextlib.suppress(OSError, ValueError):
         if json.loads(marker.read_text()) == mark and (plan.work / "rows.json").exists():
             return
+    bound = int(VAL_SHARE * 2**64)
+    rows, lowest = _spool(plan, folder, wanted, bound, progress)
+    least = min(LEAST_VAL, max(1, rows["drafts"] // 10), len(lowest) - 1)
+    if least > 0 and lowest[least - 1] >= bound:
+        # So small a set may have none below the bound. Its lowest are held out, in a second pass.
+        rows, _ = _spool(plan, folder, wanted, lowest[least - 1] + 1, progress)
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    write_json(plan.work / "rows.json", rows)
+    write_json(marker, mark)
+
+
+def _spool(plan: Plan, folder: Path, wanted: set[str], bound: int, progress: tqdm | None) -> tuple[dict, list[int]]:
+    """Numbers of rows, drafts, and of drafts dropped by reason; and the lowest hashes, of which those below `bound` are
+    held out."""
     for path in folder.iterdir():
         if path.name != "lock":
             path.unlink()
-    files, dropped, num_drafts, num_rows = Spool(folder, wanted), Counter(), 0, 0
+    files, dropped, num_drafts, num_rows, lowest = Spool(folder, wanted), Counter(), 0, 0, []
     for number, results in enumerate(converted(plan)):
         num_rows += 1
+        if progress is not None:
+            progress.update()
         for index, result in enumerate(results):
             if isinstance(result, Drop):
                 dropped[reason_of(dropped, result.reason)] += 1
                 continue
             num_drafts += 1
             about = hashlib.sha256(about_of(result).encode("utf-8", "surrogatepass")).hexdigest()
-            files.add(bucket_of(plan, about), about, (number, index), result)
+            chance = int(about[16:32], 16)
+            if chance not in lowest:
+                lowest = sorted([*lowest, chance])[: LEAST_VAL + 1]
+            files.add(VAL if chance < bound else bucket_of(plan, about), about, (number, index), result)
         if num_rows == HOPELESS and not num_drafts:
             raise ValueError(
                 f"none of the first {HOPELESS} rows of {plan.name} can be used ({dropped.most_common(1)[0][0]}): "
                 "are its files what conf/datasets.yaml describes?"
             )
     files.flush()
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    write_json(plan.work / "rows.json", {"rows": num_rows, "drafts": num_drafts, "dropped": dropped})
-    write_json(marker, mark)
+    return {"rows": num_rows, "drafts": num_drafts, "dropped": dropped}, lowest
 
 
 def converted(plan: Plan) -> Iterator[list[Draft | Drop]]:
@@ -305,9 +323,7 @@ def about_of(draft: Draft) -> str:
 
 
 def bucket_of(plan: Plan, about: str) -> str:
-    """The hash's first 8 bytes choose the file, the next 8 what is held out."""
-    if int(about[16:32], 16) < plan.val_share * 2**64:
-        return VAL
+    """The hash's first 8 bytes choose the file; the next 8 decide what is held out."""
     return f"{int(about[:16], 16) * plan.num_buckets() >> 64:05d}"
 
 

@@ -31,6 +31,7 @@ from molmo2_nemo.data.prepare_stage import (
     write_json,
     write_shard,
 )
+from molmo2_nemo.data.raw import RawSource
 
 # Stage -> blends of conf/blend. Stage 3 trains on the data of stage 2.
 BLENDS = {1: ["stage1"], 2: ["stage2", "stage2_report"], 3: ["stage2", "stage2_report"]}
@@ -154,10 +155,11 @@ def made_before(folder: Path) -> dict | None:
 
 def run(states: list[State], pool: ProcessPoolExecutor, options: argparse.Namespace) -> None:
     """Each set: check what is there, spool its rows, write its shards, finish. Several sets at once."""
-    waiting, futures = list(states), {}
+    waiting, futures, at_once = list(states), {}, max(2, options.jobs // 4)
     share = slice(options.array_index, None, options.array_count)
     total = sum(len(state.plan.shards[share]) for state in states)
-    bar = tqdm(total=total, unit="shard", disable=options.quiet or options.json or not sys.stderr.isatty())
+    quiet = options.quiet or options.json
+    bar = progress_bar("", total, "shard", quiet)
 
     def submit(state: State, step: str, *call) -> None:
         futures[pool.submit(*call)] = (state, step)
@@ -180,7 +182,8 @@ def run(states: list[State], pool: ProcessPoolExecutor, options: argparse.Namesp
             if not state.locks.enter_context(locked(state.spool / "lock")):
                 state.problem = f"another tools/prepare.py is at work on {state.name} in {plan.work}"
                 return state.locks.close()
-            submit(state, "spool", spool, plan, state.spool, plan.shards[share])
+            line = 1 + states.index(state) % at_once
+            submit(state, "spool", spool_in_sight, plan, state.spool, plan.shards[share], line, quiet)
         elif step == "spool":
             future.result()
             state.left = len(state.todo)
@@ -204,7 +207,7 @@ def run(states: list[State], pool: ProcessPoolExecutor, options: argparse.Namesp
         while waiting or futures:
             # Sets are begun when there is room, so that not all of their rows lie on the disk twice.
             active = {id(state) for state, _ in futures.values()}
-            while waiting and len(active) < max(2, options.jobs // 4):
+            while waiting and len(active) < at_once:
                 state = waiting.pop(0)
                 begin(state)
                 active.add(id(state))
@@ -218,6 +221,23 @@ def run(states: list[State], pool: ProcessPoolExecutor, options: argparse.Namesp
                 except (ValueError, RecursionError) as error:
                     state.problem = str(error).rstrip(".")
                     state.locks.close()
+
+
+def spool_in_sight(plan: Plan, folder: Path, shards: list[str], line: int, quiet: bool) -> None:
+    """`spool`, with a bar of rows on a line of its own below that of the shards."""
+    info = RawSource(plan.root, plan.name).info
+    numbers = [number for number in ((info.get("counts") or {}).get("rows"), info.get("limit")) if number]
+    with progress_bar(plan.name, min(numbers, default=None), "row", quiet, line) as bar:
+        spool(plan, folder, shards, bar)
+
+
+def progress_bar(name: str, total: int | None, unit: str, quiet: bool, line: int = 0) -> tqdm:
+    """With rate and time left; without a terminal a line a minute."""
+    wait = 0.2 if sys.stderr.isatty() else 60
+    return tqdm(
+        desc=name or None, total=total, unit=unit, unit_scale=unit == "row", disable=quiet, position=line,
+        leave=not line, mininterval=wait, maxinterval=max(10, wait), delay=0 if wait < 1 else wait,
+    )  # fmt: skip
 
 
 # -- what lies beside the shards --------------------------------------------------------------------------------------
