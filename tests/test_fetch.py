@@ -399,7 +399,7 @@ def test_a_set_by_hand_waits_for_its_files_and_doctor_looks_at_them(tmp_path):
 
 
 def test_youtube_ids_go_to_an_installed_yt_dlp_alone(hub, tmp_path, monkeypatch):
-    ids = ["abcdefghijk", "-bcdefghij0", "gone_video_", "$(touch x)!"]
+    ids = ["abcdefghijk", "-bcdefghij0", "gone_video_", "busy_video_", "$(touch x)!"]
     hub.repos["me/mine"] = Repo({"train.jsonl": lines([{"video_id": video} for video in ids])})
     videos = entry(media={"kind": "youtube-ids", "columns": ["video_id"]}, modality="video")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -409,13 +409,13 @@ def test_youtube_ids_go_to_an_installed_yt_dlp_alone(hub, tmp_path, monkeypatch)
     program.write_text(
         f"#!{sys.executable}\nimport shutil, sys\nurl = sys.argv[-1]\nassert sys.argv[-2] == '--'\n"
         f"source = {str(make_video(tmp_path / 'made.mp4'))!r} if '-bcd' not in url else __file__\n"
-        "sys.exit('gone') if 'gone' in url else shutil.copy(source, sys.argv[sys.argv.index('--output') + 1])\n"
+        "sys.exit('ERROR: Video unavailable') if 'gone' in url else sys.exit('HTTP Error 429') if 'busy' in url else shutil.copy(source, sys.argv[sys.argv.index('--output') + 1])\n"
     )
     program.chmod(0o755)
     result = fetched(tmp_path, videos)
-    assert result.state == "complete" and result.counts == {"videos": 3, "fetched": 1, "lost": 2}
+    assert result.state == "complete" and result.counts == {"videos": 4, "fetched": 1, "lost": 3, "later": 1}
     source = RawSource(tmp_path, "mine")
-    assert [source.media(f"{video}.mp4") is not None for video in ids] == [True, False, False, False]
+    assert [source.media(f"{video}.mp4") is not None for video in ids] == [True, False, False, False, False]
 
 
 # Stops

@@ -47,8 +47,8 @@ class RawSource:
         """fetched.json. ValueError: it is not there, so that nothing of this set is known to be whole."""
         try:
             info = json.loads((self.folder / "fetched.json").read_text())
-            if not isinstance(info, dict):
-                raise ValueError("not an object")
+            if not isinstance(info, dict) or not all(isinstance(info.get(k) or {}, dict) for k in ("splits", "media")):
+                raise ValueError("not the note of a fetch")
             return info
         except (OSError, ValueError) as error:
             raise ValueError(

@@ -16,24 +16,29 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 
 from molmo2_nemo.data.catalogue import Catalogue, DataSet, HeldOut, HubFiles
 from molmo2_nemo.data.raw import ROW_SUFFIXES, RawSource, column_values, matches, num_rows, read_rows, size_on_disk
 from molmo2_nemo.fetch import hub
-from molmo2_nemo.fetch.archives import BadArchive, Bounds, extract, folder_name
-from molmo2_nemo.fetch.check import BadContent, archive_kind, check_file, check_video, sha256_of
-from molmo2_nemo.fetch.journal import Journal, locked, write_json
-from molmo2_nemo.fetch.url_list import NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
+from molmo2_nemo.fetch.archives import SUFFIXES, BadArchive, Bounds, archive_kind, content_of, extract, folder_name
+from molmo2_nemo.fetch.check import BadContent, check_file, check_video, sha256_of
+from molmo2_nemo.fetch.journal import Journal, is_disk_error, locked, write_json
+from molmo2_nemo.fetch.url_list import DAYS, NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
 from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, download, publish, session
 
 # Of the addresses may give no file for now, or the set is not whole before they were asked in another fetch, too.
 MAX_LATER = 0.25
 MAX_ARCHIVE = 4 * 10**12  # bytes
 YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
+# What yt-dlp says of a video that does not come back.
+GONE = re.compile(
+    r"unavailable|private video|removed|terminated|not available|does not exist|members-only|copyright|confirm your age",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,10 @@ def fetch_set(entry: DataSet, catalogue: Catalogue, options: Options, meter: Met
             except (OutOfBytes, KeyboardInterrupt, OSError) as error:
                 with contextlib.suppress(OSError):
                     fetch.note(complete=False, stopped=str(error) or "interrupted")
-                raise
+                if isinstance(error, OSError) and not _ends_the_run(error):
+                    result = Result(entry.name, "failed", _sentence(error))
+                else:
+                    raise
             except (ValueError, Lost, NoNetwork, BadArchive, BadContent) as error:
                 fetch.note(complete=False, stopped=str(error))
                 result = Result(entry.name, "failed", " ".join(str(error).split()))
@@ -101,8 +109,21 @@ def fetch_set(entry: DataSet, catalogue: Catalogue, options: Options, meter: Met
                 fetch.files.close()
     except BlockingIOError:
         return Result(entry.name, "failed", f"another fetch of {entry.name} is running")
+    except OSError as error:
+        if _ends_the_run(error):
+            raise
+        return Result(entry.name, "failed", _sentence(error))
     result.bytes, result.seconds = meter.bytes - before, time.monotonic() - started
     return result
+
+
+def _ends_the_run(error: OSError) -> bool:
+    """Is it the disk's fault, and not that of one file or folder?"""
+    return is_disk_error(error) and not isinstance(error, PermissionError)
+
+
+def _sentence(error: OSError) -> str:
+    return f"{error.strerror or error}: {error.filename}" if error.filename else f"{error.strerror or error}"
 
 
 class _Fetch:
@@ -116,19 +137,22 @@ class _Fetch:
         self.splits: dict[str, list[str]] = {}
         self.waiting: list[str] = []  # what is missing, in words
         self.counts: dict[str, int] = {}
+        self.revisions: dict[str, str] = {}  # of its repositories
         self.facts: dict = {"revision": None, "repo": None, "license": entry.license, "held_out": None}
         self.started, self.bytes_before = time.monotonic(), meter.bytes
 
     def run(self) -> Result:
         entry = self.entry
-        if self.options.verify:
-            remove_broken(self.folder)
-            self.files.close()
-            self.files = Journal(self.folder / "files.jsonl", "file")
-        elif self._is_whole():
+        if not self.options.verify and self._is_whole():
             return Result(entry.name, "complete", "was there already")
+        # Before anything of it is removed.
         if (self.folder / "fetched.json").exists():
             self.note(complete=False, stopped="being fetched")
+        if self.options.verify:
+            for home in (self.folder, *shared_homes(self.folder)):
+                remove_broken(home)
+            self.files.close()
+            self.files = Journal(self.folder / "files.jsonl", "file")
         {"hf": self._hub_annotations, "url": self._url_annotations, "manual": lambda: None}[entry.source.kind]()
         self._media()
         self._by_hand()
@@ -148,11 +172,13 @@ class _Fetch:
             info = RawSource(self.options.root, self.entry.name).info
         except ValueError:
             return False
-        pinned = self.entry.source.hf and self.entry.source.hf.revision
-        again = info.get("media", {}).get("later", 0) or self.options.retry_lost or self.options.deduplicate
-        if not info.get("complete") or again or (pinned and pinned != info.get("revision")):
+        source, root = self.entry.source.hf, self.options.root
+        # Without its line in revisions.json the user wants a newer one.
+        moved = source and (source.revision or hub.pinned(root, source.repo)) != info.get("revision")
+        again = (info.get("media") or {}).get("later", 0) or self.options.retry_lost or self.options.deduplicate
+        if not info.get("complete") or again or moved:
             return False
-        return not any(broken_files(self.folder))
+        return not lacking(self.folder, info) and not any(broken_files(self.folder))
 
     def _remark(self) -> str:
         media = self.counts
@@ -170,6 +196,7 @@ class _Fetch:
     def _hub_annotations(self) -> None:
         wanted = self.entry.source.hf
         repository = hub.open_repository(wanted, self.options.root, self.rules)
+        self.revisions[repository.repo] = repository.revision
         self.facts |= {"revision": repository.revision, "repo": repository.repo}
         self.facts["license"] = self.entry.license or repository.license
         chosen = hub.choose_files(repository, wanted)
@@ -218,6 +245,7 @@ class _Fetch:
         media = self.entry.media
         if media.hf:
             repository = hub.open_repository(media.hf, self.options.root, self.rules)
+            self.revisions[repository.repo] = repository.revision
             names = [name for names in hub.choose_files(repository, media.hf).values() for name in names]
             self._from_hub(repository, names)
             for name in names:
@@ -254,13 +282,21 @@ class _Fetch:
     def _wanted(self) -> Iterator[Wanted]:
         media = self.entry.media
         columns = [*media.columns, *([media.sha256] if media.sha256 else [])]
+        row = found = None
         for row in self._columns(columns):
             for column in media.columns:
                 value = row.get(column)
                 for url in value if isinstance(value, list) else [value]:
                     if isinstance(url, str) and url:
+                        found = True
                         digest = row.get(media.sha256) if media.sha256 else None
                         yield Wanted(url, digest if isinstance(digest, str) and len(digest) == 64 else None)
+        if row and not found:
+            value = next((str(row.get(column))[:60] for column in media.columns), "")
+            raise ValueError(
+                f"{self.entry.name} has no address in the column {', '.join(media.columns)} (it has {value}): mend its "
+                "entry in the catalogue."
+            )
 
     def _columns(self, columns: list[str]) -> Iterator[dict]:
         """Columns of the rows that are meant. ValueError: a column is not there."""
@@ -296,7 +332,8 @@ class _Fetch:
         self.progress.start(len(wanted), 0)
         for video in sorted(wanted):
             path = media / f"{video}.mp4"
-            if not path.is_file() and (video not in lost.records or self.options.retry_lost):
+            due = video not in lost.records or lost.records[video]["not_before"] <= datetime.now(UTC).date().isoformat()
+            if not path.is_file() and (due or self.options.retry_lost):
                 part = media / ".part" / video
                 part.mkdir(parents=True, exist_ok=True)
                 command = [
@@ -312,13 +349,21 @@ class _Fetch:
                     check_video(part / "video.mp4")
                     self.meter.add((part / "video.mp4").stat().st_size)
                     os.replace(part / "video.mp4", path)
+                    lost.remove(video)
                 except BadContent as error:
-                    lost.append({"url": video, "kind": "gone", "reason": str(error), "code": None})
+                    # Anything else may pass: no network, too many requests, an old yt-dlp.
+                    gone = "gone" if GONE.search(str(error)) else "later"
+                    kind = "content" if ended.returncode == 0 else gone
+                    day = datetime.now(UTC).date() + timedelta(days=DAYS.get(kind, 0))
+                    lost.append({"url": video, "kind": kind, "reason": str(error), "code": None, "runs": 1,
+                                 "not_before": day.isoformat()})  # fmt: skip
                 shutil.rmtree(part)
             self.progress.add_files(1)
         lost.close()
         there = sum((media / f"{video}.mp4").is_file() for video in wanted)
+        later = sum(lost.records[video]["kind"] == "later" for video in wanted if video in lost.records)
         self.counts |= {"videos": len(wanted), "fetched": there, "lost": len(wanted) - there}
+        self.counts |= {"later": later} if later else {}
 
     # By hand
 
@@ -370,6 +415,9 @@ class _Fetch:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         aim = os.path.relpath(target, path.parent)
+        if path.exists() and not (path.is_symlink() and os.readlink(path) == aim):  # of another address
+            name = _apart(name, aim)
+            path = self.folder / name
         if not path.is_symlink() or os.readlink(path) != aim:
             path.unlink(missing_ok=True)
             path.symlink_to(aim)
@@ -402,6 +450,8 @@ class _Fetch:
                 f"{url} gave {error} in place of the file: try again later or look at the page."
             ) from error
         name = f"{'archives' if kind else into}/{file_name(url, reply['file_name'], kind)}"
+        if files.records.get(name, {}).get("from", url) != url:  # two addresses that end alike
+            name = _apart(name, url)
         record = {"file": name, "from": url, "bytes": part.stat().st_size, "sha256": sha256_of(part)}
         publish(part, home / name)
         files.append(record | ({"archive": kind} if kind else {}))
@@ -410,19 +460,24 @@ class _Fetch:
     def _unpack(self, home: Path, files: Journal, name: str, only_if_archive: bool = False) -> str:
         """Unpack an archive of `home` once; the folder, relative to it."""
         record, path = files.records[name], home / name
-        unpacked = f"extracted/{folder_name(name)}"
-        done = files.records.get(unpacked)
-        if done and done["archive"] == record["sha256"] and (home / unpacked).is_dir():
+        unpacked = _unpacked_as(record)
+        if _is_unpacked(home, files, record):
             return unpacked
         if only_if_archive and archive_kind(path) is None:
+            if name.lower().endswith(SUFFIXES):
+                raise ValueError(f"{path} is no archive, in spite of its name.")
             return unpacked
+        other = files.records.get(unpacked, {}).get("of", name)
+        if other != name:
+            # train/images.zip and val/images.zip.
+            unpacked = _apart(unpacked, name)
+            files.append(record | {"folder": unpacked})
         try:
             found = extract(path, home / unpacked, record["sha256"], self.options.bounds)
         except BadArchive as error:
             raise ValueError(f"the archive {path} is not unpacked: it is {error}.") from error
         files.append(
-            {"file": unpacked, "archive": record["sha256"], "files": found.files, "bytes": found.bytes,
-             "links": found.links, "repeated": found.repeated}
+            {"file": unpacked, "of": name, "archive": record["sha256"], **asdict(found)}
         )  # fmt: skip
         if self.options.remove_archives:
             path.unlink()
@@ -434,6 +489,12 @@ class _Fetch:
         """Nothing half-done is left of a set that has everything."""
         for part in [self.folder / ".part", *(self.folder / "hub").rglob(".part")]:
             shutil.rmtree(part, ignore_errors=True)
+        # Files that a repository had at an earlier commit alone.
+        for name, record in list(self.files.records.items()):
+            repo, _, rest = str(record.get("from", "")).removeprefix("hf://datasets/").partition("@")
+            if name.startswith("hub/") and not rest.startswith(self.revisions.get(repo, "")):
+                (self.folder / name).unlink(missing_ok=True)
+                self.files.remove(name)
         self.files.tidy()
 
     def note(self, complete: bool, stopped: str | None) -> None:
@@ -527,7 +588,10 @@ def manual_annotations(entry: DataSet, folder: Path) -> list[Path]:
 
 
 def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong) of those that are recorded; `deep` reads all bytes."""
+    """(file, what is wrong) of those that are recorded; `deep` reads all bytes.
+
+    Of contents of archives, numbers and bytes are compared, and with `deep` what their files hold.
+    """
     for journal_file, key, base in (("files.jsonl", "file", folder), ("media/index.jsonl", "url", folder / "media")):
         journal = Journal(folder / journal_file, key)
         for record in journal.records.values():
@@ -535,8 +599,14 @@ def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
             if "sha256" not in record:  # a folder of an archive
                 if not path.is_dir():
                     yield str(path.relative_to(folder)), "is missing"
-                elif deep and (there := sum(len(names) for _, _, names in os.walk(path))) != record["files"]:
-                    yield str(path.relative_to(folder)), f"has {there:,} files instead of {record['files']:,}"
+                    continue
+                files, size, content = content_of(path, read=deep and "content" in record)
+                if files != record.get("files"):
+                    yield str(path.relative_to(folder)), f"has {files:,} files instead of {record.get('files', 0):,}"
+                elif size != record["bytes"]:
+                    yield str(path.relative_to(folder)), f"has {size:,} bytes instead of {record['bytes']:,}"
+                elif content and content != record["content"]:
+                    yield str(path.relative_to(folder)), "has changed"
                 continue
             try:
                 size = path.stat().st_size
@@ -551,6 +621,32 @@ def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
     for path in (folder / "extracted").glob("*"):
         if path.is_symlink() and not path.exists():
             yield str(path.relative_to(folder)), "is missing in raw/.shared"
+    for home in shared_homes(folder):
+        for name, what in broken_files(home, deep):
+            yield f"../.shared/{home.name}/{name}", what
+
+
+def shared_homes(folder: Path) -> list[Path]:
+    """Folders in raw/.shared that a set's links lead to."""
+    links = [path for name in ("extracted", "hub") for path in (folder / name).glob("*") if path.is_symlink()]
+    homes = {(folder / name / os.readlink(path)) for path in links for name in [path.parent.name]}
+    return sorted({Path(os.path.normpath(path)).parents[1] for path in homes})
+
+
+def lacking(folder: Path, info: dict) -> list[tuple[str, str]]:
+    """(file, what is wrong) where the notes of a set that was fetched know of less than its fetch did."""
+    files, found = Journal(folder / "files.jsonl", "file").records, []
+    expected = (info.get("counts") or {}).get("files")
+    if isinstance(expected, int) and len(files) < expected:
+        found.append(("files.jsonl", f"lists {len(files):,} files instead of {expected:,}"))
+    for names in (info.get("splits") or {}).values():
+        found += [(name, "is missing") for name in names if name not in files and not (folder / name).exists()]
+    expected = (info.get("media") or {}).get("fetched")
+    if info["media"].get("kind") == "url-list" and isinstance(expected, int):
+        there = len(Journal(folder / "media" / "index.jsonl", "url").records)
+        if there < expected:
+            found.append(("media/index.jsonl", f"lists {there:,} pictures instead of {expected:,}"))
+    return found
 
 
 def remove_broken(folder: Path) -> int:
@@ -598,9 +694,20 @@ def _is_there(home: Path, record: dict) -> bool:
     return False
 
 
+def _apart(name: str, what: str) -> str:
+    """A name beside one that is taken, always the same for the same `what`."""
+    folder, _, name = name.rpartition("/")
+    return f"{folder}/{hashlib.sha256(what.encode()).hexdigest()[:8]}-{name}"
+
+
+def _unpacked_as(record: dict) -> str:
+    """Folder of an archive's contents."""
+    return record.get("folder") or f"extracted/{folder_name(record['file'])}"
+
+
 def _is_unpacked(home: Path, files: Journal, record: dict) -> bool:
-    """An archive that was removed after its contents came out."""
-    unpacked = f"extracted/{folder_name(record['file'])}"
+    """Are an archive's contents there? Itself, it may be removed."""
+    unpacked = _unpacked_as(record)
     done = files.records.get(unpacked)
     return bool(done) and done.get("archive") == record.get("sha256") and (home / unpacked).is_dir()
 

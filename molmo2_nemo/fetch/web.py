@@ -108,11 +108,18 @@ def check_address(url: str, rules: Rules) -> str:
         raise Lost("gone", "not an address") from None
     if parts.scheme.lower() not in ("http", "https") or not host:
         raise Lost("gone", f"an address of the type {parts.scheme or 'none'}:, only http and https are followed")
-    if not rules.allow_private and not is_trusted(host):
-        with contextlib.suppress(ValueError):
-            if is_private(host):
-                raise Lost("gone", f"leads to the private address {host} (--allow-private follows it)")
+    if not rules.allow_private and not is_trusted(host) and (figures := _in_figures(host)) and is_private(figures):
+        raise Lost("gone", f"leads to the private address {host} (--allow-private follows it)")
     return url
+
+
+def _in_figures(host: str) -> str | None:
+    """The IP address that a host is written as, in any of the forms that connecting takes: 127.0.0.1, 127.1, 2130706433."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(host.split("%")[0]))
+    with contextlib.suppress(OSError):
+        return socket.inet_ntoa(socket.inet_aton(host)) if host.replace(".", "").isdigit() else None
+    return None
 
 
 class _Resolver(aiohttp.ThreadedResolver):
@@ -248,9 +255,14 @@ async def _open(client, url: str, headers: dict, rules: Rules) -> aiohttp.Client
     """The answer after redirects, each of which is checked."""
     for _ in range(rules.max_redirects + 1):
         check_address(url, rules)
-        async with asyncio.timeout(rules.timeout):
+        try:
             # As it is written, so that signed addresses stay what they are.
-            asked = yarl.URL(url, encoded=url.isascii() and " " not in url)
+            asked = yarl.URL(url, encoded=url.isascii() and url.isprintable() and " " not in url)
+            (asked.host or "").encode("idna")
+        except ValueError:
+            raise Lost("gone", "not an address") from None
+        check_address(str(asked), rules)
+        async with asyncio.timeout(rules.timeout):
             response = await client.get(asked, headers=headers, allow_redirects=False)
         if response.status not in (301, 302, 303, 307, 308):
             return response
@@ -322,7 +334,7 @@ def retry_after(value: str | None) -> float | None:
     """Seconds, from a number or a date."""
     if not value:
         return None
-    if value.strip().isdigit():
+    if value.strip().isdecimal() and value.isascii():
         return float(value[:12])
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
