@@ -16,7 +16,7 @@ IMAGE_SUFFIX = {
 VIDEO_SUFFIX = {"mp4": ".mp4", "webm": ".webm", "matroska": ".mkv", "avi": ".avi"}
 # Smaller ones are tracking pixels and placeholders.
 MIN_SIDE = 10
-MAX_PIXELS = 200_000_000
+MAX_PIXELS = 178_956_970  # from which Pillow takes a picture for a bomb
 
 
 class BadContent(Exception):
@@ -30,7 +30,7 @@ def sha256_of(path: Path) -> str:
 
 def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> dict:
     """Decode all of a picture; its suffix, width and height as stored. BadContent: it is none, or out of bounds."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -48,6 +48,8 @@ def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> dict:
                 return {"suffix": IMAGE_SUFFIX[image.format], "width": width, "height": height}
     except BadContent:
         raise
+    except UnidentifiedImageError as error:
+        raise BadContent(instead_of_file(path) or "no picture of a kind that is read here") from error
     except Exception as error:  # Pillow raises a dozen types for broken files
         raise BadContent(instead_of_file(path) or f"a broken picture ({' '.join(str(error).split())[:120]})") from error
 

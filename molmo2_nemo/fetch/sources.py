@@ -8,6 +8,7 @@ import asyncio
 import collections
 import contextlib
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -425,7 +426,7 @@ class _Fetch:
 
     def _download(self, url: str, home: Path, files: Journal, into: str, archive: bool | None) -> dict:
         part = home / ".part" / hashlib.sha256(url.encode()).hexdigest()[:16]
-        rules = replace(self.rules, max_file_bytes=MAX_ARCHIVE)
+        rules = replace(self.rules, max_file_bytes=MAX_ARCHIVE, max_seconds=math.inf)
 
         async def get() -> dict:
             async with session(rules) as client:

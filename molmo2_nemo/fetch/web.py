@@ -41,6 +41,7 @@ class Rules:
     tries: int = 3  # of one file in a run
     timeout: float = 20.0  # s to connect, to answer, and in which `min_rate` must hold
     min_rate: float = 1024.0  # bytes/s
+    max_seconds: float = 900.0  # for one file; what came of a large one stays for the next run
     max_file_bytes: int = 64 * 2**20
     max_redirects: int = 6
     max_wait: float = 60.0  # s that a server's Retry-After may hold up a host
@@ -224,7 +225,9 @@ async def _once(client, url: str, part: Path, rules: Rules, count, accept: str) 
         if status == 206:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
             whole = int(match[2]) if match and match[2] != "*" else None
-            if not have or not match or int(match[1]) != have or whole != known.get("total"):
+            validator, now = known.get("validator"), (response.headers.get("ETag"), response.headers.get("Last-Modified"))
+            changed = validator is not None and any(now) and validator not in now
+            if not have or not match or int(match[1]) != have or whole != known.get("total") or changed:
                 _forget(part)
                 raise Lost("later", "the server sent another part of the file than was asked for")
             total = whole
@@ -253,6 +256,7 @@ async def _once(client, url: str, part: Path, rules: Rules, count, accept: str) 
 
 async def _open(client, url: str, headers: dict, rules: Rules) -> aiohttp.ClientResponse:
     """The answer after redirects, each of which is checked."""
+    url = url.strip()
     for _ in range(rules.max_redirects + 1):
         check_address(url, rules)
         try:
@@ -281,7 +285,7 @@ async def _copy(response, file, have: int, rules: Rules, count) -> int:
     """Body to file; its bytes. Lost: it comes too slowly, or does not end where it may."""
     got = in_window = 0
     loop = asyncio.get_running_loop()
-    window_ends = loop.time() + rules.timeout
+    window_ends, ends = loop.time() + rules.timeout, loop.time() + rules.max_seconds
     while True:
         chunk = None
         with contextlib.suppress(TimeoutError):
@@ -299,6 +303,8 @@ async def _copy(response, file, have: int, rules: Rules, count) -> int:
             if in_window < rules.min_rate * rules.timeout:
                 raise Lost("later", f"slower than {rules.min_rate:.0f} bytes/s for {rules.timeout:.0f} s", again=False)
             in_window, window_ends = 0, loop.time() + rules.timeout
+            if loop.time() >= ends:
+                raise Lost("later", f"not whole after {rules.max_seconds:.0f} s", again=False)
 
 
 def _notes(part: Path) -> Path:
