@@ -155,7 +155,7 @@ def read_rows(path: Path, suffix: str | None = None) -> Iterator[dict]:
                 yield from csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
         else:
             raise ValueError(f"its suffix is none of {', '.join(ROW_SUFFIXES)}")
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
 
 

@@ -140,13 +140,19 @@ def extract(
         raise
     found = work.found
     found.files, found.bytes, found.content = content_of(partial)
+    if not found.files:
+        shutil.rmtree(partial)
+        raise Unreadable("empty")
     if folder.exists():
         old = folder.with_name(f".old-{folder.name}")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     partial.rename(folder)
-    shutil.rmtree(folder.with_name(f".old-{folder.name}"), ignore_errors=True)
-    shutil.rmtree(work.inside, ignore_errors=True)
+    # This one's, and what runs left that were stopped with another archive of this name.
+    stale = re.compile(rf"\.part-{re.escape(folder.name)}-[0-9a-f]{{12}}(\.inside)?|\.old-{re.escape(folder.name)}")
+    for path in folder.parent.iterdir():
+        if stale.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
     return found
 
 
@@ -211,7 +217,7 @@ def _members(archive: Path, kind: str, into: Path, work: _Work, depth: int) -> N
             aside.parent.mkdir(exist_ok=True)
             _copy(open_member, aside, name, length, chunk, work.add_bytes)
             aside.replace(path)
-        if path.name.lower().endswith(SUFFIXES):
+        if path.name.lower().endswith((*SUFFIXES, ".rar", ".7z")):
             _inside(path, note, work, depth + 1)
 
 
@@ -322,6 +328,17 @@ def _tar_members(archive: Path, work: _Work) -> Iterator[tuple[str, int, int, Ca
         file.fileobj.seek(file.offset)
         if file.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise Unreadable(f"broken (no member and no end at byte {file.offset:,})")
+        _read_to_end(file.fileobj)
+
+
+def _read_to_end(stream: "_Bounded") -> None:
+    """The checksum of what was packed comes last."""
+    try:
+        while stream.read(CHUNK):
+            stream.seek(stream.tell())
+    except gzip.BadGzipFile as error:
+        if "Not a gzipped file" not in str(error):  # or something else follows, which does not matter
+            raise
 
 
 class _Bounded:

@@ -97,7 +97,7 @@ def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
         found = [(file.path, file) for file in tree if hasattr(file, "blob_id")]
     listed = {}
     for name, file in found:
-        if not _is_safe(name):
+        if not isinstance(name, str) or not _is_safe(name):
             raise ValueError(f"{files.repo} lists the file {name!r}, which leads out of its folder: refused.")
         sha256 = file.lfs.sha256 if file.lfs else None
         size = file.size if isinstance(file.size, int) and file.size >= 0 else None
@@ -294,7 +294,7 @@ def download_file(
                     if start and (file.size is None or start >= file.size):
                         start = stream.truncate(stream.seek(0))
                     http_get(
-                        url, _Counted(stream, add_bytes), resume_size=start, headers=headers, expected_size=file.size,
+                        url, _Counted(stream, add_bytes, file.size), resume_size=start, headers=headers, expected_size=file.size,
                         displayed_filename=file.name, _nb_retries=2,
                     )  # fmt: skip
 
@@ -319,12 +319,15 @@ def _part(path: Path, file: HubFile, revision: str) -> Path:
 
 
 class _Counted:
-    """A file that reports what is written to it."""
+    """A file that reports what is written to it, and takes no more than is to come."""
 
-    def __init__(self, stream, add_bytes: Callable[[int], None]):
-        self._stream, self._add_bytes = stream, add_bytes
+    def __init__(self, stream, add_bytes: Callable[[int], None], size: int | None):
+        self._stream, self._add_bytes, self._size = stream, add_bytes, size or MAX_HTTP_BYTES
 
     def write(self, data: bytes) -> int:
+        if self._stream.tell() + len(data) > self._size:
+            self._stream.truncate(0)
+            raise ValueError(f"more than the {self._size:,} bytes that the Hub lists came")
         self._add_bytes(len(data))
         written = self._stream.write(data)
         self._stream.flush()
@@ -413,7 +416,7 @@ def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: s
                 raise ValueError(f"{name}: the Hub says {' '.join(str(error).split())[:200]}.") from error
             last = error
         except (httpx2.HTTPError, httpx2.StreamError, OSError, ValueError, KeyError, TypeError,
-                AttributeError) as error:  # fmt: skip
+                AttributeError, RecursionError) as error:  # fmt: skip
             if is_disk_error(error):
                 raise
             if isinstance(error, Lost):
