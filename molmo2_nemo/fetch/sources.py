@@ -469,8 +469,8 @@ class _Fetch:
                 raise ValueError(f"{path} is no archive, in spite of its name.")
             return unpacked
         other = files.records.get(unpacked, {}).get("of", name)
-        if other != name:
-            # train/images.zip and val/images.zip.
+        if other != name or (home / unpacked).is_symlink():
+            # train/images.zip and val/images.zip, or one that several sets name.
             unpacked = _apart(unpacked, name)
             files.append(record | {"folder": unpacked})
         try:
@@ -643,7 +643,7 @@ def lacking(folder: Path, info: dict) -> list[tuple[str, str]]:
     for names in (info.get("splits") or {}).values():
         found += [(name, "is missing") for name in names if name not in files and not (folder / name).exists()]
     expected = (info.get("media") or {}).get("fetched")
-    if info["media"].get("kind") == "url-list" and isinstance(expected, int):
+    if (info.get("media") or {}).get("kind") == "url-list" and isinstance(expected, int):
         there = len(Journal(folder / "media" / "index.jsonl", "url").records)
         if there < expected:
             found.append(("media/index.jsonl", f"lists {there:,} pictures instead of {expected:,}"))
