@@ -149,13 +149,7 @@ def read_rows(path: Path, suffix: str | None = None) -> Iterator[dict]:
                     if line.strip():
                         yield _object(json.loads(line), f"line {number}")
         elif suffix == ".json":
-            content = path.read_bytes()
-            try:
-                values = json.loads(content)
-            except ValueError:
-                # JSON lines that are named .json are common.
-                values = [json.loads(line) for line in content.splitlines() if line.strip()]
-            for number, value in enumerate(values if isinstance(values, list) else [values], 1):
+            for number, value in enumerate(json_values(path), 1):
                 yield _object(value, f"item {number}")
         elif suffix in (".csv", ".tsv"):
             with path.open(newline="", encoding="utf-8-sig") as lines:
@@ -164,6 +158,16 @@ def read_rows(path: Path, suffix: str | None = None) -> Iterator[dict]:
             raise ValueError(f"its suffix is none of {', '.join(ROW_SUFFIXES)}")
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+
+
+def json_values(path: Path) -> list:
+    """Items of a JSON file's list, its one value, or, as is common, the values of JSON lines. ValueError: neither."""
+    content = path.read_bytes()
+    try:
+        values = json.loads(content)
+    except ValueError:
+        values = [json.loads(line) for line in content.splitlines() if line.strip()]
+    return values if isinstance(values, list) else [values]
 
 
 def num_rows(path: Path) -> int:

@@ -14,12 +14,14 @@ from molmo2_nemo.data.catalogue import Catalogue, DataSet
 from molmo2_nemo.data.raw import RawSource, size_on_disk
 from molmo2_nemo.fetch.hub import page, pinned
 from molmo2_nemo.fetch.journal import Journal
-from molmo2_nemo.fetch.sources import broken_files, lacking, missing_layout
+from molmo2_nemo.fetch.sources import broken_files, fault, lacking, missing_layout
 
 # Where a set's size is not known: bytes of a picture (mean of public mirrors of PixMo's pictures) and of a video
 # (FunQA: 24.5 GB for about 4,300 videos).
 IMAGE_BYTES, VIDEO_BYTES, ROW_BYTES = 250_000, 5_700_000, 5_000
 GB = 10**9
+# Larger files of rows that the user put there are not read by doctor.
+READ_BYTES = 10**8
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,10 @@ def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Pr
         if any(folder.iterdir()):
             yield Problem(entry.name, f"is not fetched: {entry.unsure}", _move_away(folder))
         return
+    manual = folder / "manual"
+    if manual.is_symlink() | manual.exists() and not manual.is_dir():
+        yield Problem(entry.name, f"{manual} is no folder, but a file or a link to nothing", _move_away(manual))
+        return
     info = read_note(root, entry.name)
     if info is None:
         if any(path.name not in ("manual", ".lock") for path in folder.iterdir()):
@@ -312,17 +318,9 @@ def _bad_manual(entry: DataSet, folder: Path, how: str) -> Iterator[Problem]:
     shown = 0
     for pattern in entry.layout:
         for path in (folder / "manual").glob(pattern):
-            if path.is_file() and shown < 5 and (what := _wrong(path)):
+            if path.is_file() and shown < 5 and (what := fault(path, read=path.stat().st_size < READ_BYTES)):
                 shown += 1
                 yield Problem(entry.name, f"{path.relative_to(folder)} is {what}", how)
-
-
-def _wrong(path: Path) -> str | None:
-    with path.open("rb") as file:
-        head = file.read(256).lstrip().lower()
-    if not head:
-        return "empty"
-    return "a web page" if head.startswith((b"<!doctype html", b"<html")) else None
 
 
 def how(entry: DataSet, root: Path) -> str:

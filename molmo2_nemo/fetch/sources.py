@@ -8,6 +8,7 @@ import asyncio
 import collections
 import contextlib
 import hashlib
+import json
 import math
 import os
 import re
@@ -23,10 +24,19 @@ from functools import cache
 from pathlib import Path
 
 from molmo2_nemo.data.catalogue import Catalogue, DataSet, HeldOut, HubFiles
-from molmo2_nemo.data.raw import ROW_SUFFIXES, RawSource, column_values, matches, num_rows, read_rows, size_on_disk
+from molmo2_nemo.data.raw import (
+    ROW_SUFFIXES,
+    RawSource,
+    column_values,
+    json_values,
+    matches,
+    num_rows,
+    read_rows,
+    size_on_disk,
+)
 from molmo2_nemo.fetch import hub
 from molmo2_nemo.fetch.archives import SUFFIXES, BadArchive, Bounds, archive_kind, content_of, extract, folder_name
-from molmo2_nemo.fetch.check import BadContent, check_file, check_video, sha256_of
+from molmo2_nemo.fetch.check import BadContent, check_file, check_video, instead_of_file, sha256_of
 from molmo2_nemo.fetch.journal import Journal, is_disk_error, locked, write_json
 from molmo2_nemo.fetch.url_list import DAYS, NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
 from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, download, publish, session
@@ -379,9 +389,9 @@ class _Fetch:
                 f"tools/download.py how {entry.name}"
             )
         if entry.source.kind == "manual":
-            self.splits["train"] = [
-                str(path.relative_to(self.folder)) for path in manual_annotations(entry, self.folder)
-            ]
+            rows = manual_annotations(entry, self.folder)
+            self.splits["train"] = [str(path.relative_to(self.folder)) for path in rows]
+            self.waiting += [f"{path.relative_to(self.folder)} is {what}" for path in rows if (what := fault(path))]
 
     # Files of plain addresses
 
@@ -405,9 +415,11 @@ class _Fetch:
             if record is None or not (_is_there(home, record) or _is_unpacked(home, files, record)):
                 record = self._download(url, home, files, into, archive)
             name = record["file"]
-            if not record.get("archive"):
-                return [name] if not shared else [self._link(home / name, name)]
-            unpacked = self._unpack(home, files, name)
+            unpacked = self._unpack(home, files, name) if record.get("archive") else None
+            if shared:
+                files.tidy()
+        if unpacked is None:
+            return [name] if not shared else [self._link(home / name, name)]
         if shared:
             self._link(home / unpacked, unpacked)
         return []
@@ -422,6 +434,7 @@ class _Fetch:
         if not path.is_symlink() or os.readlink(path) != aim:
             path.unlink(missing_ok=True)
             path.symlink_to(aim)
+        self.files.append({"file": name, "link": aim, "bytes": 0})
         return name
 
     def _download(self, url: str, home: Path, files: Journal, into: str, archive: bool | None) -> dict:
@@ -579,6 +592,23 @@ def missing_layout(entry: DataSet, folder: Path) -> list[str]:
     return [pattern for pattern in entry.layout if not any(_has_content(path) for path in manual.glob(pattern))]
 
 
+def fault(path: Path, read: bool = True) -> str | None:
+    """What is wrong with a file that the user put there, as far as that is to be seen without knowing its form."""
+    if what := instead_of_file(path):
+        return "empty" if what == "an empty file" else what
+    try:
+        if read and path.suffix.lower() == ".json":
+            collections.deque(json_values(path), maxlen=0)
+        elif read and path.suffix.lower() == ".jsonl":
+            with path.open("rb") as lines:
+                collections.deque((json.loads(line) for line in lines if line.strip()), maxlen=0)
+        elif read and path.suffix.lower() == ".parquet":
+            num_rows(path)
+    except (ValueError, RecursionError) as error:
+        return f"broken ({' '.join(str(error).split())[:120]})"
+    return None
+
+
 def manual_annotations(entry: DataSet, folder: Path) -> list[Path]:
     """Files with rows among what the user put there."""
     found = []
@@ -597,6 +627,10 @@ def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
         journal = Journal(folder / journal_file, key)
         for record in journal.records.values():
             path = base / record["file"]
+            if "link" in record:
+                if not path.is_symlink() or os.readlink(path) != record["link"]:
+                    yield str(path.relative_to(folder)), "is missing"
+                continue
             if "sha256" not in record:  # a folder of an archive
                 if not path.is_dir():
                     yield str(path.relative_to(folder)), "is missing"
@@ -619,9 +653,13 @@ def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
                 yield str(path.relative_to(folder)), f"has {size:,} bytes instead of {record['bytes']:,}"
             elif deep and sha256_of(path) != record["sha256"]:
                 yield str(path.relative_to(folder)), "has changed"
-    for path in (folder / "extracted").glob("*"):
-        if path.is_symlink() and not path.exists():
+    for path in _links(folder):
+        target = Path(os.path.normpath(path.parent / os.readlink(path)))
+        home = target.parents[1]
+        if not path.exists():
             yield str(path.relative_to(folder)), "is missing in raw/.shared"
+        elif str(target.relative_to(home)) not in Journal(home / "files.jsonl", "file").records:
+            yield str(path.relative_to(folder)), "is not in the files.jsonl of its folder in raw/.shared"
     for home in shared_homes(folder):
         for name, what in broken_files(home, deep):
             yield f"../.shared/{home.name}/{name}", what
@@ -629,14 +667,19 @@ def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
 
 def shared_homes(folder: Path) -> list[Path]:
     """Folders in raw/.shared that a set's links lead to."""
-    links = [path for name in ("extracted", "hub") for path in (folder / name).glob("*") if path.is_symlink()]
-    homes = {(folder / name / os.readlink(path)) for path in links for name in [path.parent.name]}
-    return sorted({Path(os.path.normpath(path)).parents[1] for path in homes})
+    return sorted({Path(os.path.normpath(path.parent / os.readlink(path))).parents[1] for path in _links(folder)})
+
+
+def _links(folder: Path) -> list[Path]:
+    found = [path for name in ("extracted", "hub") for path in (folder / name).glob("*")]
+    return [path for path in found if path.is_symlink() and "/.shared/" in os.readlink(path)]
 
 
 def lacking(folder: Path, info: dict) -> list[tuple[str, str]]:
     """(file, what is wrong) where the notes of a set that was fetched know of less than its fetch did."""
     files, found = Journal(folder / "files.jsonl", "file").records, []
+    if any(info.get(key) is None for key in ("splits", "counts", "media")):
+        found.append(("fetched.json", "is not the note of a fetch"))
     expected = (info.get("counts") or {}).get("files")
     if isinstance(expected, int) and len(files) < expected:
         found.append(("files.jsonl", f"lists {len(files):,} files instead of {expected:,}"))
