@@ -26,7 +26,8 @@ from molmo2_nemo.data.raw import RawSource, media_name, size_on_disk
 from molmo2_nemo.fetch.check import BadContent, check_image
 from molmo2_nemo.fetch.inventory import doctor, plan, state_of
 from molmo2_nemo.fetch.journal import Journal
-from molmo2_nemo.fetch.sources import Meter, Options, broken_files, fetch_set
+from molmo2_nemo.fetch.sources import Meter, Options, fetch_set
+from molmo2_nemo.fetch.state import broken_files
 from molmo2_nemo.fetch.url_list import NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
 from molmo2_nemo.fetch.web import Lost, Rules, check_address, is_private
 
@@ -493,7 +494,9 @@ def test_youtube_ids_go_to_an_installed_yt_dlp_alone(hub, tmp_path, monkeypatch)
     program.write_text(
         f"#!{sys.executable}\nimport shutil, sys\nurl = sys.argv[-1]\nassert sys.argv[-2] == '--'\n"
         f"source = {str(make_video(tmp_path / 'made.mp4'))!r} if '-bcd' not in url else __file__\n"
-        "sys.exit('ERROR: Video unavailable') if 'gone' in url else sys.exit('HTTP Error 429') if 'busy' in url else shutil.copy(source, sys.argv[sys.argv.index('--output') + 1])\n"
+        "if 'gone' in url:\n    sys.exit('ERROR: Video unavailable')\n"
+        "if 'busy' in url:\n    sys.exit('HTTP Error 429')\n"
+        "shutil.copy(source, sys.argv[sys.argv.index('--output') + 1])\n"
     )
     program.chmod(0o755)
     result = fetched(tmp_path, videos)

@@ -227,7 +227,8 @@ class Catalogue(_Strict):
             if entry is None:
                 close = difflib.get_close_matches(name.lower(), by_name, n=5)
                 close += [key for key in by_name if (name.lower() in key or key in name.lower()) and key not in close]
-                hint = f"did you mean {', '.join(by_name[key].name for key in close[:5])}" if close else "see python tools/download.py list"
+                names = ", ".join(by_name[key].name for key in close[:5])
+                hint = f"did you mean {names}" if close else "see python tools/download.py list"
                 raise ValueError(f"there is no data set {name}: {hint}.")
             for member in entry.group_of or [entry.name]:
                 found.setdefault(member.lower(), by_name[member.lower()])

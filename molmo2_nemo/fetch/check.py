@@ -118,7 +118,9 @@ def instead_of_file(path: Path) -> str | None:
         head = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         return "an empty file"
-    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<script")) or (head[:1] == b"<" and b"<html" in head):
+    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<script")):
+        return "a web page"
+    if head.startswith(b"<") and b"<html" in head:
         return "a web page"
     if head.startswith((b"<svg", b"<?xml")) and b"<svg" in head:
         return "an SVG drawing"

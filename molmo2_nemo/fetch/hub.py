@@ -294,8 +294,8 @@ def download_file(
                     if start and (file.size is None or start >= file.size):
                         start = stream.truncate(stream.seek(0))
                     http_get(
-                        url, _Counted(stream, add_bytes, file.size), resume_size=start, headers=headers, expected_size=file.size,
-                        displayed_filename=file.name, _nb_retries=2,
+                        url, _Counted(stream, add_bytes, file.size), resume_size=start, headers=headers,
+                        expected_size=file.size, displayed_filename=file.name, _nb_retries=2,
                     )  # fmt: skip
 
             _asked(repo, revision, rules, get, file.name)

@@ -14,7 +14,7 @@ from molmo2_nemo.data.catalogue import Catalogue, DataSet
 from molmo2_nemo.data.raw import RawSource, size_on_disk
 from molmo2_nemo.fetch.hub import page, pinned
 from molmo2_nemo.fetch.journal import Journal
-from molmo2_nemo.fetch.sources import broken_files, fault, lacking, missing_layout
+from molmo2_nemo.fetch.state import broken_files, fault, lacking, missing_layout
 
 # Where a set's size is not known: bytes of a picture (mean of public mirrors of PixMo's pictures) and of a video
 # (FunQA: 24.5 GB for about 4,300 videos).
@@ -214,9 +214,11 @@ def doctor(entries: list[DataSet], root: Path, deep: bool = False, options: str 
             yield Problem(
                 "-", f"the package {package} is missing, without which parquet or addresses cannot be read", mend
             )
-    if trouble := root_trouble(root):
+    trouble = root_trouble(root)
+    if trouble:
         yield trouble
-        return
+        if not os.access(root / "raw", os.R_OK | os.X_OK):
+            return
     free = _free(root)
     if free is not None and free < 2 * GB:
         yield Problem("-", f"only {free / GB:.1f} GB are free under {root}", "export DATA_ROOT=/a/larger/disk")
@@ -226,10 +228,8 @@ def doctor(entries: list[DataSet], root: Path, deep: bool = False, options: str 
         except OSError as error:
             path = Path(error.filename or root / "raw" / entry.name)
             what = f"{path} cannot be read ({error.strerror or error})"
-            mend = f"chmod -R u+rwX {shlex.quote(str(root / 'raw' / entry.name))}"
-            if not isinstance(error, PermissionError):
-                mend = _move_away(path)
-            yield Problem(entry.name, what, mend)
+            folder = root / "raw" / entry.name
+            yield Problem(entry.name, what, _own(folder) if isinstance(error, PermissionError) else _move_away(path))
 
 
 def root_trouble(root: Path) -> Problem | None:
@@ -238,15 +238,22 @@ def root_trouble(root: Path) -> Problem | None:
     for path, what in ((root, "the data root"), (root / "raw", "the folder of raw data")):
         if path.is_symlink() and not path.exists():
             aim = root / os.readlink(path) if path != root else path.parent / os.readlink(path)
-            return Problem("-", f"{what} {path} leads to {aim}, which is not there", f"mkdir -p {shlex.quote(str(aim))}")
+            mend = f"mkdir -p {shlex.quote(str(aim))}"
+            return Problem("-", f"{what} {path} leads to {aim}, which is not there", mend)
         if path.exists() and not path.is_dir():
             return Problem("-", f"{what} {path} is a file", f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}")
         if path.is_dir() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-            mend = f"sudo chown -R $(id -u) {there} && chmod -R u+rwX {there}"
-            return Problem("-", f"{what} {path} is not writable for you", mend)
+            return Problem("-", f"{what} {path} is not writable for you", _own(path))
     if not root.exists():
         return Problem("-", f"the data root {root} (--root, or DATA_ROOT) is not there", f"mkdir -p {there}")
     return None
+
+
+def _own(path: Path) -> str:
+    """A command that gives a folder to the user."""
+    there = shlex.quote(str(path))
+    mend = f"chmod -R u+rwX {there}"
+    return mend if path.stat().st_uid == os.getuid() else f"sudo chown -R $(id -u) {there} && {mend}"
 
 
 def _move_away(path: Path) -> str:
@@ -261,8 +268,10 @@ def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Pr
         if folder.is_symlink() or folder.exists():
             yield Problem(entry.name, f"{folder} is no folder, but a file or a link to nothing", _move_away(folder))
         return
-    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        raise PermissionError(13, "no right to read or write", str(folder))
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise PermissionError(13, "no right to read", str(folder))
+    if not os.access(folder, os.W_OK) and os.access(root / "raw", os.W_OK):
+        yield Problem(entry.name, f"{folder} is not writable for you", _own(folder))
     if entry.unsure:
         if any(folder.iterdir()):
             yield Problem(entry.name, f"is not fetched: {entry.unsure}", _move_away(folder))
@@ -285,6 +294,7 @@ def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Pr
                 yield Problem(entry.name, "is in manual/ and not yet registered", fetch)
             yield from _bad_manual(entry, folder, how)
         return
+    faults = list(_bad_manual(entry, folder, how))
     stopped = info.get("stopped")
     broken = [*([] if stopped else lacking(folder, info)), *broken_files(folder, deep)]
     for name, what in broken[:5]:
@@ -296,7 +306,7 @@ def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Pr
         yield Problem(entry.name, f"is not whole: {stopped}", f"{fetch} --verify" if broken else fetch)
     elif missing and (not info.get("complete") or entry.source.kind == "manual"):
         yield Problem(entry.name, f"manual/ lacks {', '.join(missing)}", how)
-    elif info.get("waiting"):
+    elif info.get("waiting") and not faults:
         yield Problem(entry.name, "; ".join(info["waiting"]), fetch)
     elif info.get("limit") is not None:
         yield Problem(entry.name, f"is a sample of {info['limit']:,} rows", fetch)
@@ -310,7 +320,7 @@ def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Pr
     media = info.get("media") or {}
     if media.get("later") and not info.get("waiting"):
         yield Problem(entry.name, f"{media['later']:,} addresses gave no file in time", fetch)
-    yield from _bad_manual(entry, folder, how)
+    yield from faults
 
 
 def _bad_manual(entry: DataSet, folder: Path, how: str) -> Iterator[Problem]:

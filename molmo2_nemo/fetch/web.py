@@ -115,7 +115,7 @@ def check_address(url: str, rules: Rules) -> str:
 
 
 def _in_figures(host: str) -> str | None:
-    """The IP address that a host is written as, in any of the forms that connecting takes: 127.0.0.1, 127.1, 2130706433."""
+    """The IP address that a host is written as, in any form that connecting takes: 127.0.0.1, 127.1, 2130706433."""
     with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(host.split("%")[0]))
     with contextlib.suppress(OSError):
@@ -225,7 +225,8 @@ async def _once(client, url: str, part: Path, rules: Rules, count, accept: str) 
         if status == 206:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
             whole = int(match[2]) if match and match[2] != "*" else None
-            validator, now = known.get("validator"), (response.headers.get("ETag"), response.headers.get("Last-Modified"))
+            validator = known.get("validator")
+            now = (response.headers.get("ETag"), response.headers.get("Last-Modified"))
             changed = validator is not None and any(now) and validator not in now
             if not have or not match or int(match[1]) != have or whole != known.get("total") or changed:
                 _forget(part)
