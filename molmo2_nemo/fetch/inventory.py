@@ -243,6 +243,9 @@ def root_trouble(root: Path) -> Problem | None:
         if path.exists() and not path.is_dir():
             return Problem("-", f"{what} {path} is a file", f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}")
         if path.is_dir() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            if os.statvfs(path).f_flag & os.ST_RDONLY:
+                said = f"{what} {path} is on a disk that is only to be read"
+                return Problem("-", said, "export DATA_ROOT=/another/disk")
             return Problem("-", f"{what} {path} is not writable for you", _own(path))
     if not root.exists():
         return Problem("-", f"the data root {root} (--root, or DATA_ROOT) is not there", f"mkdir -p {there}")
