@@ -732,6 +732,14 @@ def test_plan_counts_what_a_stopped_fetch_left(hub, media, tmp_path):
     assert row.action == "fetch" and row.gigabytes == pytest.approx(0.001 - there / 1e9)
 
 
+def test_plan_counts_an_archive_that_sets_share_once(tmp_path):
+    media = {"kind": "archive", "urls": ["http://a.org/coco.zip"]}
+    write_catalogue(tmp_path, *(entry(name, media=media, disk_gb=30, examples=1000) for name in ("one", "two")))
+    catalogue = load_catalogue(tmp_path / "datasets.yaml")
+    rows = plan(catalogue.sets, catalogue, tmp_path, 40 * 10**9, None)
+    assert [(row.name, row.action, row.gigabytes) for row in rows] == [("one", "fetch", 30), ("two", "fetch", 0.005)]
+
+
 # Commands
 
 

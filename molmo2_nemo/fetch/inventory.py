@@ -160,6 +160,7 @@ def plan(entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, 
     square root of its size. `speed`: bytes/s.
     """
     ready, planned = [], []
+    archives: set[str] = set()  # that are there or come before; several sets may name one
     for entry in entries:
         size, estimated = size_of(entry)
         state = state_of(entry, root)
@@ -167,6 +168,7 @@ def plan(entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, 
             planned.append(Planned(entry.name, "refused", 0, False, None, entry.unsure))
         elif state == "complete":
             planned.append(Planned(entry.name, "there", size / GB, estimated, None, "complete"))
+            archives.update(entry.media.urls)
         elif entry.source.kind == "manual":
             why = f"python tools/download.py how {entry.name}"
             planned.append(Planned(entry.name, "by hand", size / GB, estimated, None, why))
@@ -175,10 +177,15 @@ def plan(entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, 
     ready.sort(key=lambda item: (-_worth(item[0]) / max(item[1], 1e6), item[0].name))
     left, chosen = budget, []
     for entry, size, estimated in ready:
+        shared = bool(entry.media.urls) and archives.issuperset(entry.media.urls)
+        if shared:
+            size = min(size, int(entry.counts.get("paper_annotations") or entry.examples or 0) * ROW_BYTES)
         seconds = size / speed if speed else None
         if size <= left:
             left -= size
             why = "annotations; its media by hand" if entry.by_hand else ""
+            why = "annotations; its archives are another set's, too" if shared else why
+            archives.update(entry.media.urls)
             chosen.append(Planned(entry.name, "fetch", size / GB, estimated, seconds, why))
         else:
             why = f"{size / GB:,.1f} GB, {left / GB:,.1f} left"
