@@ -603,6 +603,8 @@ def test_a_full_disk_and_used_up_bytes_stop_the_run_and_the_next_goes_on(hub, me
         tmp_path,
         "--catalogue",
         tmp_path / "datasets.yaml",
+        "--timeout",
+        "5",
     ]
     result = run(["bash", "-c", 'ulimit -f 12000 && exec "$@"', "-", *limited])
     assert result.returncode == 3 and "cannot write under" in result.stdout and "Traceback" not in result.stderr
