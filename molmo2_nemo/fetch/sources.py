@@ -12,38 +12,32 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from functools import cache
+from datetime import UTC, datetime
 from pathlib import Path
 
-from molmo2_nemo.data.catalogue import Catalogue, DataSet, HeldOut, HubFiles
+from molmo2_nemo.data.catalogue import Catalogue, DataSet
 from molmo2_nemo.data.raw import ROW_SUFFIXES, RawSource, column_values, matches, num_rows, read_rows, size_on_disk
 from molmo2_nemo.fetch import hub
 from molmo2_nemo.fetch.archives import SUFFIXES, BadArchive, Bounds, archive_kind, extract
-from molmo2_nemo.fetch.check import BadContent, check_file, check_video, sha256_of
+from molmo2_nemo.fetch.check import BadContent, check_file, sha256_of
+from molmo2_nemo.fetch.held_out import held_out_lists
 from molmo2_nemo.fetch.journal import Journal, is_disk_error, locked, write_json
 from molmo2_nemo.fetch.state import (
     broken_files, fault, is_unpacked, lacking, manual_annotations, missing_layout, remove_broken, shared_homes,
     unpacked_as,
 )  # fmt: skip
-from molmo2_nemo.fetch.url_list import DAYS, NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
+from molmo2_nemo.fetch.url_list import NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
 from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, download, publish, session
+from molmo2_nemo.fetch.youtube import fetch_videos
 
 # Of the addresses may give no file for now, or the set is not whole before they were asked in another fetch, too.
 MAX_LATER = 0.25
 MAX_ARCHIVE = 4 * 10**12  # bytes
-YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
-# What yt-dlp says of a video that does not come back.
-GONE = re.compile(
-    "unavailable|private video|removed|terminated|not available|does not exist|members-only|copyright|confirm your age",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -329,46 +323,11 @@ class _Fetch:
             )
 
     def _youtube(self) -> None:
-        """By yt-dlp, which the user installed. What it does not get is for the user."""
-        media, wanted = self.folder / "media", set()
-        for row in self._columns(self.entry.media.columns):
-            wanted.update(v for column in self.entry.media.columns if YOUTUBE_ID.fullmatch(str(v := row.get(column))))
-        lost = Journal(media / "lost.jsonl", "url")
-        self.progress.start(len(wanted), 0)
-        for video in sorted(wanted):
-            path = media / f"{video}.mp4"
-            due = video not in lost.records or lost.records[video]["not_before"] <= datetime.now(UTC).date().isoformat()
-            if not path.is_file() and (due or self.options.retry_lost):
-                part = media / ".part" / video
-                part.mkdir(parents=True, exist_ok=True)
-                command = [
-                    "yt-dlp", "--quiet", "--no-playlist", "--no-exec", "--ignore-config", "--format",
-                    "best[ext=mp4][height<=720]/best[ext=mp4]", "--socket-timeout", "30", "--output",
-                    str(part / "video.mp4"), "--",
-                    f"https://www.youtube.com/watch?v={video}",
-                ]  # fmt: skip
-                ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-                try:
-                    if ended.returncode != 0 or not (part / "video.mp4").is_file():
-                        raise BadContent((ended.stderr.strip().splitlines() or ["no file"])[-1][:200])
-                    check_video(part / "video.mp4")
-                    self.meter.add((part / "video.mp4").stat().st_size)
-                    os.replace(part / "video.mp4", path)
-                    lost.remove(video)
-                except BadContent as error:
-                    # Anything else may pass: no network, too many requests, an old yt-dlp.
-                    gone = "gone" if GONE.search(str(error)) else "later"
-                    kind = "content" if ended.returncode == 0 else gone
-                    day = datetime.now(UTC).date() + timedelta(days=DAYS.get(kind, 0))
-                    lost.append({"url": video, "kind": kind, "reason": str(error), "code": None, "runs": 1,
-                                 "not_before": day.isoformat()})  # fmt: skip
-                shutil.rmtree(part)
-            self.progress.add_files(1)
-        lost.close()
-        there = sum((media / f"{video}.mp4").is_file() for video in wanted)
-        later = sum(lost.records[video]["kind"] == "later" for video in wanted if video in lost.records)
-        self.counts |= {"videos": len(wanted), "fetched": there, "lost": len(wanted) - there}
-        self.counts |= {"later": later} if later else {}
+        columns, wanted = self.entry.media.columns, set()
+        for row in self._columns(columns):
+            wanted.update(str(row.get(column)) for column in columns)
+        media = self.folder / "media"
+        self.counts |= fetch_videos(wanted, media, self.meter.add, self.progress, self.options.retry_lost)
 
     # By hand
 
@@ -535,49 +494,6 @@ class _Fetch:
 
 def is_shared(catalogue: Catalogue, url: str) -> bool:
     return sum(url in (*entry.source.urls, *entry.media.urls) for entry in catalogue.sets) > 1
-
-
-@cache
-def held_out_lists(lists: tuple[HeldOut, ...], root: Path, rules: Rules) -> tuple[tuple[set[str], set[str]], bool]:
-    """Addresses and hashes of pictures that training must not see; False: a list is not on the Hub.
-
-    ValueError: a list cannot be read for now.
-    """
-    urls: set[str] = set()
-    hashes: set[str] = set()
-    whole = True
-    for held in lists:
-        wanted = HubFiles(repo=held.repo, revision=held.revision, split=held.split)
-        folder = root / "raw" / ".held_out" / held.repo.replace("/", "--")
-        try:
-            repository = hub.open_repository(wanted, root, rules)
-        except ValueError as error:
-            if "is not on the Hub" not in str(error):
-                raise ValueError(f"the pictures held out for evaluation are not known: {error}") from error
-            whole = False
-            continue
-        try:
-            names = [name for names in hub.choose_files(repository, wanted).values() for name in names]
-        except ValueError:  # all of its splits, then
-            names = [name for name in repository.files if name.lower().endswith(ROW_SUFFIXES)]
-        with locked(folder / ".lock", wait=True):
-            hub.fetch_files(
-                repository, names, folder / repository.revision, {}, rules, lambda n: None, lambda n, r: None
-            )
-        for name in names:
-            for row in column_values(
-                folder / repository.revision / name, [held.column, *([held.sha256] if held.sha256 else [])]
-            ):
-                value = row.get(held.column)
-                urls.update(value if isinstance(value, list) else [value])
-                if row.get(held.sha256 or ""):
-                    hashes.add(row[held.sha256].lower())
-        urls.discard(None)
-        if not urls:
-            raise ValueError(
-                f"the pictures held out for evaluation are not known: {held.repo} has no column {held.column}."
-            )
-    return (urls, hashes), whole
 
 
 def _check_rows(path: Path, suffix: str) -> None:
