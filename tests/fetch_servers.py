@@ -208,6 +208,8 @@ class Hub(_Server):
             return request.send(200, bytes(len(body)))
         if fault == "503":
             return request.send(503)
+        if fault == "more":
+            return request.send(200, body + bytes(1_000_000))
         if fault == "drip":
             request.send(200, body[:10], length=len(body))
             while not self.stopping.wait(0.1):
@@ -256,6 +258,15 @@ class Media(_Server):
                 if "Range" in request.headers:
                     return request.send_ranged(body)
                 return request.cut(body[: len(body) // 3], length=len(body), ETag=f'"{hashlib.md5(body).hexdigest()}"')
+            case "big-changes":  # another file by the time that the rest is asked for
+                first, second = picture(number, "BMP", 1200), picture(number + 1, "BMP", 1200)
+                if nth == 1:
+                    return request.cut(first[: len(first) // 3], length=len(first), ETag='"first"')
+                if "Range" not in request.headers:
+                    return request.send(200, second, ETag='"second"')
+                start = int(request.headers["Range"].removeprefix("bytes=").rstrip("-"))
+                end = f"bytes {start}-{len(second) - 1}/{len(second)}"
+                return request.send(206, second[start:], Content_Range=end, ETag='"second"')
             case "redirect":
                 return request.send(302, Location=f"/ok/{rest}")
             case "loop":
@@ -300,6 +311,13 @@ class Media(_Server):
                 request.send(200, good[:10], length=len(good))
                 while not self.stopping.wait(0.1):
                     request.wfile.write(b"\0")
+                return None
+            case "trickle":  # just fast enough, without end
+                request.send_response(200)
+                request.send_header("Transfer-Encoding", "chunked")
+                request.end_headers()
+                while not self.stopping.wait(0.01):
+                    request.wfile.write(b"64\r\n" + bytes(100) + b"\r\n")
                 return None
             case "drip-head":
                 request.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")

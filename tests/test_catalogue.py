@@ -4,10 +4,10 @@ import json
 
 import pytest
 import yaml
-from conftest import python, succeeded
+from conftest import REPOSITORY, python, succeeded
 
 from molmo2_nemo.data.catalogue import load_catalogue
-from molmo2_nemo.data.raw import RawSource, media_name
+from molmo2_nemo.data.raw import RawSource, media_name, read_rows
 from molmo2_nemo.fetch.inventory import listed, plan, with_license
 
 MINE = {
@@ -162,3 +162,50 @@ def test_parquet_rows(tmp_path):
     (folder / "train-0.parquet").write_bytes((folder / "train-0.parquet").read_bytes()[:-9])
     with pytest.raises(ValueError, match="train-0.parquet"):
         list(RawSource(tmp_path, "mine").rows("train"))
+
+
+def test_rows_that_the_library_datasets_saved_are_read(tmp_path):
+    """As save_to_disk writes them: Arrow's stream format."""
+    import pyarrow as pa
+
+    table = pa.table({"n": list(range(200)), "s": [str(n) for n in range(200)]})
+    with pa.ipc.new_stream(str(tmp_path / "data-00000-of-00001.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=150)
+    assert list(read_rows(tmp_path / "data-00000-of-00001.arrow")) == table.to_pylist()
+    (tmp_path / "cut.arrow").write_bytes((tmp_path / "data-00000-of-00001.arrow").read_bytes()[:500])
+    with pytest.raises(ValueError, match="cut.arrow cannot be read"):
+        list(read_rows(tmp_path / "cut.arrow"))
+
+
+WRONG = {
+    "fetch pixmo-capp": "did you mean pixmo-cap", "how qvhighlight": "did you mean qvhighlights",
+    "fetch pixmo-cap --jobs 0": "0 is not a whole number above 0", "fetch pixmo-cap --jobs -3": "-3 is not a whole",
+    "fetch pixmo-cap --limit 1.5": "1.5 is not a whole", "fetch pixmo-cap --timeout nan": "nan is not a number",
+    "plan --budget lots": "lots is not a size", "plan --budget 0": "0 is not above 0",
+    f"plan --budget {'9' * 400}": "is not a size", "list --stage 4": "invalid choice: 4",
+    "list --category x": "invalid choice: 'x'",
+    "list --catalogue /none.yaml": "/none.yaml cannot be read", "fetch": "needs names, --stage or --category",
+}  # fmt: skip
+
+
+def test_what_a_user_gets_wrong_ends_in_a_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    from download import main
+
+    for words, said in WRONG.items():
+        try:
+            status = main([*words.split(), "--root", str(tmp_path)])
+        except SystemExit as stop:
+            status = stop.code
+        error = capsys.readouterr().err
+        assert status in (1, 2) and said in error.splitlines()[-1], (words, error)
+
+
+def test_json_is_a_list_of_objects(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    from download import main
+
+    for words in ("list", "plan --budget 1TB", "how docvqa", "doctor", "fetch gqa"):
+        main([*words.split(), "--json", "--root", str(tmp_path)])
+        values = json.loads(capsys.readouterr().out)
+        assert isinstance(values, list) and all(isinstance(value, dict) for value in values), words

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +23,13 @@ from PIL import Image
 
 from molmo2_nemo.data.catalogue import load_catalogue
 from molmo2_nemo.data.raw import RawSource, media_name, size_on_disk
-from molmo2_nemo.fetch.inventory import doctor, state_of
+from molmo2_nemo.fetch.check import BadContent, check_image
+from molmo2_nemo.fetch.inventory import doctor, plan, state_of
 from molmo2_nemo.fetch.journal import Journal
-from molmo2_nemo.fetch.sources import Meter, Options, broken_files, fetch_set
+from molmo2_nemo.fetch.sources import Meter, Options, fetch_set
+from molmo2_nemo.fetch.state import broken_files
 from molmo2_nemo.fetch.url_list import NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
-from molmo2_nemo.fetch.web import Rules, is_private
+from molmo2_nemo.fetch.web import Lost, Rules, check_address, is_private
 
 # Short, so that what hangs is given up soon; 127.0.0.1 must be allowed.
 RULES = Rules(jobs=16, per_host=16, tries=3, timeout=0.6, backoff=0.01, allow_private=True)
@@ -183,6 +187,35 @@ def test_what_is_not_known_is_refused_not_guessed(hub, tmp_path):
     assert [row["a"] for row in RawSource(tmp_path, "mine").rows()] == [2]
 
 
+def test_no_more_comes_than_the_hub_lists_and_odd_listings_end_in_a_sentence(hub, tmp_path):
+    hub.repos["me/mine"] = Repo({"train.jsonl": lines([{"a": 1}])}, faults={"train.jsonl": ["more"] * 99})
+    result = fetched(tmp_path, entry(), rules=replace(RULES, timeout=30))
+    assert result.state == "failed" and "more than the 9 bytes that the Hub lists came" in result.reason
+    assert sum(path.stat().st_size for path in (tmp_path / "raw/mine/hub/.part").iterdir()) < 100
+    for sha, said in (("../../../up", "answered with the commit ../../../up"), ("", "answered with the commit")):
+        hub.repos["me/mine"] = Repo({"train.jsonl": b"{}"}, sha=sha)
+        (tmp_path / "raw/revisions.json").unlink(missing_ok=True)
+        result = fetched(tmp_path, entry())
+        assert result.state == "failed" and said in result.reason
+    assert not list(tmp_path.glob("*.md"))
+
+
+def test_without_its_line_in_revisions_a_set_moves_on_and_old_files_go(hub, tmp_path):
+    old, new = {"train-0.jsonl": lines([{"a": 1}]), "train-1.jsonl": lines([{"a": 2}])}, lines([{"a": 3}])
+    hub.repos["me/mine"] = Repo(old)
+    assert fetched(tmp_path, entry()).state == "complete"
+    hub.repos["me/mine"] = Repo({"train-0.jsonl": new}, sha="b" * 40)
+    assert fetched(tmp_path, entry()).reason == "was there already"
+    (tmp_path / "raw/revisions.json").write_text("{}")
+    sets = load_catalogue(tmp_path / "datasets.yaml").sets
+    assert [problem.what for problem in doctor(sets, tmp_path)] == [
+        "is of the commit aaaaaaaaaaaa, none is pinned any more"
+    ]
+    assert fetched(tmp_path, entry()).state == "complete" and not list(doctor(sets, tmp_path))
+    assert list(RawSource(tmp_path, "mine").rows()) == [{"a": 3}]
+    assert not (tmp_path / "raw/mine/hub/train-1.jsonl").exists()
+
+
 def test_a_repository_cannot_write_outside_its_folder(hub, tmp_path):
     hub.repos["me/mine"] = Repo({"train.jsonl": lines([{}]), "../../../escaped": b"x"})
     result = fetched(tmp_path, entry())
@@ -199,23 +232,32 @@ BAD = {
     "empty": ("content", "an empty file"), "short": ("later", "ended before its length"),
     "short-length": ("content", "truncated"), "half-unsaid": ("content", "truncated"),
     "huge": ("content", "1,000,000,000,000 bytes"), "endless": ("content", "more than 8,388,608 bytes"),
-    "drip": ("later", "slower than"), "drip-head": ("later", "no answer"), "silent": ("later", "no answer"),
     "reset": ("later", ""), "limited-far": ("later", "asks to wait"), "error": ("later", "status 500"),
     "bomb": ("content", "pixels"), "tiny": ("content", "placeholder"), "gzip": ("content", "packed as gzip"),
     "broken": ("content", "broken picture"),
+}  # fmt: skip
+# Given up when their time is over, and nothing else is: short for these, long for the others.
+HANGING = {
+    "drip": ("later", "slower than"), "drip-head": ("later", "no answer"), "silent": ("later", "no answer"),
+    "trickle": ("later", "not whole after 1 s"),
 }  # fmt: skip
 
 
 def test_every_bad_manner_of_a_server_is_named_and_leaves_nothing_behind(media, tmp_path, monkeypatch):
     """Private addresses are refused here but for this server's, which HF_ENDPOINT names."""
     monkeypatch.setenv("HF_ENDPOINT", media.url)
-    rules = replace(RULES, allow_private=False, max_file_bytes=8 * 2**20)
-    urls = {kind: f"{media.url}/{kind}/{number}.jpg" for number, kind in enumerate([*GOOD, *BAD])}
+    rules = replace(RULES, allow_private=False, max_file_bytes=8 * 2**20, timeout=60)
+    urls = {kind: f"{media.url}/{kind}/{number}.jpg" for number, kind in enumerate([*GOOD, *BAD, *HANGING])}
     odd = {
         "file:///etc/hostname": "of the type file:", "http://[::1/x": "not an address",
         "no address": "of the type none:",
         "http://10.0.0.1/x": "private", "http://[::ffff:10.0.0.2]/x": "private", "http://192.168.0.1/x": "private",
     }  # fmt: skip
+    hanging = [Wanted(urls[kind]) for kind in HANGING]
+    fetch_list(hanging, tmp_path, replace(rules, tries=1, timeout=2, max_seconds=1))
+    # Not asked again while the others are fetched.
+    given_up = Journal(tmp_path / "lost.jsonl", "url").records.values()
+    (tmp_path / "lost.jsonl").write_bytes(lines([record | {"not_before": "2999-01-01"} for record in given_up]))
     counts = fetch_list([Wanted(url) for url in (*urls.values(), *odd)], tmp_path, rules)
     index = {r["url"]: r for r in map(json.loads, (tmp_path / "index.jsonl").read_text().splitlines())}
     lost = {r["url"]: r for r in map(json.loads, (tmp_path / "lost.jsonl").read_text().splitlines())}
@@ -226,7 +268,7 @@ def test_every_bad_manner_of_a_server_is_named_and_leaves_nothing_behind(media, 
         assert content == (picture(number, "BMP", 1200) if kind.startswith("big") else picture(number))
         assert record["sha256"] == hashlib.sha256(content).hexdigest() and record["bytes"] == len(content)
         assert record["file"].startswith(media_name(urls[kind]))
-    for kind, (why, said) in BAD.items():
+    for kind, (why, said) in (BAD | HANGING).items():
         assert lost[urls[kind]]["kind"] == why and said in lost[urls[kind]]["reason"], (kind, lost[urls[kind]])
     for url, said in odd.items():
         assert lost[url]["kind"] == "gone" and said in lost[url]["reason"], lost[url]
@@ -234,6 +276,42 @@ def test_every_bad_manner_of_a_server_is_named_and_leaves_nothing_behind(media, 
     assert len(files) == len(GOOD) + 3 and not (tmp_path / ".part").exists()
     assert counts["urls"] == len(urls) + len(odd) and counts["fetched"] == len(GOOD)
     assert media.ranges, "a file that was cut off goes on where it ended"
+
+
+def test_a_part_goes_on_only_with_the_rest_of_the_same_file(media, tmp_path):
+    fetch_list([Wanted(f"{media.url}/big-changes/1.jpg")], tmp_path, replace(RULES, timeout=30))
+    record = next(iter(Journal(tmp_path / "index.jsonl", "url").records.values()))
+    assert (tmp_path / record["file"]).read_bytes() == picture(2, "BMP", 1200)
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "JPEG"])
+def test_a_picture_without_its_end_is_none(tmp_path, form):
+    """Pillow decodes these: a GIF of which the first frame is there, a PNG and many a JPEG without the last bytes."""
+    frames = [Image.open(io.BytesIO(picture(n, side=64))).convert("RGB").resize((64, 64)) for n in range(3)]
+    frames[0].save(tmp_path / "x", form, **({"save_all": True, "append_images": frames[1:]} if form == "GIF" else {}))
+    assert check_image(tmp_path / "x")["width"] == 64
+    whole = (tmp_path / "x").read_bytes()
+    (tmp_path / "x").write_bytes(whole + b"\0" * 9)
+    assert check_image(tmp_path / "x")["width"] == 64
+    for cut in (1, 2, 12, 40):
+        (tmp_path / "x").write_bytes(whole[:-cut])
+        with pytest.raises(BadContent):
+            check_image(tmp_path / "x")
+
+
+def test_pictures_that_are_held_out_later_go(hub, media, tmp_path):
+    urls = [f"{media.url}/ok/{n}.jpg" for n in range(3)]
+    wanted, sha = [Wanted(url) for url in urls], hashlib.sha256(picture(1)).hexdigest()
+    assert fetch_list(wanted, tmp_path, RULES)["fetched"] == 3
+    counts = fetch_list(wanted, tmp_path, RULES, held_out=({urls[0]}, {sha}))
+    assert counts["fetched"] == 1 and counts["held_out"] == 2 and counts["lost"] == 0
+    assert len(list(tmp_path.rglob("*.jpg"))) == 1
+
+
+def test_a_column_without_addresses_is_a_mistake(hub, tmp_path):
+    hub.repos["me/mine"] = Repo({"train.jsonl": lines([{"u": 5}, {"u": None}])})
+    result = fetched(tmp_path, entry(media={"kind": "url-list", "columns": ["u"]}))
+    assert result.state == "failed" and "mine has no address in the column u" in result.reason
 
 
 def test_dead_addresses_are_asked_again_on_their_date_and_passing_faults_at_once(media, tmp_path):
@@ -365,6 +443,13 @@ def test_private_addresses(address, private):
     assert is_private(address) is private
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "2130706433", "0", "017700000001", "[::1]", "[::ffff:7f00:1]"])
+def test_this_machine_in_any_figures_is_private(host, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example.org")
+    with pytest.raises(Lost, match="private address"):
+        check_address(f"http://{host}:8080/x", Rules())
+
+
 # Sets by hand, and YouTube
 
 
@@ -399,7 +484,7 @@ def test_a_set_by_hand_waits_for_its_files_and_doctor_looks_at_them(tmp_path):
 
 
 def test_youtube_ids_go_to_an_installed_yt_dlp_alone(hub, tmp_path, monkeypatch):
-    ids = ["abcdefghijk", "-bcdefghij0", "gone_video_", "$(touch x)!"]
+    ids = ["abcdefghijk", "-bcdefghij0", "gone_video_", "busy_video_", "$(touch x)!"]
     hub.repos["me/mine"] = Repo({"train.jsonl": lines([{"video_id": video} for video in ids])})
     videos = entry(media={"kind": "youtube-ids", "columns": ["video_id"]}, modality="video")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -409,13 +494,15 @@ def test_youtube_ids_go_to_an_installed_yt_dlp_alone(hub, tmp_path, monkeypatch)
     program.write_text(
         f"#!{sys.executable}\nimport shutil, sys\nurl = sys.argv[-1]\nassert sys.argv[-2] == '--'\n"
         f"source = {str(make_video(tmp_path / 'made.mp4'))!r} if '-bcd' not in url else __file__\n"
-        "sys.exit('gone') if 'gone' in url else shutil.copy(source, sys.argv[sys.argv.index('--output') + 1])\n"
+        "if 'gone' in url:\n    sys.exit('ERROR: Video unavailable')\n"
+        "if 'busy' in url:\n    sys.exit('HTTP Error 429')\n"
+        "shutil.copy(source, sys.argv[sys.argv.index('--output') + 1])\n"
     )
     program.chmod(0o755)
     result = fetched(tmp_path, videos)
-    assert result.state == "complete" and result.counts == {"videos": 3, "fetched": 1, "lost": 2}
+    assert result.state == "complete" and result.counts == {"videos": 4, "fetched": 1, "lost": 3, "later": 1}
     source = RawSource(tmp_path, "mine")
-    assert [source.media(f"{video}.mp4") is not None for video in ids] == [True, False, False, False]
+    assert [source.media(f"{video}.mp4") is not None for video in ids] == [True, False, False, False, False]
 
 
 # Stops
@@ -432,7 +519,7 @@ def start(root: Path, hub, *options) -> subprocess.Popen:
         "--catalogue",
         root / "datasets.yaml",
     ]
-    command += ["--timeout", "5", "--quiet", *options]
+    command += ["--timeout", "5", "--per-host", "16", "--quiet", *options]
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
     return subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
 
@@ -440,7 +527,7 @@ def start(root: Path, hub, *options) -> subprocess.Popen:
 def big_set(hub, media, root: Path, pictures: int = 240) -> None:
     """A Hub file of 25 MB and pictures, so that a kill hits either."""
     root.mkdir(exist_ok=True)
-    rows = [{"image_url": f"{media.url}/{'busy' if n % 9 == 0 else 'ok'}/{n}.jpg", "n": n} for n in range(pictures)]
+    rows = [{"image_url": f"{media.url}/{'busy' if n % 9 == 4 else 'ok'}/{n}.jpg", "n": n} for n in range(pictures)]
     filler = random.Random(0).randbytes(25_000_000)
     hub.repos["me/mine"] = Repo({"train.jsonl": lines(rows), "more.bin": filler}, large=frozenset(["more.bin"]))
     media.files["/archive.zip"] = zip_of({f"a/{n}.bin": filler[n * 50_000 : (n + 1) * 50_000] for n in range(60)})
@@ -516,6 +603,8 @@ def test_a_full_disk_and_used_up_bytes_stop_the_run_and_the_next_goes_on(hub, me
         tmp_path,
         "--catalogue",
         tmp_path / "datasets.yaml",
+        "--timeout",
+        "5",
     ]
     result = run(["bash", "-c", 'ulimit -f 12000 && exec "$@"', "-", *limited])
     assert result.returncode == 3 and "cannot write under" in result.stdout and "Traceback" not in result.stderr
@@ -556,6 +645,101 @@ def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path):
         journal.append({"k": "c", "v": 3})
         journal.close()
         assert Journal(tmp_path / "j.jsonl", "k").records["c"] == {"k": "c", "v": 3}
+
+
+# Mending
+
+
+def flip(path: Path) -> None:
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 1
+    path.write_bytes(body)
+
+
+def one_of(folder: Path, pattern: str) -> Path:
+    return sorted(path for path in folder.glob(pattern) if path.is_file())[0]
+
+
+DAMAGES = {
+    "fetched.json": lambda raw: (raw / "fetched.json").write_text("{"),
+    "of another form": lambda raw: (raw / "fetched.json").write_text('{"complete": true, "counts": 3}'),
+    "files.jsonl": lambda raw: (raw / "files.jsonl").write_bytes(b'\xff{"file": "x"}\nnull\n{"file": 5}\n'),
+    "index.jsonl": lambda raw: (raw / "media/index.jsonl").write_text('{"url": "x"}\n'),
+    "a picture": lambda raw: one_of(raw, "media/*/*.jpg").unlink(),
+    "a bit of a picture": lambda raw: flip(one_of(raw, "media/*/*.jpg")),
+    "rows": lambda raw: (raw / "hub/train.jsonl").unlink(),
+    "a file from an archive": lambda raw: (raw / "extracted/archive/a/1.bin").unlink(),
+    "a bit of one": lambda raw: flip(raw / "extracted/archive/a/1.bin"),
+    "all from an archive": lambda raw: shutil.rmtree(raw / "extracted"),
+}
+
+
+def test_the_command_that_doctor_prints_mends_what_it_found(hub, media, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    from download import main
+
+    root = tmp_path / "a root"
+    big_set(hub, media, root, pictures=6)
+    hub.repos["me/mine"].files["more.bin"] = b"small"
+    more = ["--root", str(root), "--catalogue", str(root / "datasets.yaml")]
+
+    def problems() -> list[dict]:
+        capsys.readouterr()
+        assert main(["doctor", "--deep", "--json", *more]) in (0, 1)
+        return json.loads(capsys.readouterr().out)
+
+    assert main(["fetch", "mine", "--quiet", *more]) == 0 and problems() == []
+    whole = tree(root / "raw")
+    for name, damage in DAMAGES.items():
+        damage(root / "raw/mine")
+        found = problems()
+        assert found, name
+        words = shlex.split(found[0]["mend"])
+        assert words[:4] == ["python", "tools/download.py", "fetch", "mine"]
+        assert main([*words[2:], "--quiet"]) == 0, name
+        assert problems() == [] and tree(root / "raw") == whole, name
+
+
+def test_doctor_names_a_root_and_folders_that_cannot_be_used(hub, tmp_path, monkeypatch):
+    write_catalogue(tmp_path, entry())
+    sets = load_catalogue(tmp_path / "datasets.yaml").sets
+    (tmp_path / "link").symlink_to(tmp_path / "away")
+    (tmp_path / "file").touch()
+    for name, said in (("none", "is not there"), ("link", "which is not there"), ("file", "is a file")):
+        problems = list(doctor(sets, tmp_path / name))
+        assert len(problems) == 1 and said in problems[0].what
+        assert run(["bash", "-c", problems[0].mend]).returncode == 0
+        (tmp_path / name).mkdir(exist_ok=True)
+        assert not list(doctor(sets, tmp_path / name))
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/mine").touch()
+    assert fetched(tmp_path, entry()).state == "failed"
+    assert "no folder" in list(doctor(sets, tmp_path))[0].what
+    (tmp_path / "raw/mine").unlink()
+    (tmp_path / "raw/mine/files.jsonl").mkdir(parents=True)
+    problem = list(doctor(sets, tmp_path))[0]
+    assert "cannot be read (Is a directory)" in problem.what and problem.mend.startswith("mv ")
+    assert fetched(tmp_path, entry()).state == "failed"
+
+
+def test_plan_counts_what_a_stopped_fetch_left(hub, media, tmp_path):
+    pictures = entry(media={"kind": "url-list", "columns": ["u"]}, size_gb=0.001)
+    hub.repos["me/mine"] = Repo({"train.jsonl": lines([{"u": f"{media.url}/ok/{n}.jpg"} for n in range(9)])})
+    assert fetched(tmp_path, pictures).state == "complete"
+    catalogue, note = load_catalogue(tmp_path / "datasets.yaml"), tmp_path / "raw/mine/fetched.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"complete": False, "stopped": "x", "bytes": None}))
+    there = sum(path.stat().st_size for path in (tmp_path / "raw/mine").rglob("*.jpg"))
+    there += (tmp_path / "raw/mine/hub/train.jsonl").stat().st_size
+    [row] = plan(catalogue.sets, catalogue, tmp_path, 10**9, None)
+    assert row.action == "fetch" and row.gigabytes == pytest.approx(0.001 - there / 1e9)
+
+
+def test_plan_counts_an_archive_that_sets_share_once(tmp_path):
+    media = {"kind": "archive", "urls": ["http://a.org/coco.zip"]}
+    write_catalogue(tmp_path, *(entry(name, media=media, disk_gb=30, examples=1000) for name in ("one", "two")))
+    catalogue = load_catalogue(tmp_path / "datasets.yaml")
+    rows = plan(catalogue.sets, catalogue, tmp_path, 40 * 10**9, None)
+    assert [(row.name, row.action, row.gigabytes) for row in rows] == [("one", "fetch", 30), ("two", "fetch", 0.005)]
 
 
 # Commands

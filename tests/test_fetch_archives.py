@@ -14,7 +14,7 @@ from test_fetch import entry, fetched, hub, lines, media, tree  # noqa: F401 (fi
 from molmo2_nemo.data.raw import RawSource
 from molmo2_nemo.fetch.archives import BadArchive, Bounds, extract
 from molmo2_nemo.fetch.check import sha256_of
-from molmo2_nemo.fetch.sources import broken_files
+from molmo2_nemo.fetch.state import broken_files
 
 ROOMY = Bounds(keep_free=0)
 
@@ -181,3 +181,145 @@ def test_files_of_plain_addresses_are_checked(hub, media, tmp_path):  # noqa: F8
     ):
         result = fetched(tmp_path, entry("b", source=source(name), media=nothing), name="b")
         assert result.state == "failed" and said in result.reason, result
+
+
+# Archives inside
+
+INNER = {"J/v0/0.jpg": b"first", "J/v0/1.jpg": b"second"}
+
+
+def packed(make, tmp_path, members: dict) -> bytes:
+    return make(tmp_path / "packing", members).read_bytes()
+
+
+def test_an_archive_inside_becomes_a_folder_of_its_name(tmp_path):
+    """As the frames of MeViS come: MeViS_release.zip holds train/JPEGImages.tar. A third level stays packed."""
+    deepest = packed(make_zip, tmp_path, {"deep": b"d"})
+    third = packed(make_zip, tmp_path, {"three.zip": deepest, "x": b"1"})
+    second = packed(make_tar, tmp_path, {"two.zip": third, **INNER})
+    broken = packed(make_zip, tmp_path, INNER)[:-9]
+    files = {"M/a.json": b"{}", "M/J.tar": second, "M/bad.zip": broken, "M/x.rar": b"Rar!\x1a\x07", "M/no.tar": b"no",
+             "M/w.npz": deepest}  # fmt: skip
+    archive = make_zip(tmp_path / "x.archive", files)
+    found = extract(archive, tmp_path / "out/x", sha256_of(archive), ROOMY)
+    inside = {f"M/J.tar/{name}": body for name, body in INNER.items()}
+    inside |= {"M/J.tar/two.zip/x": b"1", "M/J.tar/two.zip/three.zip": deepest}
+    files.pop("M/J.tar")
+    assert tree(tmp_path / "out/x") == files | inside
+    assert (found.inside, found.packed, found.files) == (2, 3, len(files) + len(inside))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
+
+
+def test_bounds_hold_across_levels(tmp_path):
+    bounds = Bounds(keep_free=0, free_ratio_bytes=2**20, max_files=20)
+    zeros = make_zip(tmp_path / "z", {str(n): bytes(2**18) for n in range(3)}, zipfile.ZIP_DEFLATED).read_bytes()
+    bomb = make_zip(tmp_path / "bomb", {f"{n}.zip": zeros for n in range(2)}, zipfile.ZIP_DEFLATED)
+    many = packed(make_zip, tmp_path, {str(n): b"" for n in range(12)})
+    crowd = make_zip(tmp_path / "crowd", {"a.zip": many, "b.zip": many})
+    for archive, said in ((bomb, "explodes"), (crowd, "more than 20 files")):
+        with pytest.raises(BadArchive, match=said):
+            extract(archive, tmp_path / "out/x", sha256_of(archive), bounds)
+    hostile = make_zip(tmp_path / "h", {"a": b"1", "b.zip": packed(make_zip, tmp_path, {"../up": b"1"})})
+    with pytest.raises(BadArchive, match="leads out"):
+        extract(hostile, tmp_path / "out/x", sha256_of(hostile), ROOMY)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_stopped_anywhere_it_ends_with_the_same(tmp_path):
+    inner = packed(make_tar, tmp_path, INNER | {"J/link": b""})
+    twice = packed(make_zip, tmp_path, {"c.zip": packed(make_zip, tmp_path, INNER)})
+    files = {"a/1": b"one", "J.tar": inner, "b.zip": twice}
+    archive = make_zip(tmp_path / "x.archive", files)
+    calm, steps = extract(archive, tmp_path / "calm/x", sha256_of(archive), ROOMY), []
+    extract(archive, tmp_path / "steps/x", sha256_of(archive), ROOMY, steps.append)
+
+    class Stop(Exception):
+        pass
+
+    for moment in range(len(steps)):
+        left = [moment]
+
+        def stop(count):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Stop
+
+        for _ in range(2):
+            left[0] = moment
+            with pytest.raises(Stop):
+                extract(archive, tmp_path / f"{moment}/x", sha256_of(archive), ROOMY, stop)
+                raise Stop  # what was left took no more steps
+            if (tmp_path / f"{moment}/x").exists():
+                break
+        assert extract(archive, tmp_path / f"{moment}/x", sha256_of(archive), ROOMY) == calm
+        assert tree(tmp_path / f"{moment}") == tree(tmp_path / "calm")
+
+
+def tar_head(name: bytes, size: int, kind: bytes = b"0") -> bytes:
+    head = bytearray(512)
+    head[: len(name)], head[257:265], head[156:157] = name, b"ustar\x0000", kind
+    head[100:108] = b"0000644\0"
+    head[124:136] = (b"\x80" if size >= 0 else b"\xff") + size.to_bytes(11, "big", signed=size < 0)
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head)
+
+
+ODD_TARS = {
+    "a name of 10 GB": (tar_head(b"x", 10 * 2**30, b"L") + bytes(9000), "a head of"),
+    "a pax head of 10 GB": (tar_head(b"x", 10 * 2**30, b"x") + bytes(9000), "a head of"),
+    "a size below 0": (tar_head(b"x", -512) + bytes(9000), "below 0"),
+    "a petabyte": (tar_head(b"x", 10**15) + bytes(9000), "explodes"),
+    "no end": (tar_head(b"x", 3) + bytes(512), "no end at byte 1,024"),
+    "damaged amid": (tar_head(b"x", 3) + bytes(512) + b"G" * 512 + tar_head(b"y", 3) + bytes(2000), "no end at"),
+    "nothing": (bytes(1024), "empty"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_TARS)
+def test_a_tar_that_lies_about_itself_is_refused(tmp_path, name):
+    body, said = ODD_TARS[name]
+    (tmp_path / "x.tar").write_bytes(body)
+    with pytest.raises(BadArchive, match=said):
+        extract(tmp_path / "x.tar", tmp_path / "out/x", "0" * 64, ROOMY)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_what_follows_the_last_member_is_checked_too(tmp_path):
+    whole = bytearray(make_tar(tmp_path / "x.tar.gz", FILES).read_bytes())
+    whole[-6] ^= 1  # of gzip's checksum
+    (tmp_path / "x.tar.gz").write_bytes(whole)
+    with pytest.raises(BadArchive, match="CRC"):
+        extract(tmp_path / "x.tar.gz", tmp_path / "out", "0" * 64, ROOMY)
+
+
+def test_members_of_odd_names_come_out(tmp_path):
+    files = {".aside": b"1", "12:30.jpg": b"2", "new\nline": b"3", "./dot": b"4", "b" * 255: b"5"}
+    archive = make_tar(tmp_path / "x.tar", files)
+    found = extract(archive, tmp_path / "x", sha256_of(archive), ROOMY)
+    assert found.files == 5 and {path.read_bytes() for path in (tmp_path / "x").iterdir()} == set(files.values())
+
+
+def test_archives_of_one_name_do_not_meet(hub, media, tmp_path):  # noqa: F811
+    bodies = [packed(make_zip, tmp_path, {f"{n}.jpg": b"%d" % n}) for n in range(4)]
+    hub.repos["me/mine"] = Repo({"train.jsonl": b"{}", "a/images.zip": bodies[0], "b/images.zip": bodies[1]})
+    media.files |= {"/a/images.zip": bodies[2], "/b/images.zip": bodies[3]}
+    urls = [f"{media.url}/{folder}/images.zip" for folder in "ab"]
+    sets = [
+        entry(media={"kind": "archive", "hf": {"repo": "me/mine", "files": ["*/images.zip"]}, "urls": urls}),
+        entry("other", media={"kind": "archive", "urls": urls[1:]}),
+    ]
+    assert fetched(tmp_path, *sets).state == "complete" and fetched(tmp_path, *sets, name="other").state == "complete"
+    source = RawSource(tmp_path, "mine")
+    assert [source.media(f"{n}.jpg").read_bytes() for n in range(4)] == [b"0", b"1", b"2", b"3"]
+    before = tree(tmp_path / "raw")
+    (tmp_path / "raw/mine/fetched.json").unlink()
+    assert fetched(tmp_path, *sets).state == "complete" and tree(tmp_path / "raw") == before
+    # Links to what sets share, and what is there, are looked at.
+    link = next(path for path in (tmp_path / "raw/mine/extracted").iterdir() if path.is_symlink())
+    (link / "3.jpg").write_bytes(b"9")
+    assert [what for _, what in broken_files(tmp_path / "raw/other", deep=True)] == ["has changed"]
+    assert fetched(tmp_path, *sets, name="other", verify=True).state == "complete"
+    link.unlink()
+    assert [what for _, what in broken_files(tmp_path / "raw/mine")] == ["is missing"]
+    assert fetched(tmp_path, *sets, verify=True).state == "complete" and tree(tmp_path / "raw") == before

@@ -11,9 +11,11 @@ status of fetch: 0 all is there, 1 something is not, 3 the disk is full, 4 --max
 """
 
 import argparse
+import errno
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -32,15 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
         return {"list": show, "plan": show_plan, "fetch": fetch, "how": show_how, "doctor": diagnose}[options.command](
             catalogue, entries, options
         )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -74,7 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     fetching.add_argument("--tries", type=positive, default=3, help="of a file in a run (default 3)")
     fetching.add_argument(
-        "--timeout", type=float, default=20.0, help="s to connect, to answer, to keep --min-rate (20)"
+        "--timeout", type=seconds, default=20.0, help="s to connect, to answer, to keep --min-rate (20)"
     )
     fetching.add_argument(
         "--min-rate", type=size, default=1024, metavar="BYTES/S", help="slower is dropped (default 1024)"
@@ -93,6 +95,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     checking = commands.add_parser("doctor", parents=both, help="what is broken or missing, and what mends it")
     checking.add_argument("--deep", action="store_true", help="read every byte")
     options = parser.parse_args(arguments)
+    # What a command must say again to mean the same files.
+    said = [("--root", options.root), ("--catalogue", options.catalogue if options.catalogue != CONF_FILE else None)]
+    options.again = "".join(f" {name} {shlex.quote(str(value))}" for name, value in said if value is not None)
     options.root = (options.root or Path(os.environ.get("DATA_ROOT") or "data")).expanduser()
     if options.command in ("fetch", "how") and not (options.names or options.stage or options.category):
         parser.error(f"{options.command} needs names, --stage or --category")
@@ -104,7 +109,7 @@ def size(text: str) -> int:
     unit = match[2].replace("I", "").rstrip("B") + "B" if match and match[2] else ""
     try:
         value = int(float(match[1]) * UNITS[unit])
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text} is not a size like 500GB or 1TB") from None
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
@@ -112,9 +117,15 @@ def size(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    if not re.fullmatch(r"\d{1,9}(\.\d*)?|\.\d+", text) or float(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
+    return float(text)
 
 
 def chosen(catalogue, options) -> list:
@@ -158,7 +169,7 @@ def show(catalogue, entries, options) -> int:
 
 
 def show_plan(catalogue, entries, options) -> int:
-    from molmo2_nemo.fetch.inventory import free_bytes, measured_speed, plan
+    from molmo2_nemo.fetch.inventory import as_json, free_bytes, measured_speed, plan
 
     free = free_bytes(options.root)
     budget = options.budget or free
@@ -167,10 +178,7 @@ def show_plan(catalogue, entries, options) -> int:
     get = [row for row in rows if row.action == "fetch"]
     total, seconds = sum(row.gigabytes for row in get), sum(row.seconds or 0 for row in get) if speed else None
     if options.json:
-        print(json.dumps({
-            "budget_bytes": budget, "free_bytes": free, "bytes_per_second": speed, "fetch_gigabytes": total,
-            "seconds": seconds, "sets": [asdict(row) for row in rows],
-        }, indent=1))  # fmt: skip
+        print(as_json(rows))
         return 0
     table = [("", "name", "action", "GB", "time", "")]
     for number, row in enumerate(rows, 1):
@@ -193,10 +201,14 @@ def show_plan(catalogue, entries, options) -> int:
 
 
 def fetch(catalogue, entries, options) -> int:
+    from molmo2_nemo.fetch.inventory import root_trouble
     from molmo2_nemo.fetch.journal import is_disk_error
     from molmo2_nemo.fetch.sources import Meter, Options, Result, fetch_set
     from molmo2_nemo.fetch.web import OutOfBytes, Rules
 
+    trouble = root_trouble(options.root)
+    if trouble and options.root.exists() | options.root.is_symlink():
+        raise ValueError(f"{trouble.what}: {trouble.mend}.")
     rules = Rules(
         jobs=options.jobs, per_host=options.per_host, tries=options.tries, timeout=options.timeout,
         min_rate=options.min_rate, max_file_bytes=options.max_file_bytes, allow_private=options.allow_private,
@@ -221,10 +233,15 @@ def fetch(catalogue, entries, options) -> int:
             except OutOfBytes as error:
                 result, status = Result(entry.name, "part", f"{error}; run it again for more"), 4
             except OSError as error:
-                if not is_disk_error(error):
-                    raise ValueError(f"{entry.name}: {error}") from error
-                reason = f"cannot write under {options.root} ({error.strerror}); make room and run it again"
-                result, status = Result(entry.name, "part", reason), 3
+                if isinstance(error, PermissionError):  # maybe of this set's folder alone
+                    reason = f"no right to write {error.filename or options.root}: doctor says what mends it"
+                    result = Result(entry.name, "failed", reason)
+                elif is_disk_error(error):
+                    room = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend it"
+                    reason = f"cannot write under {options.root} ({error.strerror}); {room} and run it again"
+                    result, status = Result(entry.name, "part", reason), 3
+                else:
+                    result = Result(entry.name, "failed", " ".join(str(error).split()))
         results.append(result)
         if not options.json:
             rate = f", {result.bytes / 1e6:,.1f} MB in {duration(result.seconds)}" if result.bytes else ""
@@ -245,14 +262,15 @@ def fetch(catalogue, entries, options) -> int:
 def show_how(catalogue, entries, options) -> int:
     from molmo2_nemo.fetch.inventory import how
 
-    print("\n".join(how(entry, options.root) for entry in entries), end="")
+    pages = [{"name": entry.name, "page": how(entry, options.root)} for entry in entries]
+    print(json.dumps(pages, indent=1) if options.json else "\n".join(page["page"] for page in pages).rstrip("\n"))
     return 0
 
 
 def diagnose(catalogue, entries, options) -> int:
     from molmo2_nemo.fetch.inventory import as_json, doctor, state_of
 
-    problems = list(doctor(entries, options.root, options.deep))
+    problems = list(doctor(entries, options.root, options.deep, options.again))
     if options.json:
         print(as_json(problems))
         return 1 if problems else 0

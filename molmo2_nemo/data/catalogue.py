@@ -10,6 +10,7 @@ One entry is all that a data set needs when its raw form is a known one; the lea
 Unknown facts are null or left out. docs/datasets.md describes every key that a fetch reads.
 """
 
+import difflib
 import re
 from functools import cached_property
 from pathlib import Path
@@ -224,8 +225,10 @@ class Catalogue(_Strict):
         for name in names:
             entry = by_name.get(name.lower())
             if entry is None:
-                close = [key for key in by_name if name.lower() in key or key in name.lower()]
-                hint = f"did you mean {', '.join(sorted(close)[:5])}" if close else "see python tools/download.py list"
+                close = difflib.get_close_matches(name.lower(), by_name, n=5)
+                close += [key for key in by_name if (name.lower() in key or key in name.lower()) and key not in close]
+                names = ", ".join(by_name[key].name for key in close[:5])
+                hint = f"did you mean {names}" if close else "see python tools/download.py list"
                 raise ValueError(f"there is no data set {name}: {hint}.")
             for member in entry.group_of or [entry.name]:
                 found.setdefault(member.lower(), by_name[member.lower()])

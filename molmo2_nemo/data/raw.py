@@ -21,7 +21,10 @@ from pathlib import Path, PurePosixPath
 
 # Suffixes of files in media/; the writer chooses by content.
 MEDIA_SUFFIXES = (".jpg", ".png", ".webp", ".gif", ".bmp", ".tiff", ".mp4", ".webm", ".mkv", ".avi", ".mov")
-ROW_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+ROW_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
+# Types of what fetched.json says.
+NOTE = {"splits": dict, "media": dict, "counts": dict, "waiting": list, "limit": int, "bytes": int, "revision": str,
+        "stopped": str, "license": str}  # fmt: skip
 SPLITS = ("train", "validation", "val", "test")
 # More folders in extracted/ or manual/ are not looked through one by one.
 MAX_FOLDERS = 64
@@ -47,8 +50,10 @@ class RawSource:
         """fetched.json. ValueError: it is not there, so that nothing of this set is known to be whole."""
         try:
             info = json.loads((self.folder / "fetched.json").read_text())
-            if not isinstance(info, dict):
-                raise ValueError("not an object")
+            if not isinstance(info, dict) or not all(
+                info.get(key) is None or isinstance(info[key], kind) for key, kind in NOTE.items()
+            ):
+                raise ValueError("not the note of a fetch")
             return info
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -136,27 +141,33 @@ def read_rows(path: Path, suffix: str | None = None) -> Iterator[dict]:
         if suffix == ".parquet":
             for batch in _parquet(path).iter_batches(batch_size=BATCH_ROWS):
                 yield from batch.to_pylist()
+        elif suffix == ".arrow":
+            yield from _arrow_rows(path)
         elif suffix == ".jsonl":
             with path.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         yield _object(json.loads(line), f"line {number}")
         elif suffix == ".json":
-            content = path.read_bytes()
-            try:
-                values = json.loads(content)
-            except ValueError:
-                # JSON lines that are named .json are common.
-                values = [json.loads(line) for line in content.splitlines() if line.strip()]
-            for number, value in enumerate(values if isinstance(values, list) else [values], 1):
+            for number, value in enumerate(json_values(path), 1):
                 yield _object(value, f"item {number}")
         elif suffix in (".csv", ".tsv"):
             with path.open(newline="", encoding="utf-8-sig") as lines:
                 yield from csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
         else:
             raise ValueError(f"its suffix is none of {', '.join(ROW_SUFFIXES)}")
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+
+
+def json_values(path: Path) -> list:
+    """Items of a JSON file's list, its one value, or, as is common, the values of JSON lines. ValueError: neither."""
+    content = path.read_bytes()
+    try:
+        values = json.loads(content)
+    except ValueError:
+        values = [json.loads(line) for line in content.splitlines() if line.strip()]
+    return values if isinstance(values, list) else [values]
 
 
 def num_rows(path: Path) -> int:
@@ -218,6 +229,18 @@ def _parquet(path: Path):
         return ParquetFile(path)
     except ArrowException as error:
         raise ValueError(f"{path} is not a parquet file: {error}") from error
+
+
+def _arrow_rows(path: Path) -> Iterator[dict]:
+    """Of a file that the library `datasets` saved (save_to_disk: Arrow's stream format)."""
+    try:
+        from pyarrow import ipc, memory_map
+    except ImportError as error:
+        raise ValueError("arrow files need the package pyarrow: pip install pyarrow") from error
+    with memory_map(str(path)) as file, ipc.open_stream(file) as batches:
+        for batch in batches:
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                yield from batch.slice(start, BATCH_ROWS).to_pylist()
 
 
 def _object(value, where: str) -> dict:

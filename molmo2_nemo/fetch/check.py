@@ -1,6 +1,5 @@
 """Is a file what it should be? A picture or video is decoded; what a header or a suffix says counts for nothing."""
 
-import contextlib
 import hashlib
 import warnings
 from pathlib import Path
@@ -17,7 +16,7 @@ IMAGE_SUFFIX = {
 VIDEO_SUFFIX = {"mp4": ".mp4", "webm": ".webm", "matroska": ".mkv", "avi": ".avi"}
 # Smaller ones are tracking pixels and placeholders.
 MIN_SIDE = 10
-MAX_PIXELS = 200_000_000
+MAX_PIXELS = 178_956_970  # from which Pillow takes a picture for a bomb
 
 
 class BadContent(Exception):
@@ -31,7 +30,7 @@ def sha256_of(path: Path) -> str:
 
 def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> dict:
     """Decode all of a picture; its suffix, width and height as stored. BadContent: it is none, or out of bounds."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -44,11 +43,32 @@ def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> dict:
                 if min(width, height) < MIN_SIDE:
                     raise BadContent(f"a picture of {width} x {height} pixels, a placeholder")
                 image.load()
+                if _is_cut(path, image.format):
+                    raise BadContent("a picture without its end")
                 return {"suffix": IMAGE_SUFFIX[image.format], "width": width, "height": height}
     except BadContent:
         raise
+    except UnidentifiedImageError as error:
+        raise BadContent(instead_of_file(path) or "no picture of a kind that is read here") from error
     except Exception as error:  # Pillow raises a dozen types for broken files
         raise BadContent(instead_of_file(path) or f"a broken picture ({' '.join(str(error).split())[:120]})") from error
+
+
+def _is_cut(path: Path, form: str) -> bool:
+    """Is the mark at a picture's end missing? Pillow decodes a JPEG without it, and a GIF of which the first frame is
+    there; of other forms it needs all. What follows the mark does not matter.
+
+    Marks of JPEG (ITU-T T.81, B.1.1.3) do not occur among coded pixels, those of a thumbnail come before the last scan.
+    """
+    content = path.read_bytes()
+    match form:
+        case "JPEG" | "MPO":
+            return content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda")
+        case "GIF":
+            return not content.rstrip(b"\0\r\n ").endswith(b";")
+        case "PNG":
+            return b"IEND\xaeB`\x82" not in content
+    return False
 
 
 def check_video(path: Path) -> dict:
@@ -72,24 +92,6 @@ def check_video(path: Path) -> dict:
         raise
     except Exception as error:
         raise BadContent(instead_of_file(path) or f"a broken video ({' '.join(str(error).split())[:120]})") from error
-
-
-def archive_kind(path: Path) -> str | None:
-    """zip, tar, rar or 7z by content; None: no archive."""
-    import tarfile
-
-    with path.open("rb") as file:
-        head = file.read(8)
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return "zip"
-    if head.startswith(b"Rar!"):
-        return "rar"
-    if head.startswith(b"7z\xbc\xaf"):
-        return "7z"
-    with contextlib.suppress(Exception):
-        if tarfile.is_tarfile(path):
-            return "tar"
-    return None
 
 
 def check_file(path: Path) -> dict:
@@ -116,6 +118,12 @@ def instead_of_file(path: Path) -> str | None:
         head = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         return "an empty file"
-    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<script")) or b"<html" in head:
+    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<script")):
         return "a web page"
+    if head.startswith(b"<") and b"<html" in head:
+        return "a web page"
+    if head.startswith((b"<svg", b"<?xml")) and b"<svg" in head:
+        return "an SVG drawing"
+    if head[4:12] in (b"ftypavif", b"ftypavis", b"ftypheic", b"ftypmif1"):
+        return f"an {head[8:12].decode()} picture, a kind that is not read here"
     return None

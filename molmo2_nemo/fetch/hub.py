@@ -67,9 +67,10 @@ def page(repo: str) -> str:
 def pinned(root: Path, repo: str) -> str | None:
     """The commit of a repository that an earlier fetch recorded."""
     try:
-        return json.loads((root / "raw" / "revisions.json").read_text()).get(repo)
+        revision = json.loads((root / "raw" / "revisions.json").read_text()).get(repo)
     except (OSError, ValueError, AttributeError):
         return None
+    return revision if isinstance(revision, str) else None
 
 
 def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
@@ -96,11 +97,12 @@ def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
         found = [(file.path, file) for file in tree if hasattr(file, "blob_id")]
     listed = {}
     for name, file in found:
-        if not _is_safe(name):
+        if not isinstance(name, str) or not _is_safe(name):
             raise ValueError(f"{files.repo} lists the file {name!r}, which leads out of its folder: refused.")
         sha256 = file.lfs.sha256 if file.lfs else None
-        listed[name] = HubFile(name, file.size, sha256, None if sha256 else file.blob_id)
-    if not revision or (wanted and revision != wanted):
+        size = file.size if isinstance(file.size, int) and file.size >= 0 else None
+        listed[name] = HubFile(name, size, sha256, None if sha256 else file.blob_id)
+    if not re.fullmatch("[0-9a-f]{40,64}", str(revision)) or (wanted and revision != wanted):
         raise ValueError(f"{files.repo} answered with the commit {revision} instead of {wanted}: try again later.")
     if files.revision is None:
         _pin(root, files.repo, revision)
@@ -289,9 +291,11 @@ def download_file(
             def get() -> None:
                 with part.open("r+b" if part.exists() else "w+b") as stream:
                     start = stream.seek(0, os.SEEK_END)
+                    if start and (file.size is None or start >= file.size):
+                        start = stream.truncate(stream.seek(0))
                     http_get(
-                        url, _Counted(stream, add_bytes), resume_size=start, headers=headers, expected_size=file.size,
-                        displayed_filename=file.name, _nb_retries=2,
+                        url, _Counted(stream, add_bytes, file.size), resume_size=start, headers=headers,
+                        expected_size=file.size, displayed_filename=file.name, _nb_retries=2,
                     )  # fmt: skip
 
             _asked(repo, revision, rules, get, file.name)
@@ -315,12 +319,15 @@ def _part(path: Path, file: HubFile, revision: str) -> Path:
 
 
 class _Counted:
-    """A file that reports what is written to it."""
+    """A file that reports what is written to it, and takes no more than is to come."""
 
-    def __init__(self, stream, add_bytes: Callable[[int], None]):
-        self._stream, self._add_bytes = stream, add_bytes
+    def __init__(self, stream, add_bytes: Callable[[int], None], size: int | None):
+        self._stream, self._add_bytes, self._size = stream, add_bytes, size or MAX_HTTP_BYTES
 
     def write(self, data: bytes) -> int:
+        if self._stream.tell() + len(data) > self._size:
+            self._stream.truncate(0)
+            raise ValueError(f"more than the {self._size:,} bytes that the Hub lists came")
         self._add_bytes(len(data))
         written = self._stream.write(data)
         self._stream.flush()
@@ -408,7 +415,8 @@ def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: s
             if status < 500 and status not in (408, 429):
                 raise ValueError(f"{name}: the Hub says {' '.join(str(error).split())[:200]}.") from error
             last = error
-        except (httpx2.HTTPError, httpx2.StreamError, OSError, ValueError) as error:
+        except (httpx2.HTTPError, httpx2.StreamError, OSError, ValueError, KeyError, TypeError,
+                AttributeError, RecursionError) as error:  # fmt: skip
             if is_disk_error(error):
                 raise
             if isinstance(error, Lost):
@@ -481,6 +489,7 @@ def _pin(root: Path, repo: str, revision: str) -> None:
             values = json.loads(path.read_text())
         except (OSError, ValueError):
             values = {}
+        values = values if isinstance(values, dict) else {}
         if values.get(repo) != revision:
             write_json(path, values | {repo: revision})
 
@@ -488,8 +497,9 @@ def _pin(root: Path, repo: str, revision: str) -> None:
 def _is_safe(name: str) -> bool:
     path = PurePosixPath(name)
     return (
-        bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name and "\\" not in name
-    )
+        bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+        and "\\" not in name and ".part" not in path.parts and all(len(os.fsencode(part)) <= 255 for part in path.parts)
+    )  # fmt: skip
 
 
 def _card(readme: Path) -> dict:
@@ -499,7 +509,7 @@ def _card(readme: Path) -> dict:
         return {}
     try:
         value = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---"))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

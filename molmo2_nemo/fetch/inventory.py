@@ -4,20 +4,24 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from molmo2_nemo.data.catalogue import Catalogue, DataSet
-from molmo2_nemo.data.raw import RawSource
+from molmo2_nemo.data.raw import RawSource, size_on_disk
 from molmo2_nemo.fetch.hub import page, pinned
-from molmo2_nemo.fetch.sources import broken_files, missing_layout
+from molmo2_nemo.fetch.journal import Journal
+from molmo2_nemo.fetch.state import broken_files, fault, lacking, missing_layout
 
 # Where a set's size is not known: bytes of a picture (mean of public mirrors of PixMo's pictures) and of a video
 # (FunQA: 24.5 GB for about 4,300 videos).
 IMAGE_BYTES, VIDEO_BYTES, ROW_BYTES = 250_000, 5_700_000, 5_000
 GB = 10**9
+# Larger files of rows that the user put there are not read by doctor.
+READ_BYTES = 10**8
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def state_of(entry: DataSet, root: Path) -> str:
         return "refused"
     info = read_note(root, entry.name)
     if info is None:
-        return "part" if (folder / "files.jsonl").exists() or (folder / "media").exists() else "-"
+        return "part" if any((folder / name).exists() for name in ("files.jsonl", "media", "hub")) else "-"
     if info.get("complete"):
         return "complete"
     if info.get("stopped"):
@@ -156,6 +160,7 @@ def plan(entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, 
     square root of its size. `speed`: bytes/s.
     """
     ready, planned = [], []
+    archives: set[str] = set()  # that are there or come before; several sets may name one
     for entry in entries:
         size, estimated = size_of(entry)
         state = state_of(entry, root)
@@ -163,6 +168,7 @@ def plan(entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, 
             planned.append(Planned(entry.name, "refused", 0, False, None, entry.unsure))
         elif state == "complete":
             planned.append(Planned(entry.name, "there", size / GB, estimated, None, "complete"))
+            archives.update(entry.media.urls)
         elif entry.source.kind == "manual":
             why = f"python tools/download.py how {entry.name}"
             planned.append(Planned(entry.name, "by hand", size / GB, estimated, None, why))
@@ -171,10 +177,15 @@ def plan(entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, 
     ready.sort(key=lambda item: (-_worth(item[0]) / max(item[1], 1e6), item[0].name))
     left, chosen = budget, []
     for entry, size, estimated in ready:
+        shared = bool(entry.media.urls) and archives.issuperset(entry.media.urls)
+        if shared:
+            size = min(size, int(entry.counts.get("paper_annotations") or entry.examples or 0) * ROW_BYTES)
         seconds = size / speed if speed else None
         if size <= left:
             left -= size
             why = "annotations; its media by hand" if entry.by_hand else ""
+            why = "annotations; its archives are another set's, too" if shared else why
+            archives.update(entry.media.urls)
             chosen.append(Planned(entry.name, "fetch", size / GB, estimated, seconds, why))
         else:
             why = f"{size / GB:,.1f} GB, {left / GB:,.1f} left"
@@ -189,85 +200,147 @@ def _worth(entry: DataSet) -> float:
 
 
 def _bytes_there(root: Path, entry: DataSet) -> int:
+    """What a fetch does not get again; of one that was stopped, too."""
     info = read_note(root, entry.name) or {}
-    return info.get("bytes") or 0
+    if isinstance(info.get("bytes"), int):
+        return info["bytes"]
+    folder = root / "raw" / entry.name
+    records = [*Journal(folder / "files.jsonl", "file").records.values()]
+    records += Journal(folder / "media" / "index.jsonl", "url").records.values()
+    parts = sum(size_on_disk(path) for path in [*folder.glob("media/.part"), *(folder / "hub").rglob(".part")])
+    return sum(record["bytes"] for record in records) + parts
 
 
-def doctor(entries: list[DataSet], root: Path, deep: bool = False) -> Iterator[Problem]:
-    """What is broken or missing of the sets that are there, in part or whole; `deep` reads every byte."""
+def doctor(entries: list[DataSet], root: Path, deep: bool = False, options: str = "") -> Iterator[Problem]:
+    """What is broken or missing of the sets that are there, in part or whole; `deep` reads every byte.
+
+    options: what the commands that mend need beside the set's name, as "--root /data".
+    """
     for package, mend in (("pyarrow", "pip install pyarrow"), ("aiohttp", "pip install aiohttp")):
         if importlib.util.find_spec(package) is None:
             yield Problem(
                 "-", f"the package {package} is missing, without which parquet or addresses cannot be read", mend
             )
+    trouble = root_trouble(root)
+    if trouble:
+        yield trouble
+        if not os.access(root / "raw", os.R_OK | os.X_OK):
+            return
     free = _free(root)
     if free is not None and free < 2 * GB:
-        yield Problem(
-            "-", f"only {free / GB:.1f} GB are free under {root}", "free some space, or set DATA_ROOT elsewhere"
-        )
+        yield Problem("-", f"only {free / GB:.1f} GB are free under {root}", "export DATA_ROOT=/a/larger/disk")
     for entry in entries:
-        folder = root / "raw" / entry.name
-        if not folder.is_dir():
-            continue
-        fetch = f"python tools/download.py fetch {entry.name}"
-        if entry.unsure:
-            yield Problem(entry.name, f"is not fetched: {entry.unsure}", f"python tools/download.py how {entry.name}")
-            continue
-        info = read_note(root, entry.name)
-        broken = list(broken_files(folder, deep))
-        for name, what in broken[:5]:
-            yield Problem(entry.name, f"{name} {what}", f"{fetch} --verify")
-        if len(broken) > 5:
-            yield Problem(entry.name, f"{len(broken) - 5} more files are missing or changed", f"{fetch} --verify")
-        revision = entry.source.hf and (entry.source.hf.revision or pinned(root, entry.source.hf.repo))
-        if info is None:
-            if any(path.name not in ("manual", ".lock") for path in folder.iterdir()):
-                yield Problem(entry.name, "was started and is not whole", fetch)
-            elif missing := missing_layout(entry, folder):
-                yield Problem(
-                    entry.name, f"manual/ lacks {', '.join(missing)}", f"python tools/download.py how {entry.name}"
-                )
+        try:
+            yield from _of_set(entry, root, deep, options)
+        except OSError as error:
+            path = Path(error.filename or root / "raw" / entry.name)
+            what = f"{path} cannot be read ({error.strerror or error})"
+            folder = root / "raw" / entry.name
+            yield Problem(entry.name, what, _own(folder) if isinstance(error, PermissionError) else _move_away(path))
+
+
+def root_trouble(root: Path) -> Problem | None:
+    """Nothing can be fetched to this root."""
+    there = shlex.quote(str(root))
+    for path, what in ((root, "the data root"), (root / "raw", "the folder of raw data")):
+        if path.is_symlink() and not path.exists():
+            aim = root / os.readlink(path) if path != root else path.parent / os.readlink(path)
+            mend = f"mkdir -p {shlex.quote(str(aim))}"
+            return Problem("-", f"{what} {path} leads to {aim}, which is not there", mend)
+        if path.exists() and not path.is_dir():
+            return Problem("-", f"{what} {path} is a file", f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}")
+        if path.is_dir() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            if os.statvfs(path).f_flag & os.ST_RDONLY:
+                said = f"{what} {path} is on a disk that is only to be read"
+                return Problem("-", said, "export DATA_ROOT=/another/disk")
+            return Problem("-", f"{what} {path} is not writable for you", _own(path))
+    if not root.exists():
+        return Problem("-", f"the data root {root} (--root, or DATA_ROOT) is not there", f"mkdir -p {there}")
+    return None
+
+
+def _own(path: Path) -> str:
+    """A command that gives a folder to the user."""
+    there = shlex.quote(str(path))
+    mend = f"chmod -R u+rwX {there}"
+    return mend if path.stat().st_uid == os.getuid() else f"sudo chown -R $(id -u) {there} && {mend}"
+
+
+def _move_away(path: Path) -> str:
+    return f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}"
+
+
+def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Problem]:
+    """Problems of one set. OSError: something of it cannot be read."""
+    folder = root / "raw" / entry.name
+    fetch, how = (f"python tools/download.py {verb} {entry.name}{options}" for verb in ("fetch", "how"))
+    if not folder.is_dir():
+        if folder.is_symlink() or folder.exists():
+            yield Problem(entry.name, f"{folder} is no folder, but a file or a link to nothing", _move_away(folder))
+        return
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise PermissionError(13, "no right to read", str(folder))
+    if not os.access(folder, os.W_OK) and os.access(root / "raw", os.W_OK):
+        yield Problem(entry.name, f"{folder} is not writable for you", _own(folder))
+    if entry.unsure:
+        if any(folder.iterdir()):
+            yield Problem(entry.name, f"is not fetched: {entry.unsure}", _move_away(folder))
+        return
+    manual = folder / "manual"
+    if manual.is_symlink() | manual.exists() and not manual.is_dir():
+        yield Problem(entry.name, f"{manual} is no folder, but a file or a link to nothing", _move_away(manual))
+        return
+    info = read_note(root, entry.name)
+    if info is None:
+        if any(path.name not in ("manual", ".lock") for path in folder.iterdir()):
+            noted = (folder / "fetched.json").exists()
+            what = "its fetched.json cannot be read" if noted else "was started and is not whole"
+            broken = next(broken_files(folder, deep), None)
+            yield Problem(entry.name, what, f"{fetch} --verify" if broken else fetch)
+        elif (folder / "manual").is_dir():
+            if missing := missing_layout(entry, folder):
+                yield Problem(entry.name, f"manual/ lacks {', '.join(missing)}", how)
             else:
                 yield Problem(entry.name, "is in manual/ and not yet registered", fetch)
-            continue
-        if info.get("stopped"):
-            yield Problem(entry.name, f"is not whole: {info['stopped']}", fetch)
-        elif missing := missing_layout(entry, folder):
-            if not info.get("complete") or entry.source.kind == "manual":
-                what = f"manual/ lacks {', '.join(missing)}"
-                yield Problem(entry.name, what, f"python tools/download.py how {entry.name}")
-        elif info.get("waiting"):
-            yield Problem(entry.name, "; ".join(info["waiting"]), fetch)
-        elif info.get("limit") is not None:
-            yield Problem(entry.name, f"is a sample of {info['limit']:,} rows", fetch)
-        if revision and info.get("revision") and revision != info["revision"]:
-            yield Problem(entry.name, f"is of the commit {info['revision'][:12]}, {revision[:12]} is pinned", fetch)
-        if info.get("held_out") == "not checked":
-            what = "the list of held-out pictures was not on the Hub; pictures of evaluations may be among its own"
-            yield Problem(entry.name, what, f"{fetch} --retry-lost")
-        media = info.get("media", {})
-        if media.get("later") and not info.get("waiting"):
-            yield Problem(entry.name, f"{media['later']:,} addresses gave no file in time", fetch)
-        yield from _bad_manual(entry, folder)
+            yield from _bad_manual(entry, folder, how)
+        return
+    faults = list(_bad_manual(entry, folder, how))
+    stopped = info.get("stopped")
+    broken = [*([] if stopped else lacking(folder, info)), *broken_files(folder, deep)]
+    for name, what in broken[:5]:
+        yield Problem(entry.name, f"{name} {what}", f"{fetch} --verify")
+    if len(broken) > 5:
+        yield Problem(entry.name, f"{len(broken) - 5} more files are missing or changed", f"{fetch} --verify")
+    missing = missing_layout(entry, folder)
+    if stopped:
+        yield Problem(entry.name, f"is not whole: {stopped}", f"{fetch} --verify" if broken else fetch)
+    elif missing and (not info.get("complete") or entry.source.kind == "manual"):
+        yield Problem(entry.name, f"manual/ lacks {', '.join(missing)}", how)
+    elif info.get("waiting") and not faults:
+        yield Problem(entry.name, "; ".join(info["waiting"]), fetch)
+    elif info.get("limit") is not None:
+        yield Problem(entry.name, f"is a sample of {info['limit']:,} rows", fetch)
+    revision = entry.source.hf and (entry.source.hf.revision or pinned(root, entry.source.hf.repo))
+    if entry.source.hf and info.get("revision") and revision != info["revision"]:
+        now = f"{revision[:12]} is pinned" if revision else "none is pinned any more"
+        yield Problem(entry.name, f"is of the commit {info['revision'][:12]}, {now}", fetch)
+    if info.get("held_out") == "not checked":
+        what = "the list of held-out pictures was not on the Hub; pictures of evaluations may be among its own"
+        yield Problem(entry.name, what, f"{fetch} --retry-lost")
+    media = info.get("media") or {}
+    if media.get("later") and not info.get("waiting"):
+        yield Problem(entry.name, f"{media['later']:,} addresses gave no file in time", fetch)
+    yield from faults
 
 
-def _bad_manual(entry: DataSet, folder: Path) -> Iterator[Problem]:
+def _bad_manual(entry: DataSet, folder: Path, how: str) -> Iterator[Problem]:
     """Files of the user that are empty, or pages in the place of files."""
-    how = f"python tools/download.py how {entry.name}"
     shown = 0
     for pattern in entry.layout:
         for path in (folder / "manual").glob(pattern):
-            if path.is_file() and shown < 5 and (what := _wrong(path)):
+            if path.is_file() and shown < 5 and (what := fault(path, read=path.stat().st_size < READ_BYTES)):
                 shown += 1
-                yield Problem(entry.name, f"{path.relative_to(folder)} is {what}", f"get it again: {how}")
-
-
-def _wrong(path: Path) -> str | None:
-    with path.open("rb") as file:
-        head = file.read(256).lstrip().lower()
-    if not head:
-        return "empty"
-    return "a web page" if head.startswith((b"<!doctype html", b"<html")) else None
+                yield Problem(entry.name, f"{path.relative_to(folder)} is {what}", how)
 
 
 def how(entry: DataSet, root: Path) -> str:

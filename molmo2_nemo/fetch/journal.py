@@ -17,10 +17,18 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, 
 
 
 class Journal:
-    """Records of a file by their field `key`."""
+    """Records of a file by their field `key`. Lines that are no record of these fields are left out."""
+
+    # What a record of each file must say: a type for each field.
+    FIELDS = {
+        "index.jsonl": {"file": str, "bytes": int, "sha256": str},
+        "lost.jsonl": {"kind": str, "reason": str, "runs": int, "not_before": str},
+        "files.jsonl": {"bytes": int},
+    }
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
+        self._fields = self.FIELDS.get(path.name, {}) | {key: str}
         self.records: dict[str, dict] = {}
         self._file = None
         self._lines = 0
@@ -28,16 +36,20 @@ class Journal:
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             for line in whole.splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):
+                with contextlib.suppress(ValueError, RecursionError):
                     record = json.loads(line)
-                    self._put(record)
+                    if isinstance(record, dict) and (record.get("removed") or self._is_whole(record)):
+                        self._put(record)
                 self._lines += 1
             if len(whole) < len(content):
                 os.truncate(path, len(whole))
 
+    def _is_whole(self, record: dict) -> bool:
+        return all(isinstance(record.get(field), kind) for field, kind in self._fields.items())
+
     def _put(self, record: dict) -> None:
         if record.get("removed"):
-            self.records.pop(record[self.key], None)
+            self.records.pop(str(record.get(self.key)), None)
         else:
             self.records[record[self.key]] = record
 

@@ -8,32 +8,36 @@ import asyncio
 import collections
 import contextlib
 import hashlib
+import math
 import os
 import re
 import shutil
-import subprocess
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 
-from molmo2_nemo.data.catalogue import Catalogue, DataSet, HeldOut, HubFiles
+from molmo2_nemo.data.catalogue import Catalogue, DataSet
 from molmo2_nemo.data.raw import ROW_SUFFIXES, RawSource, column_values, matches, num_rows, read_rows, size_on_disk
 from molmo2_nemo.fetch import hub
-from molmo2_nemo.fetch.archives import BadArchive, Bounds, extract, folder_name
-from molmo2_nemo.fetch.check import BadContent, archive_kind, check_file, check_video, sha256_of
-from molmo2_nemo.fetch.journal import Journal, locked, write_json
+from molmo2_nemo.fetch.archives import SUFFIXES, BadArchive, Bounds, archive_kind, extract
+from molmo2_nemo.fetch.check import BadContent, check_file, sha256_of
+from molmo2_nemo.fetch.held_out import held_out_lists
+from molmo2_nemo.fetch.journal import Journal, is_disk_error, locked, write_json
+from molmo2_nemo.fetch.state import (
+    broken_files, fault, is_unpacked, lacking, manual_annotations, missing_layout, remove_broken, shared_homes,
+    unpacked_as,
+)  # fmt: skip
 from molmo2_nemo.fetch.url_list import NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
 from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, download, publish, session
+from molmo2_nemo.fetch.youtube import fetch_videos
 
 # Of the addresses may give no file for now, or the set is not whole before they were asked in another fetch, too.
 MAX_LATER = 0.25
 MAX_ARCHIVE = 4 * 10**12  # bytes
-YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,10 @@ def fetch_set(entry: DataSet, catalogue: Catalogue, options: Options, meter: Met
             except (OutOfBytes, KeyboardInterrupt, OSError) as error:
                 with contextlib.suppress(OSError):
                     fetch.note(complete=False, stopped=str(error) or "interrupted")
-                raise
+                if isinstance(error, OSError) and not _ends_the_run(error):
+                    result = Result(entry.name, "failed", _sentence(error))
+                else:
+                    raise
             except (ValueError, Lost, NoNetwork, BadArchive, BadContent) as error:
                 fetch.note(complete=False, stopped=str(error))
                 result = Result(entry.name, "failed", " ".join(str(error).split()))
@@ -101,8 +108,21 @@ def fetch_set(entry: DataSet, catalogue: Catalogue, options: Options, meter: Met
                 fetch.files.close()
     except BlockingIOError:
         return Result(entry.name, "failed", f"another fetch of {entry.name} is running")
+    except OSError as error:
+        if _ends_the_run(error):
+            raise
+        return Result(entry.name, "failed", _sentence(error))
     result.bytes, result.seconds = meter.bytes - before, time.monotonic() - started
     return result
+
+
+def _ends_the_run(error: OSError) -> bool:
+    """Is it the disk's fault, and not that of one file or folder?"""
+    return is_disk_error(error) and not isinstance(error, PermissionError)
+
+
+def _sentence(error: OSError) -> str:
+    return f"{error.strerror or error}: {error.filename}" if error.filename else f"{error.strerror or error}"
 
 
 class _Fetch:
@@ -116,19 +136,22 @@ class _Fetch:
         self.splits: dict[str, list[str]] = {}
         self.waiting: list[str] = []  # what is missing, in words
         self.counts: dict[str, int] = {}
+        self.revisions: dict[str, str] = {}  # of its repositories
         self.facts: dict = {"revision": None, "repo": None, "license": entry.license, "held_out": None}
         self.started, self.bytes_before = time.monotonic(), meter.bytes
 
     def run(self) -> Result:
         entry = self.entry
-        if self.options.verify:
-            remove_broken(self.folder)
-            self.files.close()
-            self.files = Journal(self.folder / "files.jsonl", "file")
-        elif self._is_whole():
+        if not self.options.verify and self._is_whole():
             return Result(entry.name, "complete", "was there already")
+        # Before anything of it is removed.
         if (self.folder / "fetched.json").exists():
             self.note(complete=False, stopped="being fetched")
+        if self.options.verify:
+            for home in (self.folder, *shared_homes(self.folder)):
+                remove_broken(home)
+            self.files.close()
+            self.files = Journal(self.folder / "files.jsonl", "file")
         {"hf": self._hub_annotations, "url": self._url_annotations, "manual": lambda: None}[entry.source.kind]()
         self._media()
         self._by_hand()
@@ -148,11 +171,13 @@ class _Fetch:
             info = RawSource(self.options.root, self.entry.name).info
         except ValueError:
             return False
-        pinned = self.entry.source.hf and self.entry.source.hf.revision
-        again = info.get("media", {}).get("later", 0) or self.options.retry_lost or self.options.deduplicate
-        if not info.get("complete") or again or (pinned and pinned != info.get("revision")):
+        source, root = self.entry.source.hf, self.options.root
+        # Without its line in revisions.json the user wants a newer one.
+        moved = source and (source.revision or hub.pinned(root, source.repo)) != info.get("revision")
+        again = (info.get("media") or {}).get("later", 0) or self.options.retry_lost or self.options.deduplicate
+        if not info.get("complete") or again or moved:
             return False
-        return not any(broken_files(self.folder))
+        return not lacking(self.folder, info) and not any(broken_files(self.folder))
 
     def _remark(self) -> str:
         media = self.counts
@@ -170,6 +195,7 @@ class _Fetch:
     def _hub_annotations(self) -> None:
         wanted = self.entry.source.hf
         repository = hub.open_repository(wanted, self.options.root, self.rules)
+        self.revisions[repository.repo] = repository.revision
         self.facts |= {"revision": repository.revision, "repo": repository.repo}
         self.facts["license"] = self.entry.license or repository.license
         chosen = hub.choose_files(repository, wanted)
@@ -198,7 +224,7 @@ class _Fetch:
             record["file"][4:]: record for record in self.files.records.values() if record["file"].startswith("hub/")
         }
         known = {name: record for name, record in known.items() if record.get("from", "").startswith(source)}
-        names = [name for name in names if name not in known or not _is_unpacked(self.folder, self.files, known[name])]
+        names = [name for name in names if name not in known or not is_unpacked(self.folder, self.files, known[name])]
 
         def done(name: str, record: dict) -> None:
             self.files.append({"file": f"hub/{name}", "from": f"{source}/{name}", **record})
@@ -218,6 +244,7 @@ class _Fetch:
         media = self.entry.media
         if media.hf:
             repository = hub.open_repository(media.hf, self.options.root, self.rules)
+            self.revisions[repository.repo] = repository.revision
             names = [name for names in hub.choose_files(repository, media.hf).values() for name in names]
             self._from_hub(repository, names)
             for name in names:
@@ -254,13 +281,21 @@ class _Fetch:
     def _wanted(self) -> Iterator[Wanted]:
         media = self.entry.media
         columns = [*media.columns, *([media.sha256] if media.sha256 else [])]
+        row = found = None
         for row in self._columns(columns):
             for column in media.columns:
                 value = row.get(column)
                 for url in value if isinstance(value, list) else [value]:
                     if isinstance(url, str) and url:
+                        found = True
                         digest = row.get(media.sha256) if media.sha256 else None
                         yield Wanted(url, digest if isinstance(digest, str) and len(digest) == 64 else None)
+        if row and not found:
+            value = next((str(row.get(column))[:60] for column in media.columns), "")
+            raise ValueError(
+                f"{self.entry.name} has no address in the column {', '.join(media.columns)} (it has {value}): mend its "
+                "entry in the catalogue."
+            )
 
     def _columns(self, columns: list[str]) -> Iterator[dict]:
         """Columns of the rows that are meant. ValueError: a column is not there."""
@@ -288,37 +323,11 @@ class _Fetch:
             )
 
     def _youtube(self) -> None:
-        """By yt-dlp, which the user installed. What it does not get is for the user."""
-        media, wanted = self.folder / "media", set()
-        for row in self._columns(self.entry.media.columns):
-            wanted.update(v for column in self.entry.media.columns if YOUTUBE_ID.fullmatch(str(v := row.get(column))))
-        lost = Journal(media / "lost.jsonl", "url")
-        self.progress.start(len(wanted), 0)
-        for video in sorted(wanted):
-            path = media / f"{video}.mp4"
-            if not path.is_file() and (video not in lost.records or self.options.retry_lost):
-                part = media / ".part" / video
-                part.mkdir(parents=True, exist_ok=True)
-                command = [
-                    "yt-dlp", "--quiet", "--no-playlist", "--no-exec", "--ignore-config", "--format",
-                    "best[ext=mp4][height<=720]/best[ext=mp4]", "--socket-timeout", "30", "--output",
-                    str(part / "video.mp4"), "--",
-                    f"https://www.youtube.com/watch?v={video}",
-                ]  # fmt: skip
-                ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-                try:
-                    if ended.returncode != 0 or not (part / "video.mp4").is_file():
-                        raise BadContent((ended.stderr.strip().splitlines() or ["no file"])[-1][:200])
-                    check_video(part / "video.mp4")
-                    self.meter.add((part / "video.mp4").stat().st_size)
-                    os.replace(part / "video.mp4", path)
-                except BadContent as error:
-                    lost.append({"url": video, "kind": "gone", "reason": str(error), "code": None})
-                shutil.rmtree(part)
-            self.progress.add_files(1)
-        lost.close()
-        there = sum((media / f"{video}.mp4").is_file() for video in wanted)
-        self.counts |= {"videos": len(wanted), "fetched": there, "lost": len(wanted) - there}
+        columns, wanted = self.entry.media.columns, set()
+        for row in self._columns(columns):
+            wanted.update(str(row.get(column)) for column in columns)
+        media = self.folder / "media"
+        self.counts |= fetch_videos(wanted, media, self.meter.add, self.progress, self.options.retry_lost)
 
     # By hand
 
@@ -333,9 +342,9 @@ class _Fetch:
                 f"tools/download.py how {entry.name}"
             )
         if entry.source.kind == "manual":
-            self.splits["train"] = [
-                str(path.relative_to(self.folder)) for path in manual_annotations(entry, self.folder)
-            ]
+            rows = manual_annotations(entry, self.folder)
+            self.splits["train"] = [str(path.relative_to(self.folder)) for path in rows]
+            self.waiting += [f"{path.relative_to(self.folder)} is {what}" for path in rows if (what := fault(path))]
 
     # Files of plain addresses
 
@@ -356,12 +365,14 @@ class _Fetch:
                 stack.enter_context(locked(home / ".lock", wait=True))
                 files = stack.enter_context(contextlib.closing(Journal(home / "files.jsonl", "file")))
             record = next((r for r in files.records.values() if r.get("from") == url), None)
-            if record is None or not (_is_there(home, record) or _is_unpacked(home, files, record)):
+            if record is None or not (_is_there(home, record) or is_unpacked(home, files, record)):
                 record = self._download(url, home, files, into, archive)
             name = record["file"]
-            if not record.get("archive"):
-                return [name] if not shared else [self._link(home / name, name)]
-            unpacked = self._unpack(home, files, name)
+            unpacked = self._unpack(home, files, name) if record.get("archive") else None
+            if shared:
+                files.tidy()
+        if unpacked is None:
+            return [name] if not shared else [self._link(home / name, name)]
         if shared:
             self._link(home / unpacked, unpacked)
         return []
@@ -370,14 +381,18 @@ class _Fetch:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         aim = os.path.relpath(target, path.parent)
+        if path.exists() and not (path.is_symlink() and os.readlink(path) == aim):  # of another address
+            name = _apart(name, aim)
+            path = self.folder / name
         if not path.is_symlink() or os.readlink(path) != aim:
             path.unlink(missing_ok=True)
             path.symlink_to(aim)
+        self.files.append({"file": name, "link": aim, "bytes": 0})
         return name
 
     def _download(self, url: str, home: Path, files: Journal, into: str, archive: bool | None) -> dict:
         part = home / ".part" / hashlib.sha256(url.encode()).hexdigest()[:16]
-        rules = replace(self.rules, max_file_bytes=MAX_ARCHIVE)
+        rules = replace(self.rules, max_file_bytes=MAX_ARCHIVE, max_seconds=math.inf)
 
         async def get() -> dict:
             async with session(rules) as client:
@@ -402,6 +417,8 @@ class _Fetch:
                 f"{url} gave {error} in place of the file: try again later or look at the page."
             ) from error
         name = f"{'archives' if kind else into}/{file_name(url, reply['file_name'], kind)}"
+        if files.records.get(name, {}).get("from", url) != url:  # two addresses that end alike
+            name = _apart(name, url)
         record = {"file": name, "from": url, "bytes": part.stat().st_size, "sha256": sha256_of(part)}
         publish(part, home / name)
         files.append(record | ({"archive": kind} if kind else {}))
@@ -410,19 +427,24 @@ class _Fetch:
     def _unpack(self, home: Path, files: Journal, name: str, only_if_archive: bool = False) -> str:
         """Unpack an archive of `home` once; the folder, relative to it."""
         record, path = files.records[name], home / name
-        unpacked = f"extracted/{folder_name(name)}"
-        done = files.records.get(unpacked)
-        if done and done["archive"] == record["sha256"] and (home / unpacked).is_dir():
+        unpacked = unpacked_as(record)
+        if is_unpacked(home, files, record):
             return unpacked
         if only_if_archive and archive_kind(path) is None:
+            if name.lower().endswith(SUFFIXES):
+                raise ValueError(f"{path} is no archive, in spite of its name.")
             return unpacked
+        other = files.records.get(unpacked, {}).get("of", name)
+        if other != name or (home / unpacked).is_symlink():
+            # train/images.zip and val/images.zip, or one that several sets name.
+            unpacked = _apart(unpacked, name)
+            files.append(record | {"folder": unpacked})
         try:
             found = extract(path, home / unpacked, record["sha256"], self.options.bounds)
         except BadArchive as error:
             raise ValueError(f"the archive {path} is not unpacked: it is {error}.") from error
         files.append(
-            {"file": unpacked, "archive": record["sha256"], "files": found.files, "bytes": found.bytes,
-             "links": found.links, "repeated": found.repeated}
+            {"file": unpacked, "of": name, "archive": record["sha256"], **asdict(found)}
         )  # fmt: skip
         if self.options.remove_archives:
             path.unlink()
@@ -434,6 +456,12 @@ class _Fetch:
         """Nothing half-done is left of a set that has everything."""
         for part in [self.folder / ".part", *(self.folder / "hub").rglob(".part")]:
             shutil.rmtree(part, ignore_errors=True)
+        # Files that a repository had at an earlier commit alone.
+        for name, record in list(self.files.records.items()):
+            repo, _, rest = str(record.get("from", "")).removeprefix("hf://datasets/").partition("@")
+            if name.startswith("hub/") and not rest.startswith(self.revisions.get(repo, "")):
+                (self.folder / name).unlink(missing_ok=True)
+                self.files.remove(name)
         self.files.tidy()
 
     def note(self, complete: bool, stopped: str | None) -> None:
@@ -468,106 +496,6 @@ def is_shared(catalogue: Catalogue, url: str) -> bool:
     return sum(url in (*entry.source.urls, *entry.media.urls) for entry in catalogue.sets) > 1
 
 
-@cache
-def held_out_lists(lists: tuple[HeldOut, ...], root: Path, rules: Rules) -> tuple[tuple[set[str], set[str]], bool]:
-    """Addresses and hashes of pictures that training must not see; False: a list is not on the Hub.
-
-    ValueError: a list cannot be read for now.
-    """
-    urls: set[str] = set()
-    hashes: set[str] = set()
-    whole = True
-    for held in lists:
-        wanted = HubFiles(repo=held.repo, revision=held.revision, split=held.split)
-        folder = root / "raw" / ".held_out" / held.repo.replace("/", "--")
-        try:
-            repository = hub.open_repository(wanted, root, rules)
-        except ValueError as error:
-            if "is not on the Hub" not in str(error):
-                raise ValueError(f"the pictures held out for evaluation are not known: {error}") from error
-            whole = False
-            continue
-        try:
-            names = [name for names in hub.choose_files(repository, wanted).values() for name in names]
-        except ValueError:  # all of its splits, then
-            names = [name for name in repository.files if name.lower().endswith(ROW_SUFFIXES)]
-        with locked(folder / ".lock", wait=True):
-            hub.fetch_files(
-                repository, names, folder / repository.revision, {}, rules, lambda n: None, lambda n, r: None
-            )
-        for name in names:
-            for row in column_values(
-                folder / repository.revision / name, [held.column, *([held.sha256] if held.sha256 else [])]
-            ):
-                value = row.get(held.column)
-                urls.update(value if isinstance(value, list) else [value])
-                if row.get(held.sha256 or ""):
-                    hashes.add(row[held.sha256].lower())
-        urls.discard(None)
-        if not urls:
-            raise ValueError(
-                f"the pictures held out for evaluation are not known: {held.repo} has no column {held.column}."
-            )
-    return (urls, hashes), whole
-
-
-def missing_layout(entry: DataSet, folder: Path) -> list[str]:
-    """Patterns of what the user has to put into manual/ that match no file with content."""
-    manual = folder / "manual"
-    return [pattern for pattern in entry.layout if not any(_has_content(path) for path in manual.glob(pattern))]
-
-
-def manual_annotations(entry: DataSet, folder: Path) -> list[Path]:
-    """Files with rows among what the user put there."""
-    found = []
-    for pattern in entry.source.layout or ["**/*"]:
-        if pattern.lower().endswith(ROW_SUFFIXES) or pattern == "**/*":
-            found += [p for p in sorted((folder / "manual").glob(pattern)) if p.suffix.lower() in ROW_SUFFIXES]
-    return list(dict.fromkeys(found))
-
-
-def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong) of those that are recorded; `deep` reads all bytes."""
-    for journal_file, key, base in (("files.jsonl", "file", folder), ("media/index.jsonl", "url", folder / "media")):
-        journal = Journal(folder / journal_file, key)
-        for record in journal.records.values():
-            path = base / record["file"]
-            if "sha256" not in record:  # a folder of an archive
-                if not path.is_dir():
-                    yield str(path.relative_to(folder)), "is missing"
-                elif deep and (there := sum(len(names) for _, _, names in os.walk(path))) != record["files"]:
-                    yield str(path.relative_to(folder)), f"has {there:,} files instead of {record['files']:,}"
-                continue
-            try:
-                size = path.stat().st_size
-            except OSError:
-                if not _is_unpacked(folder, journal, record):
-                    yield str(path.relative_to(folder)), "is missing"
-                continue
-            if size != record["bytes"]:
-                yield str(path.relative_to(folder)), f"has {size:,} bytes instead of {record['bytes']:,}"
-            elif deep and sha256_of(path) != record["sha256"]:
-                yield str(path.relative_to(folder)), "has changed"
-    for path in (folder / "extracted").glob("*"):
-        if path.is_symlink() and not path.exists():
-            yield str(path.relative_to(folder)), "is missing in raw/.shared"
-
-
-def remove_broken(folder: Path) -> int:
-    """Read everything that is recorded and forget what is not as it was; the number of files."""
-    broken = dict(broken_files(folder, deep=True))
-    for journal_file, base in (("files.jsonl", ""), ("media/index.jsonl", "media/")):
-        if broken and (folder / journal_file).exists():
-            journal = Journal(folder / journal_file, "file" if not base else "url")
-            for key, record in list(journal.records.items()):
-                if f"{base}{record['file']}" in broken:
-                    journal.remove(key)
-                    with contextlib.suppress(OSError):
-                        (folder / f"{base}{record['file']}").unlink()
-            journal.close()
-    return len(broken)
-
-
 def _check_rows(path: Path, suffix: str) -> None:
     """BadContent: a file of rows is cut off, or something else."""
     try:
@@ -598,14 +526,7 @@ def _is_there(home: Path, record: dict) -> bool:
     return False
 
 
-def _is_unpacked(home: Path, files: Journal, record: dict) -> bool:
-    """An archive that was removed after its contents came out."""
-    unpacked = f"extracted/{folder_name(record['file'])}"
-    done = files.records.get(unpacked)
-    return bool(done) and done.get("archive") == record.get("sha256") and (home / unpacked).is_dir()
-
-
-def _has_content(path: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return path.is_file() and path.stat().st_size > 0
-    return False
+def _apart(name: str, what: str) -> str:
+    """A name beside one that is taken, always the same for the same `what`."""
+    folder, _, name = name.rpartition("/")
+    return f"{folder}/{hashlib.sha256(what.encode()).hexdigest()[:8]}-{name}"

@@ -111,15 +111,18 @@ class _Job:
     def take_stock(self) -> None:
         """Which addresses are open; files that are not what the index says are open again."""
         for url, item in self.wanted.items():
-            record = self.index.records.get(url)
+            record, lost = self.index.records.get(url), self.lost.records.get(url)
+            if record is not None and record["sha256"] in self.held_out[1] or url in self.held_out[0]:
+                if record is not None:  # from when the list was not known
+                    self.index.remove(url)
+                    (self.media / record["file"]).unlink(missing_ok=True)
+                if lost is None or lost["kind"] != "held out":
+                    self._lose(item, Lost("held out", "held out for evaluation"))
+                continue
             if record is not None:
-                if self._is_there(record):
+                if self._is_there(record) and record["sha256"] == (item.sha256 or record["sha256"]).lower():
                     continue
                 self.index.remove(url)
-            if url in self.held_out[0]:
-                self._lose(item, Lost("held out", "held out for evaluation"))
-                continue
-            lost = self.lost.records.get(url)
             if lost is not None and (not self.retry_lost or lost["kind"] == "held out"):
                 if lost["kind"] != "held out" and lost["not_before"] <= self.today.isoformat():
                     self.open.append(item)

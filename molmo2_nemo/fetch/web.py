@@ -41,6 +41,7 @@ class Rules:
     tries: int = 3  # of one file in a run
     timeout: float = 20.0  # s to connect, to answer, and in which `min_rate` must hold
     min_rate: float = 1024.0  # bytes/s
+    max_seconds: float = 900.0  # for one file; what came of a large one stays for the next run
     max_file_bytes: int = 64 * 2**20
     max_redirects: int = 6
     max_wait: float = 60.0  # s that a server's Retry-After may hold up a host
@@ -108,11 +109,18 @@ def check_address(url: str, rules: Rules) -> str:
         raise Lost("gone", "not an address") from None
     if parts.scheme.lower() not in ("http", "https") or not host:
         raise Lost("gone", f"an address of the type {parts.scheme or 'none'}:, only http and https are followed")
-    if not rules.allow_private and not is_trusted(host):
-        with contextlib.suppress(ValueError):
-            if is_private(host):
-                raise Lost("gone", f"leads to the private address {host} (--allow-private follows it)")
+    if not rules.allow_private and not is_trusted(host) and (figures := _in_figures(host)) and is_private(figures):
+        raise Lost("gone", f"leads to the private address {host} (--allow-private follows it)")
     return url
+
+
+def _in_figures(host: str) -> str | None:
+    """The IP address that a host is written as, in any form that connecting takes: 127.0.0.1, 127.1, 2130706433."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(host.split("%")[0]))
+    with contextlib.suppress(OSError):
+        return socket.inet_ntoa(socket.inet_aton(host)) if host.replace(".", "").isdigit() else None
+    return None
 
 
 class _Resolver(aiohttp.ThreadedResolver):
@@ -217,7 +225,10 @@ async def _once(client, url: str, part: Path, rules: Rules, count, accept: str) 
         if status == 206:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
             whole = int(match[2]) if match and match[2] != "*" else None
-            if not have or not match or int(match[1]) != have or whole != known.get("total"):
+            validator = known.get("validator")
+            now = (response.headers.get("ETag"), response.headers.get("Last-Modified"))
+            changed = validator is not None and any(now) and validator not in now
+            if not have or not match or int(match[1]) != have or whole != known.get("total") or changed:
                 _forget(part)
                 raise Lost("later", "the server sent another part of the file than was asked for")
             total = whole
@@ -246,11 +257,17 @@ async def _once(client, url: str, part: Path, rules: Rules, count, accept: str) 
 
 async def _open(client, url: str, headers: dict, rules: Rules) -> aiohttp.ClientResponse:
     """The answer after redirects, each of which is checked."""
+    url = url.strip()
     for _ in range(rules.max_redirects + 1):
         check_address(url, rules)
-        async with asyncio.timeout(rules.timeout):
+        try:
             # As it is written, so that signed addresses stay what they are.
-            asked = yarl.URL(url, encoded=url.isascii() and " " not in url)
+            asked = yarl.URL(url, encoded=url.isascii() and url.isprintable() and " " not in url)
+            (asked.host or "").encode("idna")
+        except ValueError:
+            raise Lost("gone", "not an address") from None
+        check_address(str(asked), rules)
+        async with asyncio.timeout(rules.timeout):
             response = await client.get(asked, headers=headers, allow_redirects=False)
         if response.status not in (301, 302, 303, 307, 308):
             return response
@@ -269,7 +286,7 @@ async def _copy(response, file, have: int, rules: Rules, count) -> int:
     """Body to file; its bytes. Lost: it comes too slowly, or does not end where it may."""
     got = in_window = 0
     loop = asyncio.get_running_loop()
-    window_ends = loop.time() + rules.timeout
+    window_ends, ends = loop.time() + rules.timeout, loop.time() + rules.max_seconds
     while True:
         chunk = None
         with contextlib.suppress(TimeoutError):
@@ -287,6 +304,8 @@ async def _copy(response, file, have: int, rules: Rules, count) -> int:
             if in_window < rules.min_rate * rules.timeout:
                 raise Lost("later", f"slower than {rules.min_rate:.0f} bytes/s for {rules.timeout:.0f} s", again=False)
             in_window, window_ends = 0, loop.time() + rules.timeout
+            if loop.time() >= ends:
+                raise Lost("later", f"not whole after {rules.max_seconds:.0f} s", again=False)
 
 
 def _notes(part: Path) -> Path:
@@ -322,7 +341,7 @@ def retry_after(value: str | None) -> float | None:
     """Seconds, from a number or a date."""
     if not value:
         return None
-    if value.strip().isdigit():
+    if value.strip().isdecimal() and value.isascii():
         return float(value[:12])
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())

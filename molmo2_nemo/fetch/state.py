@@ -1,0 +1,154 @@
+"""What is there of a set that was fetched, whether it is as it was, and what the user put beside it."""
+
+import collections
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from molmo2_nemo.data.catalogue import DataSet
+from molmo2_nemo.data.raw import ROW_SUFFIXES, json_values, num_rows
+from molmo2_nemo.fetch.archives import content_of, folder_name
+from molmo2_nemo.fetch.check import instead_of_file, sha256_of
+from molmo2_nemo.fetch.journal import Journal
+
+
+def missing_layout(entry: DataSet, folder: Path) -> list[str]:
+    """Patterns of what the user has to put into manual/ that match no file with content."""
+    manual = folder / "manual"
+    return [pattern for pattern in entry.layout if not any(_has_content(path) for path in manual.glob(pattern))]
+
+
+def manual_annotations(entry: DataSet, folder: Path) -> list[Path]:
+    """Files with rows among what the user put there."""
+    found = []
+    for pattern in entry.source.layout or ["**/*"]:
+        if pattern.lower().endswith(ROW_SUFFIXES) or pattern == "**/*":
+            found += [p for p in sorted((folder / "manual").glob(pattern)) if p.suffix.lower() in ROW_SUFFIXES]
+    return list(dict.fromkeys(found))
+
+
+def fault(path: Path, read: bool = True) -> str | None:
+    """What is wrong with a file that the user put there, as far as that is to be seen without knowing its form."""
+    if what := instead_of_file(path):
+        return "empty" if what == "an empty file" else what
+    try:
+        if read and path.suffix.lower() == ".json":
+            collections.deque(json_values(path), maxlen=0)
+        elif read and path.suffix.lower() == ".jsonl":
+            with path.open("rb") as lines:
+                collections.deque((json.loads(line) for line in lines if line.strip()), maxlen=0)
+        elif read and path.suffix.lower() == ".parquet":
+            num_rows(path)
+    except (ValueError, RecursionError) as error:
+        return f"broken ({' '.join(str(error).split())[:120]})"
+    return None
+
+
+def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong) of those that are recorded; `deep` reads all bytes.
+
+    Of contents of archives, numbers and bytes are compared, and with `deep` what their files hold.
+    """
+    for journal_file, key, base in (("files.jsonl", "file", folder), ("media/index.jsonl", "url", folder / "media")):
+        journal = Journal(folder / journal_file, key)
+        for record in journal.records.values():
+            path = base / record["file"]
+            if "link" in record:
+                if not path.is_symlink() or os.readlink(path) != record["link"]:
+                    yield str(path.relative_to(folder)), "is missing"
+                continue
+            if "sha256" not in record:  # a folder of an archive
+                if not path.is_dir():
+                    yield str(path.relative_to(folder)), "is missing"
+                    continue
+                files, size, content = content_of(path, read=deep and "content" in record)
+                if files != record.get("files"):
+                    yield str(path.relative_to(folder)), f"has {files:,} files instead of {record.get('files', 0):,}"
+                elif size != record["bytes"]:
+                    yield str(path.relative_to(folder)), f"has {size:,} bytes instead of {record['bytes']:,}"
+                elif content and content != record["content"]:
+                    yield str(path.relative_to(folder)), "has changed"
+                continue
+            try:
+                size = path.stat().st_size
+            except OSError:
+                if not is_unpacked(folder, journal, record):
+                    yield str(path.relative_to(folder)), "is missing"
+                continue
+            if size != record["bytes"]:
+                yield str(path.relative_to(folder)), f"has {size:,} bytes instead of {record['bytes']:,}"
+            elif deep and sha256_of(path) != record["sha256"]:
+                yield str(path.relative_to(folder)), "has changed"
+    for path in _links(folder):
+        target = Path(os.path.normpath(path.parent / os.readlink(path)))
+        home = target.parents[1]
+        if not path.exists():
+            yield str(path.relative_to(folder)), "is missing in raw/.shared"
+        elif str(target.relative_to(home)) not in Journal(home / "files.jsonl", "file").records:
+            yield str(path.relative_to(folder)), "is not in the files.jsonl of its folder in raw/.shared"
+    for home in shared_homes(folder):
+        for name, what in broken_files(home, deep):
+            yield f"../.shared/{home.name}/{name}", what
+
+
+def remove_broken(folder: Path) -> int:
+    """Read everything that is recorded and forget what is not as it was; the number of files."""
+    broken = dict(broken_files(folder, deep=True))
+    for journal_file, base in (("files.jsonl", ""), ("media/index.jsonl", "media/")):
+        if broken and (folder / journal_file).exists():
+            journal = Journal(folder / journal_file, "file" if not base else "url")
+            for key, record in list(journal.records.items()):
+                if f"{base}{record['file']}" in broken:
+                    journal.remove(key)
+                    with contextlib.suppress(OSError):
+                        (folder / f"{base}{record['file']}").unlink()
+            journal.close()
+    return len(broken)
+
+
+def lacking(folder: Path, info: dict) -> list[tuple[str, str]]:
+    """(file, what is wrong) where the notes of a set that was fetched know of less than its fetch did."""
+    files, found = Journal(folder / "files.jsonl", "file").records, []
+    if any(info.get(key) is None for key in ("splits", "counts", "media")):
+        found.append(("fetched.json", "is not the note of a fetch"))
+    expected = (info.get("counts") or {}).get("files")
+    if isinstance(expected, int) and len(files) < expected:
+        found.append(("files.jsonl", f"lists {len(files):,} files instead of {expected:,}"))
+    for names in (info.get("splits") or {}).values():
+        found += [(name, "is missing") for name in names if name not in files and not (folder / name).exists()]
+    expected = (info.get("media") or {}).get("fetched")
+    if (info.get("media") or {}).get("kind") == "url-list" and isinstance(expected, int):
+        there = len(Journal(folder / "media" / "index.jsonl", "url").records)
+        if there < expected:
+            found.append(("media/index.jsonl", f"lists {there:,} pictures instead of {expected:,}"))
+    return found
+
+
+def shared_homes(folder: Path) -> list[Path]:
+    """Folders in raw/.shared that a set's links lead to."""
+    return sorted({Path(os.path.normpath(path.parent / os.readlink(path))).parents[1] for path in _links(folder)})
+
+
+def _links(folder: Path) -> list[Path]:
+    found = [path for name in ("extracted", "hub") for path in (folder / name).glob("*")]
+    return [path for path in found if path.is_symlink() and "/.shared/" in os.readlink(path)]
+
+
+def unpacked_as(record: dict) -> str:
+    """Folder of an archive's contents."""
+    return record.get("folder") or f"extracted/{folder_name(record['file'])}"
+
+
+def is_unpacked(home: Path, files: Journal, record: dict) -> bool:
+    """Are an archive's contents there? Itself, it may be removed."""
+    unpacked = unpacked_as(record)
+    done = files.records.get(unpacked)
+    return bool(done) and done.get("archive") == record.get("sha256") and (home / unpacked).is_dir()
+
+
+def _has_content(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.is_file() and path.stat().st_size > 0
+    return False
