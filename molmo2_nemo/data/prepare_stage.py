@@ -217,7 +217,7 @@ def spool(plan: Plan, folder: Path, shards: list[str], progress: tqdm | None = N
             return
     bound = int(VAL_SHARE * 2**64)
     rows, lowest = _spool(plan, folder, wanted, bound, progress)
-    least = min(LEAST_VAL, max(1, rows["drafts"] // 10), len(lowest) - 1)
+    least = min(LEAST_VAL, rows["drafts"] // 10, len(lowest) - 1)
     if least > 0 and lowest[least - 1] >= bound:
         # So small a set may have none below the bound. Its lowest are held out, in a second pass.
         rows, _ = _spool(plan, folder, wanted, lowest[least - 1] + 1, progress)
