@@ -85,7 +85,9 @@ def test_stage_1_from_the_servers_to_a_trained_step(tmp_path):
     # Photograph 7 is held out for evaluation, in whichever list of addresses it is.
     there = {"pixmo-cap": EACH - 2, "pixmo-points": EACH - 1, "pixmo-count": EACH - 2, "cosyn-point": EACH}
     assert {name: report[name]["images"] for name in there} == there
-    assert all(made["train_samples"] > 0 and made["val_samples"] == 1 for made in report.values()) and len(report) == 5
+    assert all(made["train_samples"] > made["val_samples"] for made in report.values()) and len(report) == 5
+    # Of addresses the lowest hash may be one of those without a file; these two sets have none.
+    assert [report[name]["val_samples"] for name in ("cosyn-point", "tulu-v2-sft-mixture")] == [1, 1]
     for name, path, kind in (("pixmo-cap", f"/cap/{GONE}", "gone"), ("pixmo-count", "/count/5", "content")):
         records = map(json.loads, (tmp_path / "data" / "raw" / name / "media" / "lost.jsonl").read_text().splitlines())
         assert [record["kind"] for record in records if record["url"].endswith(path)] == [kind]
