@@ -215,7 +215,7 @@ def run(states: list[State], pool: ProcessPoolExecutor, options: argparse.Namesp
                 state, step = futures.pop(future)
                 if state.problem:
                     continue
-                bar.set_description(state.name)
+                bar.set_description(state.name, refresh=False)
                 try:
                     advance(state, step, future)
                 except (ValueError, RecursionError) as error:
