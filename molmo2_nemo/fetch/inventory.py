@@ -167,7 +167,7 @@ def plan(entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, 
         if entry.unsure:
             planned.append(Planned(entry.name, "refused", 0, False, None, entry.unsure))
         elif state == "complete":
-            planned.append(Planned(entry.name, "there", size / GB, estimated, None, "complete"))
+            planned.append(Planned(entry.name, "there", _bytes_there(root, entry) / GB, False, None, "complete"))
             archives.update(entry.media.urls)
         elif entry.source.kind == "manual":
             why = f"python tools/download.py how {entry.name}"
