@@ -342,6 +342,9 @@ def test_what_is_not_fetched_or_not_usable_is_said(prepared, tmp_path, capsys):
     assert "is no data set of stage 1" in run(tmp_path, "chartqa")
     assert "there is no data set nonsense" in run(tmp_path, "nonsense")
     assert "leaves no data set" in run(tmp_path, "--only-license", "wtfpl")
+    # As tools/download.py takes it: the name or its beginning, but cc-by is not cc-by-nc-sa-4.0.
+    for asked, found in ((["cc-by", "odc-by"], {"odc-by"}), (["cc-by-nc-sa"], {"cc-by-nc-sa-4.0"})):
+        assert {entry["license"] for entry in stages.chosen(load_catalogue(), tmp_path, 2, [], asked)} == found
     fetched(tmp_path, "pixmo-count", [], complete=False, stopped="being fetched")
     assert "not fetched to its end" in said("pixmo-count")
     rows = [

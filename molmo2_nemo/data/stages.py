@@ -32,6 +32,7 @@ from molmo2_nemo.data.prepare_stage import (
     write_shard,
 )
 from molmo2_nemo.data.raw import RawSource
+from molmo2_nemo.fetch.inventory import with_license
 
 # Stage -> blends of conf/blend. Stage 3 trains on the data of stage 2.
 BLENDS = {1: ["stage1"], 2: ["stage2", "stage2_report"], 3: ["stage2", "stage2_report"]}
@@ -58,14 +59,13 @@ class State:
         return self.entry["name"]
 
 
-def chosen(catalogue: Catalogue, stage: int, names: list[str], licenses: list[str] | None) -> list[dict]:
+def chosen(catalogue: Catalogue, root: Path, stage: int, names: list[str], licenses: list[str] | None) -> list[dict]:
     """Entries of the stage, of these names. ValueError: a name is none of the stage's."""
     entries = catalogue.find(names) if names else catalogue.of_stage(stage)
     if strange := [entry.name for entry in entries if stage not in entry.stages]:
         raise ValueError(f"{', '.join(strange)} is no data set of stage {stage}")
     if licenses:
-        allowed = {name.lower() for name in licenses}
-        entries = [entry for entry in entries if str(entry.license or "unknown").lower() in allowed]
+        entries = with_license(entries, licenses, root)
         if not entries:
             raise ValueError(f"--only-license {' '.join(licenses)} leaves no data set of stage {stage}")
     return [entry.model_dump() for entry in entries]
@@ -77,7 +77,7 @@ def prepare_stage(options: argparse.Namespace) -> int:
     if out.resolve().is_relative_to((root / "raw").resolve()):
         raise ValueError(f"--out {out} is inside of {root / 'raw'}, which holds raw data alone: choose another folder")
     catalogue = load_catalogue(options.catalogue)
-    states = [State(entry) for entry in chosen(catalogue, options.stage, options.names, options.only_license)]
+    states = [State(entry) for entry in chosen(catalogue, root, options.stage, options.names, options.only_license)]
     for state in states:
         look(state, root, out, options)
     work = [state for state in states if state.plan and not state.made]
@@ -372,7 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     parser.add_argument("--array-index", type=int, default=0, help="of a Slurm array: $SLURM_ARRAY_TASK_ID, from 0")
     parser.add_argument("--array-count", type=int, default=1, help="of a Slurm array: $SLURM_ARRAY_TASK_COUNT")
-    parser.add_argument("--only-license", nargs="+", metavar="LICENSE", help="data sets with one of these; or unknown")
+    parser.add_argument("--only-license", nargs="+", metavar="LICENSE", help="those under one of these, e.g. odc-by cc-by")
     parser.add_argument("--redo", action="store_true", help="make anew what was prepared before")
     parser.add_argument("--verify", action="store_true", help="read the bytes of finished data sets again, too")
     parser.add_argument("--quiet", action="store_true", help="no progress, a short report")
