@@ -392,6 +392,26 @@ def test_new_raw_data_are_taken_when_asked(prepared, tmp_path, capsys):
     assert len(samples(tmp_path / "pixmo-count")) == 2 and not list(tmp_path.glob(".pixmo-count*"))
 
 
+def test_wrong_rows_take_nothing_else_with_them(tmp_path, capsys):
+    def row(label, *pairs, **more):
+        return {"image_url": address("points", 0), "points": points(*pairs), "count": 1, "label": label} | more
+
+    rows = [
+        row("cat", (50, 50)), row("<points 0/>", (50, 50)), row("far", (5000, 50)), row("edge", (100.4, 50)),
+        row("bad \ud800", (1, 1)), row("nan", (float("nan"), 1)), row("none", (1, 1), image_url=None),
+        row("dict", (1, 1), image_url={"bytes": "x"}), row("long", (1, 1), image_url="a" * 5000),
+        row("type", (1, 1), points=7), {},
+    ]  # fmt: skip
+    fetched(tmp_path, "pixmo-points", rows, {address("points", 0): jpeg(0)})
+    assert run(tmp_path, "pixmo-points") == 0
+    [(example, _)] = samples(tmp_path / "pixmo-points").values()
+    assert [branch.label for branch in example.branches] == ["cat", "edge"]
+    [report] = json.loads((tmp_path / "stage1.report.json").read_text())
+    assert sum(report["dropped"].values()) == 9 and report["branches"] == 2
+    assert report["dropped"]["a point lies far outside of its picture, if its unit is percent"] == 1
+    assert "holds raw data alone" in run(tmp_path / "raw" / "out", "--root", str(tmp_path))
+
+
 # -- single samples ---------------------------------------------------------------------------------------------------
 
 

@@ -201,6 +201,13 @@ def test_pointing_in_some_of_several_images():
         one(pointing(groups), images=2)
 
 
+def test_a_label_with_an_article_is_asked_for_with_one_article():
+    asked = {one(pointing(label="the red dot"), seed)[0] for seed in range(60)}
+    assert any("the red dot" in text for text in asked) and not any("the the" in text.lower() for text in asked)
+    asked, _ = one(pointing(label="the red dot"), templates=False)
+    assert asked == "the red dot"  # what stage 1 asks, and what answers say, is the label itself
+
+
 def test_points_of_a_video_are_at_half_seconds():
     groups = [[0.74, [[0.5, 0.5]]], [0.5, [[0.2, 0.5]]], [3.0, [[0.1, 0.1]]], [2.9999999, [[0.3, 0.3]]]]
     _, answer = one(pointing(groups, style="video_point_count"), video=VIDEO)
