@@ -19,7 +19,7 @@ import yaml
 from tqdm import tqdm
 
 from molmo2_nemo.config import CONF_DIR
-from molmo2_nemo.data.catalogue import CONF_FILE, Catalogue, load_catalogue
+from molmo2_nemo.data.catalogue import CONF_FILE, Catalogue, DataSet, load_catalogue
 from molmo2_nemo.data.prepare_stage import (
     Plan,
     finish,
@@ -45,9 +45,11 @@ class State:
     """Of one data set in this run."""
 
     entry: dict
+    optional: bool = False  # a program alone cannot get it
     plan: Plan | None = None
     made: dict | None = None  # provenance.json
     problem: str | None = None
+    fetched: bool = True
     note: str | None = None
     todo: list[str] = field(default_factory=list)  # shards that this run has to write
     left: int = 0
@@ -59,7 +61,7 @@ class State:
         return self.entry["name"]
 
 
-def chosen(catalogue: Catalogue, root: Path, stage: int, names: list[str], licenses: list[str] | None) -> list[dict]:
+def chosen(catalogue: Catalogue, root: Path, stage: int, names: list[str], licenses: list[str] | None) -> list[DataSet]:
     """Entries of the stage, of these names. ValueError: a name is none of the stage's."""
     entries = catalogue.find(names) if names else catalogue.of_stage(stage)
     if strange := [entry.name for entry in entries if stage not in entry.stages]:
@@ -68,7 +70,7 @@ def chosen(catalogue: Catalogue, root: Path, stage: int, names: list[str], licen
         entries = with_license(entries, licenses, root)
         if not entries:
             raise ValueError(f"--only-license {' '.join(licenses)} leaves no data set of stage {stage}")
-    return [entry.model_dump() for entry in entries]
+    return entries
 
 
 def prepare_stage(options: argparse.Namespace) -> int:
@@ -77,7 +79,8 @@ def prepare_stage(options: argparse.Namespace) -> int:
     if out.resolve().is_relative_to((root / "raw").resolve()):
         raise ValueError(f"--out {out} is inside of {root / 'raw'}, which holds raw data alone: choose another folder")
     catalogue = load_catalogue(options.catalogue)
-    states = [State(entry) for entry in chosen(catalogue, root, options.stage, options.names, options.only_license)]
+    entries = chosen(catalogue, root, options.stage, options.names, options.only_license)
+    states = [State(entry.model_dump(), entry.by_hand or entry.unsure is not None) for entry in entries]
     for state in states:
         look(state, root, out, options)
     work = [state for state in states if state.plan and not state.made]
@@ -101,7 +104,7 @@ def prepare_stage(options: argparse.Namespace) -> int:
         print(json.dumps(results, indent=1))
     else:
         print_report(options, states, out, files)
-    failed = [s for s in states if s.problem and (s.plan or options.names)]
+    failed = [s for s in states if s.problem and (s.plan or options.names or not s.optional)]
     return 1 if failed or not any(s.made or s.note for s in states) else 0
 
 
@@ -127,6 +130,7 @@ def look(state: State, root: Path, out: Path, options: argparse.Namespace) -> No
         plan = make_plan(state.entry, root, out, options.shards, options.partial)
     except ValueError as error:
         state.problem = str(error).rstrip(".")
+        state.fetched = (root / "raw" / state.name / "fetched.json").exists()
         state.made = made_before(out / state.name)
         if state.made and not options.names:
             state.problem = None
@@ -341,8 +345,16 @@ def print_report(options: argparse.Namespace, states: list[State], out: Path, fi
     absent = [state for state in states if state.problem]
     for state in (s for s in states if s.note):
         print(f"note: {state.note}")
+    unknown = [] if options.names else [state.name for state in absent if not state.fetched]
     for state in absent:
-        print(f"not prepared: {state.problem}", file=sys.stderr)
+        if state.name not in unknown:
+            print(f"not prepared: {state.problem}", file=sys.stderr)
+    if unknown:
+        print(
+            f"not fetched, {len(unknown)} of {len(states)}: {', '.join(unknown)}. tools/download_by_stage.sh "
+            f"stage{options.stage} gets what a program can; python tools/download.py how NAME says how to get others.",
+            file=sys.stderr,
+        )
     if files and not options.quiet:
         print(f"\n{len(made)} of {len(states)} data sets are prepared in {out}:")
         for file in files:
