@@ -184,7 +184,7 @@ def _pointing(task: Pointing, style: str, example: Example, rng: np.random.Gener
         everywhere = chosen == set(range(1, len(example.images) + 1))
         plain = len(example.images) < 2 or (everywhere and style in POINTS_ONLY and rng.random() < 0.5)
         images = "all images" if everywhere else ", ".join(f"image_{k}" for k in sorted(chosen))
-        question = _draw(rng, choices if plain else several).format(label=task.label, images=images)
+        question = sets.fill(_draw(rng, choices if plain else several), task.label, images=images)
     if task.unanswerable is not None:
         return _turn(question, task.unanswerable)
     if not count and style not in COUNT_ONLY:
@@ -214,7 +214,7 @@ def _tracking(task: Tracking, style: str, example: Example, rng: np.random.Gener
             choices = sets.TRACK_ENDS
         else:
             choices = sets.TRACK if task.fps == 2 and rng.random() < 0.5 else sets.TRACK_FPS
-        question = _draw(rng, choices).format(label=task.label, fps=fps) if templates else task.label
+        question = sets.fill(_draw(rng, choices), task.label, fps=fps) if templates else task.label
         question = task.question or question
     else:
         known = ", ".join(sorted(TRACK_ALL | TRACK_ENDS | TRACK_ONE))
