@@ -585,7 +585,7 @@ def test_long_arrays_are_read_item_by_item(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"columns": {"question": "qeury"}}, "columns.question='qeury', which is none of its fields: image, query, answer"),
+        ({"columns": {"question": "qeury"}}, "columns.question='qeury', which is none of its fields: image, query"),
         ({"columns": {"questoin": "query"}}, "columns.questoin, which nothing reads; it may have answer, caption"),
         ({"columns": "query"}, "columns='query': it is {what: COLUMN}"),
         ({"kind": "qa"}, "kind='qa', which is none of chat, pointing"),

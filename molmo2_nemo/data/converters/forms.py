@@ -81,8 +81,8 @@ def converter_by_form(entry: dict) -> Converter | None:
     medium = (entry.get("media") or {}).get("kind", "none")
     if medium != "none" and not any(columns[column] for column in MEDIA):
         raise ValueError(
-            f"{name} has media.kind={medium}, and none of its fields ({', '.join(fields)}) is known to hold pictures or "
-            "videos: name it in convert.columns, as {image: COLUMN}, {images: COLUMN} or {video: COLUMN}."
+            f"{name} has media.kind={medium}, and none of its fields ({', '.join(fields)}) is known to hold "
+            "pictures or videos: name it in convert.columns, as {image: COLUMN}, {images: COLUMN} or {video: COLUMN}."
         )
     return Converter(partial(convert, kind=kinds[0], columns=columns, form=form))
 
