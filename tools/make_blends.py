@@ -34,6 +34,7 @@ def blends(catalogue: dict) -> dict[str, tuple[str, dict]]:
     entries = [DEFAULTS | entry for entry in catalogue["datasets"] if "group_of" not in entry]
     first = [entry for entry in entries if 1 in entry["stages"]]
     later = [entry for entry in entries if 2 in entry["stages"]]
+    groups = catalogue.get("groups") or {}
     ratios = {entry["name"]: {"path": entry["name"], "weight": rounded(100 * entry["ratio"])} for entry in first}
     return {
         "stage1": (
@@ -46,7 +47,7 @@ def blends(catalogue: dict) -> dict[str, tuple[str, dict]]:
         ),
         "stage2_report": (
             "Stages 2 and 3 as in the report: a rate for each group, square roots of sizes inside.",
-            {"groups": {name: report_group(name, group, later) for name, group in (catalogue.get("groups") or {}).items()}},
+            {"groups": {name: report_group(name, group, later) for name, group in groups.items()}},
         ),
     }
 
