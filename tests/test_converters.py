@@ -580,3 +580,34 @@ def test_long_arrays_are_read_item_by_item(tmp_path, monkeypatch):
     path.write_text('{"other": []}')
     with pytest.raises(ValueError, match="no JSON array under qa_pairs"):
         list(json_items(path, "qa_pairs"))
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"columns": {"question": "qeury"}}, "columns.question='qeury', which is none of its fields: image, query"),
+        ({"columns": {"questoin": "query"}}, "columns.questoin, which nothing reads; it may have answer, caption"),
+        ({"columns": "query"}, "columns='query': it is {what: COLUMN}"),
+        ({"kind": "qa"}, "kind='qa', which is none of chat, pointing"),
+        ({"kind": ["question"]}, "kind=.'question'., which is none of"),
+        ({"kind": "question", "columns": None}, "needs the column question: name it in convert.columns"),
+        ({"unit": "pixel"}, "unit='pixel', which is none of fraction"),
+        ({"style": 3}, "style=3: it is a word"),
+        ({"kind": "pointing", "style": "vqa2"}, "style=vqa2, which says not how to point"),
+        ({"colums": {}}, "it may have the keys columns, kind, style, unit"),
+    ],
+)
+def test_every_mistake_of_convert_has_its_sentence(change, sentence):
+    entry = {"name": "mine", "fields": dict.fromkeys(("image", "query", "answer"), ""), "media": {"kind": "in-parquet"}}
+    with pytest.raises(ValueError, match=f"^mine has convert.*{sentence}"):
+        converter_of(entry | {"convert": {"kind": "question", "columns": {"question": "query"}} | change})
+
+
+def test_media_without_a_column_of_them_are_refused():
+    entry = {"name": "mine", "fields": {"photo": "", "question": "", "answer": ""}, "media": {"kind": "in-parquet"}}
+    with pytest.raises(ValueError, match="none of its fields .photo, question, answer. is known to hold pictures"):
+        converter_of(entry)
+    [draft] = converter_of(entry | {"convert": {"columns": {"image": "photo"}}}).convert(
+        {"photo": PNG, "question": "Q?", "answer": "A"}
+    )
+    assert draft.images == [PNG["bytes"]]

@@ -315,24 +315,24 @@ def test_the_document_shows_lines_of_its_example_and_names_every_field():
 
 
 @pytest.mark.slow
-def test_commands_of_the_document(tmp_path):
-    """From the lines to the exported model's answer, as the document has it but in other folders."""
+def test_commands_of_the_document(sample, tmp_path):
+    """From the lines to the exported model's answer, as the document has it but in other folders.
+
+    The sample world is that of other tests; test_readme.py runs the command that makes it.
+    """
     blocks = re.findall(r"<!-- tested -->\n```\n(.*?)```", DOCUMENT, re.DOTALL)
     commands = [line for block in blocks for line in block.strip().splitlines()]
-    assert len(commands) == 6
-    for command in commands:
-        command = command.replace("data/sample", f"{tmp_path}/sample").replace("runs/own_data", f"{tmp_path}/runs")
+    assert len(commands) == 6 and commands[0] == "python tools/make_sample_data.py --out data/sample"
+    for command in commands[1:]:
+        command = command.replace("data/sample", str(sample)).replace("runs/own_data", f"{tmp_path}/runs")
         program, *arguments = shlex.split(command)
-        few = ["--scale", "0.01"] if "make_sample_data" in command else []
         assert program == "python"
-        output = succeeded(python(*arguments, *few)).stdout
+        output = succeeded(python(*arguments)).stdout
     assert len(list((tmp_path / "runs" / "inspect" / "samples").glob("*.html"))) == 20
     [points] = parse(output)
     [(image, [point])] = points.groups
     assert (points.label, image) == ("green triangle", 1) and np.allclose(point, (0.49, 0.821), atol=0.05)
-    check_example(
-        tmp_path / "sample" / "quiz", {key: e for key, (e, _) in stored(tmp_path / "runs" / "shards").items()}
-    )
+    check_example(sample / "quiz", {key: e for key, (e, _) in stored(tmp_path / "runs" / "shards").items()})
 
 
 def check_example(pictures, examples):

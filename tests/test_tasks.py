@@ -340,3 +340,17 @@ def test_the_same_generator_gives_the_same_conversation():
     tasks = [pointing(), {"task": "caption", "text": "x"}, {"task": "multiple_choice", "question": "q", "options": ["a", "b"], "answer": 0}]
     for seed in range(20):
         assert talk(tasks, seed) == talk(tasks, seed)
+
+
+def test_a_label_with_an_article_gets_no_second_one():
+    sets = [v for k, v in vars(prompts).items() if isinstance(v, tuple)]
+    with_label = [sentence for sentences in sets for sentence in sentences if "{label}" in sentence]
+    values = {"images": "image_1", "fps": "2"}
+    for label in ("the red dot", "A dog", "an owl"):
+        asked = [prompts.fill(sentence, label, **values) for sentence in with_label]
+        doubled = r"(?i)\b(the|every|each|all|any|many|number of) (the|an?) "
+        assert len(asked) > 50 and not [question for question in asked if re.search(doubled, question)]
+    assert prompts.fill("Where is the {label}?", "the red dot") == "Where is the red dot?"
+    assert prompts.fill("Point to {label}.", "the red dot") == "Point to the red dot."
+    assert prompts.fill("Where is the {label}?", "theatre") == "Where is the theatre?"
+    assert prompts.fill("Where is the {label}?", "A") == "Where is the A?"

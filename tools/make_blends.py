@@ -1,7 +1,8 @@
 """Write the mixtures of the three stages, conf/blend/stage*.yaml and conf/data/stage*.yaml, from conf/datasets.yaml.
 
-    python tools/make_blends.py            # write them
-    python tools/make_blends.py --check    # write nothing; exit status 1 with the names of those that would change
+    python tools/make_blends.py                     # write them
+    python tools/make_blends.py --catalogue FILE    # from another catalogue
+    python tools/make_blends.py --check             # write nothing; exit status 1 with the names of what would change
 
 stage1          the catalogue's fixed ratios
 stage2          (and stage 3) every source, by the square root of its size
@@ -33,6 +34,7 @@ def blends(catalogue: dict) -> dict[str, tuple[str, dict]]:
     entries = [DEFAULTS | entry for entry in catalogue["datasets"] if "group_of" not in entry]
     first = [entry for entry in entries if 1 in entry["stages"]]
     later = [entry for entry in entries if 2 in entry["stages"]]
+    groups = catalogue.get("groups") or {}
     ratios = {entry["name"]: {"path": entry["name"], "weight": rounded(100 * entry["ratio"])} for entry in first}
     return {
         "stage1": (
@@ -45,7 +47,7 @@ def blends(catalogue: dict) -> dict[str, tuple[str, dict]]:
         ),
         "stage2_report": (
             "Stages 2 and 3 as in the report: a rate for each group, square roots of sizes inside.",
-            {"groups": {name: report_group(name, group, later) for name, group in catalogue["groups"].items()}},
+            {"groups": {name: report_group(name, group, later) for name, group in groups.items()}},
         ),
     }
 
@@ -157,10 +159,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file would change")
     parser.add_argument("--conf", type=Path, default=CONF_DIR, help="folder of datasets.yaml, blend/ and data/")
+    parser.add_argument("--catalogue", type=Path, help="another than datasets.yaml of that folder")
     arguments = parser.parse_args()
+    catalogue = arguments.catalogue or arguments.conf / "datasets.yaml"
     try:
-        load_catalogue(arguments.conf / "datasets.yaml")
-        texts = files(yaml.safe_load((arguments.conf / "datasets.yaml").read_text()))
+        load_catalogue(catalogue)
+        texts = files(yaml.safe_load(catalogue.read_text()))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     changed = []
@@ -172,8 +176,8 @@ def main() -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
     if arguments.check and changed:
-        sys.exit(f"not what conf/datasets.yaml says: {', '.join(changed)}; run python tools/make_blends.py.")
-    print("\n".join(f"wrote {path}" for path in changed) or "all is as conf/datasets.yaml says")
+        sys.exit(f"not what {catalogue} says: {', '.join(changed)}; run python tools/make_blends.py.")
+    print("\n".join(f"wrote {path}" for path in changed) or f"all is as {catalogue} says")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,19 @@
 {label} is what is meant, {images} which images ("all images", "image_1, image_3"), {fps} a rate, {point} a points tag.
 """
 
+import re
+
+ARTICLE = re.compile(r"(the|an?)\s+", re.IGNORECASE)
+BEFORE_NOUN = re.compile(r"\b(the|every|each|all|any|how many|number of) \{label\}", re.IGNORECASE)
+
+
+def fill(sentence: str, label: str, **values) -> str:
+    """A sentence about a label. Where the sentence has a determiner before it, the label's own article is left out."""
+    if BEFORE_NOUN.search(sentence) and (article := ARTICLE.match(label)) and article.end() < len(label):
+        label = label[article.end() :]
+    return sentence.format(label=label, **values)
+
+
 CAPTION = (
     "Describe this {medium}.",
     "Describe the {medium} in detail.",

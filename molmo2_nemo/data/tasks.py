@@ -40,7 +40,6 @@ ROMAN = (
 # Styles of human questions, which leave open whether "how many" asks for points.
 OPEN_STYLES = frozenset(["user_qa", "correction_qa"])
 COUNTING = re.compile(r"\b(how many|count (the|all|each|every)|number of|total (of|number))\b", re.IGNORECASE)
-ARTICLE = re.compile(r"^(the|a|an)\s+(?=\w)", re.IGNORECASE)
 TIME = re.compile(r"<time ([0-9]{1,7}(?:\.[0-9]{1,6})?)/>")
 
 
@@ -185,7 +184,7 @@ def _pointing(task: Pointing, style: str, example: Example, rng: np.random.Gener
         everywhere = chosen == set(range(1, len(example.images) + 1))
         plain = len(example.images) < 2 or (everywhere and style in POINTS_ONLY and rng.random() < 0.5)
         images = "all images" if everywhere else ", ".join(f"image_{k}" for k in sorted(chosen))
-        question = _draw(rng, choices if plain else several).format(label=_bare(task.label), images=images)
+        question = sets.fill(_draw(rng, choices if plain else several), task.label, images=images)
     if task.unanswerable is not None:
         return _turn(question, task.unanswerable)
     if not count and style not in COUNT_ONLY:
@@ -215,18 +214,13 @@ def _tracking(task: Tracking, style: str, example: Example, rng: np.random.Gener
             choices = sets.TRACK_ENDS
         else:
             choices = sets.TRACK if task.fps == 2 and rng.random() < 0.5 else sets.TRACK_FPS
-        question = _draw(rng, choices).format(label=_bare(task.label), fps=fps) if templates else task.label
+        question = sets.fill(_draw(rng, choices), task.label, fps=fps) if templates else task.label
         question = task.question or question
     else:
         known = ", ".join(sorted(TRACK_ALL | TRACK_ENDS | TRACK_ONE))
         raise ValueError(f"The style {style} says nothing of how to track; those that do are {known}.")
     ends = style.endswith("start_end")
     return _turn(question, "<points 0/>", Tracks(task.label, frames, ends))
-
-
-def _bare(label: str) -> str:
-    """Without the article that it begins with: the templates have their own."""
-    return ARTICLE.sub("", label) or label
 
 
 def _is_multiple(seconds: float, fps: float) -> bool:

@@ -36,6 +36,8 @@ from molmo2_nemo.data.converters.common import (
     question,
     xy,
 )
+from molmo2_nemo.data.measure import UNITS
+from molmo2_nemo.data.tasks import COUNT_ONLY, COUNT_THEN_POINTS, POINTS_ONLY, POINTS_THEN_COUNT
 
 # What each kind needs, the surest sign first.
 KINDS = {
@@ -56,18 +58,17 @@ ALIASES = {
     "messages": ("messages", "conversations"),
 }
 ROLES = {"human": "user", "gpt": "assistant"}
+MEDIA = ("image", "images", "video")
+COLUMNS = {*ALIASES, *(column for needed in KINDS.values() for column in needed), "explanation"}
+HOW_TO_POINT = POINTS_ONLY | POINTS_THEN_COUNT | COUNT_THEN_POINTS | COUNT_ONLY
 KEYS = {"kind", "style", "unit", "columns"}
 
 
 def converter_by_form(entry: dict) -> Converter | None:
     """Of an entry with `convert`, or with columns whose names tell. ValueError: `convert` makes no sense."""
     form, fields, name = entry.get("convert") or {}, entry.get("fields") or {}, entry["name"]
-    if not isinstance(form, dict) or not set(form) <= KEYS or form.get("kind", "chat") not in KINDS:
-        raise ValueError(
-            f"{name} has convert={form}: it may have {', '.join(sorted(KEYS))}, and its kind is one of "
-            f"{', '.join(KINDS)}."
-        )
-    columns = {column: _named(column, fields) for column in {*ALIASES, *(c for cs in KINDS.values() for c in cs)}}
+    _check(name, form, fields)
+    columns = {column: _named(column, fields) for column in COLUMNS}
     columns |= form.get("columns") or {}
     # `label` is an answer in some sets and what is pointed at in others: points decide.
     kinds = [form["kind"]] if "kind" in form else [k for k, needed in KINDS.items() if all(columns[c] for c in needed)]
@@ -77,7 +78,46 @@ def converter_by_form(entry: dict) -> Converter | None:
         raise ValueError(
             f"{name} has convert.kind={kinds[0]}, which needs the column {absent[0]}: name it in convert.columns."
         )
+    medium = (entry.get("media") or {}).get("kind", "none")
+    if medium != "none" and not any(columns[column] for column in MEDIA):
+        raise ValueError(
+            f"{name} has media.kind={medium}, and none of its fields ({', '.join(fields)}) is known to hold "
+            "pictures or videos: name it in convert.columns, as {image: COLUMN}, {images: COLUMN} or {video: COLUMN}."
+        )
     return Converter(partial(convert, kind=kinds[0], columns=columns, form=form))
+
+
+def _check(name: str, form, fields: dict) -> None:
+    """ValueError, one sentence: the key of `convert` that makes no sense."""
+    if not isinstance(form, dict) or not set(form) <= KEYS:
+        raise ValueError(f"{name} has convert={form}: it may have the keys {', '.join(sorted(KEYS))}.")
+    choices = {"kind": tuple(KINDS), "unit": UNITS}
+    for key, known in choices.items():
+        if key in form and form[key] not in known:
+            raise ValueError(f"{name} has convert.{key}={form[key]!r}, which is none of {', '.join(known)}.")
+    style = form.get("style", "")
+    if not isinstance(style, str) and not (form.get("kind", "pointing") == "pointing" and _is_list_of_names(style)):
+        raise ValueError(f"{name} has convert.style={style!r}: it is a word, or of pointing a list of words.")
+    unknown = sorted({*([style] if isinstance(style, str) else style)} - HOW_TO_POINT)
+    if form.get("kind") == "pointing" and style and unknown:
+        known = ", ".join(sorted(HOW_TO_POINT))
+        raise ValueError(f"{name} has convert.style={unknown[0]}, which says not how to point; these do: {known}.")
+    columns = form.get("columns") or {}
+    if not isinstance(columns, dict):
+        raise ValueError(f"{name} has convert.columns={columns!r}: it is {{what: COLUMN}}, as {{question: query}}.")
+    for column, called in columns.items():
+        if column not in COLUMNS:
+            raise ValueError(
+                f"{name} has convert.columns.{column}, which nothing reads; it may have {', '.join(sorted(COLUMNS))}."
+            )
+        if called is not None and called not in fields:
+            raise ValueError(
+                f"{name} has convert.columns.{column}={called!r}, which is none of its fields: {', '.join(fields)}."
+            )
+
+
+def _is_list_of_names(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
 def _named(column: str, fields: dict) -> str | None:
