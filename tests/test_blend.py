@@ -302,11 +302,6 @@ def test_the_shipped_blends_are_what_the_catalogue_says(tmp_path):
     result = python("tools/make_blends.py", "--check", "--conf", tmp_path)
     assert result.returncode == 1 and not (tmp_path / "data" / "stage1.yaml").exists()
     assert str(changed) in result.stderr and "data/stage1.yaml" in result.stderr and "report" not in result.stderr
-    # A file of the user's own sets alone.
-    mine = {"name": "mine", "source": {"kind": "manual", "instructions": "x"}, "media": {"kind": "none"}}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"datasets": [mine]}))
-    assert python("tools/make_blends.py", "--conf", tmp_path, "--catalogue", tmp_path / "mine.yaml").returncode == 0
-    assert list(yaml.safe_load(changed.read_text())["sources"]) == ["mine"]
 
 
 def test_the_sample_blends_have_the_right_form(tmp_path):

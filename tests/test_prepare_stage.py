@@ -547,3 +547,17 @@ def test_the_tool_takes_the_stage(prepared, tmp_path, monkeypatch, capsys):
         tool.main()
     report = json.loads(capsys.readouterr().out)
     assert ended.value.code == 0 and [entry["name"] for entry in report] == list(STAGE_1)
+
+
+def test_a_catalogue_of_ones_own_gives_a_blend_of_its_own(tmp_path):
+    mine = {"name": "my-charts", "source": {"kind": "hf", "hf": {"repo": "me/my-charts"}}, "license": "cc-by-4.0",
+            "media": {"kind": "archive", "hf": {"repo": "me/my-charts", "files": ["images.zip"]}},
+            "fields": {"image": "name", "query": "text", "answer": "text"},
+            "convert": {"kind": "question", "columns": {"question": "query"}}}  # fmt: skip
+    rows = [{"image": f"{n}.jpg", "query": "Which bar?", "answer": f"{n}"} for n in range(12)]
+    fetched(tmp_path, "my-charts", rows, {f"extracted/images/{n}.jpg": jpeg(n) for n in range(12)})
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"datasets": [mine]}))
+    assert run(tmp_path, "--catalogue", str(tmp_path / "mine.yaml"), stage=2) == 0
+    [source] = load_blend(DataConfig(root=str(tmp_path), blend=str(tmp_path / "stage2.yaml")))
+    assert (source.name, source.num_samples, source.num_validation_samples) == ("my-charts", 11, 1)
+    assert "cc-by-4.0" in (tmp_path / "stage2.LICENSES.txt").read_text()

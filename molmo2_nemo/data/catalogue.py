@@ -275,5 +275,5 @@ def _sentence(error: dict, values: dict) -> str:
         return f"{where} lacks the key {key}: add it"
     if error["type"] == "value_error":
         return f"{where}{f', {key}' if key else ''}: {error['ctx']['error']}"
-    message = error["msg"].removeprefix("Input ").replace("should match pattern", "does not match")
+    message = error["msg"].removeprefix("Input ").replace("String should match pattern", "does not match")
     return f"{where} has {key}={error['input']!r}: it {message}"

@@ -56,9 +56,10 @@ class RawSource:
                 raise ValueError("not the note of a fetch")
             return info
         except (OSError, ValueError) as error:
+            note = self.folder / "fetched.json"
+            why = f" ({note} cannot be read)" if note.exists() else ""
             raise ValueError(
-                f"{self.name} is not fetched ({self.folder / 'fetched.json'} cannot be read): run "
-                f"python tools/download.py fetch {self.name}."
+                f"{self.name} is not fetched{why}: run python tools/download.py fetch {self.name}."
             ) from error
 
     def files(self, split: str | None = None) -> list[Path]:

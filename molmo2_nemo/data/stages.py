@@ -18,8 +18,8 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from molmo2_nemo.config import CONF_DIR
 from molmo2_nemo.data.catalogue import CONF_FILE, Catalogue, DataSet, load_catalogue
+from molmo2_nemo.data.mixture import blends
 from molmo2_nemo.data.prepare_stage import (
     Plan,
     finish,
@@ -34,7 +34,7 @@ from molmo2_nemo.data.prepare_stage import (
 from molmo2_nemo.data.raw import RawSource
 from molmo2_nemo.fetch.inventory import with_license
 
-# Stage -> blends of conf/blend. Stage 3 trains on the data of stage 2.
+# Stage -> blends of mixture.py. Stage 3 trains on the data of stage 2.
 BLENDS = {1: ["stage1"], 2: ["stage2", "stage2_report"], 3: ["stage2", "stage2_report"]}
 SHOWN_REASONS = 5
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -96,7 +96,7 @@ def prepare_stage(options: argparse.Namespace) -> int:
                 raise
     files = []
     if any(state.made for state in states):
-        files = write_companions(catalogue, options.stage, states, out, options.only_license)
+        files = write_companions(options, catalogue, states, out)
     results = [result_of(state) for state in states]
     if files:
         write_json(out / f"stage{options.stage}.report.json", results)
@@ -247,28 +247,22 @@ def progress_bar(name: str, total: int | None, unit: str, quiet: bool, line: int
 # -- what lies beside the shards --------------------------------------------------------------------------------------
 
 
-def write_companions(
-    catalogue: Catalogue, stage: int, states: list[State], out: Path, licenses: list[str] | None
-) -> list[Path]:  # fmt: skip
-    """The stage's blends, restricted to what is there, and what licences that has."""
-    allowed = {state.name for state in states} if licenses else None
+def write_companions(options: argparse.Namespace, catalogue: Catalogue, states: list[State], out: Path) -> list[Path]:
+    """The stage's blends of the catalogue, restricted to what is there, and what licences that has."""
+    allowed = {state.name for state in states} if options.only_license else None
+    whole = blends(yaml.safe_load(options.catalogue.read_text()))
     files, present = [], set()
-    for blend in BLENDS[stage]:
-        content = yaml.safe_load((CONF_DIR / "blend" / f"{blend}.yaml").read_text())
-        kept = restrict(content, out, allowed)
+    for name in BLENDS[options.stage]:
+        what, blend = whole[name]
+        kept = restrict(blend, out, allowed)
         if not kept:
             continue
         content, sources = kept
-        text = f"# {len(sources)} sources below data.root={out}; from conf/blend/{blend}.yaml\n"
-        files.append(replace(out / f"{blend}.yaml", text + yaml.safe_dump(content, sort_keys=False)))
+        text = f"# {len(sources)} sources below data.root={out}. {what}\n"
+        files.append(replace(out / f"{name}.yaml", text + yaml.safe_dump(content, sort_keys=False)))
         present |= set(sources)
-    for state in states:
-        if state.made and state.name not in present:
-            state.note = (
-                f"{state.name} is in no blend of stage {stage}: run python tools/make_blends.py, then this again"
-            )
     if present:
-        files.append(replace(out / f"stage{stage}.LICENSES.txt", licences(catalogue, sorted(present), out)))
+        files.append(replace(out / f"stage{options.stage}.LICENSES.txt", licences(catalogue, sorted(present), out)))
     return files
 
 

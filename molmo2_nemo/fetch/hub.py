@@ -479,7 +479,7 @@ def _use_steady_client(rules: Rules) -> None:
 
 
 def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def _pin(root: Path, repo: str, revision: str) -> None:
