@@ -128,7 +128,7 @@ def test_rows_and_media_of_a_raw_folder(tmp_path):
     (folder / "hub/data/train-1.json").write_text('[{"a": 3, "s": "x"}]')
     (folder / "hub/data/val-0.csv").write_text('a,s\n4,"x"\n')
     source = RawSource(tmp_path, "mine")
-    with pytest.raises(ValueError, match="mine is not fetched .*: run python tools/download.py fetch mine"):
+    with pytest.raises(ValueError, match="mine is not fetched: run python tools/download.py fetch mine"):
         list(source.rows())
     note = {"splits": {"train": ["hub/data/train-0.jsonl", "hub/data/train-1.json"], "val": ["hub/data/val-0.csv"]}}
     (folder / "fetched.json").write_text(json.dumps(note))

@@ -198,7 +198,8 @@ def template(name: str):
     return environment.get_template(name)
 
 
-def print_table(statistics, seconds: float) -> None:
+def print_table(statistics, seconds: float, waiting: int) -> None:
+    """waiting: samples of the loader's pools, which were drawn and are in no row yet."""
     from molmo2_nemo.data.inspection import num_samples
 
     heads, lines = statistics.table()
@@ -212,6 +213,8 @@ def print_table(statistics, seconds: float) -> None:
         f"left out for want of room: {counts['dropped_branches']:,} branches, {counts['frames_thinned']:,} frames of "
         f"{counts['videos_thinned']:,} videos; {counts['images_shrunk']:,} images got fewer crops"
     )
+    if num_samples(counts) < 10 * waiting:
+        print(f"note: {waiting} more samples wait for a row that they fit, so that of so few rows the shares are not yet the asked ones")
     for error in statistics.errors[:MAX_ERRORS]:
         print(f"broken sample: {error}")
     if len(statistics.errors) > MAX_ERRORS:
@@ -242,7 +245,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(statistics.to_json(), indent=2))
     elif arguments.stats:
-        print_table(statistics, seconds)
+        print_table(statistics, seconds, config.data.packing_buffer_size * max(1, config.data.num_workers))
     if arguments.html:
         print(f"open {arguments.html / 'index.html'}", file=sys.stderr)
 
