@@ -299,6 +299,13 @@ def test_a_picture_without_its_end_is_none(tmp_path, form):
             check_image(tmp_path / "x")
 
 
+def test_a_picture_that_was_published_without_its_end_is_taken(media, tmp_path):
+    media.files["/published/1"] = data = picture(13)[:-2]  # one of those that Pillow decodes
+    url = f"{media.url}/published/1"
+    assert fetch_list([Wanted(url)], tmp_path / "unknown", RULES)["lost: content"] == 1
+    assert fetch_list([Wanted(url, hashlib.sha256(data).hexdigest())], tmp_path / "known", RULES)["fetched"] == 1
+
+
 def test_pictures_that_are_held_out_later_go(hub, media, tmp_path):
     urls = [f"{media.url}/ok/{n}.jpg" for n in range(3)]
     wanted, sha = [Wanted(url) for url in urls], hashlib.sha256(picture(1)).hexdigest()

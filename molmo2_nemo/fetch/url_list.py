@@ -275,7 +275,7 @@ class _Job:
         if item.sha256 and digest != item.sha256.lower():
             what = (check_image if self.kind == "image" else check_video)(part)  # says "a web page", if it is one
             raise BadContent(f"another {self.kind} than the set's ({what['width']} x {what['height']}, other sha256)")
-        found = (check_image if self.kind == "image" else check_video)(part)
+        found = check_image(part, published=bool(item.sha256)) if self.kind == "image" else check_video(part)
         return {**found, "bytes": part.stat().st_size, "sha256": digest}
 
     def _lose(self, item: Wanted, error: Lost) -> None:
