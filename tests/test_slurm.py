@@ -330,7 +330,11 @@ def test_a_chain_of_three_stages_survives_what_happens_to_it(cluster):
     assert len(resumed) == 3 and resumed == sorted(set(resumed))
     assert {r["step"] for r in cluster.steps(stage1)} == set(range(1, 121))
     row = cluster.status(name)["stages"][0]
-    assert (row["state"], row["step"], row["restarts"], row["failed_nodes"]) == ("finished", 120, 3, {"node2": 1})
+    assert (row["state"], row["step"], row["restarts"]) == ("finished", 120, 3)
+    # srun names the node, unless Slurm ends it with the job before it can: seen once on a busy machine.
+    named = re.findall(r"srun: error: Node failure on ([\w.-]+)", log)
+    assert row["failed_nodes"] == ({"node2": 1} if named else {}), (row, named)
+    assert [r.get("message") for r in records(stage1) if r["event"] == "end"][2].startswith("ended by Slurm (node failure")
 
     result = succeeded(cluster.do("slurm/submit.sh", "--name", name, "--stop"))
     assert f"job {jobs['stage3']} saves and ends" in result.stdout
