@@ -463,7 +463,7 @@ def verdict(config: Config, gpus: int, gpu_memory_gib: float = H100_GIB) -> str 
 
 def advice(job: Job, parts: list[Part], phase: str, limit: float) -> list[str]:
     """Changes of single keys that lower the peak, those that suffice first; each is tried, not guessed."""
-    config, m = job.config, job.config.model
+    config = job.config
     full = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     smaller = [n for n in (16, 8, 4, 2) if n < (config.train.vision_chunk_crops or 10**9)]
     tried: list[tuple[str, Config]] = []

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -19,11 +20,20 @@ def run(command: list, timeout: float = 600, **environment) -> subprocess.Comple
 
 
 def python(*arguments, **kwargs) -> subprocess.CompletedProcess:
-    return run([sys.executable, *arguments], **kwargs)
+    """As `python script.py ...` or `python -c code ...`, but warm."""
+    return run_ranks(None, *arguments, **kwargs)
 
 
-def torchrun(ranks: int, *arguments, **kwargs) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+def run_ranks(number: int | None, *arguments, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
+    """As torchrun would start them, but warm. None: a program without ranks."""
+    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
+    programs = [([str(part) for part in arguments], each) for each in (warm.environments(number, given) if number else [given])]
+    return warm.start(programs, REPOSITORY, timeout)
+
+
+def torchrun(number: int, *arguments, **kwargs) -> subprocess.CompletedProcess:
+    """torchrun itself."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number]
     return run([*launcher, *arguments], **kwargs)
 
 

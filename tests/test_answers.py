@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from answers_check import LAYOUTS, MAX_TOKENS, configuration
-from conftest import python, succeeded, torchrun
+from conftest import python, run_ranks, succeeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -228,7 +228,7 @@ def test_tokens_are_those_of_transformers_at_every_layout(data, hf_dir, tmp_path
     expected = [tokens + [answers.NO_TOKEN] * (MAX_TOKENS - len(tokens)) for tokens in expected]
     arguments = ["tests/answers_check.py", *data, folder]
     succeeded(python(*arguments, tmp_path / "one.json", eos_id))
-    succeeded(torchrun(2, *arguments, tmp_path / "two.json", eos_id))
+    succeeded(run_ranks(2, *arguments, tmp_path / "two.json", eos_id))
     found = json.loads((tmp_path / "one.json").read_text()) | json.loads((tmp_path / "two.json").read_text())
     assert list(found) == [*LAYOUTS[1], *LAYOUTS[2]]
     for layout, tokens in found.items():

@@ -5,7 +5,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import python, run, succeeded, torchrun
+from conftest import python, run, run_ranks, succeeded
 
 from molmo2_nemo import checkpoint_dir
 
@@ -28,7 +28,7 @@ def test_a_run_with_them_is_the_same_and_continues_bit_for_bit(sample, tmp_path)
 
     def train(run_dir, *overrides):
         return succeeded(
-            torchrun(2, *TINY, f"data.root={sample}", f"run_dir={run_dir}", "train.max_steps=7", "train.save_every=2", *overrides)
+            run_ranks(2, *TINY, f"data.root={sample}", f"run_dir={run_dir}", "train.max_steps=7", "train.save_every=2", *overrides)
         )
 
     train(tmp_path / "waits", "train.async_checkpoint=auto")

@@ -3,8 +3,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import zlib
 from collections import Counter
 from dataclasses import asdict, fields, replace
@@ -12,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from sources import ROOT, VISION, chat, config, write_blend, write_source
+from conftest import python
+from sources import VISION, chat, config, write_blend, write_source
 
 from molmo2_nemo.data.blend import Source, SourceOptions, load_blend
 from molmo2_nemo.data.encode import Encoder
@@ -105,9 +104,7 @@ def state_files(folder, state, ranks):
 
 def in_a_process(mode, folder, data, *numbers):
     """What a fresh process sees: nothing but the shards and the state files."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, mode, folder, json.dumps(asdict(data)), *numbers]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240)
+    result = python("-c", SCRIPT, mode, folder, json.dumps(asdict(data)), *numbers)
     assert result.returncode == (-signal.SIGKILL if mode == "write" else 0), result.stderr
     # And stdout holds nothing but the script's own lines.
     return result.stdout.splitlines()

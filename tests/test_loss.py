@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPOSITORY, succeeded, torchrun
+from conftest import REPOSITORY, run_ranks, succeeded
 
 from molmo2_nemo.model import loss
 
@@ -67,4 +67,4 @@ def test_logits_of_all_positions_are_never_held(alone, monkeypatch):
 
 @pytest.mark.ranks
 def test_losses_of_two_tensor_parallel_ranks():
-    succeeded(torchrun(2, REPOSITORY / "tests" / "loss_check.py"))
+    succeeded(run_ranks(2, REPOSITORY / "tests" / "loss_check.py"))

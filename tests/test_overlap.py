@@ -1,10 +1,10 @@
 """Overlapped reductions and gathers change no bit, also where a rank has no image and weights are used late."""
 
 import pytest
-from conftest import succeeded, torchrun
+from conftest import run_ranks, succeeded
 
 
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_overlap_changes_nothing():
-    assert succeeded(torchrun(2, "tests/overlap_check.py", timeout=240)).stdout.count("same") == 2
+    assert succeeded(run_ranks(2, "tests/overlap_check.py", timeout=240)).stdout.count("same") == 2

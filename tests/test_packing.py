@@ -83,7 +83,7 @@ def test_every_sample_leaves_and_none_waits_too_long(sizes, buffer_size):
 def test_many_short_examples_fill_long_rows():
     """The buffer's 48 would fill a fifth of a row; more wait, the oldest of them go first."""
     rng = np.random.default_rng(0)
-    waiting, pool, fill, last = [int(length) for length in rng.integers(20, 120, 5000)], [], [], -1
+    waiting, pool, fill = [int(length) for length in rng.integers(20, 120, 5000)], [], []
     waiting = list(enumerate(waiting))
     while True:
         while waiting and not enough_wait(len(pool), sum(length for _, length in pool), 0, 16384, 128, 48):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import succeeded, torchrun
+from conftest import run_ranks, succeeded
 from test_convert import as_released, assert_same, released_file
 
 LAYOUTS = {
@@ -28,7 +28,7 @@ def test_logits_and_gradients_agree_with_transformers(layout, hf_models, tmp_pat
     ranks, flags = LAYOUTS[layout]
     figures, exported = tmp_path / "figures.json", tmp_path / "exported"
     output = ["--json", figures, "--export", exported]
-    succeeded(torchrun(ranks, "tools/check_parity.py", *hf_models.values(), *flags, *output))
+    succeeded(run_ranks(ranks, "tools/check_parity.py", *hf_models.values(), *flags, *output))
     by_model = json.loads(figures.read_text())
     assert set(by_model) == set(hf_models)
     for name, found in by_model.items():
@@ -49,13 +49,13 @@ def test_ranks_and_micro_batches_of_different_media(ranks, flags, hf_models, tmp
     """One document a row: text only, an image, three images, a video, a tree; on a rank each, or one after another."""
     models = [hf_models[name] for name in ("olmo3", "qwen3_gqa")]
     figures = tmp_path / "figures.json"
-    succeeded(torchrun(ranks, "tools/check_parity.py", *models, "--rows", 5, *flags, "--json", figures))
+    succeeded(run_ranks(ranks, "tools/check_parity.py", *models, "--rows", 5, *flags, "--json", figures))
     for name, found in json.loads(figures.read_text()).items():
         assert found["logits"] <= 1e-4 and found["gradients"] <= 1e-4, (name, found)
 
 
 def test_a_layout_that_does_not_fit_is_refused_in_one_sentence(hf_models):
-    result = torchrun(3, "tools/check_parity.py", hf_models["olmo3"], "--tensor-parallel", 3)
+    result = run_ranks(3, "tools/check_parity.py", hf_models["olmo3"], "--tensor-parallel", 3)
     assert result.returncode != 0
     assert "parallel.tensor_model_parallel_size=3 must be a power of two" in result.stderr
     assert "Traceback" not in result.stderr.split("torch/distributed")[0]

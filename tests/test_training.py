@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from conftest import python, run, succeeded, torchrun
+from conftest import python, run, run_ranks, succeeded
 
 from molmo2_nemo.config import Config, ConfigError, TrainConfig
 from molmo2_nemo.hf.architecture import model_config_from_hf
@@ -18,7 +18,7 @@ SMALL = ["train.validation_batches=1", "train.global_batch_size=4", "train.micro
 def train(ranks, stage, run_dir, sample, *overrides):
     recipe = {1: "stage1_pretrain", 2: "stage2_sft", 3: "stage3_long_context"}[stage]
     arguments = [f"recipes/{recipe}.py", *TINY, *SMALL, f"data.root={sample}", f"run_dir={run_dir}", *overrides]
-    return python(*arguments) if ranks == 1 else torchrun(ranks, *arguments)
+    return python(*arguments) if ranks == 1 else run_ranks(ranks, *arguments)
 
 
 def losses(run_dir, kind="train"):

@@ -694,7 +694,6 @@ def nccl(device: str, tiny: bool) -> Iterator[dict]:
     """Five steps in float32 on two ranks: each alone with the row, then sharing it by tensor or context parallelism."""
     import shutil
 
-    import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.utils import unwrap_model

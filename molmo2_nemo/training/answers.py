@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from PIL import Image
 from torch import Tensor
 
-from molmo2_nemo.config import Config, ConfigError, DataConfig, VisionConfig
+from molmo2_nemo.config import Config, ConfigError, DataConfig
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.encode import Encoder, Plan
 from molmo2_nemo.data.inspection import Visual, draw_marks, pixels_of, read_answer

@@ -15,7 +15,7 @@ from megatron.core.utils import unwrap_model
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from molmo2_nemo import checkpoint_dir, gpu, parallel
+from molmo2_nemo import gpu, parallel
 from molmo2_nemo.config import (
     Config,
     ConfigError,
