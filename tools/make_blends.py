@@ -14,13 +14,13 @@ from pathlib import Path
 import yaml
 
 from molmo2_nemo.config import CONF_DIR
-from molmo2_nemo.data.catalogue import load_catalogue
+from molmo2_nemo.data.catalogue import Catalogue, load_catalogue
 from molmo2_nemo.data.mixture import blends
 
 NOTICE = "# Made by tools/make_blends.py from conf/datasets.yaml: change these, not this file.\n"
 
 
-def files(catalogue: dict) -> dict[str, str]:
+def files(catalogue: Catalogue) -> dict[str, str]:
     """Path relative to conf/ -> content."""
     texts = {}
     for name, (what, blend) in blends(catalogue).items():
@@ -52,8 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     catalogue = arguments.conf / "datasets.yaml"
     try:
-        load_catalogue(catalogue)
-        texts = files(yaml.safe_load(catalogue.read_text()))
+        texts = files(load_catalogue(catalogue))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     changed = []

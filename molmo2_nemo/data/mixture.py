@@ -11,18 +11,13 @@ they are one source, with the sum of their weights; they are taken to be equally
 import math
 from collections import Counter
 
-# Of an entry that a user added (molmo2_nemo/data/catalogue.py).
-DEFAULTS = {"stages": [2, 3], "sft": None, "loss_weight": None, "counts": {}, "examples": None}
+from molmo2_nemo.data.catalogue import Catalogue, DataSet
 
 
-def blends(catalogue: dict) -> dict[str, tuple[str, dict]]:
+def blends(catalogue: Catalogue) -> dict[str, tuple[str, dict]]:
     """Name -> (what it is, the blend) of each blend."""
-    # An entry with group_of stands for others that are in the catalogue, too.
-    entries = [DEFAULTS | entry for entry in catalogue["datasets"] if "group_of" not in entry]
-    first = [entry for entry in entries if 1 in entry["stages"]]
-    later = [entry for entry in entries if 2 in entry["stages"]]
-    groups = catalogue.get("groups") or {}
-    ratios = {entry["name"]: {"path": entry["name"], "weight": rounded(100 * entry["ratio"])} for entry in first}
+    later = catalogue.of_stage(2)
+    ratios = {e.name: {"path": e.name, "weight": rounded(100 * e.ratio)} for e in catalogue.of_stage(1)}
     return {
         "stage1": (
             "Stage 1, percent: " + ", ".join(f"{source['weight']} {name}" for name, source in ratios.items()) + ".",
@@ -30,21 +25,21 @@ def blends(catalogue: dict) -> dict[str, tuple[str, dict]]:
         ),
         "stage2": (
             f"Stages 2 and 3: {len(later)} sources by the square root of their size.",
-            {"weighting": "sqrt", "sources": {e["name"]: {"path": e["name"], **options(e)} for e in later}},
+            {"weighting": "sqrt", "sources": {e.name: {"path": e.name, **options(e)} for e in later}},
         ),
         "stage2_report": (
             "Stages 2 and 3 as in the report: a rate for each group, square roots of sizes inside.",
-            {"groups": {name: report_group(name, group, later) for name, group in groups.items()}},
+            {"groups": {name: report_group(name, group, later) for name, group in catalogue.groups.items()}},
         ),
     }
 
 
-def options(entry: dict) -> dict:
+def options(entry: DataSet) -> dict:
     """How samples of an entry are treated after stage 1."""
     values = {}
-    if entry["loss_weight"] not in (None, "default"):
-        values["token_weight"] = float(entry["loss_weight"].split("-")[1])
-    for part in (entry["sft"] or {}).get("code_datasets", []):
+    if entry.loss_weight not in (None, "default"):
+        values["token_weight"] = float(entry.loss_weight.split("-")[1])
+    for part in (entry.sft or {}).get("code_datasets", []):
         if "p_high_res" in part:
             values["high_res_probability"] = part["p_high_res"]
         if "without_style" in part:
@@ -52,47 +47,47 @@ def options(entry: dict) -> dict:
     return values
 
 
-def report_group(name: str, group: dict, entries: list[dict]) -> dict:
+def report_group(name: str, group: dict, entries: list[DataSet]) -> dict:
     """A group of the public mixture, in the form of a blend's."""
-    members = [entry for entry in entries if (entry["sft"] or {}).get("group") == name]
-    flat = any("flat_rate" in part for entry in members for part in entry["sft"]["code_datasets"])
+    members = [entry for entry in entries if (entry.sft or {}).get("group") == name]
+    flat = any("flat_rate" in part for entry in members for part in entry.sft["code_datasets"])
     shares = flat_weights(members) if flat else roots(members)
     return {
         "rate": group["code_rate"],
         "weighting": "fixed" if flat else "sqrt",
-        "sources": {e["name"]: {"path": e["name"], **shares[e["name"]], **options(e)} for e in members},
+        "sources": {e.name: {"path": e.name, **shares[e.name], **options(e)} for e in members},
     }
 
 
-def flat_weights(members: list[dict]) -> dict[str, dict]:
+def flat_weights(members: list[DataSet]) -> dict[str, dict]:
     """Fixed weights. A data set of the code that holds several sources is divided in proportion to their sizes."""
-    parts = [(entry, part) for entry in members for part in entry["sft"]["code_datasets"]]
+    parts = [(entry, part) for entry in members for part in entry.sft["code_datasets"]]
     total_size, weights = Counter(), Counter()
     for entry, part in parts:
-        total_size[part["name"]] += size(entry)
+        total_size[part["name"]] += entry.size
     for entry, part in parts:
-        weights[entry["name"]] += part["flat_rate"] * size(entry) / total_size[part["name"]]
+        weights[entry.name] += part["flat_rate"] * entry.size / total_size[part["name"]]
     return {name: {"weight": rounded(value)} for name, value in weights.items()}
 
 
-def roots(members: list[dict]) -> dict[str, dict]:
+def roots(members: list[DataSet]) -> dict[str, dict]:
     """Sizes in the place of the true ones, and factors of the square roots, where the code has them."""
-    known = [entry for entry in members if entry["sft"]["code_datasets"]]
-    values = {entry["name"]: root(entry) for entry in known}
+    known = [entry for entry in members if entry.sft["code_datasets"]]
+    values = {entry.name: root(entry) for entry in known}
     for entry in members:
         if entry not in known:
             # In the report, but not in the code: the size that gives it its published rate.
-            rate, rates = entry["sft"]["rate_paper_pct"], entry["sft"]["group_rate_paper_pct"]
-            others = sum(weight(values[other["name"]], other) for other in known)
-            values[entry["name"]] = {"size": rounded((others * rate / (rates - rate)) ** 2, digits=2)}
+            rate, rates = entry.sft["rate_paper_pct"], entry.sft["group_rate_paper_pct"]
+            others = sum(weight(values[other.name], other) for other in known)
+            values[entry.name] = {"size": rounded((others * rate / (rates - rate)) ** 2, digits=2)}
     return values
 
 
-def root(entry: dict) -> dict:
+def root(entry: DataSet) -> dict:
     """Of one source. Parts without a size have the source's size divided by their number."""
-    parts = entry["sft"]["code_datasets"]
+    parts = entry.sft["code_datasets"]
     sizes = {part.get("root_size_factor") for part in parts}
-    assert len(sizes) == 1, f"{entry['name']}: parts with unlike sizes"
+    assert len(sizes) == 1, f"{entry.name}: parts with unlike sizes"
     factor = sum(part.get("sampling_rate", 1) * part.get("sub_rate", 1) for part in parts)
     if sizes != {None}:
         values = {"size": sizes.pop(), "factor": rounded(factor)}
@@ -101,14 +96,9 @@ def root(entry: dict) -> dict:
     return {key: value for key, value in values.items() if (key, value) != ("factor", 1)}
 
 
-def weight(values: dict, entry: dict) -> float:
+def weight(values: dict, entry: DataSet) -> float:
     """In its group, as blend.py would have it if all of the source were on disk."""
-    return values.get("factor", 1) * math.sqrt(values.get("size") or size(entry))
-
-
-def size(entry: dict) -> int:
-    """Training examples, message trees where they are known."""
-    return entry["counts"].get("paper_examples") or entry["examples"]
+    return values.get("factor", 1) * math.sqrt(values.get("size") or entry.size)
 
 
 def rounded(value: float, digits: int = 4) -> float:

@@ -250,7 +250,7 @@ def progress_bar(name: str, total: int | None, unit: str, quiet: bool, line: int
 def write_companions(options: argparse.Namespace, catalogue: Catalogue, states: list[State], out: Path) -> list[Path]:
     """The stage's blends of the catalogue, restricted to what is there, and what licences that has."""
     allowed = {state.name for state in states} if options.only_license else None
-    whole = blends(yaml.safe_load(options.catalogue.read_text()))
+    whole = blends(catalogue)
     files, present = [], set()
     for name in BLENDS[options.stage]:
         what, blend = whole[name]
