@@ -2,8 +2,8 @@
 
 Torch, Megatron and NeMo take 8 seconds of a core to import; most of what the tests start works for less. A program is
 run as `python script.py ...` would run it, in a process of its own, with its own environment and process group;
-several ranks get what torchrun would give them. test_readme.py, test_slurm.py, test_survive.py and test_stage_pass.py
-start real commands from nothing.
+several ranks get what torchrun would give them. test_readme.py, test_quickstart.py, test_slurm.py, test_survive.py and
+test_stage_pass.py start real commands from nothing.
 """
 
 import atexit
