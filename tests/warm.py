@@ -4,6 +4,9 @@ Torch, Megatron and NeMo take 8 seconds of a core to import; most of what the te
 run as `python script.py ...` would run it, in a process of its own, with its own environment and process group;
 several ranks get what torchrun would give them. test_readme.py, test_quickstart.py, test_slurm.py, test_survive.py and
 test_stage_pass.py start real commands from nothing.
+
+What is already imported has read its environment variables (HF_ENDPOINT, ...), and the ranks share one hash seed: where
+a test is about such a thing, conftest's `run` starts a real process.
 """
 
 import atexit
