@@ -31,12 +31,6 @@ def run_ranks(number: int | None, *arguments, timeout: float = 600, **environmen
     return warm.start(programs, REPOSITORY, timeout)
 
 
-def torchrun(number: int, *arguments, **kwargs) -> subprocess.CompletedProcess:
-    """torchrun itself."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number]
-    return run([*launcher, *arguments], **kwargs)
-
-
 def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     assert result.returncode == 0, f"{result.args}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     return result
