@@ -28,8 +28,9 @@ PRELOAD = (
 )  # fmt: skip
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(list(PRELOAD))
-# Below the ports that the system hands out; a range for each process of pytest.
-ports = itertools.count(12000 + os.getpid() % 70 * 100)
+# Below the ports that the system hands out; a range for each of pytest's workers, gw0, gw1, ...
+worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+ports = itertools.count(12000 + worker % 5 * 3500 + os.getpid() % 30 * 100)
 
 
 def start(programs: list[tuple[list[str], dict[str, str]]], folder: Path, timeout: float) -> subprocess.CompletedProcess:
