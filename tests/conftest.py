@@ -10,24 +10,26 @@ import warm
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def with_defaults(environment: dict[str, str]) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
+
+
 def run(command: list, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
     """Run a command in the repository and return its output; never raises on a failing one."""
     return subprocess.run(
         [str(part) for part in command], cwd=REPOSITORY, text=True, capture_output=True, timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment},
+        env=with_defaults(environment),
     )  # fmt: skip
 
 
-def python(*arguments, **kwargs) -> subprocess.CompletedProcess:
+def python(*arguments, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
     """As `python script.py ...` or `python -c code ...`, but warm."""
-    return run_ranks(None, *arguments, **kwargs)
+    return warm.start(arguments, [with_defaults(environment)], REPOSITORY, timeout)
 
 
-def run_ranks(number: int | None, *arguments, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
-    """As torchrun would start them, but warm. None: a program without ranks."""
-    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
-    programs = [([str(part) for part in arguments], each) for each in (warm.environments(number, given) if number else [given])]
-    return warm.start(programs, REPOSITORY, timeout)
+def run_ranks(number: int, *arguments, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
+    """As torchrun would start them, but warm."""
+    return warm.start(arguments, warm.environments(number, with_defaults(environment)), REPOSITORY, timeout)
 
 
 def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
