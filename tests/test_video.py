@@ -1,6 +1,7 @@
 import importlib.util
 import io
 import math
+import multiprocessing
 from fractions import Fraction
 from pathlib import Path
 
@@ -204,6 +205,18 @@ def test_real_clips(name):
     for time, frame in zip(times, picked):
         expected = [pixels for start, pixels in decoded if start - decoded[0][0] <= time + 1e-6][-1]
         assert np.array_equal(frame, expected)
+
+
+def test_a_forked_worker_decodes_whatever_its_parent_did():
+    data = (CLIPS / "bikes.mp4").read_bytes()
+    with av.open(io.BytesIO(data)) as container:
+        next(container.decode(video=0)).to_ndarray(format="rgb24")  # by threads, which a fork leaves behind
+    process = multiprocessing.get_context("fork").Process(target=lambda: list(pick_frames(data, [0.0, 1.0])))
+    process.start()
+    process.join(120)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0
 
 
 def damaged(video, broken):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 # Seconds: a frame counts as on screen this long before its time stamp (stamps are rounded to the stream's time base).
 TOLERANCE = 1e-6
@@ -169,6 +170,9 @@ def _frames(codec: av.VideoCodecContext, packet: av.Packet | None) -> list[av.Vi
 
 def _match(frames: Iterator[tuple[int, av.VideoFrame]], wanted: Sequence[int]) -> Iterator[np.ndarray]:
     """For each of the ascending stamps its frame, or the one before it if it is missing."""
+    # One of our own: VideoFrame.reformat shares one for each thread of the process, and a forked worker would wait for
+    # ever for the threads that this got if anybody converted a frame before the fork.
+    reformatter = VideoReformatter()
     missing, before, after, pixels = 0, None, next(frames, None), None
     for stamp in wanted:
         while after is not None and after[0] <= stamp:
@@ -177,7 +181,7 @@ def _match(frames: Iterator[tuple[int, av.VideoFrame]], wanted: Sequence[int]) -
         if missing > 0.1 * len(wanted) or not (before or after):
             raise ValueError("More than a tenth of the wanted frames of the video cannot be decoded.")
         if pixels is None:
-            pixels = _rgb((before or after)[1])
+            pixels = _rgb((before or after)[1], reformatter)
         yield pixels
 
 
@@ -199,6 +203,6 @@ def _open(video: bytes) -> av.container.InputContainer:
     return container
 
 
-def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    pixels = frame.reformat(format="rgb24", threads=1).to_ndarray()
+def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     return np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
