@@ -9,14 +9,6 @@ if (($#)); then
   exec .venv/bin/python -m pytest "$@"
 fi
 tools/install_slurm.sh
-# Loader workers are forked, and a fork hangs in swscale when its parent has converted a video frame before (PyAV's
-# contexts do not survive it). So tests of loaders with workers get processes that have touched no video.
-log=$(mktemp)
-{ .venv/bin/python -m pytest tests/test_loader.py && .venv/bin/python -m pytest tests/test_faults.py; } > "$log" 2>&1 &
-status=0
-# Two test files at a time: one rank of a test often waits for the other, or all of them for an import.
-.venv/bin/python -m pytest --durations=40 --numprocesses 2 --dist loadfile --ignore tests/test_loader.py --ignore tests/test_faults.py || status=$?
-wait $! || status=$?
-cat "$log"
-rm "$log"
-exit "$status"
+# Two test files at a time: one rank of a test often waits for the other, or all of them for an import. A process that
+# ends in the middle of a test is not replaced: xdist would give the next one the same test, time and again.
+exec .venv/bin/python -m pytest --durations=40 --numprocesses 2 --dist loadfile --max-worker-restart 0
