@@ -40,6 +40,7 @@ from molmo2_nemo.data.sample_world import (
     text_corpus,
 )
 from molmo2_nemo.data.schema import read_example
+from molmo2_nemo.data.shards import published
 from molmo2_nemo.data.tasks import converse
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_sample_data.py"
@@ -343,7 +344,23 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(sample_world, "_write_quiz", fail)
     with pytest.raises(OSError, match="disk full"):
         generate(tmp_path / "sample", scale=SCALE, progress=lambda line: None)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".sample.lock"]
+
+
+def test_who_comes_second_waits_and_finds_them(tmp_path):
+    command = [sys.executable, TOOL, "--out", tmp_path / "sample", "--scale", "0.01"]
+    pair = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    output = [process.communicate() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], output
+    assert sorted(len(stdout.splitlines()) for stdout, _ in output) == [1, len(SETS)], output
+
+
+def test_a_folder_that_another_process_made_meanwhile_is_left_alone(tmp_path):
+    with pytest.raises(ValueError, match="made by another process"), published(tmp_path / "set") as folder:
+        (folder / "mine").touch()
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["set", "theirs"]
 
 
 def test_command_line_errors_are_one_line(data):

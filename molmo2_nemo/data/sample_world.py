@@ -8,6 +8,7 @@ Every sample is drawn from a generator seeded by (seed, set, split, index). Held
 objects that no training sample of the set shows: a hash of the combination decides the split it may appear in.
 """
 
+import fcntl
 import io
 import json
 import zlib
@@ -726,24 +727,28 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0, progress: Callable[[s
     """Write all sets, the quiz and last the manifest `sample.json` to `out`; returns the manifest.
 
     `out` appears in one step when everything is written. If it is there already, made with the same arguments, nothing
-    is done. ValueError: `out` holds something else, or scale is not above 0.
+    is done; while another process makes it, this one waits. ValueError: `out` holds something else, or scale is not
+    above 0.
     """
     if not scale > 0:
         raise ValueError(f"The scale must be above 0, not {scale}.")
     out = Path(out).absolute()
     counts = {name: {split: SETS[name].count(split, scale) for split in SPLITS} for name in SETS}
     manifest = {"version": VERSION, "seed": seed, "scale": scale, "counts": counts}
-    if out.is_dir() and any(out.iterdir()):
-        if (out / "sample.json").is_file() and json.loads((out / "sample.json").read_text()) == manifest:
-            progress(f"{out} is complete already; nothing to do.")
-            return manifest
-        raise ValueError(f"{out} holds something else than these sample data; remove it or choose another folder.")
-    with published(out) as folder:
-        for name in SETS:
-            _write_set(folder / name, name, seed, counts[name])
-            progress(f"{name}: {counts[name]['train']} samples, {counts[name]['val']} held out")
-        _write_quiz(folder / "quiz", seed)
-        (folder / "sample.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_name(f".{out.name}.lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        if out.is_dir() and any(out.iterdir()):
+            if (out / "sample.json").is_file() and json.loads((out / "sample.json").read_text()) == manifest:
+                progress(f"{out} is complete already; nothing to do.")
+                return manifest
+            raise ValueError(f"{out} holds something else than these sample data; remove it or choose another folder.")
+        with published(out) as folder:
+            for name in SETS:
+                _write_set(folder / name, name, seed, counts[name])
+                progress(f"{name}: {counts[name]['train']} samples, {counts[name]['val']} held out")
+            _write_quiz(folder / "quiz", seed)
+            (folder / "sample.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 

@@ -1,6 +1,7 @@
 """Writing Energon WebDatasets: tar shards of samples, and the index beside them."""
 
 import contextlib
+import errno
 import io
 import re
 import shutil
@@ -22,7 +23,7 @@ KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 def published(folder: Path) -> Iterator[Path]:
     """A new folder to write to, which appears as `folder` in one step when all went well and vanishes otherwise.
 
-    ValueError: `folder` holds something already.
+    ValueError: `folder` holds something already, or another process was faster.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -32,7 +33,12 @@ def published(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise ValueError(f"{folder} was made by another process in the meantime; its content stays.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
