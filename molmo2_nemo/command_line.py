@@ -1,5 +1,6 @@
 """What every recipe does before Hydra reads its command line. Imports neither torch nor Megatron."""
 
+import ctypes
 import logging
 import os
 import warnings
@@ -20,6 +21,7 @@ def prepare(arguments: list[str]) -> None:
     """Register the schema; end the program with one sentence for an override of a key or option that does not exist."""
     quiet_libraries()
     set_gpu_environment()
+    set_cpu_environment()
     try:
         refuse_unknown_overrides(arguments)
     except ConfigError as error:
@@ -34,6 +36,17 @@ def set_gpu_environment() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     # One hardware queue: Megatron's overlap of tensor parallel communication relies on the order of launches.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def set_cpu_environment() -> None:
+    """Where torch can have no GPU, do without its compiler, which Megatron's modules import: a quarter of a start.
+
+    cpu.install turns it off anyway, but has to import torch first. What the user has set stays.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1")  # NVIDIA's driver
+    except OSError:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def quiet_libraries() -> None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import REPOSITORY
 from test_config import build
 
-from molmo2_nemo import gpu, parallel
+from molmo2_nemo import command_line, gpu, parallel
 from molmo2_nemo.config import ConfigError
 
 
@@ -97,3 +97,17 @@ def test_variables_that_cuda_reads_are_set_before_it_starts_and_those_of_the_use
         [sys.executable, "-c", code], cwd=REPOSITORY, env=clean | environment, capture_output=True, text=True, timeout=120
     )
     assert found.stdout.strip() == expected, found.stderr
+
+
+@pytest.mark.parametrize("driver, given, expected", [(True, None, None), (False, None, "1"), (False, "0", "0")])
+def test_without_a_driver_the_compiler_is_not_imported(monkeypatch, driver, given, expected):
+    def load(name):
+        if not driver:
+            raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(command_line.ctypes, "CDLL", load)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", given or "")
+    if given is None:
+        monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    command_line.set_cpu_environment()
+    assert os.environ.get("TORCHDYNAMO_DISABLE") == expected
