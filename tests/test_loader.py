@@ -461,7 +461,7 @@ def test_memory_stays_flat(world, tmp_path):
         return int(status["VmRSS"].split()[0]) / 1024  # MiB
 
     loader, samples, found = make(config(world, num_workers=1), tmp_path), 0, []
-    for needed in (1000, 4000):
+    for needed in (1000, 3000):
         while samples < needed:
             samples += len(next(loader).examples)
         found.append([resident(pid) for pid in (os.getpid(), loader._loader._iterator._workers[0].pid)])

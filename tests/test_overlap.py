@@ -7,4 +7,4 @@ from conftest import run_ranks, succeeded
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_overlap_changes_nothing():
-    assert succeeded(run_ranks(2, "tests/overlap_check.py", timeout=240)).stdout.count("same") == 2
+    assert succeeded(run_ranks(2, "tests/overlap_check.py")).stdout.count("same") == 2

@@ -68,7 +68,8 @@ def assert_close(found: dict, expected: dict, what) -> None:
     floor = 1e-3 * sum(float(g.norm()) ** 2 for g in expected.values()) ** 0.5
     for name, gradient in expected.items():
         difference = float((found[name] - gradient).norm() / max(float(gradient.norm()), floor))
-        assert difference <= 1e-6, (what, name, difference)
+        # Sums of float32 in another order: up to 1.4e-6 on one kind of CPU, below 1e-6 on another.
+        assert difference <= 1e-5, (what, name, difference)
 
 
 def batches_of(kind: str) -> list[dict]:
