@@ -735,14 +735,22 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0, progress: Callable[[s
     out = Path(out).absolute()
     counts = {name: {split: SETS[name].count(split, scale) for split in SPLITS} for name in SETS}
     manifest = {"version": VERSION, "seed": seed, "scale": scale, "counts": counts}
+
+    def complete() -> bool:
+        if not (out.is_dir() and any(out.iterdir())):
+            return False
+        if not (out / "sample.json").is_file() or json.loads((out / "sample.json").read_text()) != manifest:
+            raise ValueError(f"{out} holds something else than these sample data; remove it or choose another folder.")
+        progress(f"{out} is complete already; nothing to do.")
+        return True
+
+    if complete():
+        return manifest
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_name(f".{out.name}.lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        if out.is_dir() and any(out.iterdir()):
-            if (out / "sample.json").is_file() and json.loads((out / "sample.json").read_text()) == manifest:
-                progress(f"{out} is complete already; nothing to do.")
-                return manifest
-            raise ValueError(f"{out} holds something else than these sample data; remove it or choose another folder.")
+        if complete():
+            return manifest
         with published(out) as folder:
             for name in SETS:
                 _write_set(folder / name, name, seed, counts[name])
