@@ -11,9 +11,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def with_defaults(environment: dict[str, str]) -> dict[str, str]:
-    # The last: nothing is compiled without a GPU, and importing torch's compiler is a quarter of a start.
-    common = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1"}
-    return {**os.environ, **common, **environment}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
 
 
 def run(command: list, timeout: float = 600, **environment) -> subprocess.CompletedProcess:

@@ -287,8 +287,8 @@ def running_cluster(tmp_path_factory):
         site.write_text(f"RUNTIME=venv\nRUN_ROOT='{folder}/run root'\n")
         yield Cluster(folder, inherited | {
             "SLURM_CONF": re.search(r"SLURM_CONF=(\S+)", started.stdout).group(1), "PYTHON": sys.executable,
-            "SITE_ENV": str(site), "RUN_ROOT": f"{folder}/run root", "PYTHONPATH": str(REPOSITORY),
-            "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1", "PREFLIGHT_SECONDS": "240", "BACKOFF_SECONDS": "1",
+            "SITE_ENV": str(site), "RUN_ROOT": f"{folder}/run root", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+            "PYTHONPATH": str(REPOSITORY), "PREFLIGHT_SECONDS": "240", "BACKOFF_SECONDS": "1",
         }, data)  # fmt: skip
     finally:
         run(["bash", CLUSTER, "stop"], **local)

@@ -8,7 +8,6 @@ Every sample is drawn from a generator seeded by (seed, set, split, index). Held
 objects that no training sample of the set shows: a hash of the combination decides the split it may appear in.
 """
 
-import fcntl
 import io
 import json
 import zlib
@@ -24,6 +23,7 @@ from molmo2_nemo.data.points import NO_POINTS, Points, Tracks, render_content, t
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.shards import published, write_shards
 from molmo2_nemo.data.tasks import converse
+from molmo2_nemo.fetch.journal import locked
 
 VERSION = 4
 SPLITS = ("train", "val")
@@ -746,9 +746,7 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0, progress: Callable[[s
 
     if complete():
         return manifest
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_name(f".{out.name}.lock").open("w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+    with locked(out.with_name(f".{out.name}.lock"), wait=True):
         if complete():
             return manifest
         with published(out) as folder:
