@@ -17,7 +17,8 @@ import re
 import shutil
 from pathlib import Path
 
-from molmo2_nemo.config import ConfigError, ModelConfig, model_config_from_json, model_config_to_json
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import ModelConfig, model_config_from_json, model_config_to_json
 
 MARKER = "complete.json"
 MODEL = "model.json"
@@ -88,9 +89,23 @@ class _MetadataUnpickler(pickle.Unpickler):
         allowed = any(module == m or module.startswith(m + ".") for m in _METADATA_MODULES)
         if not allowed and not (module == "builtins" and name in _METADATA_BUILTINS) and module != "pathlib":
             raise pickle.UnpicklingError(f"{module}.{name}")
-        if module == "torch" and name not in {"Size", "dtype", "device", "float32", "bfloat16", "float16", "int64",
-                                              "int32", "uint8", "bool", "float64", "strided", "contiguous_format",
-                                              "preserve_format", "serialization._get_layout"}:  # fmt: skip
+        if module == "torch" and name not in {
+            "Size",
+            "dtype",
+            "device",
+            "float32",
+            "bfloat16",
+            "float16",
+            "int64",
+            "int32",
+            "uint8",
+            "bool",
+            "float64",
+            "strided",
+            "contiguous_format",
+            "preserve_format",
+            "serialization._get_layout",
+        }:
             raise pickle.UnpicklingError(f"{module}.{name}")
         return super().find_class(module, name)
 

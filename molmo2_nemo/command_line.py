@@ -1,20 +1,16 @@
-"""What every recipe does before Hydra reads its command line. Imports neither torch nor Megatron."""
+"""From a command line to the typed configuration. Imports neither torch nor Megatron."""
 
-import ctypes
-import logging
-import os
-import warnings
+import dataclasses
+import difflib
+import re
+from pathlib import Path
 
-from molmo2_nemo.config import CONF_DIR, Config, ConfigError, refuse_unknown_overrides, register, to_dataclass
+from omegaconf import DictConfig, OmegaConf
 
-# Loggers that repeat at every start what a user can do nothing about.
-_NOISY_LOGGERS = ("megatron.core", "torch.utils.cpp_extension", "torch.distributed", "nv_one_logger", "megatron.energon")
-_NOISY_WARNINGS = (
-    ".*Apex (is|are) not installed.*", ".*is experimental and still under.*", ".*CUDA_DEVICE_MAX_CONNECTIONS.*", ".*Future Hydra versions.*", ".*full scope is deprecated.*",
-    ".*argument order of load has been changed.*", ".*torch.distributed is disabled.*", ".*pin_memory.*",
-    # Megatron's distributed optimizer of float32 weights holds views of them.
-    ".*grad attribute of a Tensor that is not a leaf.*",
-)  # fmt: skip
+from molmo2_nemo.config.errors import ConfigError, refuse
+from molmo2_nemo.config.schema import Config
+from molmo2_nemo.environment import quiet_libraries, set_cpu_environment, set_gpu_environment
+from molmo2_nemo.paths import CONF_DIR, REPOSITORY
 
 
 def prepare(arguments: list[str]) -> None:
@@ -29,34 +25,6 @@ def prepare(arguments: list[str]) -> None:
     register()
 
 
-def set_gpu_environment() -> None:
-    """What CUDA reads when it starts; what the user has set stays. Nothing of it matters on a CPU."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):  # torch reads either
-        # Segments grow, so that micro-batches of changing size leave no holes between them.
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    # One hardware queue: Megatron's overlap of tensor parallel communication relies on the order of launches.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-
-
-def set_cpu_environment() -> None:
-    """Where torch can have no GPU, do without its compiler, which Megatron's modules import: a quarter of a start.
-
-    cpu.install turns it off anyway, but has to import torch first. What the user has set stays.
-    """
-    try:
-        ctypes.CDLL("libcuda.so.1")  # NVIDIA's driver
-    except OSError:
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-
-
-def quiet_libraries() -> None:
-    """Silence known noise; every other warning still shows."""
-    for name in _NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in _NOISY_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-
-
 def compose(config_name: str, overrides: list[str]) -> Config:
     """The configuration that a recipe would get from these overrides. Raises ConfigError."""
     from hydra import compose as hydra_compose
@@ -67,7 +35,9 @@ def compose(config_name: str, overrides: list[str]) -> Config:
 
     refuse_unknown_overrides(overrides)
     if not (CONF_DIR / f"{config_name}.yaml").is_file():
-        raise ConfigError(f"--config-name {config_name}: conf/ has no {config_name}.yaml; use stage1, stage2 or stage3.")
+        raise ConfigError(
+            f"--config-name {config_name}: conf/ has no {config_name}.yaml; use stage1, stage2 or stage3."
+        )
     register()
     GlobalHydra.instance().clear()
     try:
@@ -77,3 +47,82 @@ def compose(config_name: str, overrides: list[str]) -> Config:
         cause = error.__cause__ or error
         key, reason = getattr(cause, "full_key", None), str(cause).strip().splitlines()[0]
         raise ConfigError(f"{key + ': ' if key else 'the configuration cannot be read: '}{reason}") from error
+
+
+def register() -> None:
+    """Make `Config` the schema that conf/stage*.yaml are merged into (their defaults list names it)."""
+    from hydra.core.config_store import ConfigStore
+
+    schema = OmegaConf.structured(Config)
+    for prefix in ("transformer", "optimizer", "ddp"):
+        # Their keys are Megatron's own; `check_megatron_fields` refuses the unknown ones.
+        OmegaConf.set_struct(schema[prefix], False)
+    ConfigStore.instance().store(name="molmo2_nemo_schema", node=schema)
+
+
+def refuse_unknown_overrides(arguments: list[str]) -> None:
+    """Raise ConfigError for the first `key=value` whose key is not in the schema or whose option has no file."""
+    for argument in arguments:
+        match = re.fullmatch(r"(\+{0,2}|~)([A-Za-z_][\w./]*)(?:@[\w.]+)?(?:=(.*))?", argument, re.DOTALL)
+        if argument.startswith("-") or match is None or match[3] is None:
+            continue
+        key, value = match[2], match[3]
+        if (CONF_DIR / key).is_dir():
+            options = sorted(path.stem for path in (CONF_DIR / key).glob("*.yaml"))
+            elsewhere = [group.parent.name for group in sorted(CONF_DIR.glob(f"*/{value}.yaml"))]
+            advice = f"use {elsewhere[0]}={value}" if elsewhere else f"choose one of {', '.join(options)}"
+            refuse(
+                value not in options and "," not in value, f"{key}={value}: conf/{key} has no {value}.yaml; {advice}."
+            )
+            continue
+        if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
+            continue
+        cls, path = Config, key.split(".")
+        for depth, name in enumerate(path):
+            if not dataclasses.is_dataclass(cls):
+                break  # a free dictionary: Megatron's fields, or rope_scaling
+            types = {f.name: f.type for f in dataclasses.fields(cls)}
+            if name not in types:
+                where = ".".join(path[:depth])
+                close = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
+                known = (
+                    f"did you mean {'.'.join([*path[:depth], close[0]])}" if close else f"known are {', '.join(types)}"
+                )
+                raise ConfigError(f"{key}={value}: {where or 'the configuration'} has no key {name}; {known}.")
+            cls = types[name]
+
+
+def to_dataclass(cfg: DictConfig) -> Config:
+    """The typed configuration. Raises ConfigError naming the first key without a value."""
+    if cfg.model.hf_path is not None:
+        fill_from_hf(cfg)
+    elif not OmegaConf.is_missing(cfg.model, "name") and cfg.model.name == "hf":
+        raise ConfigError("model.hf_path has no value: name a Hugging Face folder, model.hf_path=DIR.")
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value: set it on the command line, {missing[0]}=VALUE.")
+    config = OmegaConf.to_object(cfg)
+    config.model.tokenizer = tokenizer_location(config.model.tokenizer)
+    config.data.tokenizer = tokenizer_location(config.data.tokenizer)
+    config.train.async_checkpoint = config.train.async_checkpoint.lower()  # true is a boolean to Hydra
+    return config
+
+
+def tokenizer_location(name: str) -> str:
+    """A tokenizer that ships with this package may be named from the repository's root wherever the user stands."""
+    shipped = REPOSITORY / name
+    return str(shipped) if not Path(name).exists() and shipped.is_dir() else name
+
+
+def fill_from_hf(cfg: DictConfig) -> None:
+    """Replace `cfg.model` by the architecture of `cfg.model.hf_path`, a Hugging Face folder."""
+    from molmo2_nemo.hf.architecture import model_config_from_hf
+    from molmo2_nemo.hf.convert import head_is_tied
+
+    model = model_config_from_hf(Path(cfg.model.hf_path))
+    tokenizer = None if OmegaConf.is_missing(cfg.model, "tokenizer") else cfg.model.tokenizer
+    if tokenizer is not None:
+        model.tokenizer = tokenizer
+    model.hf_path = cfg.model.hf_path
+    model.tie_embeddings = head_is_tied(Path(cfg.model.hf_path))
+    OmegaConf.update(cfg, "model", OmegaConf.structured(model), merge=False)

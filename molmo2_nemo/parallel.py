@@ -15,23 +15,23 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from molmo2_nemo.config import (
-    FP8_RECIPE,
-    ConfigError,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-    rank_from_environment,
-    world_size_from_environment,
-)
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import FP8_RECIPE, ModelConfig, ParallelConfig, TrainConfig
+from molmo2_nemo.environment import local_rank, rank_from_environment, world_size_from_environment
 from molmo2_nemo.model.layers import gelu_tanh
-
 
 # Fields of TransformerConfig that say how FP8 is done: the same for the decoder and for the ViT, if that is in FP8.
 FP8_FIELDS = (
-    "fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad", "tp_only_amax_red",
-    "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
-)  # fmt: skip
+    "fp8_recipe",
+    "fp8_margin",
+    "fp8_amax_history_len",
+    "fp8_amax_compute_algo",
+    "fp8_wgrad",
+    "tp_only_amax_red",
+    "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
+)
 
 
 def resolve_device(train: TrainConfig) -> str:
@@ -65,9 +65,11 @@ def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, se
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo" if device == "cpu" else "nccl",
-            store=dist.HashStore() if alone else None, rank=rank, world_size=world_size,
+            store=dist.HashStore() if alone else None,
+            rank=rank,
+            world_size=world_size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
-        )  # fmt: skip
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -75,11 +77,6 @@ def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, se
         context_parallel_size=parallel.context_parallel_size,
     )
     seed_everything(seed)
-
-
-def local_rank() -> int:
-    """This process among those of its node, which is also its GPU: torchrun's LOCAL_RANK, else srun's, else 0."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def set_rendezvous() -> None:
@@ -91,15 +88,17 @@ def set_rendezvous() -> None:
         return
     if "SLURM_JOB_ID" not in os.environ:
         raise ConfigError(
-            f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} but MASTER_ADDR or MASTER_PORT is not set: start the ranks with "
-            "torchrun or srun."
+            f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} but MASTER_ADDR or MASTER_PORT is not set: start the ranks with"
+            " torchrun or srun."
         )
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
     if "MASTER_ADDR" not in os.environ and os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     elif "MASTER_ADDR" not in os.environ:
         if shutil.which("scontrol") is None:
-            raise ConfigError(f"MASTER_ADDR is not set and scontrol is not here to name the first of {nodes}: export it.")
+            raise ConfigError(
+                f"MASTER_ADDR is not set and scontrol is not here to name the first of {nodes}: export it."
+            )
         command = ["scontrol", "show", "hostnames", nodes]
         hosts = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
@@ -157,9 +156,14 @@ def layer_spec(parallel: ParallelConfig, device: str) -> str:
 
 
 def transformer_configs(
-    model: ModelConfig, parallel: ParallelConfig, device: str, precision: str, overrides: dict, dropout: float = 0.0,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    device: str,
+    precision: str,
+    overrides: dict,
+    dropout: float = 0.0,
     vit_fp8: bool = False,
-) -> dict[str, TransformerConfig]:  # fmt: skip
+) -> dict[str, TransformerConfig]:
     """Megatron's TransformerConfig for the decoder, the ViT and the connector's projector.
 
     overrides: fields of the decoder's TransformerConfig set by the user; the ViT takes those of FP8 alone, if vit_fp8.
@@ -168,25 +172,45 @@ def transformer_configs(
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     impl = layer_spec(parallel, device)
     common = dict(
-        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, transformer_impl=impl,
-        use_cpu_initialization=device == "cpu", gradient_accumulation_fusion=False, persist_layer_norm=False,
-        bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False,
-        attention_dropout=0.0, calculate_per_token_loss=True, init_method_std=model.init_std,
-    )  # fmt: skip
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        transformer_impl=impl,
+        use_cpu_initialization=device == "cpu",
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        attention_dropout=0.0,
+        calculate_per_token_loss=True,
+        init_method_std=model.init_std,
+    )
     decoder = dict(
-        common, num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads, num_query_groups=model.num_query_groups,
-        kv_channels=model.head_dim, normalization="RMSNorm", layernorm_epsilon=model.layernorm_epsilon,
-        add_bias_linear=False, gated_linear_unit=True, activation_func=F.silu, qk_layernorm=True,
+        common,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        qk_layernorm=True,
         hidden_dropout=dropout,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size, sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
         cp_comm_type=parallel.cp_comm_type,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-    )  # fmt: skip
+    )
     if parallel.virtual_pipeline_model_parallel_size is not None:
         # In a batch, the messages of two stages that are each other's next and previous one would be mixed up.
         decoder.update(overlap_p2p_comm=True, batch_p2p_comm=False)
@@ -194,18 +218,31 @@ def transformer_configs(
         overrides = {"fp8_recipe": FP8_RECIPE, **overrides}
         decoder.update(fp8="hybrid")
     vit = dict(
-        common, num_layers=model.vit.num_layers, hidden_size=model.vit.hidden_size,
-        ffn_hidden_size=model.vit.ffn_hidden_size, num_attention_heads=model.vit.num_attention_heads,
-        kv_channels=model.vit.head_dim, normalization="LayerNorm", layernorm_epsilon=model.vit.layernorm_epsilon,
-        add_bias_linear=True, activation_func=gelu_tanh, hidden_dropout=0.0,
-    )  # fmt: skip
+        common,
+        num_layers=model.vit.num_layers,
+        hidden_size=model.vit.hidden_size,
+        ffn_hidden_size=model.vit.ffn_hidden_size,
+        num_attention_heads=model.vit.num_attention_heads,
+        kv_channels=model.vit.head_dim,
+        normalization="LayerNorm",
+        layernorm_epsilon=model.vit.layernorm_epsilon,
+        add_bias_linear=True,
+        activation_func=gelu_tanh,
+        hidden_dropout=0.0,
+    )
     if precision == "fp8" and vit_fp8:
         vit.update(fp8="hybrid", **{key: value for key, value in overrides.items() if key in FP8_FIELDS})
     connector = dict(
-        common, num_layers=1, hidden_size=model.hidden_size, ffn_hidden_size=model.connector.ffn_hidden_size,
-        num_attention_heads=1, add_bias_linear=False, gated_linear_unit=True, activation_func=F.silu,
+        common,
+        num_layers=1,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.connector.ffn_hidden_size,
+        num_attention_heads=1,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
         hidden_dropout=0.0,
-    )  # fmt: skip
+    )
     try:
         return {
             "decoder": TransformerConfig(**{**decoder, **overrides}),

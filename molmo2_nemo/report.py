@@ -31,21 +31,33 @@ BROKEN = ("dropped_malformed", "dropped_undecodable", "dropped_unreadable")
 COLOURS = ["#1f6fb4", "#d9641e", "#2a9d5c", "#8a56b8", "#c23b4b", "#7a5a3a", "#d05fa5", "#555555", "#a8a32a", "#20a5b5"]
 # (heading, figures of training intervals with their title and the lowest value on their axis)
 SECTIONS = (
-    ("Optimization", {
-        "lr": ("learning rate", 0), "grad_norm": ("gradient norm before clipping", None),
-        "log_partition_rms": ("log-partition, root mean square", None), "skipped_steps": ("skipped steps", 0),
-    }),
-    ("Speed", {
-        "tokens_per_second": ("tokens per second", 0), "samples_per_second": ("samples per second", 0),
-        "mfu": ("model FLOPs utilization", 0), "model_tflops_per_second": ("model TFLOP/s of a device", 0),
-        "loss_tokens_per_second": ("tokens with loss per second", 0),
-        "padded_tokens_per_second": ("tokens and padding per second", 0),
-        "patches_per_second": ("vision patches per second", 0), "fill": ("share of the rows that is filled", 0),
-        "imbalance": ("work of the busiest data-parallel rank over the mean", 1),
-        "data_wait_share": ("share of the time spent waiting for data", 0),
-        "memory_gib": ("peak memory of rank 0, GiB", 0), "checkpoint_seconds": ("seconds for checkpoints", 0),
-    }),
-)  # fmt: skip
+    (
+        "Optimization",
+        {
+            "lr": ("learning rate", 0),
+            "grad_norm": ("gradient norm before clipping", None),
+            "log_partition_rms": ("log-partition, root mean square", None),
+            "skipped_steps": ("skipped steps", 0),
+        },
+    ),
+    (
+        "Speed",
+        {
+            "tokens_per_second": ("tokens per second", 0),
+            "samples_per_second": ("samples per second", 0),
+            "mfu": ("model FLOPs utilization", 0),
+            "model_tflops_per_second": ("model TFLOP/s of a device", 0),
+            "loss_tokens_per_second": ("tokens with loss per second", 0),
+            "padded_tokens_per_second": ("tokens and padding per second", 0),
+            "patches_per_second": ("vision patches per second", 0),
+            "fill": ("share of the rows that is filled", 0),
+            "imbalance": ("work of the busiest data-parallel rank over the mean", 1),
+            "data_wait_share": ("share of the time spent waiting for data", 0),
+            "memory_gib": ("peak memory of rank 0, GiB", 0),
+            "checkpoint_seconds": ("seconds for checkpoints", 0),
+        },
+    ),
+)
 LOGARITHMIC = 5  # ratio of the largest to the smallest value from which on an axis is logarithmic
 MAX_POINTS = 1500  # of a drawn line
 MAX_PANELS = 200  # of a section: a drawing takes about 0.1 s
@@ -100,16 +112,22 @@ def write_report(runs: list[Path], out: Path) -> None:
     found = [read_run(folder) for folder in dict.fromkeys(Path(run).resolve() for run in runs)]
     name_runs(found)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     pictures = Pictures()
     page = environment.get_template("report.html").render(
         title=", ".join(run.label for run in found) if len(found) < 4 else f"{len(found)} runs",
-        colours=colours(found), facts=facts(found), differences=config_differences(found),
+        colours=colours(found),
+        facts=facts(found),
+        differences=config_differences(found),
         sections=[(heading, [(panel, draw(panel)) for panel in panels]) for heading, panels in sections(found)],
-        runs=[(run, sources_table(run), answers(run, pictures)) for run in found], left_out=pictures.left_out,
-    )  # fmt: skip
+        runs=[(run, sources_table(run), answers(run, pictures)) for run in found],
+        left_out=pictures.left_out,
+    )
     if out.is_dir():
         raise ValueError(f"{out} is a folder: name the file to write the report to.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -297,10 +315,16 @@ def sections(runs: list[Run]) -> list[tuple[str, list[Panel]]]:
     if len(runs) > 1:
         result[0][1].extend(loss_panels(runs, "loss", "the same over tokens", x="tokens_seen"))
     for heading, figures in SECTIONS:
-        result.append((heading, [
-            panel for key, (title, lowest) in figures.items()
-            for panel in figure_panels(runs, "train", key, title, lowest)
-        ]))  # fmt: skip
+        result.append(
+            (
+                heading,
+                [
+                    panel
+                    for key, (title, lowest) in figures.items()
+                    for panel in figure_panels(runs, "train", key, title, lowest)
+                ],
+            )
+        )
     result[-1][1].extend(figure_panels(runs, "checkpoint", "seconds", "seconds for a checkpoint", 0))
     # Kinds of which nothing is known here, such as the scores of answers.
     known = ("train", "validation", "checkpoint", "resume")
@@ -362,9 +386,15 @@ def marks(runs: list[Run]) -> list[tuple[int, str]]:
 def draw(panel: Panel) -> Markup:
     """The panel as an SVG element without any text but numbers. Its lines have the ids line0, line1, ..."""
     settings = {
-        "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.edgecolor": "#888888", "xtick.color": "#666666", "ytick.color": "#666666",
-    }  # fmt: skip
+        "svg.fonttype": "none",
+        "svg.hashsalt": "report",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#888888",
+        "xtick.color": "#666666",
+        "ytick.color": "#666666",
+    }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(11.4, 3.4) if panel.wide else (3.8, 2.2), layout="constrained")
         axis = figure.add_subplot()
@@ -431,7 +461,9 @@ def run_facts(run: Run) -> dict[str, str | None]:
         ended = f"{run.ended.get('reason')} at step {run.ended.get('step')}{f': {message}' if message else ''}"
     rates = series(train, "tokens_per_second")[1]
     return {
-        "stage": setting(run, "stage"), "model": setting(run, "model.name"), "layout": layout(run),
+        "stage": setting(run, "stage"),
+        "model": setting(run, "model.name"),
+        "layout": layout(run),
         "device": None if device == "auto" else device,
         "software": ", ".join(f"{name} {version}" for name, version in software.items() if version) or None,
         "steps": f"{step:,} of {most:,}" if type(most) is int else f"{step:,}",
@@ -444,7 +476,7 @@ def run_facts(run: Run) -> dict[str, str | None]:
         "skipped steps": shown(last(train, "skipped_steps")) if last(train, "skipped_steps") else None,
         "ended": ended[:MAX_TEXT],
         "unreadable lines of metrics.jsonl": run.unreadable or None,
-    }  # fmt: skip
+    }
 
 
 def duration(seconds: float) -> str:
@@ -493,12 +525,18 @@ def sources_table(run: Run) -> list[list[str]]:
         counts = counts if isinstance(counts, dict) else {}
         lost = {n: number(c) or 0 for n, c in counts.items() if n.startswith("dropped_") and n != "dropped_branches"}
         share = shares.get(source)
-        rows.append([
-            source, shown(counts.get("examples")), shown(counts.get("tokens")),
-            "\u2013" if share is None else f"{share:.1%}", shown(last(train, "loss_by_source", source)),
-            shown(last(validation, "loss_by_source", source)), shown(sum(lost.values())),
-            shown(sum(lost.get(name, 0) for name in BROKEN)),
-        ])  # fmt: skip
+        rows.append(
+            [
+                source,
+                shown(counts.get("examples")),
+                shown(counts.get("tokens")),
+                "\u2013" if share is None else f"{share:.1%}",
+                shown(last(train, "loss_by_source", source)),
+                shown(last(validation, "loss_by_source", source)),
+                shown(sum(lost.values())),
+                shown(sum(lost.get(name, 0) for name in BROKEN)),
+            ]
+        )
     return rows
 
 

@@ -1,8 +1,8 @@
 """Pre-training, stage 1 of 3.
 
-    python recipes/stage1_pretrain.py model=tiny data=sample schedule=quickstart
-    torchrun --nproc-per-node 8 recipes/stage1_pretrain.py model=molmo2_8b parallel.tensor_model_parallel_size=4
-    python recipes/stage1_pretrain.py --cfg job        # print the resolved configuration
+python recipes/stage1_pretrain.py model=tiny data=sample schedule=quickstart
+torchrun --nproc-per-node 8 recipes/stage1_pretrain.py model=molmo2_8b parallel.tensor_model_parallel_size=4
+python recipes/stage1_pretrain.py --cfg job        # print the resolved configuration
 """
 
 import sys

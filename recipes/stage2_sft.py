@@ -1,8 +1,8 @@
 """Supervised fine-tuning, stage 2 of 3.
 
-    python recipes/stage2_sft.py model=tiny data=sample schedule=quickstart
-    torchrun --nproc-per-node 8 recipes/stage2_sft.py model=molmo2_8b parallel.tensor_model_parallel_size=4
-    python recipes/stage2_sft.py --cfg job        # print the resolved configuration
+python recipes/stage2_sft.py model=tiny data=sample schedule=quickstart
+torchrun --nproc-per-node 8 recipes/stage2_sft.py model=molmo2_8b parallel.tensor_model_parallel_size=4
+python recipes/stage2_sft.py --cfg job        # print the resolved configuration
 """
 
 import sys

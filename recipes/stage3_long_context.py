@@ -1,8 +1,8 @@
 """Long-context fine-tuning, stage 3 of 3.
 
-    python recipes/stage3_long_context.py model=tiny data=sample schedule=quickstart
-    torchrun --nproc-per-node 8 recipes/stage3_long_context.py model=molmo2_8b parallel.tensor_model_parallel_size=4
-    python recipes/stage3_long_context.py --cfg job        # print the resolved configuration
+python recipes/stage3_long_context.py model=tiny data=sample schedule=quickstart
+torchrun --nproc-per-node 8 recipes/stage3_long_context.py model=molmo2_8b parallel.tensor_model_parallel_size=4
+python recipes/stage3_long_context.py --cfg job        # print the resolved configuration
 """
 
 import sys

@@ -117,8 +117,8 @@ def ended_by_slurm(run_dir, began):
 def classify(exit_code, phase, marker, preflight, usr1, term, stop_asked):
     """(kind, sentence) of how a start ended.
 
-    kinds: finished | stopped (by a person) | slurm (cancelled, requeued, a node is gone) | interrupted (it saved, or was
-    asked to) | config (no use in trying again) | node (the pre-flight names one) | error.
+    kinds: finished | stopped (by a person) | slurm (cancelled, requeued, a node is gone) | interrupted (it saved,
+    or was asked to) | config (no use in trying again) | node (the pre-flight names one) | error.
     """
     reason = marker.get("reason")
     if reason == "finished":
@@ -160,7 +160,8 @@ def excluded(starts):
 
 
 def decide(starts, max_restarts, max_idle, backoff):
-    """(action, why, seconds to wait) for the last of `starts`. action: finished | requeue | stop | slurm (its affair)."""
+    """(action, why, seconds to wait) for the last of `starts`. action: finished | requeue | stop | slurm (its
+    affair)."""
     last = starts[-1]
     kind = last["kind"]
     if kind == "finished":
@@ -191,7 +192,8 @@ def decide(starts, max_restarts, max_idle, backoff):
 
 
 def too_few_nodes(left_out, wanted):
-    """A sentence if the partition cannot give `wanted` nodes without those left out; None also where sinfo cannot say."""
+    """A sentence if the partition cannot give `wanted` nodes without those left out; None also where sinfo cannot
+    say."""
     partition = os.environ.get("SLURM_JOB_PARTITION", "")
     try:
         listing = subprocess.check_output(["sinfo", "-h", "-N", "-p", partition, "-o", "%N"], timeout=60)
@@ -201,7 +203,11 @@ def too_few_nodes(left_out, wanted):
     if len(rest) >= wanted:
         return None
     return "%s failed twice, and without it the partition %s has %d nodes of the %d that the job needs" % (
-        ", ".join(left_out), partition, len(rest), wanted)  # fmt: skip
+        ", ".join(left_out),
+        partition,
+        len(rest),
+        wanted,
+    )
 
 
 def begin(run_dir):
@@ -214,19 +220,39 @@ def begin(run_dir):
     if starts and starts[-1]["event"] == "begin":  # its batch script was killed before it could say so
         message, blamed = ended_by_slurm(run_dir, starts[-1])
         append(
-            run_dir, event="end", time=time.time(), kind="slurm", message=message, failed_nodes=blamed,
-            step=newest_step(run_dir), action="requeue",
-        )  # fmt: skip
+            run_dir,
+            event="end",
+            time=time.time(),
+            kind="slurm",
+            message=message,
+            failed_nodes=blamed,
+            step=newest_step(run_dir),
+            action="requeue",
+        )
         starts = read(run_dir)
     append(
-        run_dir, event="begin", time=time.time(), job=os.environ.get("SLURM_JOB_ID"), restart=restart,
-        nodes=hosts(os.environ.get("SLURM_JOB_NODELIST", "")), begin_step=newest_step(run_dir),
-    )  # fmt: skip
+        run_dir,
+        event="begin",
+        time=time.time(),
+        job=os.environ.get("SLURM_JOB_ID"),
+        restart=restart,
+        nodes=hosts(os.environ.get("SLURM_JOB_NODELIST", "")),
+        begin_step=newest_step(run_dir),
+    )
     limit = environment_number("MAX_IDLE_STARTS", 5)
     without = idle(starts)
     if restart and without >= limit:
         why = "%d starts in a row gained no checkpoint (MAX_IDLE_STARTS)" % without
-        append(run_dir, event="end", time=time.time(), kind="error", message=why, action="stop", why=why, step=newest_step(run_dir))
+        append(
+            run_dir,
+            event="end",
+            time=time.time(),
+            kind="error",
+            message=why,
+            action="stop",
+            why=why,
+            step=newest_step(run_dir),
+        )
         sys.exit("error: %s: it is not tried again." % why)
 
 
@@ -248,21 +274,38 @@ def end(run_dir, exit_code, phase, usr1, term):
         if first and not marker:
             message += " (%s)" % first.group(1)
     starts[-1] = dict(
-        began, event="end", kind=kind, message=message, failed_nodes=blamed, step=newest_step(run_dir),
-    )  # fmt: skip
+        began,
+        event="end",
+        kind=kind,
+        message=message,
+        failed_nodes=blamed,
+        step=newest_step(run_dir),
+    )
     action, why, delay = decide(
-        starts, environment_number("MAX_RESTARTS", 50), environment_number("MAX_IDLE_STARTS", 5),
+        starts,
+        environment_number("MAX_RESTARTS", 50),
+        environment_number("MAX_IDLE_STARTS", 5),
         environment_number("BACKOFF_SECONDS", 60),
-    )  # fmt: skip
+    )
     left_out = excluded(starts)
     if action == "requeue" and left_out:
         few = too_few_nodes(left_out, len(began["nodes"]))
         if few:
             action, why = "stop", few
     append(
-        run_dir, event="end", time=time.time(), kind=kind, message=message, failed_nodes=blamed, exit=exit_code,
-        step=newest_step(run_dir), action=action, why=why, delay=delay, excluded=left_out,
-    )  # fmt: skip
+        run_dir,
+        event="end",
+        time=time.time(),
+        kind=kind,
+        message=message,
+        failed_nodes=blamed,
+        exit=exit_code,
+        step=newest_step(run_dir),
+        action=action,
+        why=why,
+        delay=delay,
+        excluded=left_out,
+    )
     print("start %d: %s" % (began["restart"] + 1, message), file=sys.stderr)
     if action == "requeue":
         more = " after %d s" % delay if delay else ""
@@ -291,8 +334,16 @@ def main():
         end(args.run_dir, args.exit, args.phase, args.usr1, args.term)
     else:
         print("error: %s" % args.reason, file=sys.stderr)
-        append(args.run_dir, event="end", time=time.time(), kind="error", message=args.reason, action="stop",
-               why=args.reason, step=newest_step(args.run_dir))  # fmt: skip
+        append(
+            args.run_dir,
+            event="end",
+            time=time.time(),
+            kind="error",
+            message=args.reason,
+            action="stop",
+            why=args.reason,
+            step=newest_step(args.run_dir),
+        )
 
 
 if __name__ == "__main__":

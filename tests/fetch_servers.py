@@ -179,8 +179,17 @@ class Hub(_Server):
             elif file in repo.large:
                 entry["lfs"] = {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 130}
             siblings.append(entry)
-        info = {"id": name, "sha": repo.sha, "private": False, "gated": repo.gated, "disabled": False, "tags": [],
-                "downloads": 0, "likes": 0, "siblings": siblings}  # fmt: skip
+        info = {
+            "id": name,
+            "sha": repo.sha,
+            "private": False,
+            "gated": repo.gated,
+            "disabled": False,
+            "tags": [],
+            "downloads": 0,
+            "likes": 0,
+            "siblings": siblings,
+        }
         return request.send(200, json.dumps(info).encode(), Content_Type="application/json")
 
     def _file(self, request, name, revision, file, path) -> None:

@@ -12,34 +12,61 @@ def _config(text: dict, vision: dict | None = None, layers=(-1, -2)):
 
     text = {
         **dict(
-            hidden_size=48, num_attention_heads=4, num_key_value_heads=4, head_dim=16, vocab_size=V,
-            additional_vocab_size=128, num_hidden_layers=4, intermediate_size=96, max_position_embeddings=512,
+            hidden_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=16,
+            vocab_size=V,
+            additional_vocab_size=128,
+            num_hidden_layers=4,
+            intermediate_size=96,
+            max_position_embeddings=512,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         ),
         **text,
-    }  # fmt: skip
+    }
     vision = {
         **dict(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
-            head_dim=16, image_size=[70, 70], patch_size=14,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            image_size=[70, 70],
+            patch_size=14,
         ),
         **(vision or {}),
-    }  # fmt: skip
+    }
     adapter = dict(
-        vision_feature_layer=list(layers), hidden_size=vision["hidden_size"], num_attention_heads=2,
-        num_key_value_heads=2, head_dim=12, intermediate_size=40, text_hidden_size=text["hidden_size"],
-    )  # fmt: skip
+        vision_feature_layer=list(layers),
+        hidden_size=vision["hidden_size"],
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=12,
+        intermediate_size=40,
+        text_hidden_size=text["hidden_size"],
+    )
     ids = dict(
-        image_start_token_id=V, low_res_image_start_token_id=V + 4, image_end_token_id=V + 1, image_patch_id=V + 2,
-        frame_start_token_id=V + 7, frame_end_token_id=V + 8,
-    )  # fmt: skip
+        image_start_token_id=V,
+        low_res_image_start_token_id=V + 4,
+        image_end_token_id=V + 1,
+        image_patch_id=V + 2,
+        frame_start_token_id=V + 7,
+        frame_end_token_id=V + 8,
+    )
     return Molmo2Config(text_config=text, vision_config=vision, adapter_config=adapter, **ids)
 
 
 YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "attention_factor": 1.2079441541679836,
-    "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 64,
-}  # fmt: skip
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "attention_factor": 1.2079441541679836,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def configs() -> dict:

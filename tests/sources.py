@@ -9,7 +9,7 @@ import yaml
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors import BaseWebdatasetFactory
 
-from molmo2_nemo.config import DataConfig, VisionConfig
+from molmo2_nemo.config.schema import DataConfig, VisionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 VISION = VisionConfig(image_size=70, overlap_margin=1)
@@ -17,10 +17,18 @@ VISION = VisionConfig(image_size=70, overlap_margin=1)
 
 def config(root, **changes) -> DataConfig:
     settings = dict(
-        blend="sample_stage2", root=str(root), tokenizer=str(ROOT / "molmo2_nemo" / "data" / "tokenizer"),
-        seq_length=768, max_crops=32, max_crops_per_image=4, max_frames=12, packing_buffer_size=12,
-        shuffle_buffer_size=8, num_workers=0, seed=5,
-    )  # fmt: skip
+        blend="sample_stage2",
+        root=str(root),
+        tokenizer=str(ROOT / "molmo2_nemo" / "data" / "tokenizer"),
+        seq_length=768,
+        max_crops=32,
+        max_crops_per_image=4,
+        max_frames=12,
+        packing_buffer_size=12,
+        shuffle_buffer_size=8,
+        num_workers=0,
+        seed=5,
+    )
     return DataConfig(**(settings | changes))
 
 

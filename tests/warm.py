@@ -22,22 +22,35 @@ import time
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([
-    "nemo.core.config", "molmo2_nemo.training.train", "molmo2_nemo.report", "molmo2_nemo.hf.convert", "molmo2_nemo.data.stages",
-    "torchvision.transforms.v2", "transformers.models.molmo2.modeling_molmo2", "transformers.models.molmo2.processing_molmo2",
-])  # fmt: skip
+context.set_forkserver_preload(
+    [
+        "nemo.core.config",
+        "molmo2_nemo.training.train",
+        "molmo2_nemo.report",
+        "molmo2_nemo.hf.convert",
+        "molmo2_nemo.prepare.stage",
+        "torchvision.transforms.v2",
+        "transformers.models.molmo2.modeling_molmo2",
+        "transformers.models.molmo2.processing_molmo2",
+    ]
+)
 # Below the ports that the system hands out; a range for each of pytest's workers, gw0, gw1, ...
 worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 ports = itertools.count(12000 + worker % 5 * 3500 + os.getpid() % 30 * 100)
 
 
-def start(arguments: list, environments: list[dict[str, str]], folder: Path, timeout: float) -> subprocess.CompletedProcess:
+def start(
+    arguments: list, environments: list[dict[str, str]], folder: Path, timeout: float
+) -> subprocess.CompletedProcess:
     """Run a program in `folder`, side by side in each of the environments. The first that fails ends the others.
 
     Returns the output of all, and the exit status of the first that failed, or 0. Raises subprocess.TimeoutExpired.
     """
     arguments = [str(part) for part in arguments]
-    with tempfile.TemporaryFile("w+", errors="replace") as stdout, tempfile.TemporaryFile("w+", errors="replace") as stderr:
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as stdout,
+        tempfile.TemporaryFile("w+", errors="replace") as stderr,
+    ):
         files = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (stdout, stderr)]
         processes = [context.Process(target=run, args=(arguments, each, str(folder), *files)) for each in environments]
         for process in processes:
@@ -67,14 +80,22 @@ def start(arguments: list, environments: list[dict[str, str]], folder: Path, tim
 
 def environments(ranks: int, environment: dict[str, str]) -> list[dict[str, str]]:
     """What torchrun sets on one node."""
-    common = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(ports)), "WORLD_SIZE": str(ranks),
-              "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}  # fmt: skip
+    common = {
+        **environment,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(next(ports)),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "GROUP_RANK": "0",
+    }
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def run(arguments: list[str], environment: dict[str, str], folder: str, stdout: str, stderr: str) -> None:
     """In the forked process."""
-    multiprocessing.set_start_method("fork", force=True)  # as in any other process; multiprocessing says forkserver here
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # as in any other process; multiprocessing says forkserver here
     for number, file in ((1, stdout), (2, stderr)):
         opened = os.open(file, os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, number)

@@ -1,8 +1,8 @@
 """Ask an exported model about a picture or a video. Uses transformers alone: nothing of this repository is imported.
 
-    python tools/ask.py HF_DIR --image photo.png "What colour is the circle?"
-    python tools/ask.py HF_DIR --video clip.mp4 "Which way does it move?"
-    python tools/ask.py HF_DIR --quiz data/sample/quiz/quiz.json --json answers.json
+python tools/ask.py HF_DIR --image photo.png "What colour is the circle?"
+python tools/ask.py HF_DIR --video clip.mp4 "Which way does it move?"
+python tools/ask.py HF_DIR --quiz data/sample/quiz/quiz.json --json answers.json
 """
 
 import argparse
@@ -26,9 +26,13 @@ def answer(model, processor, question: str, image: Path | None = None, video: Pa
         content.insert(0, {"type": "video", "video": frames})
         kwargs = {"processor_kwargs": {"videos_kwargs": {"video_metadata": [metadata], "do_sample_frames": False}}}
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True, return_dict=True,
-        return_tensors="pt", **kwargs,
-    )  # fmt: skip
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        **kwargs,
+    )
     with torch.no_grad():
         tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     return processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -57,9 +61,13 @@ def read_video(path: Path, video_processor):
     pixels = torch.stack([torch.from_numpy(frames[i].to_ndarray(format="rgb24")).permute(2, 0, 1) for i in chosen])
     # The prompt's timestamps are index / fps: indices in milliseconds give the times exactly.
     metadata = VideoMetadata(
-        total_num_frames=len(times), fps=1000, duration=duration, frames_indices=[round(t * 1000) for t in wanted],
-        height=pixels.shape[2], width=pixels.shape[3],
-    )  # fmt: skip
+        total_num_frames=len(times),
+        fps=1000,
+        duration=duration,
+        frames_indices=[round(t * 1000) for t in wanted],
+        height=pixels.shape[2],
+        width=pixels.shape[3],
+    )
     return pixels, metadata
 
 

@@ -21,7 +21,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from molmo2_nemo.data.catalogue import CATEGORIES, CONF_FILE, load_catalogue
+from molmo2_nemo.catalogue.datasets import CATEGORIES, CONF_FILE, load_catalogue
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -210,10 +210,15 @@ def fetch(catalogue, entries, options) -> int:
     if trouble and options.root.exists() | options.root.is_symlink():
         raise ValueError(f"{trouble.what}: {trouble.mend}.")
     rules = Rules(
-        jobs=options.jobs, per_host=options.per_host, tries=options.tries, timeout=options.timeout,
-        min_rate=options.min_rate, max_file_bytes=options.max_file_bytes, allow_private=options.allow_private,
+        jobs=options.jobs,
+        per_host=options.per_host,
+        tries=options.tries,
+        timeout=options.timeout,
+        min_rate=options.min_rate,
+        max_file_bytes=options.max_file_bytes,
+        allow_private=options.allow_private,
         backoff=min(1.0, options.timeout / 10),
-    )  # fmt: skip
+    )
     settings = Options(
         options.root,
         rules,
@@ -319,9 +324,16 @@ class Bar:
         self._files, self._bytes, self._since = files, 0, time.monotonic()
         wait = 0.2 if sys.stderr.isatty() else 60
         self._bar = tqdm(
-            total=total, desc=self._name, disable=self._quiet, mininterval=wait, maxinterval=max(10, wait), leave=False,
-            dynamic_ncols=True, delay=0 if wait < 1 else wait, **options,
-        )  # fmt: skip
+            total=total,
+            desc=self._name,
+            disable=self._quiet,
+            mininterval=wait,
+            maxinterval=max(10, wait),
+            leave=False,
+            dynamic_ncols=True,
+            delay=0 if wait < 1 else wait,
+            **options,
+        )
 
     def close(self) -> None:
         if self._bar is not None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from molmo2_nemo import checkpoint_dir
-from molmo2_nemo.config import ConfigError, tokenizer_location
+from molmo2_nemo.command_line import tokenizer_location
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.hf.convert import export_hf
 
 
@@ -32,12 +33,15 @@ def main() -> None:
         checkpoint = checkpoint_dir.resolve(args.checkpoint)
         trained = training_data_settings(checkpoint)
         export_hf(
-            checkpoint, args.out, dtype=getattr(torch, args.dtype) if args.dtype else None,
+            checkpoint,
+            args.out,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
             max_shard_bytes=int(args.max_shard_gib * 2**30),
             tokenizer=args.tokenizer or tokenizer_location(checkpoint_dir.read_model(checkpoint).tokenizer),
             max_crops=args.max_crops or trained.get("max_crops_per_image", 8),
-            max_frames=args.max_frames or trained.get("max_frames", 384), max_fps=trained.get("max_fps", 2.0),
-        )  # fmt: skip
+            max_frames=args.max_frames or trained.get("max_frames", 384),
+            max_fps=trained.get("max_fps", 2.0),
+        )
     except ConfigError as error:
         sys.exit(f"error: {error}")
     print(f"{args.out} holds {checkpoint}; load it with transformers' AutoModelForImageTextToText and AutoProcessor")

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from molmo2_nemo.config import ConfigError
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.hf.base_models import import_base_models
 from molmo2_nemo.hf.convert import import_hf
 

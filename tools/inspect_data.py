@@ -17,8 +17,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from molmo2_nemo.command_line import prepare
-from molmo2_nemo.config import CONF_DIR, Config, ConfigError, check_data, check_model, to_dataclass
+from molmo2_nemo.command_line import prepare, to_dataclass
+from molmo2_nemo.config.checks import check_data, check_model
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import Config
+from molmo2_nemo.paths import CONF_DIR
 
 TEMPLATES = Path(__file__).parent / "inspect_pages"
 MAX_ERRORS = 20  # broken samples that --stats names
@@ -118,31 +121,64 @@ def write_page(folder: Path, number: int, example, row: int, counters: dict[str,
                 turns.append({"kind": kind, "text": turn})
                 continue
             marked = {mark.visual for mark in turn.marks}
-            turns.append({
-                "kind": kind, "text": turn.text, "marks": turn.marks, "outside": turn.num_outside,
-                "gap": turn.largest_gap,
-                "objects": [(number, label, colour_of(o)) for o, (number, label) in enumerate(turn.objects)],
-                "pictures": [
-                    (visual.seconds, save(draw_marks(visual.crops[0], turn, v), f"segment{s}-turn{t}-picture{v}.png"))
-                    if v in marked else (visual.seconds, crops[v][0])
-                    for v, visual in enumerate(example.visuals)
-                ] if marked else [],
-            })  # fmt: skip
-        segments.append({
-            "name": segment.name, "is_cut": segment.is_cut, "turns": turns, "chips": chips(example, segment, encoder),
-            "tokens": len(weights), "targets": int(example.is_target[segment.tokens].sum()),
-            "weight": float(weights.sum()), "segment_id": int(example.segment_ids[segment.tokens.start]),
-        })  # fmt: skip
+            turns.append(
+                {
+                    "kind": kind,
+                    "text": turn.text,
+                    "marks": turn.marks,
+                    "outside": turn.num_outside,
+                    "gap": turn.largest_gap,
+                    "objects": [(number, label, colour_of(o)) for o, (number, label) in enumerate(turn.objects)],
+                    "pictures": (
+                        [
+                            (
+                                (
+                                    visual.seconds,
+                                    save(draw_marks(visual.crops[0], turn, v), f"segment{s}-turn{t}-picture{v}.png"),
+                                )
+                                if v in marked
+                                else (visual.seconds, crops[v][0])
+                            )
+                            for v, visual in enumerate(example.visuals)
+                        ]
+                        if marked
+                        else []
+                    ),
+                }
+            )
+        segments.append(
+            {
+                "name": segment.name,
+                "is_cut": segment.is_cut,
+                "turns": turns,
+                "chips": chips(example, segment, encoder),
+                "tokens": len(weights),
+                "targets": int(example.is_target[segment.tokens].sum()),
+                "weight": float(weights.sum()),
+                "segment_id": int(example.segment_ids[segment.tokens.start]),
+            }
+        )
     summary = {
-        "number": number, "page": f"samples/{name}.html", "source": example.source, "key": example.key, "row": row,
-        "start": example.start, "tokens": len(example.input_ids), "crops": example.num_crops,
-        "targets": int(example.is_target.sum()), "weight": float(example.loss_weights.sum()),
+        "number": number,
+        "page": f"samples/{name}.html",
+        "source": example.source,
+        "key": example.key,
+        "row": row,
+        "start": example.start,
+        "tokens": len(example.input_ids),
+        "crops": example.num_crops,
+        "targets": int(example.is_target.sum()),
+        "weight": float(example.loss_weights.sum()),
         "thumbnail": f"samples/{crops[0][0]}" if crops else None,
-    }  # fmt: skip
+    }
     page = template("sample.html").render(
-        summary, segments=segments, counters=counters, mask=save(mask, "mask.png"), mask_step=mask_step,
+        summary,
+        segments=segments,
+        counters=counters,
+        mask=save(mask, "mask.png"),
+        mask_step=mask_step,
         visuals=[(visual.seconds, files) for visual, files in zip(example.visuals, crops)],
-    )  # fmt: skip
+    )
     (folder / summary["page"]).write_text(page, encoding="utf-8", errors="replace")
     return summary
 
@@ -160,10 +196,12 @@ def chips(example, segment, encoder) -> list[dict]:
         group = list(group)
         if is_visual:
             kinds = Counter(int(example.input_ids[t]) for t in group)
-            result.append({
-                "visual": " + ".join(f"{count} \u00d7 {text([token])}" for token, count in kinds.items()),
-                "position": f"{example.position_ids[group[0]]}\u2013{example.position_ids[group[-1]]}",
-            })  # fmt: skip
+            result.append(
+                {
+                    "visual": " + ".join(f"{count} \u00d7 {text([token])}" for token, count in kinds.items()),
+                    "position": f"{example.position_ids[group[0]]}\u2013{example.position_ids[group[-1]]}",
+                }
+            )
             continue
         for t in group:
             chip = {"text": text([example.input_ids[t]]), "position": int(example.position_ids[t])}
@@ -171,9 +209,11 @@ def chips(example, segment, encoder) -> list[dict]:
             if example.is_target[t]:
                 weight = float(example.loss_weights[t])
                 chip |= {
-                    "target": text([example.labels[t]]), "target_id": int(example.labels[t]), "weight": weight,
+                    "target": text([example.labels[t]]),
+                    "target_id": int(example.labels[t]),
+                    "weight": weight,
                     "strength": 0.15 + 0.6 * weight / largest,
-                }  # fmt: skip
+                }
             result.append(chip)
     return result
 
@@ -182,8 +222,13 @@ def write_index(folder: Path, config: Config, pages: list[dict], statistics) -> 
     heads, lines = statistics.table()
     folder.mkdir(parents=True, exist_ok=True)
     page = template("index.html").render(
-        config=config, pages=pages, heads=heads, lines=lines, statistics=statistics, errors=statistics.errors,
-    )  # fmt: skip
+        config=config,
+        pages=pages,
+        heads=heads,
+        lines=lines,
+        statistics=statistics,
+        errors=statistics.errors,
+    )
     (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
 
 
@@ -192,9 +237,12 @@ def template(name: str):
 
     # What is in a data set may look like HTML.
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     return environment.get_template(name)
 
 
@@ -209,12 +257,16 @@ def print_table(statistics, seconds: float, waiting: int) -> None:
         print("  ".join([first.strip().ljust(widths[0]), *middle, last.strip()]).rstrip())
     counts = statistics.total
     print(
-        f"{statistics.rows:,} rows, {statistics.fill:.1%} of the tokens and {statistics.crop_fill:.1%} of the crops filled; {num_samples(counts) / seconds:,.0f} samples/s; "
-        f"left out for want of room: {counts['dropped_branches']:,} branches, {counts['frames_thinned']:,} frames of "
-        f"{counts['videos_thinned']:,} videos; {counts['images_shrunk']:,} images got fewer crops"
+        f"{statistics.rows:,} rows, {statistics.fill:.1%} of the tokens and {statistics.crop_fill:.1%} of the crops"
+        f" filled; {num_samples(counts) / seconds:,.0f} samples/s; left out for want of room:"
+        f" {counts['dropped_branches']:,} branches, {counts['frames_thinned']:,} frames of {counts['videos_thinned']:,}"
+        f" videos; {counts['images_shrunk']:,} images got fewer crops"
     )
     if num_samples(counts) < 10 * waiting:
-        print(f"note: {waiting} more samples wait for a row that they fit, so that of so few rows the shares are not yet the asked ones")
+        print(
+            f"note: {waiting} more samples wait for a row that they fit, so that of so few rows the shares are not yet"
+            " the asked ones"
+        )
     for error in statistics.errors[:MAX_ERRORS]:
         print(f"broken sample: {error}")
     if len(statistics.errors) > MAX_ERRORS:

@@ -2,7 +2,7 @@
 
     python tools/plan.py --config-name stage3 model=molmo2_8b gpus=128 [any override of a recipe]
     python tools/plan.py --config-name stage2 model=molmo2_4b gpus=8 schedule=report --search
-    python tools/plan.py --config-name stage2 parallel=h100_64 gpus=64 --json
+    python tools/plan.py --config-name stage2 hardware=h100_64 gpus=64 --json
 
 Nothing is started and no GPU is needed. Exit status: 0 it fits, 1 it does not, 2 a setting cannot work. Memory figures
 are formulas (docs/planner.md says how they compare with measured ones); times rest on assumed efficiencies.
@@ -15,11 +15,24 @@ import re
 import sys
 from dataclasses import asdict, replace
 
-from molmo2_nemo.command_line import compose, quiet_libraries
-from molmo2_nemo.config import Config, ConfigError, check, check_settings
-from molmo2_nemo.flops import PEAK_TFLOPS
-from molmo2_nemo.planner import GIB, H100_GIB, PHASES, RESERVE_GIB, Job, count_parameters, peak, verdict, worst_stage
-from molmo2_nemo.planner_time import Estimate, estimate
+from molmo2_nemo.command_line import compose
+from molmo2_nemo.config.checks import check, check_settings
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import Config
+from molmo2_nemo.environment import quiet_libraries
+from molmo2_nemo.planner.flops import PEAK_TFLOPS
+from molmo2_nemo.planner.memory import (
+    GIB,
+    H100_GIB,
+    PHASES,
+    RESERVE_GIB,
+    Job,
+    count_parameters,
+    peak,
+    verdict,
+    worst_stage,
+)
+from molmo2_nemo.planner.step_time import Estimate, estimate
 
 RECOMPUTE = {
     "none": {},
@@ -31,8 +44,12 @@ RECOMPUTE = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-name", required=True, metavar="STAGE", help="stage1, stage2 or stage3")
-    parser.add_argument("--gpu-memory", type=float, default=H100_GIB, metavar="GIB", help=f"of a GPU (default {H100_GIB})")
-    parser.add_argument("--gpu", default="NVIDIA H100 80GB HBM3", help="exact name, for its peak in molmo2_nemo/flops.py")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=H100_GIB, metavar="GIB", help=f"of a GPU (default {H100_GIB})"
+    )
+    parser.add_argument(
+        "--gpu", default="NVIDIA H100 80GB HBM3", help="exact name, for its peak in molmo2_nemo/planner/flops.py"
+    )
     parser.add_argument("--search", action="store_true", help="rank other layouts that fit by their predicted time")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of tables")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="gpus=N and overrides of the recipe")
@@ -46,7 +63,9 @@ def main() -> int:
         if args.gpu not in PEAK_TFLOPS:
             raise ConfigError(f"--gpu {args.gpu}: its peak is not known; known are {', '.join(PEAK_TFLOPS)}.")
         if args.gpu_memory <= RESERVE_GIB:
-            raise ConfigError(f"--gpu-memory {args.gpu_memory:g} must be above the {RESERVE_GIB:g} GiB held in reserve.")
+            raise ConfigError(
+                f"--gpu-memory {args.gpu_memory:g} must be above the {RESERVE_GIB:g} GiB held in reserve."
+            )
         config = compose(args.config_name, overrides)
         check(config, gpus)
         job = Job(config, gpus)
@@ -83,10 +102,15 @@ def search(config: Config, gpus: int, memory: float, device: str) -> list[tuple[
     found = []
     for tp, pp, cp in itertools.product((1, 2, 4, 8), repeat=3):
         layout = replace(
-            config.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
-            sequence_parallel=tp > 1, virtual_pipeline_model_parallel_size=None,
-            num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None,
-        )  # fmt: skip
+            config.parallel,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            context_parallel_size=cp,
+            sequence_parallel=tp > 1,
+            virtual_pipeline_model_parallel_size=None,
+            num_layers_in_first_pipeline_stage=None,
+            num_layers_in_last_pipeline_stage=None,
+        )
         for recompute in RECOMPUTE.values():
             candidate = replace(config, parallel=layout, transformer={**others, **recompute})
             try:
@@ -118,16 +142,22 @@ def show(job: Job, args, refused: str | None) -> None:
     needed, phase = peak(parts)
     cost = estimate(job, args.gpu)
     total = sum(counts.total for counts in by_component.values())
-    print(f"{config.stage} of {config.model.name} on {job.gpus} GPU(s): {layout_of(job)}, {job.precision}, "
-          f"{job.micro_batches} micro-batch(es) of {job.rows} row(s) x {job.seq_length:,} tokens")  # fmt: skip
+    print(
+        f"{config.stage} of {config.model.name} on {job.gpus} GPU(s): {layout_of(job)}, {job.precision}, "
+        f"{job.micro_batches} micro-batch(es) of {job.rows} row(s) x {job.seq_length:,} tokens"
+    )
     print(f"\nparameters: {total / 1e6:,.0f} million")
     for name in ("vit", "connector", "llm"):
         counts = by_component[name]
         frozen = f", {counts.frozen / 1e6:,.1f} of them frozen" if counts.frozen else ""
         print(f"  {name:<10} {counts.total / 1e6:9,.1f} million{frozen}")
-    print("  of a GPU   " + ", ".join(
-        f"{'stage ' + str(i) + ' ' if job.p > 1 else ''}{c.total / 1e6:,.1f} million" for i, c in enumerate(by_stage)
-    ))  # fmt: skip
+    print(
+        "  of a GPU   "
+        + ", ".join(
+            f"{'stage ' + str(i) + ' ' if job.p > 1 else ''}{c.total / 1e6:,.1f} million"
+            for i, c in enumerate(by_stage)
+        )
+    )
     where = f" of pipeline stage {stage}, which needs most" if job.p > 1 else ""
     print(f"\nmemory of a GPU{where}, GiB at its peak ({phase})")
     for part in sorted(parts, key=lambda part: -part.bytes):
@@ -143,21 +173,28 @@ def show(job: Job, args, refused: str | None) -> None:
             print(f"  {other + ' instead':<30} {gib:8.2f}  {'with ' + listed if listed else ''}")
     work = job.work
     print("\na step")
-    print(f"  {train.global_batch_size * job.seq_length:,} tokens, {train.global_batch_size * work.crops:,.0f} crops; full rows of "
-          f"{work.crops:.0f} frames, the rest text (assumed)")  # fmt: skip
+    print(
+        f"  {train.global_batch_size * job.seq_length:,} tokens, {train.global_batch_size * work.crops:,.0f} crops;"
+        f" full rows of {work.crops:.0f} frames, the rest text (assumed)"
+    )
     flops = sum(cost.flops.values())
     shares = ", ".join(f"{name} {value / flops:.0%}" for name, value in cost.flops.items() if value / flops >= 0.005)
     print(f"  {flops / 1e15:,.1f} PFLOP: {shares}")
-    print(f"  {cost.seconds:,.2f} s predicted with assumed efficiencies, unmeasured on a GPU: compute {cost.compute:.2f}, "
-          f"optimizer {cost.optimizer:.2f}, communication {sum(x.seconds for x in cost.traffic if not x.hidden):.2f}; "
-          f"MFU {cost.mfu:.0%}, {train.global_batch_size * job.seq_length / cost.seconds / job.gpus:,.0f} tokens/s per GPU")  # fmt: skip
+    print(
+        f"  {cost.seconds:,.2f} s predicted with assumed efficiencies, unmeasured on a GPU: compute {cost.compute:.2f},"
+        f" optimizer {cost.optimizer:.2f}, communication {sum(x.seconds for x in cost.traffic if not x.hidden):.2f};"
+        f" MFU {cost.mfu:.0%}, {train.global_batch_size * job.seq_length / cost.seconds / job.gpus:,.0f} tokens/s"
+        " per GPU"
+    )
     print(f"  {train.max_steps:,} steps: {cost.seconds * train.max_steps / 86400:,.1f} days")
     if job.p > 1:
         print(f"  pipeline bubble {cost.bubble:.1%}")
     for item in cost.traffic:
         overlap = ", overlapped" if item.hidden else ""
-        print(f"  {item.kind:<6} {item.bytes / GIB:8.2f} GiB sent by a GPU over {item.link} "
-              f"({item.seconds:.2f} s{overlap}): {item.what}")  # fmt: skip
+        print(
+            f"  {item.kind:<6} {item.bytes / GIB:8.2f} GiB sent by a GPU over {item.link} "
+            f"({item.seconds:.2f} s{overlap}): {item.what}"
+        )
     print(f"\n{'does not fit: ' + refused if refused else 'fits'}")
 
 
@@ -169,8 +206,10 @@ def show_search(found: list, gpus: int, memory: float) -> None:
     print("  TP PP CP   DP  recompute  s/step   days  MFU  GiB")
     for job, cost, needed in found[:15]:
         days = cost.seconds * job.config.train.max_steps / 86400
-        print(f"  {job.t:>2} {job.p:>2} {job.c:>2} {job.d:>4}  {recompute_of(job):>9} {cost.seconds:>7.2f} {days:>6.1f} "
-              f"{cost.mfu:>4.0%} {needed / GIB + RESERVE_GIB:>4.0f}")  # fmt: skip
+        print(
+            f"  {job.t:>2} {job.p:>2} {job.c:>2} {job.d:>4}  {recompute_of(job):>9} {cost.seconds:>7.2f} {days:>6.1f} "
+            f"{cost.mfu:>4.0%} {needed / GIB + RESERVE_GIB:>4.0f}"
+        )
 
 
 def as_json(job: Job, args, refused: str | None, found: list) -> dict:
@@ -179,18 +218,30 @@ def as_json(job: Job, args, refused: str | None, found: list) -> dict:
     needed, phase = peak(parts)
     cost = estimate(job, args.gpu)
     return {
-        "stage": job.config.stage, "model": job.config.model.name, "gpus": job.gpus, "fits": refused is None,
-        "reason": refused, "parameters": {name: asdict(counts) for name, counts in by_component.items()},
-        "parameters_of_a_gpu": [counts.total for counts in by_stage], "pipeline_stage": stage, "phase": phase,
-        "peak_bytes": needed, "reserve_bytes": RESERVE_GIB * GIB, "parts": [asdict(part) for part in parts],
-        "work_of_a_row": asdict(job.work), "flops_of_a_step": cost.flops, "seconds_of_a_step": cost.seconds,
-        "days": cost.seconds * job.config.train.max_steps / 86400, "mfu": cost.mfu, "bubble": cost.bubble,
+        "stage": job.config.stage,
+        "model": job.config.model.name,
+        "gpus": job.gpus,
+        "fits": refused is None,
+        "reason": refused,
+        "parameters": {name: asdict(counts) for name, counts in by_component.items()},
+        "parameters_of_a_gpu": [counts.total for counts in by_stage],
+        "pipeline_stage": stage,
+        "phase": phase,
+        "peak_bytes": needed,
+        "reserve_bytes": RESERVE_GIB * GIB,
+        "parts": [asdict(part) for part in parts],
+        "work_of_a_row": asdict(job.work),
+        "flops_of_a_step": cost.flops,
+        "seconds_of_a_step": cost.seconds,
+        "days": cost.seconds * job.config.train.max_steps / 86400,
+        "mfu": cost.mfu,
+        "bubble": cost.bubble,
         "traffic": [asdict(item) for item in cost.traffic],
         "search": [
             {"layout": [j.t, j.p, j.c, j.d], "recompute": recompute_of(j), "seconds": c.seconds, "peak_bytes": n}
             for j, c, n in found
         ],
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

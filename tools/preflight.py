@@ -1,11 +1,12 @@
-"""Look at every node of a Slurm job before it trains; end with one sentence that names the node where something is wrong.
+"""Look at every node of a Slurm job before it trains; end with one sentence that names the node where something is
+wrong.
 
     srun python tools/preflight.py stage1 [OVERRIDE...]        # every rank of the job; slurm/common.sh does it
     python tools/preflight.py --settings RANKS stage1 [OVERRIDE...]      # the settings alone, anywhere
 
 Every node: GPUs (there, of one kind, not in use, as many as Slurm counts), driver and package versions (equal on all
-nodes), data.root with the whole blend, a run directory that can be written, the clock. Then an all-reduce over all ranks,
-timed, and on GPUs the memory plan of tools/plan.py.
+nodes), data.root with the whole blend, a run directory that can be written, the clock. Then an all-reduce over all
+ranks, timed, and on GPUs the memory plan of tools/plan.py.
 
 Exit status: 0 go on; 2 a setting cannot work or something is missing everywhere; 3 a node is at fault.
 RUN_DIR/slurm/preflight.json has the verdict: {"kind": "ok" | "config" | "node", "message": ..., "nodes": [...]}.
@@ -32,14 +33,11 @@ from collections import Counter
 from pathlib import Path
 
 from molmo2_nemo.command_line import compose, prepare
-from molmo2_nemo.config import (
-    REPOSITORY,
-    Config,
-    ConfigError,
-    check,
-    rank_from_environment,
-    world_size_from_environment,
-)
+from molmo2_nemo.config.checks import check
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import Config
+from molmo2_nemo.environment import rank_from_environment, world_size_from_environment
+from molmo2_nemo.paths import REPOSITORY
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "nemo_toolkit", "transformer-engine", "apex")
 # Bytes of a parameter in a checkpoint: float32 master weight and two Adam moments, and the weight of the model.
@@ -185,7 +183,9 @@ def judge(nodes: list[dict]) -> None:
         if len(kind) > 1:
             raise Fault(f"{name}: its GPUs are of {len(kind)} kinds: {', '.join(kind)}", [name])
     unlike("GPUs", {name: ", ".join(kind) or "none" for name, kind in kinds.items()})
-    unlike("NVIDIA driver", {n["node"]: ", ".join(sorted({gpu["driver"] for gpu in n["gpus"]})) or "none" for n in nodes})
+    unlike(
+        "NVIDIA driver", {n["node"]: ", ".join(sorted({gpu["driver"] for gpu in n["gpus"]})) or "none" for n in nodes}
+    )
     for package in nodes[0]["versions"]:
         unlike(package, {node["node"]: node["versions"][package] for node in nodes})
 
@@ -228,19 +228,33 @@ def room(config: Config) -> str:
     if free < needed:
         raise Fault(
             f"{config.run_dir} has {free / 2**30:,.1f} GiB free, and {max(1, count - there)} checkpoints of about "
-            f"{size / 2**30:,.1f} GiB are to come (train.keep_last={config.train.keep_last}): make room or lower it", [],
-        )  # fmt: skip
+            f"{size / 2**30:,.1f} GiB are to come (train.keep_last={config.train.keep_last}): make room or lower it",
+            [],
+        )
     return f"{free / 2**30:,.0f} GiB free for checkpoints of about {size / 2**30:,.2f} GiB"
 
 
 def plan(stage: str, overrides: list[str], ranks: int, memory_gib: float, seconds: float) -> str:
     """tools/plan.py's verdict for GPUs of so much memory. Fault: it does not fit."""
-    command = [sys.executable, str(REPOSITORY / "tools" / "plan.py"), "--config-name", stage, "--gpu-memory", f"{memory_gib:.1f}"]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "tools" / "plan.py"),
+        "--config-name",
+        stage,
+        "--gpu-memory",
+        f"{memory_gib:.1f}",
+    ]
     # As one process that is no rank of anything.
-    alone = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI", "RANK", "WORLD_SIZE", "MASTER_"))}
+    alone = {
+        k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI", "RANK", "WORLD_SIZE", "MASTER_"))
+    }
     try:
         result = subprocess.run(
-            [*command, *overrides, f"gpus={ranks}"], capture_output=True, text=True, env=alone, timeout=max(10.0, seconds)
+            [*command, *overrides, f"gpus={ranks}"],
+            capture_output=True,
+            text=True,
+            env=alone,
+            timeout=max(10.0, seconds),
         )
     except subprocess.TimeoutExpired:
         return "memory plan: no answer in time, not judged"
@@ -350,7 +364,11 @@ def preflight(stage: str, overrides: list[str], config: Config, rank: int, ranks
         store = TCPStore(master, port, ranks, rank == 0, datetime.timedelta(seconds=left()), wait_for_workers=False)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        who = f"port {port} cannot be opened on {names[0]}" if rank == 0 else f"{names[rank]} cannot reach {names[0]}, port {port}"
+        who = (
+            f"port {port} cannot be opened on {names[0]}"
+            if rank == 0
+            else f"{names[rank]} cannot reach {names[0]}, port {port}"
+        )
         raise Fault(f"{names[rank]}: {who} ({reason})", [names[rank]]) from error
     if first_of_node:
         store.set(f"facts/{names[rank]}", json.dumps(look(config)))
@@ -411,9 +429,14 @@ def first_verdict(store, stage: str, overrides: list[str], config: Config, names
         first = facts[0]
         lines = [f"warning: {fact['node']}: {text}" for fact in facts for text in fact["warnings"]]
         if on_gpus:
-            lines.append(f"{len(facts)} node(s) with {len(first['gpus'])} x {first['gpus'][0]['name']}, driver {first['gpus'][0]['driver']}")
+            lines.append(
+                f"{len(facts)} node(s) with {len(first['gpus'])} x {first['gpus'][0]['name']}, driver"
+                f" {first['gpus'][0]['driver']}"
+            )
         else:
-            counted = f" (Slurm counts {first['slurm_gpus']} and no node has an NVIDIA device)" if first["slurm_gpus"] else ""
+            counted = (
+                f" (Slurm counts {first['slurm_gpus']} and no node has an NVIDIA device)" if first["slurm_gpus"] else ""
+            )
             lines.append(f"{len(facts)} node(s) without GPUs{counted}: a CPU run, GPUs not checked")
         lines.append(f"versions equal, torch {first['versions']['torch']}; clocks within {skew:.1f} s; {room(config)}")
         if on_gpus:
@@ -443,7 +466,7 @@ def clocks(store, nodes: list[str]) -> dict[str, tuple[float, float]]:
 def wait_quietly(store, keys: list[str]) -> None:
     try:
         store.wait(keys, datetime.timedelta(seconds=10))
-    except Exception:  # noqa: BLE001  whoever does not hear it ends by its own limit
+    except Exception:
         pass
 
 
@@ -471,7 +494,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("stage1", "stage2", "stage3"))
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for the recipe")
-    parser.add_argument("--settings", type=int, metavar="RANKS", help="check the settings for so many ranks, and no node")
+    parser.add_argument(
+        "--settings", type=int, metavar="RANKS", help="check the settings for so many ranks, and no node"
+    )
     args = parser.parse_args()
     prepare([])
     rank, started = rank_from_environment(), time.monotonic()

@@ -29,9 +29,10 @@ from pathlib import Path
 
 import yaml
 
-from molmo2_nemo.config import DataConfig
-from molmo2_nemo.data import stages
-from molmo2_nemo.data.measure import (
+from molmo2_nemo.config.schema import DataConfig
+from molmo2_nemo.data.schema import read_example
+from molmo2_nemo.prepare import stage
+from molmo2_nemo.prepare.media import (
     MAX_MEDIA,
     UNITS,
     check_answers,
@@ -42,8 +43,7 @@ from molmo2_nemo.data.measure import (
     video_facts,
     without_nothing,
 )
-from molmo2_nemo.data.schema import read_example
-from molmo2_nemo.data.shards import KEY, SHARD_SAMPLES, published, write_shards
+from molmo2_nemo.prepare.shards import KEY, SHARD_SAMPLES, published, write_shards
 
 MAX_LINE = 16 * 2**20  # bytes
 MAX_ID = 64  # characters; --repeat appends to it
@@ -238,7 +238,7 @@ def samples(lines: list[Line], repeat: int) -> Iterator[tuple[str, dict[str, byt
 
 def main() -> None:
     if any(argument.split("=")[0] == "--stage" for argument in sys.argv[1:]):
-        return stages.main()
+        return stage.main()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("annotations", type=Path, help="JSON lines, see docs/own_data.md")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images and videos")

@@ -1,6 +1,6 @@
 """Summarise a quickstart run: losses, tokens and time of each stage, the answers, a PNG of the loss curves.
 
-    python tools/report_quickstart.py runs/quickstart
+python tools/report_quickstart.py runs/quickstart
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 STAGES = {"stage1": "pre-training", "stage2": "SFT", "stage3": "long context"}
 

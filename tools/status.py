@@ -4,7 +4,8 @@
     python tools/status.py my-8b --watch         # again every ten seconds
     python tools/status.py my-8b --json
 
-Reads the run's files, and asks squeue and scontrol where they are. Standard library alone: any Python from 3.9 on will do.
+Reads the run's files, and asks squeue and scontrol where they are. Standard library alone: any Python from 3.9 on
+will do.
 """
 
 import argparse
@@ -128,7 +129,9 @@ def stage_status(run: Path, stage: str, job: str | None, blocked: str | None) ->
     """One row. blocked: why the stage before cannot be waited for, if it cannot."""
     folder = run / stage
     ended, starts, checkpoint = read_json(folder / "ended.json"), starts_of(folder), newest_checkpoint(folder)
-    records = [r for r in read_lines(folder / "metrics.jsonl") if r.get("kind") == "train" and isinstance(r.get("step"), int)]
+    records = [
+        r for r in read_lines(folder / "metrics.jsonl") if r.get("kind") == "train" and isinstance(r.get("step"), int)
+    ]
     step, total, last = (records[-1]["step"] if records else 0), max_steps(folder), starts[-1] if starts else {}
     job = job or last.get("job")
     slurm = job_state(job)
@@ -139,8 +142,11 @@ def stage_status(run: Path, stage: str, job: str | None, blocked: str | None) ->
         if queue == "RUNNING":
             why = None if records and not last.get("ended") else "starting"
     elif queue == "PENDING":
-        state, why = "queued", {"Dependency": "waits for the stage before", "BeginTime": "waits after a failure"}.get(
-            slurm["Reason"], f"Slurm says {slurm['Reason']}" if slurm.get("Reason") not in (None, "None") else None
+        state, why = (
+            "queued",
+            {"Dependency": "waits for the stage before", "BeginTime": "waits after a failure"}.get(
+                slurm["Reason"], f"Slurm says {slurm['Reason']}" if slurm.get("Reason") not in (None, "None") else None
+            ),
         )
         if slurm["Reason"] == "BeginTime":
             why += f", until {slurm.get('StartTime')}"
@@ -159,18 +165,34 @@ def stage_status(run: Path, stage: str, job: str | None, blocked: str | None) ->
         if last.get("ended"):
             why += f"; {last.get('message')}"
     elif records:
-        state, why = ("ended", f"{ended['reason']} at step {ended.get('step')}") if ended else ("ended or running", "not under Slurm")
+        state, why = (
+            ("ended", f"{ended['reason']} at step {ended.get('step')}")
+            if ended
+            else ("ended or running", "not under Slurm")
+        )
     pace = seconds_per_step(records)
     left = (total - step) * pace if total and pace and state in ("running", "queued", "ending") else None
     return {
-        "stage": stage, "state": state, "job": job, "step": step, "max_steps": total,
+        "stage": stage,
+        "state": state,
+        "job": job,
+        "step": step,
+        "max_steps": total,
         "tokens_per_second": records[-1].get("tokens_per_second") if records else None,
-        "loss": records[-1].get("loss") if records else None, "seconds_left": left,
-        "checkpoint": checkpoint[0] if checkpoint else None, "checkpoint_time": checkpoint[1] if checkpoint else None,
-        "restarts": sum(1 for start in starts if start.get("restart")), "why": why,
-        "excluded_nodes": last.get("excluded") or [], "failed_nodes": failures(starts),
-        "ends": [{k: start.get(k) for k in ("time", "kind", "message", "step", "action")} for start in starts if start["ended"]],
-    }  # fmt: skip
+        "loss": records[-1].get("loss") if records else None,
+        "seconds_left": left,
+        "checkpoint": checkpoint[0] if checkpoint else None,
+        "checkpoint_time": checkpoint[1] if checkpoint else None,
+        "restarts": sum(1 for start in starts if start.get("restart")),
+        "why": why,
+        "excluded_nodes": last.get("excluded") or [],
+        "failed_nodes": failures(starts),
+        "ends": [
+            {k: start.get(k) for k in ("time", "kind", "message", "step", "action")}
+            for start in starts
+            if start["ended"]
+        ],
+    }
 
 
 def failures(starts: list[dict]) -> dict[str, int]:
@@ -217,12 +239,22 @@ def table(found: dict) -> str:
     rows = [COLUMNS]
     for row in found["stages"]:
         pace = row["tokens_per_second"]
-        saved = "" if row["checkpoint"] is None else f"{row['checkpoint']:,}, {duration(time.time() - row['checkpoint_time'])} ago"
-        rows.append((
-            row["stage"], row["state"], f"{row['step']:,}" + (f" of {row['max_steps']:,}" if row["max_steps"] else ""),
-            f"{pace:,.0f}" if pace else "", duration(row["seconds_left"]) if row["seconds_left"] is not None else "",
-            saved, str(row["restarts"]),
-        ))  # fmt: skip
+        saved = (
+            ""
+            if row["checkpoint"] is None
+            else f"{row['checkpoint']:,}, {duration(time.time() - row['checkpoint_time'])} ago"
+        )
+        rows.append(
+            (
+                row["stage"],
+                row["state"],
+                f"{row['step']:,}" + (f" of {row['max_steps']:,}" if row["max_steps"] else ""),
+                f"{pace:,.0f}" if pace else "",
+                duration(row["seconds_left"]) if row["seconds_left"] is not None else "",
+                saved,
+                str(row["restarts"]),
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     for row in found["stages"]:
@@ -235,7 +267,9 @@ def table(found: dict) -> str:
         for end in row["ends"][-3:]:
             if end["kind"] != "finished" and end["message"] and end["message"] not in (row["why"] or ""):
                 at = time.strftime("%F %T", time.localtime(end["time"]))
-                lines.append(f"{row['stage']}: {at} {end['message']}" + (" (queued again)" if end["action"] == "requeue" else ""))
+                lines.append(
+                    f"{row['stage']}: {at} {end['message']}" + (" (queued again)" if end["action"] == "requeue" else "")
+                )
     lines += [f"export: {found['export']}", f"report: {found['report']}"]
     if shutil.which("squeue") is None:
         lines.append("Slurm's commands are not on this machine: the states are those of the run's files")

@@ -37,7 +37,8 @@ from braceexpand import braceexpand
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from molmo2_nemo.config import CONF_DIR, DataConfig
+from molmo2_nemo.config.schema import DataConfig
+from molmo2_nemo.paths import CONF_DIR
 
 LOSS_WEIGHTINGS = ("flat", "root", "root_report")
 # Names in a message that lists some.
@@ -112,12 +113,16 @@ def load_blend(cfg: DataConfig) -> list[Source]:
         rates[entry.group] = entry.rate
     return [
         Source(
-            entry.name, str(entry.path),
+            entry.name,
+            str(entry.path),
             entry.weight_in_group(train) / totals[entry.group] * entry.rate / sum(rates.values()),
-            train, val, entry.group, entry.options,
+            train,
+            val,
+            entry.group,
+            entry.options,
         )
         for entry, (train, val) in zip(present, counts)
-    ]  # fmt: skip
+    ]
 
 
 def missing_sources(cfg: DataConfig) -> list[str]:
@@ -206,8 +211,8 @@ def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
         twin = folders.setdefault(os.path.realpath(entry.path), entry.name)
         if twin != entry.name:
             raise ValueError(
-                f"{where} lists {entry.path} twice, as {twin} and {entry.name}: keep one, with the sum of their weights "
-                "or factors."
+                f"{where} lists {entry.path} twice, as {twin} and {entry.name}: keep one, with the sum of their weights"
+                " or factors."
             )
     return where, entries
 
@@ -289,7 +294,9 @@ def _remedy(cfg: DataConfig, missing: list[str], some_present: bool) -> str:
     if fetched := [name for name in missing if name in known]:
         stage = max(known[name] for name in fetched)
         names = fetched[0] if len(fetched) == 1 else "NAME for each"
-        ways.append(f"fetch with python tools/download.py fetch {names} and then python tools/prepare.py --stage {stage}")
+        ways.append(
+            f"fetch with python tools/download.py fetch {names} and then python tools/prepare.py --stage {stage}"
+        )
     if len(fetched) < len(missing):
         ways.append("prepare your own as shards with python tools/prepare.py (README, section Data)")
     if some_present:

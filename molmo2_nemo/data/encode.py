@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from molmo2_nemo.config import DataConfig, VisionConfig
+from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data.blend import SourceOptions
 from molmo2_nemo.data.points import render_content
 from molmo2_nemo.data.processor import VisualInputs, build_processor, read_image
@@ -39,14 +39,25 @@ PLAIN = SourceOptions()
 
 # What is counted of a source's samples. Every sample ends up in `examples` or in one of `dropped_*`.
 COUNTERS = (
-    "examples", "branches", "tokens", "loss_tokens", "images", "frames", "crops",
+    "examples",
+    "branches",
+    "tokens",
+    "loss_tokens",
+    "images",
+    "frames",
+    "crops",
     "truncated",  # branches whose end was cut off
     "dropped_branches",  # branches without room for a single loss token
-    "frames_thinned", "videos_thinned",  # frames left out because they did not fit beside the text, or into a row
+    "frames_thinned",
+    "videos_thinned",  # frames left out because they did not fit beside the text, or into a row
     "images_shrunk",  # images that got fewer crops than data.max_crops_per_image for the same reason
-    "dropped_malformed", "dropped_undecodable", "dropped_unreadable",  # broken
-    "dropped_too_long", "dropped_too_many_crops", "dropped_too_many_images",
-)  # fmt: skip
+    "dropped_malformed",
+    "dropped_undecodable",
+    "dropped_unreadable",  # broken
+    "dropped_too_long",
+    "dropped_too_many_crops",
+    "dropped_too_many_images",
+)
 
 # Styles without a prefix in stages 2 and 3: what a demo's user asks for, and multiple choice, which explains itself;
 # the variants of video_multiple_choice are among them.
@@ -163,9 +174,12 @@ class Encoder:
         return self.plan_conversations(example, converse(example, rng, self.data.prompts), rng, options)
 
     def plan_conversations(
-        self, example: Example, conversations: list[Conversation], rng: np.random.Generator,
+        self,
+        example: Example,
+        conversations: list[Conversation],
+        rng: np.random.Generator,
         options: SourceOptions = PLAIN,
-    ) -> Plan:  # fmt: skip
+    ) -> Plan:
         """The same with conversations that are written already."""
         if len(conversations) > 1:
             conversations = [conversations[i] for i in rng.permutation(len(conversations))]
@@ -186,9 +200,12 @@ class Encoder:
         plan.vision_units, plan.images, plan.video = fitted.units, example.images, example.video
         plan.times, plan.max_crops = fitted.times, fitted.max_crops
         counters.update(
-            examples=1, branches=len(kept), tokens=plan.num_tokens, crops=plan.num_crops,
+            examples=1,
+            branches=len(kept),
+            tokens=plan.num_tokens,
+            crops=plan.num_crops,
             loss_tokens=int((plan.loss_weights > 0).sum()),
-        )  # fmt: skip
+        )
         return plan
 
     def pixels(self, plan: Plan, media: Mapping[str, bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -329,9 +346,11 @@ class Encoder:
         times, ids = visual(frames)
         branches = text(times)
         counts = {
-            "frames": len(times), "frames_thinned": wanted - len(times), "videos_thinned": int(len(times) < wanted),
+            "frames": len(times),
+            "frames_thinned": wanted - len(times),
+            "videos_thinned": int(len(times) < wanted),
             "dropped_branches": len(conversations) - len(branches),
-        }  # fmt: skip
+        }
         return _Fitted(ids, [(1, self.frame_patches)] * len(times), branches, counts, times)
 
     def _times(self, video: Video, max_frames: int) -> list[float]:
@@ -360,9 +379,7 @@ class Encoder:
             room -= min(room, branch.num_inputs)
         return kept
 
-    def _assemble(
-        self, root: np.ndarray, branches: list[_Branch], options: SourceOptions, counters: Counter
-    ) -> Plan:
+    def _assemble(self, root: np.ndarray, branches: list[_Branch], options: SourceOptions, counters: Counter) -> Plan:
         """Concatenate root and branches; only the last branch may be longer than what is left of the row."""
         tree = len(branches) > 1
         room = self.data.seq_length - len(root)

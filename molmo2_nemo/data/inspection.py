@@ -112,14 +112,18 @@ def examples_of(batch: Batch, sources: list[Source], encoder: Encoder) -> Iterat
         for visual, seconds in zip(visuals, _frame_times(ids[part], encoder)):
             visual.seconds = seconds
         example = Example(
-            name, key, int(part.start), ids[part],
+            name,
+            key,
+            int(part.start),
+            ids[part],
             **{
                 array: getattr(batch, array)[0, part].numpy()
                 for array in ("labels", "loss_weights", "position_ids", "vision_mask")
             },
             segment_ids=batch.segment_ids[0, part].numpy() - SEGMENTS_PER_EXAMPLE * number,
-            visuals=visuals, segments=[],
-        )  # fmt: skip
+            visuals=visuals,
+            segments=[],
+        )
         example.segments = list(_segments(example, encoder))
         yield example
 
@@ -230,9 +234,12 @@ def colour_of(index: int) -> tuple[int, int, int]:
 
 
 def draw_marks(
-    picture: np.ndarray, answer: Answer, visual: int, colour: tuple[int, int, int] | None = None,
+    picture: np.ndarray,
+    answer: Answer,
+    visual: int,
+    colour: tuple[int, int, int] | None = None,
     mark_radius: int = MARK_RADIUS,
-) -> Image.Image:  # fmt: skip
+) -> Image.Image:
     """The picture, enlarged if it is small, with the answer's points on it, each with its object's number.
 
     colour: of all points; None: each object has its own.
@@ -246,9 +253,14 @@ def draw_marks(
     for mark, (x, y) in zip(marks, centres):
         right = x < image.width - 30
         draw.text(
-            (x + (9 if right else -9), y), str(answer.objects[mark.object][0]), "white", anchor="lm" if right else "rm",
-            font_size=15, stroke_width=2, stroke_fill="black",
-        )  # fmt: skip
+            (x + (9 if right else -9), y),
+            str(answer.objects[mark.object][0]),
+            "white",
+            anchor="lm" if right else "rm",
+            font_size=15,
+            stroke_width=2,
+            stroke_fill="black",
+        )
     for mark, (x, y) in zip(marks, centres):
         own = colour_of(mark.object) if colour is None else colour
         for radius, fill in ((mark_radius + 2, "black"), (mark_radius + 1, "white"), (mark_radius, own)):
@@ -310,29 +322,55 @@ class Statistics:
                 }
                 for source in self.sources
             },
-            "fill": self.fill, "crop_fill": self.crop_fill, "dropped": num_dropped(total), "truncated": total["truncated"],
-            "errors": num_broken(total), "samples": samples, "rows": self.rows,
-            "dropped_branches": total["dropped_branches"], "frames_thinned": total["frames_thinned"],
-            "videos_thinned": total["videos_thinned"], "images_shrunk": total["images_shrunk"],
-        }  # fmt: skip
+            "fill": self.fill,
+            "crop_fill": self.crop_fill,
+            "dropped": num_dropped(total),
+            "truncated": total["truncated"],
+            "errors": num_broken(total),
+            "samples": samples,
+            "rows": self.rows,
+            "dropped_branches": total["dropped_branches"],
+            "frames_thinned": total["frames_thinned"],
+            "videos_thinned": total["videos_thinned"],
+            "images_shrunk": total["images_shrunk"],
+        }
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Heads of the columns and a line for each source, the last one for all of them; means are per example."""
         heads = [
-            "source", "asked", "got", "samples", "tokens", "loss tokens", "crops", "images", "frames", "thinned",
-            "truncated", "dropped", "errors", "dropped because",
-        ]  # fmt: skip
+            "source",
+            "asked",
+            "got",
+            "samples",
+            "tokens",
+            "loss tokens",
+            "crops",
+            "images",
+            "frames",
+            "thinned",
+            "truncated",
+            "dropped",
+            "errors",
+            "dropped because",
+        ]
         total = self.total
         asked = {source.name: source.weight for source in self.sources}
         lines = []
         for name, counts in [*self.counters.items(), ("all", total)]:
             examples = max(1, counts["examples"])
-            lines.append([
-                name, f"{asked.get(name, 1):.2%}", f"{num_samples(counts) / max(1, num_samples(total)):.2%}",
-                f"{num_samples(counts):,}", *(f"{counts[key] / examples:.1f}" for key in ("tokens", "loss_tokens", "crops")),
-                *(f"{counts[key]:,}" for key in ("images", "frames", "frames_thinned", "truncated")),
-                f"{num_dropped(counts):,}", f"{num_broken(counts):,}", _reasons(counts),
-            ])  # fmt: skip
+            lines.append(
+                [
+                    name,
+                    f"{asked.get(name, 1):.2%}",
+                    f"{num_samples(counts) / max(1, num_samples(total)):.2%}",
+                    f"{num_samples(counts):,}",
+                    *(f"{counts[key] / examples:.1f}" for key in ("tokens", "loss_tokens", "crops")),
+                    *(f"{counts[key]:,}" for key in ("images", "frames", "frames_thinned", "truncated")),
+                    f"{num_dropped(counts):,}",
+                    f"{num_broken(counts):,}",
+                    _reasons(counts),
+                ]
+            )
         return heads, lines
 
 

@@ -44,7 +44,7 @@ from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLo
 from megatron.energon.savable_loader import SavableDataLoader, SavableDataLoaderState
 from megatron.energon.wrappers.base import BaseWrapperDataset
 
-from molmo2_nemo.config import DataConfig, VisionConfig
+from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data import progress
 from molmo2_nemo.data.blend import Source, check_blend, write_metadataset
 from molmo2_nemo.data.encode import Encoder, dropped
@@ -108,9 +108,12 @@ class ShardReader:
             number = bisect_right(self.reader.shard_count_cumsum, index) - 1
             shard, first = self.reader.shard_infos[number].name, self.reader.shard_count_cumsum[number]
             sample = {
-                "__key__": f"{shard}[{index - first}]", "__shard__": shard, "__restore_key__": ("Webdataset", index),
-                "__sources__": (), self.ERROR: f"{type(error).__name__}: {error}",
-            }  # fmt: skip
+                "__key__": f"{shard}[{index - first}]",
+                "__shard__": shard,
+                "__restore_key__": ("Webdataset", index),
+                "__sources__": (),
+                self.ERROR: f"{type(error).__name__}: {error}",
+            }
         for tar in self.reader.itar_files_cache.values():
             tar.members.clear()  # tarfile keeps the headers of all that it has read
         return sample
@@ -150,9 +153,15 @@ class Molmo2TaskEncoder(TaskEncoder):
     cookers = [Cooker(cook)]
 
     def __init__(
-        self, data: DataConfig, encoder: Encoder, sources: list[Source], progress: Progress | None = None, *,
-        shard: tuple[int, int] = (0, 1), micro_batch_size: int = 1,
-    ):  # fmt: skip
+        self,
+        data: DataConfig,
+        encoder: Encoder,
+        sources: list[Source],
+        progress: Progress | None = None,
+        *,
+        shard: tuple[int, int] = (0, 1),
+        micro_batch_size: int = 1,
+    ):
         self.data, self.encoder, self.sources, self.progress = data, encoder, sources, progress
         self.source_index = {source.name: index for index, source in enumerate(sources)}
         self.shard, self.micro_batch_size = shard, micro_batch_size
@@ -190,9 +199,13 @@ class Molmo2TaskEncoder(TaskEncoder):
         wanted = [entry.part for entry in [*plan.images, plan.video] if entry]
         media = {part: sample.parts[part] for part in wanted if part in sample.parts}
         return Planned.derive_from(
-            sample, plan=plan, media=media, source=source, index=sample.__restore_key__[-1],
+            sample,
+            plan=plan,
+            media=media,
+            source=source,
+            index=sample.__restore_key__[-1],
             error=error and _report(name, sample.__key__, error),
-        )  # fmt: skip
+        )
 
     def make_row(self, samples: list[Planned]) -> Row:
         """Decode the pixels of the chosen samples and concatenate; samples that cannot be decoded are counted."""
@@ -217,10 +230,13 @@ class Molmo2TaskEncoder(TaskEncoder):
         )
         examples = np.array([(sample.source, sample.index) for sample in samples], dtype=np.int64).reshape(-1, 2)
         return Row(
-            __key__=",".join(sample.__key__ for sample in samples), __restore_key__=(),
+            __key__=",".join(sample.__key__ for sample in samples),
+            __restore_key__=(),
             **make_row(plans, sources, pixels, self.data.seq_length, self.encoder.pad_id, nothing),
-            examples=examples, counters=dict(counters), errors=errors,
-        )  # fmt: skip
+            examples=examples,
+            counters=dict(counters),
+            errors=errors,
+        )
 
     @stateless
     def batch(self, samples: list[Row]) -> Batch:
@@ -229,9 +245,16 @@ class Molmo2TaskEncoder(TaskEncoder):
     def build_batch(self, dataset, *, batch_size, worker_config, batch_drop_last=False, packing_buffer_size=None):
         """PackedRows in the place of Energon's packing, then its batching."""
         rows = PackedRows(
-            dataset, packing_buffer_size, self.data.seq_length, self.data.max_crops, self.make_row,
-            worker_config=worker_config, finite=self.progress is None, shard=self.shard, multiple=self.micro_batch_size,
-        )  # fmt: skip
+            dataset,
+            packing_buffer_size,
+            self.data.seq_length,
+            self.data.max_crops,
+            self.make_row,
+            worker_config=worker_config,
+            finite=self.progress is None,
+            shard=self.shard,
+            multiple=self.micro_batch_size,
+        )
         return super().build_batch(rows, batch_size=batch_size, worker_config=worker_config)
 
     def build_val_datasets(self, *, datasets, worker_config, batch_size, packing_buffer_size, **_):
@@ -317,10 +340,16 @@ class ValidationLoader(Loader):
 
 
 def train_loader(
-    data: DataConfig, vision: VisionConfig, sources: list[Source], rank: int, world_size: int,
-    data_parallel_group: torch.distributed.ProcessGroup | None, micro_batch_size: int, run_dir: Path,
+    data: DataConfig,
+    vision: VisionConfig,
+    sources: list[Source],
+    rank: int,
+    world_size: int,
+    data_parallel_group: torch.distributed.ProcessGroup | None,
+    micro_batch_size: int,
+    run_dir: Path,
     saved: Sequence[Path] = (),
-) -> TrainLoader:  # fmt: skip
+) -> TrainLoader:
     """The training stream of data-parallel rank `rank` of `world_size`; endless, each rank reads its own samples.
 
     saved: files with what `save_state` gave on each data-parallel rank of the run to continue, in order. With as many
@@ -364,15 +393,21 @@ def frames_note(data: DataConfig, encoder: Encoder) -> str | None:
     if most >= data.max_frames:
         return None
     return (
-        f"a video gets at most {most} of data.max_frames={data.max_frames} frames, fewer beside long texts: more do not "
-        f"fit into data.seq_length={data.seq_length} and data.max_crops={data.max_crops}"
+        f"a video gets at most {most} of data.max_frames={data.max_frames} frames, fewer beside long texts: more do not"
+        f" fit into data.seq_length={data.seq_length} and data.max_crops={data.max_crops}"
     )
 
 
 def validation_loader(
-    data: DataConfig, vision: VisionConfig, sources: list[Source], rank: int, world_size: int,
-    data_parallel_group: torch.distributed.ProcessGroup | None, micro_batch_size: int, run_dir: Path,
-) -> ValidationLoader:  # fmt: skip
+    data: DataConfig,
+    vision: VisionConfig,
+    sources: list[Source],
+    rank: int,
+    world_size: int,
+    data_parallel_group: torch.distributed.ProcessGroup | None,
+    micro_batch_size: int,
+    run_dir: Path,
+) -> ValidationLoader:
     """The held-out split of all sources in turn, packed; finite, and the same in every iteration.
 
     Rows are made of the whole split and dealt to the data-parallel ranks, so that they do not depend on world_size,
@@ -412,9 +447,11 @@ def held_out_samples(data: DataConfig, encoder: Encoder, sources: list[Source], 
     write_metadataset(sources, path)
     with _quiet():
         dataset = get_val_dataset(
-            str(path.absolute()), worker_config=_worker_config(0, 1, 0, None, data.seed), batch_size=1,
+            str(path.absolute()),
+            worker_config=_worker_config(0, 1, 0, None, data.seed),
+            batch_size=1,
             task_encoder=HeldOutSamples(data, encoder, sources),
-        )  # fmt: skip
+        )
         loader = get_loader(dataset)
     loader.pin_memory = False
     yield from loader
@@ -448,9 +485,14 @@ def save_state(loader: TrainLoader) -> bytes:
 
 
 def _manifest(
-    data: DataConfig, vision: VisionConfig, sources: list[Source], rank: int, world_size: int, micro_batch_size: int,
+    data: DataConfig,
+    vision: VisionConfig,
+    sources: list[Source],
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
     encoder: Encoder,
-) -> dict:  # fmt: skip
+) -> dict:
     """All that decides the stream. Folders may move, so the sources count by all but their paths."""
     free = ("root", "blend", "tokenizer", "skip_missing", "max_error_rate")
     return {
@@ -469,9 +511,13 @@ def _manifest(
 def _worker_config(rank: int, world_size: int, num_workers: int, group, seed: int) -> WorkerConfig:
     # Whatever is wrong with a sample or a shard is counted on the way; what still raises is a broken program.
     return WorkerConfig(
-        rank=rank, world_size=world_size, num_workers=num_workers, data_parallel_group=group, seed_offset=seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        data_parallel_group=group,
+        seed_offset=seed,
         global_error_handler=reraise_exception,
-    )  # fmt: skip
+    )
 
 
 def _restore(loader: SavableDataLoader, state: SavableDataLoaderState | None) -> None:

@@ -31,9 +31,13 @@ MAX_DROPPED_IN_A_ROW = 200
 
 
 def select(
-    lengths: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops: int, take_oldest: bool = True,
+    lengths: Sequence[int],
+    crops: Sequence[int],
+    max_tokens: int,
+    max_crops: int,
+    take_oldest: bool = True,
     most_candidates: int | None = None,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """Indices, ascending, of the examples of the next row; examples are given oldest first.
 
     The knapsack of two budgets, solved exactly: of all choices that fit, with the oldest if `take_oldest`, the one of
@@ -136,9 +140,13 @@ class Batch(EnergonBatch):
 
 
 def make_row(
-    plans: Sequence[Plan], sources: Sequence[int], pixels: Sequence[tuple[np.ndarray, np.ndarray]],
-    seq_length: int, pad_id: int, empty_pixels: tuple[np.ndarray, np.ndarray],
-) -> dict[str, np.ndarray]:  # fmt: skip
+    plans: Sequence[Plan],
+    sources: Sequence[int],
+    pixels: Sequence[tuple[np.ndarray, np.ndarray]],
+    seq_length: int,
+    pad_id: int,
+    empty_pixels: tuple[np.ndarray, np.ndarray],
+) -> dict[str, np.ndarray]:
     """What the model sees of a Row: examples, their sources and (crops, pooling). `empty_pixels` give the shapes."""
     fields = {
         "input_ids": np.full(seq_length, pad_id, dtype=np.int64),
@@ -218,9 +226,18 @@ class PackedRows(BaseWrapperDataset[Planned, Row]):
     _savable_fields = ("_pool", "_passed_over")
 
     def __init__(
-        self, dataset, buffer_size: int, max_tokens: int, max_crops: int, make: Callable[[list[Planned]], Row], *,
-        worker_config, finite: bool = False, shard: tuple[int, int] = (0, 1), multiple: int = 1,
-    ):  # fmt: skip
+        self,
+        dataset,
+        buffer_size: int,
+        max_tokens: int,
+        max_crops: int,
+        make: Callable[[list[Planned]], Row],
+        *,
+        worker_config,
+        finite: bool = False,
+        shard: tuple[int, int] = (0, 1),
+        multiple: int = 1,
+    ):
         super().__init__(dataset, worker_config=worker_config)
         self.buffer_size, self.max_tokens, self.max_crops, self.make = buffer_size, max_tokens, max_crops, make
         self.finite, self.shard, self.multiple = finite, shard, multiple

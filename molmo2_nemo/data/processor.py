@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, M
 from transformers.image_transforms import convert_to_rgb
 from transformers.models.molmo2.image_processing_molmo2 import select_tiling
 
-from molmo2_nemo.config import VisionConfig
+from molmo2_nemo.config.schema import VisionConfig
 
 # Pixels of a picture; a larger one is taken for a decompression bomb.
 MAX_PIXELS = 100_000_000

@@ -172,8 +172,10 @@ Branch = Annotated[
     Discriminator(
         _kind,
         custom_error_type="branch",
-        custom_error_message="a branch is a list of messages, or has a task: chat, caption, question, "
-        "multiple_choice, pointing or tracking",
+        custom_error_message=(
+            "a branch is a list of messages, or has a task: chat, caption, question, "
+            "multiple_choice, pointing or tracking"
+        ),
     ),
 ]
 

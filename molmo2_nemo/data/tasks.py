@@ -34,9 +34,7 @@ TRACK_ONE = frozenset(["video_single_point_track_per_frame", "video_single_point
 EVALUATION_LAYOUT = "Only return the correct answer option."
 COMMON_MARKERS = ("{}. ", "{}) ", "({}) ")
 UNUSUAL_MARKERS = ("{}: ", "[{}] ", "{} - ", "<{}> ", "{} | ", "Option {}: ")
-ROMAN = (
-    "i ii iii iv v vi vii viii ix x xi xii xiii xiv xv xvi xvii xviii xix xx xxi xxii xxiii xxiv xxv xxvi".split()
-)
+ROMAN = "i ii iii iv v vi vii viii ix x xi xii xiii xiv xv xvi xvii xviii xix xx xxi xxii xxiii xxiv xxv xxvi".split()
 # Styles of human questions, which leave open whether "how many" asks for points.
 OPEN_STYLES = frozenset(["user_qa", "correction_qa"])
 COUNTING = re.compile(r"\b(how many|count (the|all|each|every)|number of|total (of|number))\b", re.IGNORECASE)

@@ -30,9 +30,17 @@ CHUNK = 2**20
 MAX_DEPTH = 2
 SUFFIXES = (".tar.gz", ".tar.bz2", ".tar.xz", ".tgz", ".tbz2", ".txz", ".tar", ".zip")
 BROKEN = (
-    OSError, EOFError, ValueError, RuntimeError, NotImplementedError, MemoryError, zlib.error, lzma.LZMAError,
-    zipfile.BadZipFile, tarfile.TarError,
-)  # fmt: skip
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    NotImplementedError,
+    MemoryError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+)
 
 
 @dataclass(frozen=True)
@@ -121,16 +129,20 @@ def archive_kind(path: Path) -> str | None:
 
 
 def extract(
-    archive: Path, folder: Path, digest: str, bounds: Bounds | None = None,
+    archive: Path,
+    folder: Path,
+    digest: str,
+    bounds: Bounds | None = None,
     add_bytes: Callable[[int], None] = lambda count: None,
-) -> Extracted:  # fmt: skip
+) -> Extracted:
     """Unpack `archive`, whose sha256 is `digest`, as `folder`. BadArchive: it is broken or hostile; nothing is left."""
     kind = archive_kind(archive)
     if kind not in ("zip", "tar"):
         raise Unreadable(f"{kind} archives cannot be unpacked here, unpack it by hand" if kind else "no archive")
     partial = folder.with_name(f".part-{folder.name}-{digest[:12]}")
-    work = _Work(bounds or Bounds(), archive.stat().st_size, partial.with_name(f"{partial.name}.inside"), add_bytes,
-                 Extracted())  # fmt: skip
+    work = _Work(
+        bounds or Bounds(), archive.stat().st_size, partial.with_name(f"{partial.name}.inside"), add_bytes, Extracted()
+    )
     partial.mkdir(parents=True, exist_ok=True)
     try:
         _unpack(archive, kind, partial, work, 0)

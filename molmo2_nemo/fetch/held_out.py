@@ -3,8 +3,8 @@
 from functools import cache
 from pathlib import Path
 
-from molmo2_nemo.data.catalogue import HeldOut, HubFiles
-from molmo2_nemo.data.raw import ROW_SUFFIXES, column_values
+from molmo2_nemo.catalogue.datasets import HeldOut, HubFiles
+from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, column_values
 from molmo2_nemo.fetch import hub
 from molmo2_nemo.fetch.journal import locked
 from molmo2_nemo.fetch.web import Rules

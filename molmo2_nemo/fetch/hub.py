@@ -23,8 +23,8 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from molmo2_nemo.data.catalogue import HubFiles
-from molmo2_nemo.data.raw import ROW_SUFFIXES
+from molmo2_nemo.catalogue.datasets import HubFiles
+from molmo2_nemo.catalogue.raw import ROW_SUFFIXES
 from molmo2_nemo.fetch.check import instead_of_file
 from molmo2_nemo.fetch.journal import is_disk_error, locked, write_json
 from molmo2_nemo.fetch.web import USER_AGENT, Lost, OutOfBytes, Rules, check_address, retry_after
@@ -82,18 +82,22 @@ def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
     _use_steady_client(rules)
     api = HfApi(endpoint=_endpoint(), user_agent=USER_AGENT)
     info = _asked(
-        files.repo, wanted, rules,
+        files.repo,
+        wanted,
+        rules,
         lambda: api.dataset_info(files.repo, revision=asked, files_metadata=True, timeout=rules.timeout),
-    )  # fmt: skip
+    )
     revision = info.sha
     found = [(sibling.rfilename, sibling) for sibling in info.siblings or []]
     if not found:
         tree = _asked(
-            files.repo, wanted, rules,
+            files.repo,
+            wanted,
+            rules,
             lambda: list(
                 api.list_repo_tree(files.repo, recursive=True, revision=revision or asked, repo_type="dataset")
             ),
-        )  # fmt: skip
+        )
         found = [(file.path, file) for file in tree if hasattr(file, "blob_id")]
     listed = {}
     for name, file in found:
@@ -192,10 +196,15 @@ def _words(name: str) -> list[str]:
 
 
 def fetch_files(
-    repository: Repository, names: list[str], folder: Path, known: dict[str, dict], rules: Rules,
-    add_bytes: Callable[[int], None], done: Callable[[str, dict], None],
+    repository: Repository,
+    names: list[str],
+    folder: Path,
+    known: dict[str, dict],
+    rules: Rules,
+    add_bytes: Callable[[int], None],
+    done: Callable[[str, dict], None],
     expect: Callable[[int], None] = lambda count: None,
-) -> None:  # fmt: skip
+) -> None:
     """Get files into `folder`. `done`(name, record) is called for each, from one thread at a time.
 
     `expect` is told how many bytes will come, before they do.
@@ -274,13 +283,14 @@ def download_file(
         )
         tag = (head.etag or "").lower()
         file = replace(
-            file, size=file.size if file.size is not None else head.size,
+            file,
+            size=file.size if file.size is not None else head.size,
             sha256=tag if re.fullmatch("[0-9a-f]{64}", tag) else None,
             git_sha1=tag if re.fullmatch("[0-9a-f]{40}", tag) else None,
-        )  # fmt: skip
+        )
         if path.is_file() and (digest := _verified(path, file)):
             return digest
-    for attempt in range(2):
+    for _attempt in range(2):
         have = part.stat().st_size if part.exists() else 0
         if have and (file.size is None or have > file.size):
             part.unlink()
@@ -294,9 +304,14 @@ def download_file(
                     if start and (file.size is None or start >= file.size):
                         start = stream.truncate(stream.seek(0))
                     http_get(
-                        url, _Counted(stream, add_bytes, file.size), resume_size=start, headers=headers,
-                        expected_size=file.size, displayed_filename=file.name, _nb_retries=2,
-                    )  # fmt: skip
+                        url,
+                        _Counted(stream, add_bytes, file.size),
+                        resume_size=start,
+                        headers=headers,
+                        expected_size=file.size,
+                        displayed_filename=file.name,
+                        _nb_retries=2,
+                    )
 
             _asked(repo, revision, rules, get, file.name)
         digest = _verified(part, file)
@@ -383,7 +398,7 @@ def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: s
         RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
-    )  # fmt: skip
+    )
 
     name = f"{what} of {repo}" if what else repo
     for attempt in range(rules.tries):
@@ -415,8 +430,16 @@ def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: s
             if status < 500 and status not in (408, 429):
                 raise ValueError(f"{name}: the Hub says {' '.join(str(error).split())[:200]}.") from error
             last = error
-        except (httpx2.HTTPError, httpx2.StreamError, OSError, ValueError, KeyError, TypeError,
-                AttributeError, RecursionError) as error:  # fmt: skip
+        except (
+            httpx2.HTTPError,
+            httpx2.StreamError,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             if is_disk_error(error):
                 raise
             if isinstance(error, Lost):
@@ -497,9 +520,14 @@ def _pin(root: Path, repo: str, revision: str) -> None:
 def _is_safe(name: str) -> bool:
     path = PurePosixPath(name)
     return (
-        bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
-        and "\\" not in name and ".part" not in path.parts and all(len(os.fsencode(part)) <= 255 for part in path.parts)
-    )  # fmt: skip
+        bool(path.parts)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and "\0" not in name
+        and "\\" not in name
+        and ".part" not in path.parts
+        and all(len(os.fsencode(part)) <= 255 for part in path.parts)
+    )
 
 
 def _card(readme: Path) -> dict:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from molmo2_nemo.data.catalogue import Catalogue, DataSet
-from molmo2_nemo.data.raw import RawSource, size_on_disk
+from molmo2_nemo.catalogue.datasets import Catalogue, DataSet
+from molmo2_nemo.catalogue.raw import RawSource, size_on_disk
 from molmo2_nemo.fetch.hub import page, pinned
 from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.state import broken_files, fault, lacking, missing_layout
@@ -99,12 +99,22 @@ def listed(entries: list[DataSet], root: Path) -> list[Listed]:
         info = read_note(root, entry.name) or {}
         rows.append(
             Listed(
-                entry.name, list(entry.stages), entry.category, entry.modality,
-                f"{entry.source.kind}/{entry.media.kind}", entry.examples, entry.disk_gb or entry.size_gb,
-                info.get("license") or entry.license, entry.terms, entry.gated, entry.by_hand, state_of(entry, root),
-                info.get("bytes") or 0, page_of(entry),
+                entry.name,
+                list(entry.stages),
+                entry.category,
+                entry.modality,
+                f"{entry.source.kind}/{entry.media.kind}",
+                entry.examples,
+                entry.disk_gb or entry.size_gb,
+                info.get("license") or entry.license,
+                entry.terms,
+                entry.gated,
+                entry.by_hand,
+                state_of(entry, root),
+                info.get("bytes") or 0,
+                page_of(entry),
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -347,13 +357,20 @@ def how(entry: DataSet, root: Path) -> str:
     """The page of a set: where it comes from, what is fetched, what is for the user, where that goes."""
     source, media, folder = entry.source, entry.media, root / "raw" / entry.name
     lines = [f"# {entry.name}", ""]
-    lines += [f"{key}: {value}" for key, value in (
-        ("Tasks", ", ".join(entry.task)), ("Stages", ", ".join(map(str, entry.stages))),
-        ("Examples", f"{entry.examples:,}" if entry.examples else ""),
-        ("Licence", entry.license or "not known: read its page"),
-        ("Terms", entry.terms), ("Account or form needed", {True: "yes", False: "no", None: "not known"}[entry.gated]),
-        ("Page", page_of(entry)), ("Note", entry.note),
-    ) if value]  # fmt: skip
+    lines += [
+        f"{key}: {value}"
+        for key, value in (
+            ("Tasks", ", ".join(entry.task)),
+            ("Stages", ", ".join(map(str, entry.stages))),
+            ("Examples", f"{entry.examples:,}" if entry.examples else ""),
+            ("Licence", entry.license or "not known: read its page"),
+            ("Terms", entry.terms),
+            ("Account or form needed", {True: "yes", False: "no", None: "not known"}[entry.gated]),
+            ("Page", page_of(entry)),
+            ("Note", entry.note),
+        )
+        if value
+    ]
     lines += ["", "## Annotations", ""]
     if entry.unsure:
         lines += [f"Not fetched: {entry.unsure}."]

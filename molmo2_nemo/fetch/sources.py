@@ -1,7 +1,8 @@
 """Fetching one data set: its annotations, then what they name, then the note that it is whole.
 
-Beside the folders that `molmo2_nemo.data.raw` describes, raw/NAME holds files.jsonl (each file with its size, hash and
-address) and archives/ (those of plain addresses). An address that several sets share is fetched once, into raw/.shared.
+Beside the folders that `molmo2_nemo.catalogue.raw` describes, raw/NAME holds files.jsonl (each file with its size,
+hash and address) and archives/ (those of plain addresses). An address that several sets share is fetched once, into
+raw/.shared.
 """
 
 import asyncio
@@ -20,17 +21,24 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from molmo2_nemo.data.catalogue import Catalogue, DataSet
-from molmo2_nemo.data.raw import ROW_SUFFIXES, RawSource, column_values, matches, num_rows, read_rows, size_on_disk
+from molmo2_nemo.catalogue.datasets import Catalogue, DataSet
+from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, RawSource, column_values, matches, num_rows, read_rows, size_on_disk
 from molmo2_nemo.fetch import hub
 from molmo2_nemo.fetch.archives import SUFFIXES, BadArchive, Bounds, archive_kind, extract
 from molmo2_nemo.fetch.check import BadContent, check_file, sha256_of
 from molmo2_nemo.fetch.held_out import held_out_lists
 from molmo2_nemo.fetch.journal import Journal, is_disk_error, locked, write_json
 from molmo2_nemo.fetch.state import (
-    broken_files, fault, is_unpacked, lacking, manual_annotations, missing_layout, remove_broken, shared_homes,
+    broken_files,
+    fault,
+    is_unpacked,
+    lacking,
+    manual_annotations,
+    missing_layout,
+    remove_broken,
+    shared_homes,
     unpacked_as,
-)  # fmt: skip
+)
 from molmo2_nemo.fetch.url_list import NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
 from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, download, publish, session
 from molmo2_nemo.fetch.youtube import fetch_videos
@@ -266,9 +274,14 @@ class _Fetch:
         kind = "video" if self.entry.modality == "video" else "image"
         folder = self.folder / "media"
         counts = fetch_list(
-            self._wanted(), folder, self.rules, kind, replace(self.progress, add_bytes=self.meter.add), held_out,
+            self._wanted(),
+            folder,
+            self.rules,
+            kind,
+            replace(self.progress, add_bytes=self.meter.add),
+            held_out,
             self.options.retry_lost,
-        )  # fmt: skip
+        )
         if self.options.deduplicate and kind == "image":
             counts["duplicates"] = remove_duplicates(folder)
             counts["fetched"] -= counts["duplicates"]
@@ -443,9 +456,7 @@ class _Fetch:
             found = extract(path, home / unpacked, record["sha256"], self.options.bounds)
         except BadArchive as error:
             raise ValueError(f"the archive {path} is not unpacked: it is {error}.") from error
-        files.append(
-            {"file": unpacked, "of": name, "archive": record["sha256"], **asdict(found)}
-        )  # fmt: skip
+        files.append({"file": unpacked, "of": name, "archive": record["sha256"], **asdict(found)})
         if self.options.remove_archives:
             path.unlink()
         return unpacked

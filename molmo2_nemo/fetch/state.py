@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from molmo2_nemo.data.catalogue import DataSet
-from molmo2_nemo.data.raw import ROW_SUFFIXES, json_values, num_rows
+from molmo2_nemo.catalogue.datasets import DataSet
+from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, json_values, num_rows
 from molmo2_nemo.fetch.archives import content_of, folder_name
 from molmo2_nemo.fetch.check import instead_of_file, sha256_of
 from molmo2_nemo.fetch.journal import Journal

@@ -19,7 +19,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from molmo2_nemo.data.raw import MEDIA_SUFFIXES, media_name
+from molmo2_nemo.catalogue.raw import MEDIA_SUFFIXES, media_name
 from molmo2_nemo.fetch.check import BadContent, check_image, check_video, dhash, sha256_of
 from molmo2_nemo.fetch.journal import Journal, locked
 from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, Unreachable, download, publish, session
@@ -57,9 +57,15 @@ class Progress:
 
 
 def fetch_list(
-    wanted: Iterable[Wanted], media: Path, rules: Rules, kind: str = "image", progress: Progress | None = None,
-    held_out: tuple[set[str], set[str]] = (set(), set()), retry_lost: bool = False, today: date | None = None,
-) -> dict[str, int]:  # fmt: skip
+    wanted: Iterable[Wanted],
+    media: Path,
+    rules: Rules,
+    kind: str = "image",
+    progress: Progress | None = None,
+    held_out: tuple[set[str], set[str]] = (set(), set()),
+    retry_lost: bool = False,
+    today: date | None = None,
+) -> dict[str, int]:
     """Get all that can be had into `media`; counts: urls, fetched, lost, held_out, "lost: KIND", and
     fresh, of those lost for now, which were asked in one call alone.
 
@@ -284,9 +290,15 @@ class _Job:
         days = DAYS.get(error.kind, LATER_DAYS[min(runs, len(LATER_DAYS) - 1)])
         not_before = (self.today + timedelta(days=days)).isoformat()
         self.lost.append(
-            {"url": item.url, "kind": error.kind, "reason": error.reason, "code": error.code, "runs": runs,
-             "not_before": not_before}
-        )  # fmt: skip
+            {
+                "url": item.url,
+                "kind": error.kind,
+                "reason": error.reason,
+                "code": error.code,
+                "runs": runs,
+                "not_before": not_before,
+            }
+        )
 
     def finish(self) -> None:
         """All addresses have an answer."""
@@ -309,9 +321,11 @@ def remove_duplicates(media: Path, max_bits: int = 2, today: date | None = None)
         look = dhash(media / record["file"])
         keys = [(look >> (16 * n)) & 0xFFFF for n in range(4)]
         near = (
-            other for n, key in enumerate(keys) for seen, other in quarters[n].get(key, ())
+            other
+            for n, key in enumerate(keys)
+            for seen, other in quarters[n].get(key, ())
             if (seen ^ look).bit_count() <= max_bits
-        )  # fmt: skip
+        )
         twin = min(near, default=None)
         if twin is None:
             for n, key in enumerate(keys):
@@ -319,9 +333,15 @@ def remove_duplicates(media: Path, max_bits: int = 2, today: date | None = None)
             continue
         (media / record["file"]).unlink(missing_ok=True)
         lost.append(
-            {"url": url, "kind": "duplicate", "reason": f"looks like {twin}", "code": None, "runs": 1,
-             "not_before": (today + timedelta(days=DAYS["duplicate"])).isoformat()}
-        )  # fmt: skip
+            {
+                "url": url,
+                "kind": "duplicate",
+                "reason": f"looks like {twin}",
+                "code": None,
+                "runs": 1,
+                "not_before": (today + timedelta(days=DAYS["duplicate"])).isoformat(),
+            }
+        )
         index.remove(url)
         removed += 1
     index.tidy()

@@ -146,16 +146,24 @@ def session(rules: Rules) -> aiohttp.ClientSession:
         limit=rules.jobs, resolver=_Resolver(rules), ttl_dns_cache=600, family=socket.AF_UNSPEC
     )
     return aiohttp.ClientSession(
-        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trust_env=True,
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        trust_env=True,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=rules.timeout),
         headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
-    )  # fmt: skip
+    )
 
 
 async def download(
-    client: aiohttp.ClientSession, url: str, part: Path, rules: Rules, count: Callable[[int], None],
-    accept: str = "*/*", wait: Callable | None = None,
-) -> dict:  # fmt: skip
+    client: aiohttp.ClientSession,
+    url: str,
+    part: Path,
+    rules: Rules,
+    count: Callable[[int], None],
+    accept: str = "*/*",
+    wait: Callable | None = None,
+) -> dict:
     """Get `url` into the file `part`, from where it ended before if the server can; its content type and file name.
 
     `count` is called with each number of bytes; `wait`(seconds, the server asked for it) sleeps between tries.

@@ -38,8 +38,16 @@ def fetch_videos(
                 lost.remove(video)
             except _Lost as error:
                 day = today + timedelta(days=DAYS.get(error.kind, 0))
-                lost.append({"url": video, "kind": error.kind, "reason": str(error), "code": None, "runs": 1,
-                             "not_before": day.isoformat()})  # fmt: skip
+                lost.append(
+                    {
+                        "url": video,
+                        "kind": error.kind,
+                        "reason": str(error),
+                        "code": None,
+                        "runs": 1,
+                        "not_before": day.isoformat(),
+                    }
+                )
         progress.add_files(1)
     lost.close()
     there = sum((media / f"{video}.mp4").is_file() for video in wanted)
@@ -58,10 +66,20 @@ def _get(video: str, media: Path) -> int:
     part = media / ".part" / video
     part.mkdir(parents=True, exist_ok=True)
     command = [
-        "yt-dlp", "--quiet", "--no-playlist", "--no-exec", "--ignore-config", "--format",
-        "best[ext=mp4][height<=720]/best[ext=mp4]", "--socket-timeout", "30", "--output", str(part / "video.mp4"),
-        "--", f"https://www.youtube.com/watch?v={video}",
-    ]  # fmt: skip
+        "yt-dlp",
+        "--quiet",
+        "--no-playlist",
+        "--no-exec",
+        "--ignore-config",
+        "--format",
+        "best[ext=mp4][height<=720]/best[ext=mp4]",
+        "--socket-timeout",
+        "30",
+        "--output",
+        str(part / "video.mp4"),
+        "--",
+        f"https://www.youtube.com/watch?v={video}",
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     try:
         if ended.returncode != 0 or not (part / "video.mp4").is_file():

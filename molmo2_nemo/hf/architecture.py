@@ -4,14 +4,8 @@ from pathlib import Path
 
 import torch
 
-from molmo2_nemo.config import (
-    ConfigError,
-    ConnectorConfig,
-    ModelConfig,
-    VisionConfig,
-    VitConfig,
-    vision_token_ids,
-)
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import ConnectorConfig, ModelConfig, VisionConfig, VitConfig, vision_token_ids
 
 
 def model_config_from_hf(path: Path) -> ModelConfig:
@@ -54,31 +48,49 @@ def model_config_from_hf(path: Path) -> ModelConfig:
         tokenizer=str(path),
         vision=_vision_geometry(path, vit.image_size[0], vit.patch_size),
         vit=VitConfig(
-            num_layers=vit.num_hidden_layers, hidden_size=vit.hidden_size,
-            num_attention_heads=vit.num_attention_heads, head_dim=vit.head_dim,
-            ffn_hidden_size=vit.intermediate_size, layernorm_epsilon=vit.layer_norm_eps,
+            num_layers=vit.num_hidden_layers,
+            hidden_size=vit.hidden_size,
+            num_attention_heads=vit.num_attention_heads,
+            head_dim=vit.head_dim,
+            ffn_hidden_size=vit.intermediate_size,
+            layernorm_epsilon=vit.layer_norm_eps,
             feature_layers=list(adapter.vision_feature_layer),
         ),
         connector=ConnectorConfig(
-            hidden_size=adapter.hidden_size, num_attention_heads=adapter.num_attention_heads,
-            head_dim=adapter.head_dim, ffn_hidden_size=adapter.intermediate_size,
+            hidden_size=adapter.hidden_size,
+            num_attention_heads=adapter.num_attention_heads,
+            head_dim=adapter.head_dim,
+            ffn_hidden_size=adapter.intermediate_size,
         ),
-        num_layers=text.num_hidden_layers, hidden_size=text.hidden_size,
-        num_attention_heads=text.num_attention_heads, num_query_groups=text.num_key_value_heads,
-        head_dim=text.head_dim, ffn_hidden_size=text.intermediate_size, vocab_size=text.vocab_size,
-        additional_vocab_size=text.additional_vocab_size, max_position_embeddings=text.max_position_embeddings,
-        layernorm_epsilon=text.rms_norm_eps, qk_norm="per_head" if text.qk_norm_type == "qwen3" else "full_width",
-        norm_after=text.norm_after, tie_embeddings=False, rope_theta=theta, rope_scaling=rope if scaled else None,
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        head_dim=text.head_dim,
+        ffn_hidden_size=text.intermediate_size,
+        vocab_size=text.vocab_size,
+        additional_vocab_size=text.additional_vocab_size,
+        max_position_embeddings=text.max_position_embeddings,
+        layernorm_epsilon=text.rms_norm_eps,
+        qk_norm="per_head" if text.qk_norm_type == "qwen3" else "full_width",
+        norm_after=text.norm_after,
+        tie_embeddings=False,
+        rope_theta=theta,
+        rope_scaling=rope if scaled else None,
         rope_scaling_layers=list(text.rope_scaling_layers) if scaled and not all_layers else None,
         init_std=text.initializer_range,
         vision_token_ids={name: getattr(hf, name) for name in _TOKEN_FIELDS},
-    )  # fmt: skip
+    )
 
 
 _TOKEN_FIELDS = (
-    "image_start_token_id", "low_res_image_start_token_id", "image_end_token_id", "image_patch_id",
-    "frame_start_token_id", "frame_end_token_id",
-)  # fmt: skip
+    "image_start_token_id",
+    "low_res_image_start_token_id",
+    "image_end_token_id",
+    "image_patch_id",
+    "frame_start_token_id",
+    "frame_end_token_id",
+)
 
 
 def _vision_geometry(path: Path, image_size: int, patch_size: int) -> VisionConfig:
@@ -109,31 +121,52 @@ def hf_config(model: ModelConfig, dtype: str = "float32"):
     vit, connector = model.vit, model.connector
     rope = {"rope_type": "default", **(model.rope_scaling or {}), "rope_theta": model.rope_theta}
     text = dict(
-        hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_query_groups, head_dim=model.head_dim, vocab_size=model.vocab_size,
-        additional_vocab_size=model.additional_vocab_size, num_hidden_layers=model.num_layers,
-        intermediate_size=model.ffn_hidden_size, max_position_embeddings=model.max_position_embeddings,
-        rope_parameters=rope, rope_scaling_layers=model.rope_scaling_layers, rms_norm_eps=model.layernorm_epsilon,
-        qk_norm_type="qwen3" if model.qk_norm == "per_head" else "olmo", norm_after=model.norm_after,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_query_groups,
+        head_dim=model.head_dim,
+        vocab_size=model.vocab_size,
+        additional_vocab_size=model.additional_vocab_size,
+        num_hidden_layers=model.num_layers,
+        intermediate_size=model.ffn_hidden_size,
+        max_position_embeddings=model.max_position_embeddings,
+        rope_parameters=rope,
+        rope_scaling_layers=model.rope_scaling_layers,
+        rms_norm_eps=model.layernorm_epsilon,
+        qk_norm_type="qwen3" if model.qk_norm == "per_head" else "olmo",
+        norm_after=model.norm_after,
         initializer_range=model.init_std,
-    )  # fmt: skip
+    )
     vision = dict(
-        hidden_size=vit.hidden_size, intermediate_size=vit.ffn_hidden_size, num_hidden_layers=vit.num_layers,
-        num_attention_heads=vit.num_attention_heads, num_key_value_heads=vit.num_attention_heads,
-        head_dim=vit.head_dim, layer_norm_eps=vit.layernorm_epsilon, patch_size=model.vision.patch_size,
+        hidden_size=vit.hidden_size,
+        intermediate_size=vit.ffn_hidden_size,
+        num_hidden_layers=vit.num_layers,
+        num_attention_heads=vit.num_attention_heads,
+        num_key_value_heads=vit.num_attention_heads,
+        head_dim=vit.head_dim,
+        layer_norm_eps=vit.layernorm_epsilon,
+        patch_size=model.vision.patch_size,
         image_size=[model.vision.image_size] * 2,
-    )  # fmt: skip
+    )
     adapter = dict(
-        vision_feature_layer=list(vit.feature_layers), hidden_size=connector.hidden_size,
-        num_attention_heads=connector.num_attention_heads, num_key_value_heads=connector.num_attention_heads,
-        head_dim=connector.head_dim, intermediate_size=connector.ffn_hidden_size,
+        vision_feature_layer=list(vit.feature_layers),
+        hidden_size=connector.hidden_size,
+        num_attention_heads=connector.num_attention_heads,
+        num_key_value_heads=connector.num_attention_heads,
+        head_dim=connector.head_dim,
+        intermediate_size=connector.ffn_hidden_size,
         text_hidden_size=model.hidden_size,
-    )  # fmt: skip
+    )
     # The head is always written out, also when it is tied here (the released checkpoints do the same).
     return Molmo2Config(
-        text_config=text, vision_config=vision, adapter_config=adapter, tie_word_embeddings=False,
-        architectures=["Molmo2ForConditionalGeneration"], dtype=dtype, **vision_token_ids(model),
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        adapter_config=adapter,
+        tie_word_embeddings=False,
+        architectures=["Molmo2ForConditionalGeneration"],
+        dtype=dtype,
+        **vision_token_ids(model),
+    )
 
 
 def rope_tables(model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor | None, float]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from molmo2_nemo.config import ConfigError, ConnectorConfig, ModelConfig, VisionConfig, VitConfig
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import ConnectorConfig, ModelConfig, VisionConfig, VitConfig
 from molmo2_nemo.hf.convert import HuggingFaceWeights, write_checkpoint
 from molmo2_nemo.hf.names import EMBEDDING_PARTS, base_parts, tensor_table
 
@@ -56,9 +57,15 @@ def base_model_config(llm: Path, vision: Path) -> ModelConfig:
     rope, scaled_layers = dict(text.rope_parameters), None
     if text.model_type == "olmo3":
         full = dict(rope["full_attention"])
-        require(llm, "rope_parameters of sliding layers", dict(rope["sliding_attention"]), {
-            "rope_type": "default", "rope_theta": full["rope_theta"],
-        })  # fmt: skip
+        require(
+            llm,
+            "rope_parameters of sliding layers",
+            dict(rope["sliding_attention"]),
+            {
+                "rope_type": "default",
+                "rope_theta": full["rope_theta"],
+            },
+        )
         rope = full
         scaled_layers = [i for i, kind in enumerate(text.layer_types) if kind == "full_attention"]
     theta = rope.pop("rope_theta")
@@ -68,39 +75,64 @@ def base_model_config(llm: Path, vision: Path) -> ModelConfig:
     taps = taps if min(taps) >= 0 else [depth - 1, max(0, depth - 2)]
     heads, grid = vit.num_attention_heads, vit.image_size // vit.patch_size
     return ModelConfig(
-        name=llm.name, tokenizer=str(llm),
+        name=llm.name,
+        tokenizer=str(llm),
         vision=VisionConfig(
             image_size=grid * vit.patch_size, patch_size=vit.patch_size, overlap_margin=min(4, (grid - 1) // 2)
         ),
         vit=VitConfig(
-            num_layers=max(taps) + 1, hidden_size=vit.hidden_size, num_attention_heads=heads,
-            head_dim=vit.hidden_size // heads, ffn_hidden_size=vit.intermediate_size,
-            layernorm_epsilon=vit.layer_norm_eps, feature_layers=taps,
+            num_layers=max(taps) + 1,
+            hidden_size=vit.hidden_size,
+            num_attention_heads=heads,
+            head_dim=vit.hidden_size // heads,
+            ffn_hidden_size=vit.intermediate_size,
+            layernorm_epsilon=vit.layer_norm_eps,
+            feature_layers=taps,
         ),
         connector=ConnectorConfig(
-            hidden_size=vit.hidden_size, num_attention_heads=heads, head_dim=vit.hidden_size // heads,
+            hidden_size=vit.hidden_size,
+            num_attention_heads=heads,
+            head_dim=vit.hidden_size // heads,
             ffn_hidden_size=text.intermediate_size,
         ),
-        num_layers=text.num_hidden_layers, hidden_size=text.hidden_size,
-        num_attention_heads=text.num_attention_heads, num_query_groups=text.num_key_value_heads,
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        ffn_hidden_size=text.intermediate_size, vocab_size=text.vocab_size,
-        max_position_embeddings=text.max_position_embeddings, layernorm_epsilon=text.rms_norm_eps,
-        qk_norm="full_width" if text.model_type == "olmo3" else "per_head", norm_after=text.model_type == "olmo3",
-        tie_embeddings=bool(text.tie_word_embeddings), rope_theta=theta, rope_scaling=rope if scaled else None,
+        ffn_hidden_size=text.intermediate_size,
+        vocab_size=text.vocab_size,
+        max_position_embeddings=text.max_position_embeddings,
+        layernorm_epsilon=text.rms_norm_eps,
+        qk_norm="full_width" if text.model_type == "olmo3" else "per_head",
+        norm_after=text.model_type == "olmo3",
+        tie_embeddings=bool(text.tie_word_embeddings),
+        rope_theta=theta,
+        rope_scaling=rope if scaled else None,
         rope_scaling_layers=scaled_layers if scaled else None,
-    )  # fmt: skip
+    )
 
 
 def check_base_models(llm: Path, vision: Path, wanted: ModelConfig) -> None:
     """Raise ConfigError naming the first key in which the two folders are not parts of the model `wanted`."""
     found = base_model_config(llm, vision)
     if wanted.tie_embeddings and not found.tie_embeddings:
-        raise ConfigError(f"model.tie_embeddings=true, but {llm} has a head of its own: use model.tie_embeddings=false.")
+        raise ConfigError(
+            f"model.tie_embeddings=true, but {llm} has a head of its own: use model.tie_embeddings=false."
+        )
     keys = (
-        "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size",
-        "vocab_size", "layernorm_epsilon", "qk_norm", "norm_after", "rope_theta",
-    )  # fmt: skip
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "head_dim",
+        "ffn_hidden_size",
+        "vocab_size",
+        "layernorm_epsilon",
+        "qk_norm",
+        "norm_after",
+        "rope_theta",
+    )
     pairs = [(llm, f"model.{key}", getattr(found, key), getattr(wanted, key)) for key in keys]
     for key in ("hidden_size", "num_attention_heads", "head_dim", "ffn_hidden_size", "layernorm_epsilon"):
         pairs.append((vision, f"model.vit.{key}", getattr(found.vit, key), getattr(wanted.vit, key)))
@@ -112,9 +144,14 @@ def check_base_models(llm: Path, vision: Path, wanted: ModelConfig) -> None:
 
 
 def import_base_models(
-    llm: Path, vision: Path, checkpoint: Path, model: ModelConfig | None = None, seed: int = 0,
-    progress: Callable[[str], None] = print, info: dict | None = None,
-) -> ModelConfig:  # fmt: skip
+    llm: Path,
+    vision: Path,
+    checkpoint: Path,
+    model: ModelConfig | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = print,
+    info: dict | None = None,
+) -> ModelConfig:
     """Write a checkpoint of both folders' weights and a fresh connector. Returns its architecture.
 
     model: of the checkpoint; None: what the two make. Raises ConfigError when they do not fit, lack a tensor, or hold

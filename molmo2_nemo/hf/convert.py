@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from molmo2_nemo import checkpoint_dir
-from molmo2_nemo.config import ConfigError, ModelConfig
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import ModelConfig
 from molmo2_nemo.hf.architecture import hf_config, model_config_from_hf
 from molmo2_nemo.hf.names import EMBEDDING_PARTS, NATIVE_EMBEDDING, read_released, tensor_table
 
@@ -30,7 +31,7 @@ class HuggingFaceWeights:
             files = json.loads(index.read_text())["weight_map"]
         elif (folder / MODEL_FILE).is_file():
             with safe_open(folder / MODEL_FILE, "pt") as file:
-                files = {name: MODEL_FILE for name in file.keys()}
+                files = dict.fromkeys(file.keys(), MODEL_FILE)
         else:
             raise ConfigError(
                 f"{folder} has neither {MODEL_FILE} nor {INDEX_FILE}: only safetensors are read, never pickles."
@@ -139,9 +140,13 @@ def write_checkpoint(checkpoint: Path, model: ModelConfig, state: dict, make: di
     torch.save([{}], common)
     dcp.save(
         {**state, "common_state/shard_0_1": common},
-        storage_writer=dcp.FileSystemWriter(temporary, thread_count=1), planner=_LazyPlanner(make), no_dist=True,
-    )  # fmt: skip
-    (temporary / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+        storage_writer=dcp.FileSystemWriter(temporary, thread_count=1),
+        planner=_LazyPlanner(make),
+        no_dist=True,
+    )
+    (temporary / "metadata.json").write_text(
+        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    )
     checkpoint_dir.publish(temporary, checkpoint, model, info)
 
 
@@ -155,7 +160,9 @@ def read_tensor(checkpoint: Path, key: str, shape: tuple[int, ...], dtype: torch
 def checkpoint_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
     metadata = dcp.FileSystemReader(checkpoint).read_metadata()
     return {
-        key: entry.properties.dtype for key, entry in metadata.state_dict_metadata.items() if hasattr(entry, "properties")
+        key: entry.properties.dtype
+        for key, entry in metadata.state_dict_metadata.items()
+        if hasattr(entry, "properties")
     }
 
 
@@ -173,15 +180,21 @@ def released_tensors(checkpoint: Path, model: ModelConfig):
 
 
 def export_hf(
-    checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 4 << 30,
-    tokenizer: str | None = None, max_crops: int = 8, max_frames: int = 384, max_fps: float = 2.0,
+    checkpoint: Path,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 4 << 30,
+    tokenizer: str | None = None,
+    max_crops: int = 8,
+    max_frames: int = 384,
+    max_fps: float = 2.0,
     progress: Callable[[str], None] = print,
-) -> None:  # fmt: skip
+) -> None:
     """Write a Hugging Face folder under a temporary name and rename it when it is whole.
 
     dtype: None keeps the checkpoint's. tokenizer: folder whose tokenizer and chat template are written along with the
-    processor; None writes weights and configuration only. Memory stays near `max_shard_bytes` plus one tensor. Raises ConfigError when
-    `folder` exists.
+    processor; None writes weights and configuration only. Memory stays near `max_shard_bytes` plus one tensor.
+    Raises ConfigError when `folder` exists.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists: remove it or export to another folder.")
@@ -233,7 +246,6 @@ def _write_generation_config(folder: Path, tokenizer) -> None:
 
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ).save_pretrained(folder)  # fmt: skip
-
-
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(folder)

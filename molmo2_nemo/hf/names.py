@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from molmo2_nemo.config import ModelConfig, padded_vocab_size
+from molmo2_nemo.config.schema import ModelConfig, padded_vocab_size
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,12 @@ def tensor_table(model: ModelConfig) -> list[Entry]:
         norm(f"{key}.pre_mlp_layernorm", f"{name}.ffn_norm", H, bias=True)
         for kind, shape in (("weight", (3 * inner, H)), ("bias", (3 * inner,))):
             add(
-                f"{key}.self_attention.linear_qkv.{kind}", shape,
+                f"{key}.self_attention.linear_qkv.{kind}",
+                shape,
                 *(f"{name}.attention.{w}.{kind}" for w in ("wq", "wk", "wv")),
                 join=lambda xs: interleave_qkv(*xs, groups=heads),
                 split=lambda x: separate_qkv(x, heads, vit.head_dim),
-            )  # fmt: skip
+            )
         linear(f"{key}.self_attention.linear_proj", f"{name}.attention.wo", H, inner)
         linear(f"{key}.mlp.linear_fc1", f"{name}.feed_forward.w1", vit.ffn_hidden_size, H)
         linear(f"{key}.mlp.linear_fc2", f"{name}.feed_forward.w2", H, vit.ffn_hidden_size)
@@ -88,8 +89,13 @@ def tensor_table(model: ModelConfig) -> list[Entry]:
     linear("vision.connector.output", f"{pooling}.wo", connector.hidden_size, inner)
     ffn = connector.ffn_hidden_size
     # w1 is the gate, w3 the other factor: ours is [gate; up].
-    add("vision.connector.projector.linear_fc1.weight", (2 * ffn, connector.hidden_size),
-        f"{projector}.w1.weight", f"{projector}.w3.weight", **stacked(2, None))  # fmt: skip
+    add(
+        "vision.connector.projector.linear_fc1.weight",
+        (2 * ffn, connector.hidden_size),
+        f"{projector}.w1.weight",
+        f"{projector}.w3.weight",
+        **stacked(2, None),
+    )
     add("vision.connector.projector.linear_fc2.weight", (model.hidden_size, ffn), f"{projector}.w2.weight")
 
     # Language model.
@@ -98,10 +104,12 @@ def tensor_table(model: ModelConfig) -> list[Entry]:
 
     def table(key, name):
         add(
-            key, (rows, H), name,
+            key,
+            (rows, H),
+            name,
             join=lambda xs: torch.nn.functional.pad(xs[0], (0, 0, 0, rows - xs[0].shape[0])),
             split=lambda x: [x[: model.vocab_size]],
-        )  # fmt: skip
+        )
 
     table("embedding.word_embeddings.weight", "model.transformer.wte.embedding")
     add("embedding.extra_embedding", (model.additional_vocab_size, H), "model.transformer.wte.new_embedding")
@@ -113,19 +121,24 @@ def tensor_table(model: ModelConfig) -> list[Entry]:
         norm(f"{key}.{attention_norm}", f"{name}.attn_norm", H)
         norm(f"{key}.{mlp_norm}", f"{name}.ff_norm", H)
         add(
-            f"{key}.self_attention.linear_qkv.weight", (q_width + 2 * kv_width, H), f"{name}.self_attn.att_proj.weight",
+            f"{key}.self_attention.linear_qkv.weight",
+            (q_width + 2 * kv_width, H),
+            f"{name}.self_attn.att_proj.weight",
             join=lambda xs: interleave_qkv(*xs[0].split([q_width, kv_width, kv_width]), groups=groups),
             split=lambda x: [torch.cat(separate_qkv(x, groups, D))],
-        )  # fmt: skip
+        )
         per_head = model.qk_norm == "per_head"
         norm(f"{key}.self_attention.q_layernorm", f"{name}.self_attn.q_norm", D if per_head else q_width)
         norm(f"{key}.self_attention.k_layernorm", f"{name}.self_attn.k_norm", D if per_head else kv_width)
         add(f"{key}.self_attention.linear_proj.weight", (H, q_width), f"{name}.self_attn.attn_out.weight")
         # Released rows are [up; gate], ours [gate; up].
         add(
-            f"{key}.mlp.linear_fc1.weight", (2 * model.ffn_hidden_size, H), f"{name}.mlp.ff_proj.weight",
-            join=lambda xs: torch.cat(xs[0].chunk(2)[::-1]), split=lambda x: [torch.cat(x.chunk(2)[::-1])],
-        )  # fmt: skip
+            f"{key}.mlp.linear_fc1.weight",
+            (2 * model.ffn_hidden_size, H),
+            f"{name}.mlp.ff_proj.weight",
+            join=lambda xs: torch.cat(xs[0].chunk(2)[::-1]),
+            split=lambda x: [torch.cat(x.chunk(2)[::-1])],
+        )
         add(f"{key}.mlp.linear_fc2.weight", (H, model.ffn_hidden_size), f"{name}.mlp.ff_out.weight")
     norm("decoder.final_layernorm", "model.transformer.ln_f", H)
     if not model.tie_embeddings:
@@ -184,7 +197,7 @@ _BASE_RULES = {
         (r"^patch_embedding\.", "embeddings.patch_embedding."),
         (r"^positional_embedding$", "embeddings.position_embedding.weight"),
     ],
-}  # fmt: skip
+}
 
 
 def base_parts(released: str, family: str) -> list[str]:

@@ -19,8 +19,8 @@ from molmo2_nemo.model.collectives import all_gather, all_to_all
 def compiled_flex_attention(backend: str = "inductor"):
     """Compiled once for a shape, whatever the mask's contents.
 
-    Eager FlexAttention holds all scores, [heads, S, S]: on a GPU it never runs, and fullgraph makes an error of what would
-    fall back to it, such as too many shapes.
+    Eager FlexAttention holds all scores, [heads, S, S]: on a GPU it never runs, and fullgraph makes an error of
+    what would fall back to it, such as too many shapes.
     """
     return torch.compile(flex_attention, backend=backend, dynamic=False, fullgraph=True)
 
@@ -58,15 +58,24 @@ class PackedAttention(MegatronModule):
     attention does not fit arbitrary masks.
     """
 
-    def __init__(self, config, layer_number, attn_mask_type=None, attention_type=None, cp_comm_type=None,
-                 softmax_scale=None, pg_collection=None):  # fmt: skip
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type=None,
+        attention_type=None,
+        cp_comm_type=None,
+        softmax_scale=None,
+        pg_collection=None,
+    ):
         super().__init__(config)
         self.cp_group = pg_collection.cp
         self.cp_comm_type = cp_comm_type
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
-    def forward(self, query, key, value, attention_mask, /, *, attn_mask_type=None, attention_bias=None,
-                packed_seq_params=None):  # fmt: skip
+    def forward(
+        self, query, key, value, attention_mask, /, *, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
         """query [s, B, N, D], key and value [s, B, G, D] with s = S / context parallel size -> [s, B, N*D]."""
         ranks = self.cp_group.size()
         ulysses = ranks > 1 and self.cp_comm_type == "a2a"
@@ -87,13 +96,22 @@ class PackedAttention(MegatronModule):
 class CropAttention(MegatronModule):
     """ViT attention: every patch of a crop sees every other."""
 
-    def __init__(self, config, layer_number, attn_mask_type=None, attention_type=None, cp_comm_type=None,
-                 softmax_scale=None, pg_collection=None):  # fmt: skip
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type=None,
+        attention_type=None,
+        cp_comm_type=None,
+        softmax_scale=None,
+        pg_collection=None,
+    ):
         super().__init__(config)
         self.scale = config.kv_channels**-0.5
 
-    def forward(self, query, key, value, attention_mask, /, *, attn_mask_type=None, attention_bias=None,
-                packed_seq_params=None):  # fmt: skip
+    def forward(
+        self, query, key, value, attention_mask, /, *, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
         """[P, C, N, D] each -> [P, C, N*D]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = attend(q, k, v, None, self.scale).permute(2, 0, 1, 3)

@@ -14,13 +14,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from molmo2_nemo.config import ModelConfig
+from molmo2_nemo.config.schema import ModelConfig
 from molmo2_nemo.model.attention import CropAttention, PackedAttention
 from molmo2_nemo.model.collectives import all_reduce
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm computed in float32. Megatron's torch norm refuses sequence parallelism; marking the weight is all it takes."""
+    """RMSNorm computed in float32. Megatron's torch norm refuses sequence parallelism; marking the weight is all it
+    takes."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__()
@@ -131,8 +132,9 @@ def _mlp(backend: BackendSpecProvider):
         submodules = MLPSubmodules(
             linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
         )
-        return MLP(config, submodules, tp_group=pg_collection.tp, ffn_hidden_size=config.ffn_hidden_size,
-                   input_size=input_size)  # fmt: skip
+        return MLP(
+            config, submodules, tp_group=pg_collection.tp, ffn_hidden_size=config.ffn_hidden_size, input_size=input_size
+        )
 
     return build
 

@@ -9,7 +9,12 @@ CHUNK_ELEMENTS = 2**26
 
 
 def head_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp_group: dist.ProcessGroup, reduce_input_grad: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup,
+    reduce_input_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy and squared log-partition of each position, float32 [N] each, both differentiable.
 

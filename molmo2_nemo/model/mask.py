@@ -56,9 +56,13 @@ def block_mask(
     B, S = segment_ids.shape
     create = compiled_create_block_mask() if segment_ids.is_cuda else create_block_mask
     return create(
-        mask_mod(segment_ids, vision_mask, query_offset), B, None, S if num_queries is None else num_queries, S,
+        mask_mod(segment_ids, vision_mask, query_offset),
+        B,
+        None,
+        S if num_queries is None else num_queries,
+        S,
         device=segment_ids.device,
-    )  # fmt: skip
+    )
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from molmo2_nemo.config import ModelConfig, padded_vocab_size, vision_token_ids
+from molmo2_nemo.config.schema import ModelConfig, padded_vocab_size, vision_token_ids
 from molmo2_nemo.hf.architecture import rope_tables
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.layers import decoder_block_spec
@@ -30,10 +30,15 @@ class Molmo2(LanguageModule):
     """
 
     def __init__(
-        self, model: ModelConfig, configs: dict[str, TransformerConfig], solo: ProcessGroupCollection,
-        response_dropout: bool = False, vp_stage: int | None = None, vision_chunk_crops: int = 32,
+        self,
+        model: ModelConfig,
+        configs: dict[str, TransformerConfig],
+        solo: ProcessGroupCollection,
+        response_dropout: bool = False,
+        vp_stage: int | None = None,
+        vision_chunk_crops: int = 32,
         vision_recompute: bool = True,
-    ):  # fmt: skip
+    ):
         config = configs["decoder"]
         super().__init__(config)
         self.vp_stage = vp_stage
@@ -46,15 +51,23 @@ class Molmo2(LanguageModule):
         rows = padded_vocab_size(model.vocab_size)
         if self.pre_process:
             self.vision = VisionTower(
-                model, configs["vit"], configs["connector"], solo,
-                parallel_state.get_tensor_and_context_parallel_group(), vision_chunk_crops, vision_recompute,
-            )  # fmt: skip
+                model,
+                configs["vit"],
+                configs["connector"],
+                solo,
+                parallel_state.get_tensor_and_context_parallel_group(),
+                vision_chunk_crops,
+                vision_recompute,
+            )
             self.embedding = Embedding(model, rows, config, self.tp_group)
         self.decoder = TransformerBlock(
-            config, decoder_block_spec(model, config, self.pg_collection, vp_stage),
-            pre_process=self.pre_process, post_process=self.post_process, pg_collection=self.pg_collection,
+            config,
+            decoder_block_spec(model, config, self.pg_collection, vp_stage),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=self.pg_collection,
             vp_stage=vp_stage,
-        )  # fmt: skip
+        )
         for layer in self.decoder.layers:
             if self.rope.scaled and layer.layer_number - 1 in self.rope.scaled_layers:
                 layer.rope_table = 1
@@ -65,10 +78,16 @@ class Molmo2(LanguageModule):
             # The losses make its weight's gradient themselves, and Megatron's own layer would ask for apex's kernel.
             head_config.gradient_accumulation_fusion = False
             self.output_layer = tensor_parallel.ColumnParallelLinear(
-                model.hidden_size, rows, config=head_config, init_method=config.init_method, bias=False,
-                skip_bias_add=False, gather_output=False, tp_group=self.tp_group,
+                model.hidden_size,
+                rows,
+                config=head_config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                tp_group=self.tp_group,
                 skip_weight_param_allocation=self.pre_process and model.tie_embeddings,
-            )  # fmt: skip
+            )
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor):
@@ -76,10 +95,18 @@ class Molmo2(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, vision_mask: Tensor,
-        crops: Tensor | None = None, pooling: Tensor | None = None, vision_units: Tensor | None = None,
-        labels: Tensor | None = None, loss_weights: Tensor | None = None, logit_positions: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor,
+        vision_mask: Tensor,
+        crops: Tensor | None = None,
+        pooling: Tensor | None = None,
+        vision_units: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        logit_positions: Tensor | None = None,
+    ) -> Tensor:
         """Token losses, logits, or the hidden states for the next stage.
 
         All [B, S] inputs are whole rows on every rank; crops, pooling and vision_units (see VisionTower) matter on
@@ -100,13 +127,13 @@ class Molmo2(LanguageModule):
             if self.config.sequence_parallel:
                 hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
         gathers_keys = cp_size > 1 and self.config.cp_comm_type == "all_gather"
-        mask = make_mask(
-            segment_ids, vision_mask, *((local.start, S // cp_size) if gathers_keys else (0, S))
-        )
+        mask = make_mask(segment_ids, vision_mask, *((local.start, S // cp_size) if gathers_keys else (0, S)))
         hidden = self.decoder(
-            hidden, attention_mask=None, attention_bias=(mask, self._dropout_positions(loss_weights, local)),
+            hidden,
+            attention_mask=None,
+            attention_bias=(mask, self._dropout_positions(loss_weights, local)),
             rotary_pos_emb=self.rope(position_ids[:, local]),
-        )  # fmt: skip
+        )
         if not self.post_process:
             return hidden
         tied = self.embedding.word_embeddings.weight if self.pre_process and self.model.tie_embeddings else None
@@ -122,9 +149,13 @@ class Molmo2(LanguageModule):
         positions = loss_weights[:, local].t() > 0
         weight = self.output_layer.weight if tied is None else tied
         losses = head_losses(
-            hidden[positions], weight, labels[:, local].t()[positions], self.model.vocab_size, self.tp_group,
+            hidden[positions],
+            weight,
+            labels[:, local].t()[positions],
+            self.model.vocab_size,
+            self.tp_group,
             reduce_input_grad=not self.config.sequence_parallel,
-        )  # fmt: skip
+        )
         result = torch.zeros(2, *positions.shape, dtype=torch.float32, device=hidden.device)
         result[:, positions] = torch.stack(losses)
         return result.transpose(1, 2)

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from molmo2_nemo.config import ModelConfig
+from molmo2_nemo.config.schema import ModelConfig
 from molmo2_nemo.model.collectives import all_gather
 from molmo2_nemo.model.layers import gated_mlp, vit_block_spec
 
@@ -69,9 +69,7 @@ class Connector(MegatronModule):
         features = model.vit.hidden_size * len(model.vit.feature_layers)
         inner = connector.num_attention_heads * connector.head_dim
         self.num_heads, self.head_dim = connector.num_attention_heads, connector.head_dim
-        self.query, self.key, self.value = (
-            nn.Linear(features, inner, dtype=config.params_dtype) for _ in range(3)
-        )
+        self.query, self.key, self.value = (nn.Linear(features, inner, dtype=config.params_dtype) for _ in range(3))
         self.output = nn.Linear(inner, connector.hidden_size, dtype=config.params_dtype)
         for linear in (self.query, self.key, self.value, self.output):
             nn.init.normal_(linear.weight, std=model.init_std)
@@ -89,9 +87,12 @@ class Connector(MegatronModule):
             return x.view(T, -1, self.num_heads, self.head_dim).transpose(1, 2)
 
         pooled = F.scaled_dot_product_attention(
-            heads(self.query(mean)), heads(self.key(patches)), heads(self.value(patches)),
-            attn_mask=valid.view(T, 1, 1, W), scale=self.head_dim**-0.5,
-        )  # fmt: skip
+            heads(self.query(mean)),
+            heads(self.key(patches)),
+            heads(self.value(patches)),
+            attn_mask=valid.view(T, 1, 1, W),
+            scale=self.head_dim**-0.5,
+        )
         projected, _ = self.projector(self.output(pooled.transpose(1, 2).reshape(T, 1, -1)))
         return projected.squeeze(1)
 
@@ -104,9 +105,15 @@ class VisionTower(MegatronModule):
     """
 
     def __init__(
-        self, model: ModelConfig, vit_config, connector_config, pg_collection, group, chunk_crops: int = 0,
+        self,
+        model: ModelConfig,
+        vit_config,
+        connector_config,
+        pg_collection,
+        group,
+        chunk_crops: int = 0,
         recompute: bool = False,
-    ):  # fmt: skip
+    ):
         super().__init__(vit_config)
         self.vit = VisionTransformer(model, vit_config, pg_collection)
         self.connector = Connector(model, connector_config, pg_collection)

@@ -24,7 +24,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from PIL import Image
 from torch import Tensor
 
-from molmo2_nemo.config import Config, ConfigError, DataConfig
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import Config, DataConfig
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.encode import Encoder, Plan
 from molmo2_nemo.data.inspection import Visual, draw_marks, pixels_of, read_answer
@@ -158,18 +159,23 @@ def read_question(sample: RawSample, source: Source, data: DataConfig, encoder: 
     prompt = first + 1
     video = example.video
     return Question(
-        source.name, sample.__key__, conversation.style,
+        source.name,
+        sample.__key__,
+        conversation.style,
         render_content(asked.content, asked.points, data.point_separator),
         encoder.tokenizer.decode(plan.labels[first:-1]),
         replace(
-            plan, input_ids=plan.input_ids[:prompt], labels=plan.labels[:prompt] * 0,
-            loss_weights=plan.loss_weights[:prompt] * 0, position_ids=plan.position_ids[:prompt],
+            plan,
+            input_ids=plan.input_ids[:prompt],
+            labels=plan.labels[:prompt] * 0,
+            loss_weights=plan.loss_weights[:prompt] * 0,
+            position_ids=plan.position_ids[:prompt],
             segment_ids=plan.segment_ids[:prompt],
         ),
         encoder.pixels(plan, sample.parts),
         [(entry.width, entry.height) for entry in ([video] if video else example.images)],
         video.seconds if video else None,
-    )  # fmt: skip
+    )
 
 
 # Rows
@@ -194,9 +200,13 @@ def deal(questions: list[Question], max_tokens: int, data: DataConfig) -> list[l
 
 
 def lay_out(
-    questions: list[Question], rows: list[list[int]], rows_per_batch: int, max_tokens: int, data: DataConfig,
+    questions: list[Question],
+    rows: list[list[int]],
+    rows_per_batch: int,
+    max_tokens: int,
+    data: DataConfig,
     encoder: Encoder,
-) -> tuple[list[Batch], np.ndarray]:  # fmt: skip
+) -> tuple[list[Batch], np.ndarray]:
     """Micro-batches, and where each question's answer begins (see Exam.places).
 
     An answer's positions belong to their question's segment from the start: text sees only what is before it, so what
@@ -230,12 +240,13 @@ def with_room(prompt: Plan, max_tokens: int, pad_id: int) -> Plan:
     more = np.arange(max_tokens, dtype=np.int32)
     nothing = np.zeros(max_tokens, dtype=np.int32)
     return replace(
-        prompt, input_ids=np.concatenate([prompt.input_ids, nothing + pad_id]),
+        prompt,
+        input_ids=np.concatenate([prompt.input_ids, nothing + pad_id]),
         labels=np.concatenate([prompt.labels, nothing]),
         loss_weights=np.concatenate([prompt.loss_weights, nothing.astype(np.float32)]),
         position_ids=np.concatenate([prompt.position_ids, prompt.position_ids[-1] + 1 + more]),
         segment_ids=np.concatenate([prompt.segment_ids, nothing + prompt.segment_ids[-1]]),
-    )  # fmt: skip
+    )
 
 
 # Decoding
@@ -266,9 +277,14 @@ def answer(
 
 
 def generate(
-    model, batches: list[dict], places: Tensor, max_tokens: int, eos_id: int, group: dist.ProcessGroup,
+    model,
+    batches: list[dict],
+    places: Tensor,
+    max_tokens: int,
+    eos_id: int,
+    group: dist.ProcessGroup,
     stop: Callable[[], bool],
-) -> Tensor | None:  # fmt: skip
+) -> Tensor | None:
     """Fill in the rows of `batches` from `places`, int64 [N, 3] (micro-batch, row, position), micro-batches in order.
 
     Returns int64 [N, max_tokens], EOS included, NO_TOKEN behind it; None if `stop` said so. All ranks of all replicas
@@ -319,10 +335,15 @@ def next_tokens(model, batches: list[dict]) -> Tensor | None:
 
     rows, seq_length = batches[0]["input_ids"].shape
     chosen = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iterators(model, batches), model=model,
-        num_microbatches=len(batches), seq_length=seq_length, micro_batch_size=rows, forward_only=True,
+        forward_step_func=forward_step,
+        data_iterator=iterators(model, batches),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=seq_length,
+        micro_batch_size=rows,
+        forward_only=True,
         collect_non_loss_data=True,
-    )  # fmt: skip
+    )
     return torch.cat(chosen) if chosen else None
 
 
@@ -347,9 +368,7 @@ def write(exam: Exam, tokens: Tensor, folder: Path) -> tuple[dict, str]:
     OSError: the folder cannot be written.
     """
     said = [decode(row, exam) for row in tokens.tolist()]
-    scores = [
-        score.score(q.style, q.label, text, q.sizes, q.seconds) for q, text in zip(exam.questions, said)
-    ]
+    scores = [score.score(q.style, q.label, text, q.sizes, q.seconds) for q, text in zip(exam.questions, said)]
     figures = score.means(scores, [question.source for question in exam.questions])
     line = " ".join(f"{metric} {values['all']:.3f}" for metric, values in figures.items()) or "no scores"
     line = f"{line} | {len(exam.questions)} held-out questions, {folder}"
@@ -357,9 +376,14 @@ def write(exam: Exam, tokens: Tensor, folder: Path) -> tuple[dict, str]:
     entries = []
     for number, (question, text, found) in enumerate(zip(exam.questions, said, scores)):
         entry = {
-            "source": question.source, "key": question.key, "style": question.style, "question": question.text,
-            "label": question.label, "answer": text, "scores": found,
-        }  # fmt: skip
+            "source": question.source,
+            "key": question.key,
+            "style": question.style,
+            "question": question.text,
+            "label": question.label,
+            "answer": text,
+            "scores": found,
+        }
         picture = draw(question, text, exam.encoder)
         if picture is not None:
             entry["picture"] = f"{number:02d}.png"

@@ -12,8 +12,15 @@ from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
 # Read on the first pipeline stage only; pixels are most of a batch.
 VISION_FIELDS = ("crops", "pooling", "vision_units")
 FIELDS = (
-    "input_ids", "labels", "loss_weights", "position_ids", "segment_ids", "vision_mask", "source_ids", *VISION_FIELDS,
-)  # fmt: skip
+    "input_ids",
+    "labels",
+    "loss_weights",
+    "position_ids",
+    "segment_ids",
+    "vision_mask",
+    "source_ids",
+    *VISION_FIELDS,
+)
 
 
 # What a micro-batch costs, in the order of `work_of`: arguments of flops.forward_flops.
@@ -24,11 +31,15 @@ def work_of(batch: Batch) -> Tensor:
     """Counts of a micro-batch, float64 [len(WORK)]."""
     return torch.tensor(
         [
-            len(batch.crops), len(batch.pooling), (batch.pooling >= 0).sum(), (batch.segment_ids >= 0).sum(),
-            attended_pairs(batch.segment_ids, batch.vision_mask), (batch.loss_weights > 0).sum(),
+            len(batch.crops),
+            len(batch.pooling),
+            (batch.pooling >= 0).sum(),
+            (batch.segment_ids >= 0).sum(),
+            attended_pairs(batch.segment_ids, batch.vision_mask),
+            (batch.loss_weights > 0).sum(),
         ],
         dtype=torch.float64,
-    )  # fmt: skip
+    )
 
 
 def attended_pairs(segment_ids: Tensor, vision_mask: Tensor) -> int:

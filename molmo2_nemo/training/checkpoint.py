@@ -21,7 +21,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
 from molmo2_nemo import checkpoint_dir
-from molmo2_nemo.config import ConfigError
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.training.optimizer import load_optimizer_state
 from molmo2_nemo.training.step import load_model_state, refuse_other_architecture, sharded_model_state
 
@@ -69,7 +69,7 @@ class ShardedSave:
         self.folder, self.plan = folder, _Plan()
         request = dist_checkpointing.save(
             state, str(folder), self.plan, async_sharded_save=True, async_strategy="mcore"
-        )  # fmt: skip
+        )
         self.thread = None
         if request.async_fn is None:
             return  # nothing to write on this rank
@@ -249,7 +249,9 @@ def _no_room(folder: Path, state: dict) -> str | None:
 
     failure, room = _on_rank_0(free)
     if failure is None and room < int(needed):
-        return f"{folder} has {room / 2**20:,.0f} MiB free, a checkpoint takes {int(needed) / 2**20:,.0f} MiB: make room"
+        return (
+            f"{folder} has {room / 2**20:,.0f} MiB free, a checkpoint takes {int(needed) / 2**20:,.0f} MiB: make room"
+        )
     return failure
 
 
@@ -289,8 +291,8 @@ def load(checkpoint: Path, model, optimizer) -> dict:
         loaded = dist_checkpointing.load(_state(model, optimizer, is_loading=True), str(checkpoint))
     except Exception as error:
         raise ConfigError(
-            f"checkpoint {checkpoint} cannot be continued with these settings ({_last_line(error)}): use train.init_from "
-            "to start from its weights alone."
+            f"checkpoint {checkpoint} cannot be continued with these settings ({_last_line(error)}): use"
+            " train.init_from to start from its weights alone."
         ) from error
     load_model_state(model, loaded)
     load_optimizer_state(optimizer, loaded["optimizer"])

@@ -20,10 +20,10 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from molmo2_nemo import __version__
-from molmo2_nemo.config import REPOSITORY
 from molmo2_nemo.data.encode import COUNTERS
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
+from molmo2_nemo.paths import REPOSITORY
 from molmo2_nemo.training.speed import speed_note
 
 # A source's broken samples, all that it lost, and what it kept in part.
@@ -80,8 +80,11 @@ class LossBySource:
             "loss_by_source": {s: a / w for s, a, w in zip(self.sources, loss, weight) if w > 0},
             "weight_by_source": {s: w / sum(weight) for s, w in zip(self.sources, weight) if w > 0},
             "log_partition_rms": math.sqrt(sum(square) / max(sum(weight), 1e-12)),
-            "tokens": int(tokens), "loss_tokens": int(loss_tokens), "examples": int(examples), "rows": int(rows),
-        }  # fmt: skip
+            "tokens": int(tokens),
+            "loss_tokens": int(loss_tokens),
+            "examples": int(examples),
+            "rows": int(rows),
+        }
 
 
 class DataReport:
@@ -174,11 +177,24 @@ def memory_gib(device: str) -> float:
 def versions() -> dict[str, str | None]:
     """What the run is made of: packages, Python, the device's name, and the commit of this repository."""
     names = (
-        "torch", "megatron-core", "megatron-energon", "transformers", "nemo_toolkit", "transformer-engine", "apex", "numpy",
-    )  # fmt: skip
+        "torch",
+        "megatron-core",
+        "megatron-energon",
+        "transformers",
+        "nemo_toolkit",
+        "transformer-engine",
+        "apex",
+        "numpy",
+    )
     found = {name: _version(name) for name in names}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"molmo2-nemo": __version__, "commit": _commit(), "python": platform.python_version(), "device": device, **found}
+    return {
+        "molmo2-nemo": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "device": device,
+        **found,
+    }
 
 
 def _version(package: str) -> str | None:
@@ -193,7 +209,9 @@ def _commit() -> str | None:
     git = ["git", "-C", str(REPOSITORY)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
@@ -216,16 +234,22 @@ class RunLog:
 
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config_yaml)
-        (run_dir / "versions.json").write_text(json.dumps(versions() | {"ranks": dist.get_world_size()}, indent=2) + "\n")
+        (run_dir / "versions.json").write_text(
+            json.dumps(versions() | {"ranks": dist.get_world_size()}, indent=2) + "\n"
+        )
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
         self.file = open(run_dir / "metrics.jsonl", "a")
         if wandb_project is not None:
             import wandb
 
             self.wandb = wandb.init(
-                project=wandb_project, name=name, dir=str(run_dir), config=yaml.safe_load(config_yaml), resume="allow",
+                project=wandb_project,
+                name=name,
+                dir=str(run_dir),
+                config=yaml.safe_load(config_yaml),
+                resume="allow",
                 id=hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16],
-            )  # fmt: skip
+            )
 
     def say(self, line: str) -> None:
         if self.main:
@@ -275,9 +299,9 @@ def train_line(step: int, max_steps: int, figures: dict) -> str:
     loss = "none" if figures["loss"] is None else f"{figures['loss']:.4f}"  # every step was skipped
     by_source = " ".join(f"{source} {loss:.3f}" for source, loss in figures["loss_by_source"].items())
     return (
-        f"step {step}/{max_steps} | loss {loss} ({by_source}) | "
-        f"grad vit {norms['vit']:.3f} conn {norms['connector']:.3f} llm {norms['llm']:.3f} | "
-        f"lr vit {rates['vit']:.2e} conn {rates['connector']:.2e} llm {rates['llm']:.2e} | "
-        f"{figures['tokens_per_second']:.0f} tok/s {figures['samples_per_second']:.1f} samples/s {speed_note(figures)} | "
-        f"fill {figures['fill']:.0%} | data wait {figures['data_wait_share']:.0%} | mem {figures['memory_gib']:.2f} GiB"
+        f"step {step}/{max_steps} | loss {loss} ({by_source}) | grad vit {norms['vit']:.3f} conn"
+        f" {norms['connector']:.3f} llm {norms['llm']:.3f} | lr vit {rates['vit']:.2e} conn {rates['connector']:.2e}"
+        f" llm {rates['llm']:.2e} | {figures['tokens_per_second']:.0f} tok/s {figures['samples_per_second']:.1f}"
+        f" samples/s {speed_note(figures)} | fill {figures['fill']:.0%} | data wait {figures['data_wait_share']:.0%} |"
+        f" mem {figures['memory_gib']:.2f} GiB"
     )

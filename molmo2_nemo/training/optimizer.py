@@ -18,18 +18,27 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
-from molmo2_nemo.config import COMPONENTS, Config, ConfigError, OptimConfig, component_of, is_frozen  # noqa: F401
+from molmo2_nemo.config.components import COMPONENTS, component_of, is_frozen  # noqa: F401
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import Config, OptimConfig
 
 
 def build_optimizer(cfg: Config, model: list[DistributedDataParallel], precision: str) -> MegatronOptimizer:
     """Adam over one parameter group per component. Collective. Raises ConfigError on a refused combination."""
     optim = cfg.optim
     values = dict(
-        optimizer="adam", lr=optim.llm.lr, min_lr=0.0, weight_decay=optim.weight_decay, clip_grad=optim.clip_grad,
-        adam_beta1=optim.adam_beta1, adam_beta2=optim.adam_beta2, adam_eps=optim.adam_eps, bf16=precision != "fp32",
+        optimizer="adam",
+        lr=optim.llm.lr,
+        min_lr=0.0,
+        weight_decay=optim.weight_decay,
+        clip_grad=optim.clip_grad,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_eps,
+        bf16=precision != "fp32",
         use_distributed_optimizer=model[0].ddp_config.use_distributed_optimizer,
         overlap_param_gather=model[0].ddp_config.overlap_param_gather,
-    )  # fmt: skip
+    )
 
     def of(component):
         return ParamWithNamePredicate(name=component, fn=lambda parameter, name: component_of(name) == component)
@@ -59,9 +68,10 @@ def _start_torch_adam(optimizer: MegatronOptimizer) -> None:
             for parameter in group["params"]:
                 device = parameter.device if group["fused"] or group["capturable"] else None
                 part.optimizer.state[parameter].update(
-                    step=torch.zeros((), device=device), exp_avg=torch.zeros_like(parameter),
+                    step=torch.zeros((), device=device),
+                    exp_avg=torch.zeros_like(parameter),
                     exp_avg_sq=torch.zeros_like(parameter),
-                )  # fmt: skip
+                )
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict) -> None:
@@ -113,14 +123,16 @@ def clip_and_step(
     One norm for each group as the public trainer has it (allenai/molmo2, olmo/train/optim.py).
     """
     parts = _parts(optimizer)
-    found_inf = any([part.prepare_grads() for part in parts])
+    found_inf = any([part.prepare_grads() for part in parts])  # noqa: C419  each of them has to
     # A rank whose part of the model is frozen has no optimizer, and takes part in the sums all the same.
     group = parts[0].get_grad_stats_parallel_group() if parts else parallel_state.get_model_parallel_group()
     norms = {}
     for component in COMPONENTS:
         grads = [grad for part in parts for grad in part._filter_grads_for_norm(_parameters(part, component))]
         norms[component] = float(get_grad_norm_fp32(grads, grad_stats_parallel_group=group))
-    verdict = torch.tensor(finite_loss and not found_inf and all(map(math.isfinite, norms.values())), dtype=torch.int32, device=_device())
+    verdict = torch.tensor(
+        finite_loss and not found_inf and all(map(math.isfinite, norms.values())), dtype=torch.int32, device=_device()
+    )
     dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
     if not verdict:
         return False, norms

@@ -33,9 +33,16 @@ POINTING = POINTS_ONLY | POINTS_THEN_COUNT | COUNT_THEN_POINTS
 COUNTING = COUNT_ONLY | POINTS_THEN_COUNT | COUNT_THEN_POINTS
 TRACKING = TRACK_ALL | TRACK_ENDS | TRACK_ONE
 METRICS = (
-    "point_precision", "point_recall", "point_f1", "track_precision", "track_recall", "track_f1", "count_exact",
-    "count_close", "exact_match",
-)  # fmt: skip
+    "point_precision",
+    "point_recall",
+    "point_f1",
+    "track_precision",
+    "track_recall",
+    "track_f1",
+    "count_exact",
+    "count_close",
+    "exact_match",
+)
 # A perfect answer has these at 1.
 DECISIVE = ("point_f1", "track_f1", "count_exact", "exact_match")
 
@@ -86,9 +93,11 @@ def count_of(text: str, style: str) -> int | None:
 
 
 def point_scores(
-    predicted: list[Points | Tracks], labelled: list[Points | Tracks], sizes: Sequence[tuple[int, int]],
+    predicted: list[Points | Tracks],
+    labelled: list[Points | Tracks],
+    sizes: Sequence[tuple[int, int]],
     seconds: float | None,
-) -> tuple[float, float, float]:  # fmt: skip
+) -> tuple[float, float, float]:
     """Precision, recall and F1 of the points in `points.parse`'s results.
 
     Points of an image, and those of tracks in a frame, are matched with its labelled points so that the sum of the

@@ -1,10 +1,11 @@
-"""How fast training is: rates, model FLOPs utilization, and how evenly the work is spread. Formulas: docs/planner.md."""
+"""How fast training is: rates, model FLOPs utilization, and how evenly the work is spread. Formulas:
+docs/planner.md."""
 
 import torch
 import torch.distributed as dist
 
-from molmo2_nemo.config import Config
-from molmo2_nemo.flops import forward_flops, frozen_parts, peak_flops, training_flops
+from molmo2_nemo.config.schema import Config
+from molmo2_nemo.planner.flops import forward_flops, frozen_parts, peak_flops, training_flops
 from molmo2_nemo.training.batches import WORK
 
 
@@ -54,9 +55,7 @@ class Speed:
         flops = forward_flops(self.config.model, **dict(zip(WORK, by_rank.unbind(-1))))
         decoder = flops["decoder"] + flops["decoder attention"] + flops["head"]
         parts = {"vision": sum(flops.values()) - decoder, "decoder": decoder}
-        return {
-            name: float(work.amax(0).sum() / work.mean(0).sum()) for name, work in parts.items() if work.sum() > 0
-        }
+        return {name: float(work.amax(0).sum() / work.mean(0).sum()) for name, work in parts.items() if work.sum() > 0}
 
 
 def speed_note(figures: dict) -> str:
@@ -73,6 +72,6 @@ def impossible_mfu(figures: dict) -> str | None:
         return None
     mfu, figures["mfu"] = figures["mfu"], None
     return (
-        f"error: an MFU of {mfu:.0%} cannot be: the device's peak in molmo2_nemo/flops.py or the "
+        f"error: an MFU of {mfu:.0%} cannot be: the device's peak in molmo2_nemo/planner/flops.py or the "
         "count of FLOPs is wrong; the figure is left out."
     )

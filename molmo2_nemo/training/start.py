@@ -1,4 +1,5 @@
-"""Where a run's weights come from: its own newest checkpoint, another one, Hugging Face folders, or nowhere (random)."""
+"""Where a run's weights come from: its own newest checkpoint, another one, Hugging Face folders, or nowhere
+(random)."""
 
 import datetime
 from collections.abc import Callable
@@ -8,7 +9,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from molmo2_nemo import checkpoint_dir
-from molmo2_nemo.config import Config, ConfigError
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import Config
 from molmo2_nemo.hf import base_models, convert
 from molmo2_nemo.hf.architecture import model_config_from_hf
 from molmo2_nemo.training.step import refuse_other_architecture
@@ -30,7 +32,8 @@ class Start:
 
 
 def find_start(config: Config) -> Start:
-    """Newest complete checkpoint of the run directory, else train.init_from. Raises ConfigError on what cannot start."""
+    """Newest complete checkpoint of the run directory, else train.init_from. Raises ConfigError on what cannot
+    start."""
     resume, ignored = checkpoint_dir.latest_complete(Path(config.run_dir) / "checkpoints")
     given = config.train.init_from
     if resume is not None or given is None:
@@ -56,7 +59,9 @@ def find_start(config: Config) -> Start:
         convert.HuggingFaceWeights(path)
         return Start(hugging_face=[path], ignored=ignored)
     if path.is_dir() and not any(path.iterdir()):
-        raise ConfigError(f"train.init_from={given} is an empty folder: name a checkpoint, a run, or a Hugging Face folder.")
+        raise ConfigError(
+            f"train.init_from={given} is an empty folder: name a checkpoint, a run, or a Hugging Face folder."
+        )
     init_from = checkpoint_dir.resolve(given)
     checkpoint_dir.read_marker(init_from)
     return Start(init_from=init_from, ignored=ignored)
@@ -106,5 +111,7 @@ def _convert(folders: list[Path], checkpoint: Path, config: Config, say: Callabl
 
 def _contents(folders: list[Path]) -> dict[str, int]:
     """Sizes of the files that a conversion reads: another model in the same place is converted anew."""
-    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")]
+    files = [
+        path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")
+    ]
     return {str(path.absolute()): path.stat().st_size for path in files}

@@ -14,7 +14,8 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from molmo2_nemo import checkpoint_dir
-from molmo2_nemo.config import ConfigError, ModelConfig, ParallelConfig
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import ModelConfig, ParallelConfig
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.molmo2 import Molmo2
 from molmo2_nemo.parallel import solo_groups, transformer_configs
@@ -24,10 +25,19 @@ MODEL_INPUTS = ("input_ids", "position_ids", "segment_ids", "vision_mask", "crop
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, device: str, precision: str, transformer: dict | None = None,
-    ddp: dict | None = None, freeze: Callable[[str], bool] = lambda name: False, dropout: float = 0.0,
-    response_dropout: bool = False, vision_chunk_crops: int = 32, vision_recompute: bool = True, vit_fp8: bool = False,
-) -> list[DistributedDataParallel]:  # fmt: skip
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    device: str,
+    precision: str,
+    transformer: dict | None = None,
+    ddp: dict | None = None,
+    freeze: Callable[[str], bool] = lambda name: False,
+    dropout: float = 0.0,
+    response_dropout: bool = False,
+    vision_chunk_crops: int = 32,
+    vision_recompute: bool = True,
+    vit_fp8: bool = False,
+) -> list[DistributedDataParallel]:
     """This rank's pipeline stage inside Megatron's DistributedDataParallel. Collective.
 
     A list as Megatron's schedules take it: of one, or of the pieces of an interleaved pipeline.
@@ -44,7 +54,9 @@ def build_model(
     ddp_config = {"grad_reduce_in_fp32": True, "overlap_grad_reduce": False, **(ddp or {})}
     chunks = []
     for vp_stage in [None] if pieces is None else range(pieces):
-        module = Molmo2(model, configs, solo, response_dropout, vp_stage, vision_chunk_crops, vision_recompute).to(device)
+        module = Molmo2(model, configs, solo, response_dropout, vp_stage, vision_chunk_crops, vision_recompute).to(
+            device
+        )
         if module.pre_process:
             _copy_from_first_tensor_parallel_rank(module)
         for name, parameter in global_names(module):
@@ -153,14 +165,17 @@ def global_weight(batches: list[dict]) -> Tensor:
 
 
 def forward_backward(
-    model: list[DistributedDataParallel], batches: list[dict], total_weight: Tensor, forward_only: bool = False,
+    model: list[DistributedDataParallel],
+    batches: list[dict],
+    total_weight: Tensor,
+    forward_only: bool = False,
     z_loss: float = 0.0,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """One global batch. Returns, on the last pipeline stage, the weighted token losses of each micro-batch.
 
-    The loss is sum(weight x (cross entropy + z_loss x log-partition^2)) / total_weight over all micro-batches and ranks:
-    it does not depend on the layout. Returned tensors are float32 [2, B, S / context parallel size], weight x cross
-    entropy and weight x log-partition^2, undivided. Gradients are in main_grad.
+    The loss is sum(weight x (cross entropy + z_loss x log-partition^2)) / total_weight over all micro-batches and
+    ranks: it does not depend on the layout. Returned tensors are float32 [2, B, S / context parallel size], weight
+    x cross entropy and weight x log-partition^2, undivided. Gradients are in main_grad.
     """
     rows, seq_length = batches[0]["input_ids"].shape
     local = context_slice(seq_length, parallel_state.get_context_parallel_group())
@@ -181,9 +196,14 @@ def forward_backward(
 
     run = get_forward_backward_func()
     return run(
-        forward_step_func=forward_step, data_iterator=iterators(model, batches), model=model, num_microbatches=len(batches),
-        seq_length=seq_length, micro_batch_size=rows, forward_only=forward_only,
-    )  # fmt: skip
+        forward_step_func=forward_step,
+        data_iterator=iterators(model, batches),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=seq_length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
 
 
 def model_inputs(batch: dict) -> dict[str, Tensor | None]:

@@ -16,17 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from molmo2_nemo import gpu, parallel
-from molmo2_nemo.config import (
-    Config,
-    ConfigError,
-    check,
-    rank_from_environment,
-    to_dataclass,
-    world_size_from_environment,
-)
+from molmo2_nemo.command_line import to_dataclass
+from molmo2_nemo.config.checks import check
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import Config
 from molmo2_nemo.data import blend
 from molmo2_nemo.data.loader import save_state, train_loader, validation_loader
-from molmo2_nemo.training import answers, checkpoint, survive
+from molmo2_nemo.environment import rank_from_environment, world_size_from_environment
+from molmo2_nemo.training import answers, checkpoint, shutdown
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog, memory_gib, train_line
 from molmo2_nemo.training.optimizer import (
@@ -56,16 +53,16 @@ def run_stage(cfg: DictConfig) -> None:
             blend.check_shards(sources, config.data.max_error_rate)
         start = find_start(config)
         if rank == 0:
-            (Path(config.run_dir) / survive.ENDED).unlink(missing_ok=True)
+            (Path(config.run_dir) / shutdown.ENDED).unlink(missing_ok=True)
         progress = {"step": 0}
-        with survive.told_in_one_line(Path(config.run_dir), progress):
+        with shutdown.told_in_one_line(Path(config.run_dir), progress):
             train(config, device, sources, start, OmegaConf.to_yaml(cfg, resolve=True), progress)
     except ConfigError as error:
         # Before the ranks are joined all of them find the same error; later it may be one rank's own.
         if rank == 0 or dist.is_initialized():
             # Where the configuration does not even say which folder is the run's, there is none to write to.
             with contextlib.suppress(OSError, OmegaConfBaseException):
-                survive.write_ended(Path(cfg.run_dir), "config error", 0, str(error))
+                shutdown.write_ended(Path(cfg.run_dir), "config error", 0, str(error))
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -82,19 +79,20 @@ def user_errors():
 def stop(message: str, run_dir: Path, step: int, reason: str = "error") -> NoReturn:
     """End the run for what all ranks have found alike. Collective; one of them says so."""
     if dist.get_rank() == 0:
-        survive.write_ended(run_dir, reason, step, message)
+        shutdown.write_ended(run_dir, reason, step, message)
         print(f"error: {message}", file=sys.stderr, flush=True)
     dist.barrier()
     sys.exit(2)
 
 
 def train(config: Config, device: str, sources: list, start: Start, config_yaml: str, progress: dict) -> None:
-    """Run the stage to train.max_steps. Every rank of the job calls this. progress["step"]: kept at the running step."""
-    request = survive.StopRequest(config.train.stop_signals, config.train.stop_after_minutes)
+    """Run the stage to train.max_steps. Every rank of the job calls this. progress["step"]: kept at the running
+    step."""
+    request = shutdown.StopRequest(config.train.stop_signals, config.train.stop_after_minutes)
     t, run_dir = config.train, Path(config.run_dir)
-    stacks = survive.StackDump(run_dir, t.timeout_minutes, t.stop_signals)
+    stacks = shutdown.StackDump(run_dir, t.timeout_minutes, t.stop_signals)
     if device == "cuda":
-        survive.record_collectives(run_dir)
+        shutdown.record_collectives(run_dir)
     parallel.initialize(config.parallel, device, t.timeout_minutes, t.seed)
     precision = parallel.resolve_precision(t, device)
     log = RunLog(run_dir, 1, config.name, config_yaml, t.wandb_project)
@@ -113,11 +111,19 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
     ddp = gpu.ddp_settings(config, device)
     schedule = getattr(config.schedule, config.stage)
     model = build_model(
-        config.model, config.parallel, device, precision, config.transformer, ddp,
-        freeze=lambda name: is_frozen(name, optim, tied), dropout=schedule.hidden_dropout,
-        response_dropout=schedule.response_dropout, vision_chunk_crops=t.vision_chunk_crops,
-        vision_recompute=t.vision_recompute, vit_fp8=t.vit_fp8,
-    )  # fmt: skip
+        config.model,
+        config.parallel,
+        device,
+        precision,
+        config.transformer,
+        ddp,
+        freeze=lambda name: is_frozen(name, optim, tied),
+        dropout=schedule.hidden_dropout,
+        response_dropout=schedule.response_dropout,
+        vision_chunk_crops=t.vision_chunk_crops,
+        vision_recompute=t.vision_recompute,
+        vit_fp8=t.vit_fp8,
+    )
     check_freeze_patterns([name for chunk in unwrap_model(model) for name, _ in global_names(chunk)], optim)
     optimizer = build_optimizer(config, model, precision)
     counts = parameter_table(model)
@@ -132,12 +138,15 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
         if outcome is None:
             return
         failed = outcome.failure is not None
-        log.write("checkpoint", step, {"seconds": outcome.held_up, "written_in": outcome.seconds, "failed": int(failed)})
+        log.write(
+            "checkpoint", step, {"seconds": outcome.held_up, "written_in": outcome.seconds, "failed": int(failed)}
+        )
         behind = f", training waited {outcome.held_up:.1f} s" if asynchronous else ""
         log.say(
-            f"step {outcome.step} was not saved: {outcome.failure}" if failed
+            f"step {outcome.step} was not saved: {outcome.failure}"
+            if failed
             else f"saved {outcome.path} in {outcome.seconds:.1f} s{behind}"
-        )  # fmt: skip
+        )
 
     def end(message: str) -> NoReturn:
         tell(saver.finish())
@@ -217,8 +226,8 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             in_batch = ", ".join(sources_in(batches, names))
             not_finite = ", ".join(c for c, norm in norms.items() if not math.isfinite(norm)) or "none"
             log.say(
-                f"step {step}: skipped, loss or gradient is not finite (gradients: {not_finite}); sources in the batch: "
-                f"{in_batch}; skipped {skipped_in_a_row} in a row, {skipped} in all"
+                f"step {step}: skipped, loss or gradient is not finite (gradients: {not_finite}); sources in the batch:"
+                f" {in_batch}; skipped {skipped_in_a_row} in a row, {skipped} in all"
             )
             if skipped_in_a_row >= t.max_skipped_steps:
                 end(
@@ -234,13 +243,19 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             seconds = log.interval()
             tokens_seen += figures["tokens"]
             figures.update(
-                tokens_seen=tokens_seen, lr=rates, skipped_steps=skipped,
+                tokens_seen=tokens_seen,
+                lr=rates,
+                skipped_steps=skipped,
                 grad_norm={c: sum(norms[c] for norms in grad_norms) / max(1, len(grad_norms)) for c in rates},
-                tokens_per_second=figures["tokens"] / seconds, samples_per_second=figures["examples"] / seconds,
-                fill=figures["tokens"] / max(1, figures["rows"] * config.data.seq_length), seconds=seconds,
-                data_wait_share=data_wait / seconds, memory_gib=memory_gib(device), data=data.by_source(),
+                tokens_per_second=figures["tokens"] / seconds,
+                samples_per_second=figures["examples"] / seconds,
+                fill=figures["tokens"] / max(1, figures["rows"] * config.data.seq_length),
+                seconds=seconds,
+                data_wait_share=data_wait / seconds,
+                memory_gib=memory_gib(device),
+                data=data.by_source(),
                 **speed.reduce(seconds, figures["rows"]),
-            )  # fmt: skip
+            )
             impossible = impossible_mfu(figures)
             if impossible:
                 log.say(impossible)
@@ -270,15 +285,21 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
             state = save_state(loader) if loader is not None else None
             tell(saver.finish())  # one at a time
             saver.begin(
-                step, model, optimizer, state, {**info, "tokens_seen": tokens_seen, "data": data.by_source()}, config_yaml
+                step,
+                model,
+                optimizer,
+                state,
+                {**info, "tokens_seen": tokens_seen, "data": data.by_source()},
+                config_yaml,
             )
             if last or not asynchronous:
                 outcome = saver.finish()
                 if last and outcome.failure is not None:
                     stop(
                         f"step {step} could not be saved: {outcome.failure}. The checkpoints before it are whole.",
-                        run_dir, step,
-                    )  # fmt: skip
+                        run_dir,
+                        step,
+                    )
                 tell(outcome)
             log.interval()
         if reason is not None:
@@ -287,7 +308,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
         reason = "finished"
     log.say(f"{config.stage} ended at step {step} ({reason}): {tokens_seen:,} tokens")
     if dist.get_rank() == 0:
-        survive.write_ended(run_dir, reason, step)
+        shutdown.write_ended(run_dir, reason, step)
     for line in data.lines():
         log.say(f"data of {line}")
     log.close()
@@ -299,7 +320,7 @@ def train(config: Config, device: str, sources: list, start: Start, config_yaml:
 
         try:
             write_report([run_dir], run_dir / "report.html")
-        except Exception as error:  # noqa: BLE001  a page must not fail a finished run
+        except Exception as error:
             log.say(f"no report: {error}")
 
 
@@ -321,10 +342,15 @@ def make_loaders(config: Config, sources: list, group, run_dir: Path, saved: lis
         return None, None
     rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     common = dict(
-        data=config.data, vision=config.model.vision, sources=sources, rank=rank, world_size=replicas,
+        data=config.data,
+        vision=config.model.vision,
+        sources=sources,
+        rank=rank,
+        world_size=replicas,
         data_parallel_group=parallel_state.get_data_parallel_group(),
-        micro_batch_size=config.train.micro_batch_size, run_dir=run_dir,
-    )  # fmt: skip
+        micro_batch_size=config.train.micro_batch_size,
+        run_dir=run_dir,
+    )
     with user_errors():
         validation = validation_loader(**common) if config.train.validation_batches else None
         return train_loader(**common, saved=saved), validation
@@ -357,11 +383,11 @@ def validate(config: Config, model, loader, group, device: str, sources: list) -
 
 def write_answers(
     exam: answers.Exam, tokens: torch.Tensor, folder: Path, step: int, seconds: float, log: RunLog
-) -> None:  # fmt: skip
+) -> None:
     """Log the scores, leave answers and pictures in the folder. seconds: it took to answer."""
     try:
         figures, line = answers.write(exam, tokens, folder)
-    except Exception as error:  # noqa: BLE001  a full disk, or what nobody thought of: no reason to end a run
+    except Exception as error:
         log.say(f"step {step}: the answers could not be written ({type(error).__name__}: {error}); the run goes on")
         return
     log.write("answers", step, {**figures, "seconds": seconds})

@@ -1,0 +1,288 @@
+"""The catalogue of data sets, conf/datasets.yaml, typed and checked.
+
+One entry is all that a data set needs when its raw form is a known one; the least that an entry says is
+
+    - name: my-set
+      source: {kind: hf, hf: {repo: me/my-set, split: train}}
+      media: {kind: in-parquet}
+      fields: {image: image, question: text, answer: text}
+
+Unknown facts are null or left out. docs/datasets.md describes every key that a fetch reads.
+"""
+
+import difflib
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+CONF_FILE = Path(__file__).resolve().parents[2] / "conf" / "datasets.yaml"
+CATEGORIES = (
+    "dense-caption",
+    "image-pointing",
+    "nlp",
+    "molmo2-original",
+    "pixmo",
+    "academic-image",
+    "video-auto",
+    "video-manual",
+    "tracking",
+    "text",
+    "own",
+)
+# Media that no program can get: somebody puts them into manual/.
+BY_HAND = ("manual", "youtube-ids", "render", "unknown")
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Repo = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")]
+Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    """No unknown keys, no conversions: "3" is not a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class HubFiles(_Strict):
+    """Files of a data set repository on the Hub.
+
+    `revision` pins a commit. Without it, the first fetch writes the commit that it got to raw/revisions.json under the
+    data root, and later ones use that.
+    """
+
+    repo: Repo
+    revision: Revision | None = None
+    config: str | list[str] | None = None
+    split: str | None = None
+    other_splits: list[str] = []
+    files: list[str] = []  # patterns in place of config and split; <config> stands for each config
+    filter: str | None = None  # "COLUMN == VALUE": the rows that are meant
+
+    @property
+    def configs(self) -> list[str | None]:
+        return self.config if isinstance(self.config, list) else [self.config]
+
+
+class Source(_Strict):
+    """Where the annotations are."""
+
+    kind: Literal["hf", "url", "manual"]
+    hf: HubFiles | None = None
+    urls: list[Url] = []
+    page: Url | None = None
+    instructions: str | None = None
+    layout: list[str] = []  # patterns of what manual/ must hold
+    note: str | None = None
+    alternates: list[dict[str, Any]] = []
+    raw: dict[str, Any] | None = None
+    unused_configs: list[str] = []
+
+    @model_validator(mode="after")
+    def _has_its_block(self):
+        needed = {"hf": self.hf, "url": self.urls, "manual": self.instructions}[self.kind]
+        if not needed:
+            key = {"hf": "hf", "url": "urls", "manual": "instructions"}[self.kind]
+            raise ValueError(f"kind {self.kind} needs the key {key}")
+        return self
+
+
+class Media(_Strict):
+    """Where the pictures and videos are."""
+
+    kind: Literal["in-parquet", "archive", "url-list", "youtube-ids", "manual", "render", "none", "unknown"]
+    detail: str | None = None
+    page: Url | None = None
+    urls: list[Url] = []  # archives, or single files
+    hf: HubFiles | None = None  # archives or files in a repository
+    columns: list[str] = []  # with addresses (url-list, a string or a list in a row) or YouTube ids
+    sha256: str | None = None  # column with the hash of the bytes
+    layout: list[str] = []  # patterns of what manual/ must hold
+
+    @model_validator(mode="after")
+    def _has_its_columns(self):
+        if self.kind == "url-list" and not self.columns:
+            raise ValueError("kind url-list needs the key columns")
+        if self.sha256 and len(self.columns) != 1:
+            raise ValueError("sha256 names the hash of one column of addresses")
+        return self
+
+
+class HeldOut(_Strict):
+    """A list of pictures that training must not see; no list of addresses gets them."""
+
+    repo: Repo
+    revision: Revision | None = None
+    split: str = "test"
+    column: str = "image_url"
+    sha256: str | None = None
+
+
+class DataSet(_Strict):
+    """One entry. What a fetch and a plan read is typed; the rest is kept as it is."""
+
+    name: Name
+    source: Source
+    media: Media
+    stages: list[Literal[1, 2, 3]] = [2, 3]
+    category: Literal[CATEGORIES] = "own"
+    stage2_category: Literal[CATEGORIES] | None = None
+    modality: Literal["image", "multi-image", "video", "text"] = "image"
+    task: list[str] = []
+    license: str | None = None
+    terms: str | None = None
+    gated: bool | None = None
+    examples: Count | None = None
+    counts: dict[str, int | str] = {}
+    size_gb: float | None = Field(None, gt=0, strict=False)
+    disk_gb: float | None = Field(None, gt=0, strict=False)  # what a fetch takes, where size_gb is something else
+    size_note: str | None = None
+    fields: dict[str, str] | None = None
+    ratio: float | None = Field(None, gt=0, le=1)
+    sft: dict[str, Any] | None = None
+    loss_weight: str | None = None
+    loader: str | None = None
+    confidence: Literal["code", "seed", "report", "unsure"] = "code"
+    note: str | None = None
+    aliases: dict[str, Any] = {}
+    group_of: list[str] | None = None  # stands for other entries, which are in the catalogue, too
+    parent: str | None = None
+    # What tools/prepare.py reads.
+    convert: Any = None
+
+    @model_validator(mode="after")
+    def _stage_1_has_a_ratio(self):
+        if 1 in self.stages and self.ratio is None:
+            raise ValueError("stages has 1, which needs the key ratio")
+        return self
+
+    @property
+    def unsure(self) -> str | None:
+        """Why nothing of this set is fetched: what it holds would be guessed. None: it is known."""
+        if self.confidence == "unsure":
+            return f"which data set this is, is not certain ({self.note})" if self.note else "its source is not certain"
+        if self.fields is None:
+            return f"its columns are not known ({self.note})" if self.note else "its columns are not known"
+        return None
+
+    @property
+    def by_hand(self) -> bool:
+        """Something of this set must be got by the user."""
+        return self.source.kind == "manual" or self.media.kind in BY_HAND
+
+    @property
+    def layout(self) -> list[str]:
+        """Patterns, relative to manual/, each of which must match a file."""
+        if self.source.layout or self.media.layout:
+            return [*self.source.layout, *self.media.layout]
+        if self.media.kind in BY_HAND or self.source.kind == "manual":
+            return ["**/*.mp4"] if self.modality == "video" else ["**/*"]
+        return []
+
+    @property
+    def size(self) -> int:
+        """Training examples, message trees where they are known."""
+        return int(self.counts.get("paper_examples") or self.examples or 0)
+
+
+class Catalogue(_Strict):
+    """conf/datasets.yaml."""
+
+    datasets: list[DataSet]
+    held_out: list[HeldOut] = []
+    schema_version: int = 1
+    about: str | None = None
+    sources: dict[str, str] = {}
+    keys: dict[str, str] = {}
+    stages: dict[int, dict[str, Any]] = {}
+    sampling: dict[str, str] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    tracking_sub_rates: dict[str, float] = {}
+    loss_weights: dict[str, str] = {}
+    related_not_trained: list[dict[str, Any]] = []
+
+    @model_validator(mode="after")
+    def _entries_agree(self):
+        seen = set()
+        for entry in self.datasets:
+            if entry.name.lower() in seen:
+                raise ValueError(f"the name {entry.name} is there twice")
+            seen.add(entry.name.lower())
+        for entry in self.datasets:
+            for member in entry.group_of or []:
+                if member.lower() not in seen:
+                    raise ValueError(f"group_of of {entry.name} names {member}, which is no entry")
+        return self
+
+    @cached_property
+    def sets(self) -> list[DataSet]:
+        """Entries without those that stand for others."""
+        return [entry for entry in self.datasets if not entry.group_of]
+
+    def of_stage(self, stage: int) -> list[DataSet]:
+        return [entry for entry in self.sets if stage in entry.stages]
+
+    def find(self, names: list[str]) -> list[DataSet]:
+        """Entries by name, in the order asked, without regard to case. ValueError: there is none of a name."""
+        by_name = {entry.name.lower(): entry for entry in self.datasets}
+        found: dict[str, DataSet] = {}
+        for name in names:
+            entry = by_name.get(name.lower())
+            if entry is None:
+                close = difflib.get_close_matches(name.lower(), by_name, n=5)
+                close += [key for key in by_name if (name.lower() in key or key in name.lower()) and key not in close]
+                names = ", ".join(by_name[key].name for key in close[:5])
+                hint = f"did you mean {names}" if close else "see python tools/download.py list"
+                raise ValueError(f"there is no data set {name}: {hint}.")
+            for member in entry.group_of or [entry.name]:
+                found.setdefault(member.lower(), by_name[member.lower()])
+        return list(found.values())
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """Refuses a key that is given twice; the last would silently win."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_catalogue(path: Path = CONF_FILE) -> Catalogue:
+    """Read and check a catalogue. ValueError, one sentence: file, entry, key, value and what is wrong."""
+    try:
+        values = yaml.load(Path(path).read_text(), Loader=_Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must be a mapping with the key datasets.")
+    try:
+        return Catalogue.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_sentence(error.errors()[0], values)}.") from error
+
+
+def _sentence(error: dict, values: dict) -> str:
+    """The first mistake that pydantic found, for a person."""
+    where, place = "the catalogue", list(error["loc"])
+    if place[:1] == ["datasets"] and len(place) > 1:
+        entry = values["datasets"][place[1]]
+        name = entry.get("name") if isinstance(entry, dict) else None
+        where, place = f"data set {name}" if name else f"entry {place[1] + 1} of datasets", place[2:]
+    # Parts of a union are named by their type, which says nothing to a person.
+    key = ".".join(str(part) for part in place if not re.match(r"^(list|dict|constrained|str$|int$)", str(part)))
+    if error["type"] == "extra_forbidden":
+        return f"{where} has the unknown key {key}: remove it or mend its spelling"
+    if error["type"] == "missing":
+        return f"{where} lacks the key {key}: add it"
+    if error["type"] == "value_error":
+        return f"{where}{f', {key}' if key else ''}: {error['ctx']['error']}"
+    message = error["msg"].removeprefix("Input ").replace("String should match pattern", "does not match")
+    return f"{where} has {key}={error['input']!r}: it {message}"

@@ -1,0 +1,259 @@
+"""A data set as it was fetched: rows of its annotations, and the files that they name.
+
+    $DATA_ROOT/raw/NAME/
+      hub/            annotation files as they were published (those of the Hub's repository, or of plain addresses)
+      media/          pictures and videos of a list of addresses: sha256(url)[:2]/sha256(url).EXT
+      extracted/      a folder for each archive, with its contents
+      manual/         what only the user could get, in the layout of `tools/download.py how NAME`
+      fetched.json    written last: name, revision, license, splits, counts, bytes, time, complete
+
+tools/download.py writes it. This module only reads, keeps one batch of rows in memory, and may be used by many
+processes at once.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+# Suffixes of files in media/; the writer chooses by content.
+MEDIA_SUFFIXES = (".jpg", ".png", ".webp", ".gif", ".bmp", ".tiff", ".mp4", ".webm", ".mkv", ".avi", ".mov")
+ROW_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
+# Types of what fetched.json says.
+NOTE = {
+    "splits": dict,
+    "media": dict,
+    "counts": dict,
+    "waiting": list,
+    "limit": int,
+    "bytes": int,
+    "revision": str,
+    "stopped": str,
+    "license": str,
+}
+SPLITS = ("train", "validation", "val", "test")
+# More folders in extracted/ or manual/ are not looked through one by one.
+MAX_FOLDERS = 64
+# Rows held at once; a row may hold pictures.
+BATCH_ROWS = 64
+
+
+def media_name(url: str) -> str:
+    """Path, relative to media/ and without its suffix, of what the address holds."""
+    digest = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{digest[:2]}/{digest}"
+
+
+class RawSource:
+    """The fetched data set `name` under the data root `root`."""
+
+    def __init__(self, root: Path, name: str):
+        self.name = name
+        self.folder = Path(root).expanduser() / "raw" / name
+
+    @cached_property
+    def info(self) -> dict:
+        """fetched.json. ValueError: it is not there, so that nothing of this set is known to be whole."""
+        try:
+            info = json.loads((self.folder / "fetched.json").read_text())
+            if not isinstance(info, dict) or not all(
+                info.get(key) is None or isinstance(info[key], kind) for key, kind in NOTE.items()
+            ):
+                raise ValueError("not the note of a fetch")
+            return info
+        except (OSError, ValueError) as error:
+            note = self.folder / "fetched.json"
+            why = f" ({note} cannot be read)" if note.exists() else ""
+            raise ValueError(
+                f"{self.name} is not fetched{why}: run python tools/download.py fetch {self.name}."
+            ) from error
+
+    def files(self, split: str | None = None) -> list[Path]:
+        """Annotation files of a split, or of all, in a fixed order. ValueError: there is no such split."""
+        splits = self.info.get("splits")
+        if splits is None:
+            splits = self._guessed_splits()
+        if split is not None and split not in splits:
+            raise ValueError(f"{self.name} has no split {split}: it has {', '.join(splits) or 'none'}.")
+        chosen = [name for key, names in splits.items() if split in (None, key) for name in names]
+        return [self.folder / name for name in dict.fromkeys(chosen)]
+
+    def rows(self, split: str | None = None) -> Iterator[dict]:
+        """Rows of parquet, JSON lines, JSON (a list's items, or one object), CSV and TSV files with a head line.
+
+        Rows that the catalogue's filter does not mean are left out; a sample (`fetch --limit N`) ends after N rows.
+        ValueError, one sentence: a file cannot be read.
+        """
+        left, condition = self.info.get("limit"), self.info.get("filter")
+        for path in self.files(split):
+            if path.suffix.lower() not in ROW_SUFFIXES:
+                continue
+            for row in read_rows(path):
+                if not matches(row, condition):
+                    continue
+                if left is not None:
+                    if left == 0:
+                        return
+                    left -= 1
+                yield row
+
+    def media(self, key: str) -> Path | None:
+        """The file of an address or of a relative name in a row; None: it was lost, held out, or never fetched.
+
+        A name is looked for in media/, extracted/, each archive's folder, manual/ and hub/. One that is not there is
+        tried again without its first folders, as long as a folder is left.
+        """
+        if "://" in key:
+            stem = self.folder / "media" / media_name(key)
+            return next((path for suffix in MEDIA_SUFFIXES if (path := stem.with_suffix(suffix)).is_file()), None)
+        parts = PurePosixPath(key.replace("\\", "/")).parts
+        if not parts or ".." in parts or parts[0] == "/" or "\0" in key:
+            return None
+        while True:
+            for root in self._media_roots:
+                path = root.joinpath(*parts)
+                if path.is_file():
+                    return path
+            if len(parts) <= 2:
+                return None
+            parts = parts[1:]
+
+    @cached_property
+    def _media_roots(self) -> list[Path]:
+        roots = [self.folder / "media"]
+        for name in ("extracted", "manual"):
+            folder = self.folder / name
+            inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+            inside = [path for path in inside if not path.name.startswith(".")]
+            # Where each of thousands of videos came as an archive, names begin with the archive's.
+            roots += [folder, *(inside if len(inside) <= MAX_FOLDERS else [])]
+        return [root for root in (*roots, self.folder / "hub") if root.is_dir()]
+
+    def _guessed_splits(self) -> dict[str, list[str]]:
+        """Of files that were put there without fetched.json's list: by the first word of a file or its folder."""
+        splits: dict[str, list[str]] = {}
+        for path in sorted((self.folder / "hub").rglob("*")):
+            relative = path.relative_to(self.folder)
+            if path.suffix.lower() in ROW_SUFFIXES and not any(part.startswith(".") for part in relative.parts):
+                words = [part.replace("_", "-").replace(".", "-").split("-")[0] for part in relative.parts[1:]]
+                split = next((word for word in reversed(words) if word in SPLITS), "train")
+                splits.setdefault(split, []).append(str(relative))
+        return splits
+
+
+def read_rows(path: Path, suffix: str | None = None) -> Iterator[dict]:
+    """Rows of one file, of the type that `suffix` or its own says. ValueError, one sentence, names file and line."""
+    suffix = (suffix or path.suffix).lower()
+    try:
+        if suffix == ".parquet":
+            for batch in _parquet(path).iter_batches(batch_size=BATCH_ROWS):
+                yield from batch.to_pylist()
+        elif suffix == ".arrow":
+            yield from _arrow_rows(path)
+        elif suffix == ".jsonl":
+            with path.open("rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield _object(json.loads(line), f"line {number}")
+        elif suffix == ".json":
+            for number, value in enumerate(json_values(path), 1):
+                yield _object(value, f"item {number}")
+        elif suffix in (".csv", ".tsv"):
+            with path.open(newline="", encoding="utf-8-sig") as lines:
+                yield from csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
+        else:
+            raise ValueError(f"its suffix is none of {', '.join(ROW_SUFFIXES)}")
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+
+
+def json_values(path: Path) -> list:
+    """Items of a JSON file's list, its one value, or, as is common, the values of JSON lines. ValueError: neither."""
+    content = path.read_bytes()
+    try:
+        values = json.loads(content)
+    except ValueError:
+        values = [json.loads(line) for line in content.splitlines() if line.strip()]
+    return values if isinstance(values, list) else [values]
+
+
+def num_rows(path: Path) -> int:
+    """Rows of one file, for parquet without reading them."""
+    if path.suffix.lower() == ".parquet":
+        try:
+            return _parquet(path).metadata.num_rows
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+    return sum(1 for _ in read_rows(path))
+
+
+def column_values(path: Path, columns: list[str]) -> Iterator[dict]:
+    """As `read_rows`, but with these columns alone: a parquet file's pictures stay on the disk.
+
+    ValueError: the file lacks a column.
+    """
+    if path.suffix.lower() != ".parquet":
+        for row in read_rows(path):
+            yield {column: row[column] for column in columns if column in row}
+        return
+    file = _parquet(path)
+    known = file.schema_arrow.names
+    try:
+        for batch in file.iter_batches(batch_size=4096, columns=[column for column in columns if column in known]):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+
+
+def matches(row: dict, condition: str | None) -> bool:
+    """Does a row meet "COLUMN == VALUE"?"""
+    column, _, value = (condition or "").partition("==")
+    return not condition or str(row.get(column.strip())) == value.strip()
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the files below a folder; a file with several names counts once, links are not followed."""
+    total, seen = 0, set()
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            try:
+                stat = os.lstat(os.path.join(directory, name))
+            except OSError:
+                continue
+            if stat.st_nlink == 1 or (stat.st_dev, stat.st_ino) not in seen:
+                seen.add((stat.st_dev, stat.st_ino))
+                total += stat.st_size
+    return total
+
+
+def _parquet(path: Path):
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ValueError("parquet files need the package pyarrow: pip install pyarrow") from error
+    try:
+        return ParquetFile(path)
+    except ArrowException as error:
+        raise ValueError(f"{path} is not a parquet file: {error}") from error
+
+
+def _arrow_rows(path: Path) -> Iterator[dict]:
+    """Of a file that the library `datasets` saved (save_to_disk: Arrow's stream format)."""
+    try:
+        from pyarrow import ipc, memory_map
+    except ImportError as error:
+        raise ValueError("arrow files need the package pyarrow: pip install pyarrow") from error
+    with memory_map(str(path)) as file, ipc.open_stream(file) as batches:
+        for batch in batches:
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                yield from batch.slice(start, BATCH_ROWS).to_pylist()
+
+
+def _object(value, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not an object")
+    return value

@@ -1,0 +1,1 @@
+"""Configuration: the typed schema behind conf/ and the checks of what cannot work."""

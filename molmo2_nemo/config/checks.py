@@ -1,0 +1,323 @@
+"""Checks of the configuration that need no GPU, no data and no process group. All of them raise ConfigError."""
+
+import importlib.util
+import re
+import signal
+
+from molmo2_nemo.config.components import COMPONENTS
+from molmo2_nemo.config.errors import ConfigError, check_choice, refuse
+from molmo2_nemo.config.megatron_fields import check_megatron_fields
+from molmo2_nemo.config.schema import (
+    EXTRA_TOKENS,
+    FP8_RECIPE,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    VisionConfig,
+)
+
+
+def check(cfg: Config, world_size: int) -> None:
+    """All checks that need no data on disk. Raises ConfigError with one sentence."""
+    check_settings(cfg, world_size)
+    check_megatron_fields(cfg)
+
+
+def check_settings(cfg: Config, world_size: int) -> None:
+    """Those of `check` that do not import Megatron."""
+    check_choice("stage", cfg.stage, ("stage1", "stage2", "stage3"))
+    check_model(cfg.model)
+    check_parallel(cfg.parallel, cfg.model, world_size)
+    t, p = cfg.train, cfg.parallel
+    multiple = row_multiple(p, t.precision, cfg.transformer.get("fp8_recipe", FP8_RECIPE))
+    check_data(cfg.data, cfg.model.vision, p, multiple)
+    check_choice("train.device", t.device, ("auto", "cpu", "cuda"))
+    check_choice("train.precision", t.precision, ("auto", "fp32", "bf16", "fp8"))
+    given = t.init_from
+    refuse(
+        not (given is None or isinstance(given, str))
+        and not (isinstance(given, list) and len(given) == 2 and all(isinstance(folder, str) for folder in given)),
+        f"train.init_from={given} must be one folder, or two: 'train.init_from=[LLM_DIR,SIGLIP2_DIR]'.",
+    )
+    check_choice("train.async_checkpoint", t.async_checkpoint, ("auto", "true", "false"))
+    check_choice("optim.decay", cfg.optim.decay, ("cosine", "linear", "constant"))
+    for key in (
+        "max_steps",
+        "micro_batch_size",
+        "global_batch_size",
+        "save_every",
+        "keep_last",
+        "log_every",
+        "max_skipped_steps",
+    ):
+        refuse(getattr(t, key) < 1, f"train.{key}={getattr(t, key)} must be at least 1.")
+    for key in ("keep_every", "generate_every", "generate_examples", "vision_chunk_crops"):
+        refuse(getattr(t, key) < 0, f"train.{key}={getattr(t, key)} must not be negative.")
+    refuse(
+        t.generate_every > 0
+        and not (t.generate_examples > 0 and 0 < t.generate_max_tokens <= cfg.data.seq_length // 2),
+        f"train.generate_every={t.generate_every} needs train.generate_examples={t.generate_examples} of at least 1,"
+        f" and train.generate_max_tokens={t.generate_max_tokens} between 1 and half of"
+        f" data.seq_length={cfg.data.seq_length}.",
+    )
+    refuse(
+        t.stop_after_minutes is not None and not t.stop_after_minutes > 0,
+        f"train.stop_after_minutes={t.stop_after_minutes} must be above 0, or null for no limit.",
+    )
+    for name in t.stop_signals:
+        refuse(
+            name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"),
+            f"train.stop_signals: {name} is no signal that a program can catch; use names such as SIGTERM, SIGUSR1.",
+        )
+    for key in ("clip_grad", "z_loss"):
+        refuse(not getattr(cfg.optim, key) >= 0, f"optim.{key}={getattr(cfg.optim, key)} must not be negative.")
+    for pattern in cfg.optim.freeze_patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"optim.freeze_patterns: {pattern} is no regular expression ({error}).") from None
+    refuse(
+        t.wandb_project is not None and importlib.util.find_spec("wandb") is None,
+        f"train.wandb_project={t.wandb_project}, but wandb is not installed: pip install wandb, or leave the key out.",
+    )
+    ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
+    rows = t.micro_batch_size * (world_size // ranks)
+    refuse(
+        t.global_batch_size % rows != 0,
+        f"train.global_batch_size={t.global_batch_size} is not a multiple of train.micro_batch_size="
+        f"{t.micro_batch_size} x {world_size // ranks} data-parallel ranks = {rows}: use "
+        f"{-(-t.global_batch_size // rows) * rows}.",
+    )
+    micro_batches = t.global_batch_size // rows
+    refuse(
+        p.virtual_pipeline_model_parallel_size is not None and micro_batches % p.pipeline_model_parallel_size != 0,
+        f"parallel.virtual_pipeline_model_parallel_size={p.virtual_pipeline_model_parallel_size} needs micro-batches"
+        f" per step ({micro_batches}) in multiples of"
+        f" parallel.pipeline_model_parallel_size={p.pipeline_model_parallel_size}: change train.global_batch_size or"
+        " train.micro_batch_size.",
+    )
+    refuse(
+        all(getattr(cfg.optim, c).freeze for c in COMPONENTS),
+        "optim.vit.freeze, optim.connector.freeze and optim.llm.freeze are all true: nothing would be trained.",
+    )
+    check_engine(cfg)
+
+
+def check_model(m: ModelConfig) -> None:
+    """Refuse an architecture that cannot be built. Raises ConfigError."""
+    v = m.vision
+    check_choice("model.qk_norm", m.qk_norm, ("per_head", "full_width"))
+    refuse(
+        m.num_attention_heads % m.num_query_groups != 0,
+        f"model.num_attention_heads={m.num_attention_heads} is not divisible by "
+        f"model.num_query_groups={m.num_query_groups}: give each key/value head a whole number of query heads.",
+    )
+    refuse(
+        v.image_size % v.patch_size != 0,
+        f"model.vision.image_size={v.image_size} is not a multiple of model.vision.patch_size={v.patch_size}: "
+        f"use {v.image_size // v.patch_size * v.patch_size}.",
+    )
+    refuse(
+        v.image_size // v.patch_size <= 2 * v.overlap_margin,
+        f"model.vision.overlap_margin={v.overlap_margin} leaves nothing of a crop of "
+        f"{v.image_size // v.patch_size} patches: make it smaller.",
+    )
+    bad = [layer for layer in m.vit.feature_layers if not -m.vit.num_layers <= layer < m.vit.num_layers]
+    refuse(
+        bool(bad),
+        f"model.vit.feature_layers={m.vit.feature_layers} names layers outside the {m.vit.num_layers} of "
+        "model.vit.num_layers: correct one of the two.",
+    )
+    refuse(
+        m.additional_vocab_size < len(EXTRA_TOKENS),
+        f"model.additional_vocab_size={m.additional_vocab_size} cannot hold the {len(EXTRA_TOKENS)} special "
+        "tokens: use 128.",
+    )
+
+
+def check_parallel(p: ParallelConfig, m: ModelConfig, world_size: int) -> None:
+    """Refuse a layout the model or the number of ranks does not allow. Raises ConfigError."""
+    tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        refuse(getattr(p, key) < 1, f"parallel.{key}={getattr(p, key)} must be at least 1.")
+    check_choice("parallel.cp_comm_type", p.cp_comm_type, ("a2a", "all_gather"))
+    check_choice("parallel.layer_spec", p.layer_spec, ("auto", "local", "transformer_engine"))
+    refuse(
+        world_size % (tp * pp * cp) != 0,
+        f"{world_size} rank(s) cannot be divided into groups of parallel.tensor_model_parallel_size={tp} x "
+        f"pipeline_model_parallel_size={pp} x context_parallel_size={cp} = {tp * pp * cp}: start a multiple of "
+        f"{tp * pp * cp} ranks (torchrun --nproc-per-node) or lower one of the three.",
+    )
+    refuse(128 % tp != 0, f"parallel.tensor_model_parallel_size={tp} must be a power of two up to 128.")
+    for key, value in (("num_attention_heads", m.num_attention_heads), ("num_query_groups", m.num_query_groups)):
+        refuse(
+            value % tp != 0,
+            f"parallel.tensor_model_parallel_size={tp} does not divide model.{key}={value}: "
+            f"choose a tensor parallel size that divides {value}.",
+        )
+    refuse(
+        m.ffn_hidden_size % tp != 0,
+        f"parallel.tensor_model_parallel_size={tp} does not divide model.ffn_hidden_size={m.ffn_hidden_size}.",
+    )
+    refuse(
+        p.cp_comm_type == "a2a" and m.num_attention_heads % (tp * cp) != 0,
+        f"parallel.context_parallel_size={cp} with cp_comm_type=a2a needs model.num_attention_heads="
+        f"{m.num_attention_heads} divisible by tensor x context parallel size = {tp * cp}: lower one of them or "
+        "set parallel.cp_comm_type=all_gather.",
+    )
+    refuse(
+        p.sequence_parallel and tp == 1,
+        "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1: set one or the other.",
+    )
+    layers_per_stage(p, m)
+    pieces = p.virtual_pipeline_model_parallel_size
+    refuse(
+        pieces is not None
+        and (pieces < 2 or pp == 1 or len(set(layers_per_stage(p, m))) > 1 or m.num_layers % (pp * pieces)),
+        f"parallel.virtual_pipeline_model_parallel_size={pieces} must be 2 or more, with"
+        f" pipeline_model_parallel_size={pp} above 1 and model.num_layers={m.num_layers} a multiple of their product,"
+        " without uneven first or last stages; null is the plain schedule.",
+    )
+
+
+def layers_per_stage(p: ParallelConfig, m: ModelConfig) -> list[int]:
+    """Decoder layers on each pipeline stage. Raises ConfigError when they cannot be dealt out."""
+    pp = p.pipeline_model_parallel_size
+    first, last = p.num_layers_in_first_pipeline_stage, p.num_layers_in_last_pipeline_stage
+    if pp == 1:
+        refuse(
+            first is not None or last is not None,
+            "parallel.num_layers_in_first/last_pipeline_stage needs parallel.pipeline_model_parallel_size > 1.",
+        )
+        return [m.num_layers]
+    fixed = [n for n in (first, last) if n is not None]
+    rest, stages = m.num_layers - sum(fixed), pp - len(fixed)
+    refuse(
+        min(fixed, default=1) < 1 or rest < stages or (rest % stages if stages else rest) != 0,
+        f"model.num_layers={m.num_layers} cannot be dealt to parallel.pipeline_model_parallel_size={pp} stages with "
+        f"num_layers_in_first_pipeline_stage={first} and num_layers_in_last_pipeline_stage={last}: the layers left "
+        "over must be a positive multiple of the stages left over.",
+    )
+    middle = [rest // stages] * stages if stages else []
+    return ([first] if first else []) + middle + ([last] if last else [])
+
+
+def row_multiple(p: ParallelConfig, precision: str = "auto", fp8_recipe: str = FP8_RECIPE) -> tuple[int, str]:
+    """What a row's tokens must be a multiple of, and why: every rank's part is whole, in FP8 a multiple of 16 or 32.
+
+    16 is what FP8 matrix products need, 32 mxfp8 with its blocks (megatron.core.fp8_utils.get_fp8_align_size).
+    """
+    align = 1 if precision != "fp8" else 32 if fp8_recipe == "mxfp8" else 16
+    shared = p.tensor_model_parallel_size if p.sequence_parallel else 1
+    reason = f"context parallel {p.context_parallel_size}"
+    reason += f" x tensor parallel {shared} with sequence_parallel" if p.sequence_parallel else ""
+    return p.context_parallel_size * shared * align, reason + (f" x {align} for FP8" if align > 1 else "")
+
+
+def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig, multiple: tuple[int, str] | None = None) -> None:
+    """Refuse budgets that hold nothing. multiple: of a row's tokens, see row_multiple. Raises ConfigError."""
+    check_choice("data.loss_weighting", d.loss_weighting, ("flat", "root", "root_report"))
+    check_choice("data.style_prefix", d.style_prefix, ("length", "demo"))
+    check_choice("data.prompts", d.prompts, ("templates", "none"))
+    refuse(not 0 <= d.max_error_rate <= 1, f"data.max_error_rate={d.max_error_rate} is not between 0 and 1.")
+    multiple, reason = multiple or row_multiple(p)
+    refuse(
+        d.seq_length < 1 or d.seq_length % multiple != 0,
+        f"data.seq_length={d.seq_length} is not a positive multiple of {multiple} ({reason}): use "
+        f"{max(1, -(-d.seq_length // multiple)) * multiple}.",
+    )
+    refuse(
+        d.max_crops < d.max_crops_per_image + 1,
+        f"data.max_crops={d.max_crops} cannot hold one image of data.max_crops_per_image={d.max_crops_per_image} "
+        f"tiles and its overview: use at least {d.max_crops_per_image + 1}.",
+    )
+    refuse(
+        d.max_frames < 1 or d.max_frames > d.max_crops,
+        f"data.max_frames={d.max_frames} does not fit data.max_crops={d.max_crops} (a frame is one crop): lower "
+        "the one or raise the other.",
+    )
+    side = v.image_size // v.patch_size
+    tokens = 2 * (-(-side // v.image_pooling)) ** 2
+    refuse(
+        d.seq_length <= tokens,
+        f"data.seq_length={d.seq_length} cannot hold the {tokens} patch tokens of the smallest image: raise it.",
+    )
+    for key in ("packing_buffer_size", "max_crops_per_image", "max_images", "high_res_crops"):
+        refuse(getattr(d, key) < 1, f"data.{key}={getattr(d, key)} must be at least 1.")
+    refuse(d.num_workers < 0, f"data.num_workers={d.num_workers} must not be negative.")
+
+
+def check_engine(cfg: Config) -> None:
+    """Refuse settings of FP8, overlap and offload that exclude each other. Raises ConfigError.
+
+    What depends on the GPU and on installed libraries is in gpu.check_device.
+    """
+    t, p, m, train = cfg.transformer, cfg.parallel, cfg.model, cfg.train
+    tp, fp8, local = p.tensor_model_parallel_size, train.precision == "fp8", p.layer_spec == "local"
+    recipe = t.get("fp8_recipe", FP8_RECIPE)
+    check_choice("transformer.fp8_recipe", recipe, ("delayed", "tensorwise", "blockwise", "mxfp8"))
+    refuse(
+        fp8 and local,
+        "train.precision=fp8 needs Transformer Engine's layers: set parallel.layer_spec=transformer_engine.",
+    )
+    for key in ("fp8_recipe", "first_last_layers_bf16"):
+        refuse(bool(t.get(key)) and not fp8, f"transformer.{key}={t.get(key)} needs train.precision=fp8: set it, too.")
+    refuse(train.vit_fp8 and not fp8, "train.vit_fp8=true needs train.precision=fp8: set it, too.")
+    refuse(
+        train.vit_fp8 and recipe == "delayed",
+        "train.vit_fp8=true does not work with transformer.fp8_recipe=delayed, whose maxima all ranks share after each"
+        " pass of the vision transformer, since ranks encode different numbers of chunks: use tensorwise or blockwise.",
+    )
+    bf16_layers = t.get("first_last_layers_bf16", False)
+    refuse(
+        bool(bf16_layers) and recipe == "delayed",
+        "transformer.first_last_layers_bf16=true does not work with transformer.fp8_recipe=delayed, which is switched"
+        " on for all layers at once: use tensorwise or blockwise.",
+    )
+    for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        refuse(
+            key in t and not bf16_layers,
+            f"transformer.{key}={t.get(key)} needs transformer.first_last_layers_bf16=true.",
+        )
+    widths = {
+        "model.hidden_size": m.hidden_size,
+        "model.ffn_hidden_size": m.ffn_hidden_size // tp,
+        "model.num_attention_heads x head_dim": m.num_attention_heads * m.head_dim // tp,
+        "model.num_query_groups x head_dim": m.num_query_groups * m.head_dim // tp,
+    }
+    if train.vit_fp8:
+        widths.update({"model.vit.hidden_size": m.vit.hidden_size, "model.vit.ffn_hidden_size": m.vit.ffn_hidden_size})
+    align = 32 if recipe == "mxfp8" else 16
+    for key, width in widths.items():
+        refuse(
+            fp8 and width % align != 0,
+            f"train.precision=fp8 with {recipe} scaling needs widths in multiples of {align}, and a rank's part of"
+            f" {key} is {width}: use train.precision=bf16"
+            + (" or another transformer.fp8_recipe." if align > 16 else "."),
+        )
+    if t.get("cpu_offloading"):
+        refuse(
+            local,
+            "transformer.cpu_offloading=true needs Transformer Engine: set parallel.layer_spec=transformer_engine.",
+        )
+        refuse(
+            p.pipeline_model_parallel_size > 1 or t.get("recompute_granularity") is not None,
+            "transformer.cpu_offloading=true works with neither pipeline parallelism nor"
+            " transformer.recompute_granularity: drop the one or the other.",
+        )
+        refuse(
+            not 0 < t.get("cpu_offloading_num_layers", 0) < m.num_layers,
+            f"transformer.cpu_offloading_num_layers={t.get('cpu_offloading_num_layers', 0)} must be at least 1 and"
+            f" below model.num_layers={m.num_layers}.",
+        )
+    refuse(
+        bool(t.get("tp_comm_overlap")) and (local or not p.sequence_parallel),
+        "transformer.tp_comm_overlap=true needs parallel.sequence_parallel=true and Transformer Engine's layers "
+        "(parallel.layer_spec=transformer_engine).",
+    )
+    for key in ("overlap_grad_reduce", "use_distributed_optimizer"):
+        refuse(
+            bool(cfg.ddp.get("overlap_param_gather")) and cfg.ddp.get(key) is False,
+            f"ddp.overlap_param_gather=true needs ddp.{key}, which is false: leave that out, it is then switched on.",
+        )

@@ -1,0 +1,589 @@
+"""What a run needs before anything is queued: parameters, memory of a GPU by part, and what would make it fit.
+
+Pure arithmetic on the configuration: imports neither torch nor Megatron. Formulas follow what the model's code
+keeps for its backward pass (model/layers.py, model/vision.py, model/loss.py) and what Megatron-Core allocates;
+docs/planner.md lists them with the accuracy that was measured. Letters: n tokens that a rank holds of a
+micro-batch, H hidden size, N and G query and key/value heads, D head size, F width of the MLP, t, c, p, d sizes of
+tensor, context, pipeline and data parallelism, e bytes of an activation.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from molmo2_nemo.config.checks import check_settings, layers_per_stage
+from molmo2_nemo.config.components import component_of, is_frozen
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import Config, ModelConfig, padded_vocab_size
+from molmo2_nemo.planner.work import row_work
+
+GIB = 2**30
+H100_GIB = 79.6  # of an H100 80GB HBM3, as nvidia-smi shows it
+RESERVE_GIB = 4.0  # assumed, unmeasured: CUDA context, NCCL and cuBLAS buffers, holes of the allocator
+CHUNK_ELEMENTS = 2**26  # model/loss.py
+DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+
+
+# Moments of a step at which memory may be at its peak.
+HEAD, DECODER, VISION, OPTIMIZER = PHASES = ("head backward", "decoder backward", "vision backward", "optimizer step")
+
+
+@dataclass
+class Part:
+    """A share of a rank's memory. phases: those of PHASES in which it is there."""
+
+    name: str
+    bytes: float
+    reason: str
+    phases: tuple[str, ...] = PHASES
+
+
+@dataclass
+class Job:
+    """A configuration on so many GPUs. precision: fp32 | bf16 | fp8; layer_spec: local | transformer_engine."""
+
+    config: Config
+    gpus: int
+    device: str = "cuda"
+
+    def __post_init__(self):
+        p, t = self.config.parallel, self.config.train
+        self.t, self.p, self.c = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
+        self.d = self.gpus // (self.t * self.p * self.c)
+        self.precision = t.precision if t.precision != "auto" else {"cuda": "bf16", "cpu": "fp32"}[self.device]
+        self.e = 4 if self.precision == "fp32" else 2
+        # `auto` may end in either on a GPU: the local layers keep more.
+        self.layer_spec = "local" if p.layer_spec == "auto" and self.precision != "fp8" else p.layer_spec
+        self.layer_spec = "transformer_engine" if self.layer_spec == "auto" else self.layer_spec
+        self.micro_batches = t.global_batch_size // (t.micro_batch_size * self.d)
+        self.rows, self.seq_length = t.micro_batch_size, self.config.data.seq_length
+        self.tokens = self.rows * self.seq_length // self.c  # n
+        self.sequence = self.t if p.sequence_parallel else 1  # ranks that split norms and residuals
+        self.layers = layers_per_stage(p, self.config.model)
+        self.distributed = self.ddp("use_distributed_optimizer", self.device == "cuda")
+        self.work = row_work(self.config)
+        self.dropout = getattr(self.config.schedule, self.config.stage).hidden_dropout > 0
+        check_recompute(self.config.transformer, min(self.layers))
+
+    def transformer(self, key: str, default=None):
+        return self.config.transformer.get(key, default)
+
+    def ddp(self, key: str, default=None):
+        return self.config.ddp.get(key, default)
+
+    def overlaps(self, key: str) -> bool:
+        """Whether a collective of data parallelism overlaps with computation: on a GPU unless it is switched off."""
+        return self.ddp(key, self.device == "cuda" and self.distributed)
+
+    def optimizer(self, key: str, default=None):
+        return self.config.optimizer.get(key, default)
+
+
+def check_recompute(transformer: dict, layers: int) -> None:
+    """Refuse what Megatron would refuse later. Raises ConfigError."""
+    granularity, method = transformer.get("recompute_granularity"), transformer.get("recompute_method")
+    count = transformer.get("recompute_num_layers")
+    if granularity not in (None, "full", "selective"):
+        raise ConfigError(f"transformer.recompute_granularity={granularity} is unknown: choose full or selective.")
+    if granularity == "full" and (method not in ("uniform", "block") or not isinstance(count, int) or count < 1):
+        raise ConfigError(
+            f"transformer.recompute_granularity=full with recompute_method={method} and recompute_num_layers={count}:"
+            " set transformer.recompute_method to uniform or block and transformer.recompute_num_layers to 1 or more."
+        )
+    if granularity == "selective" and (method is not None or count is not None):
+        raise ConfigError(
+            "transformer.recompute_granularity=selective takes transformer.recompute_modules, not recompute_method or "
+            "recompute_num_layers."
+        )
+
+
+# ---- parameters ----
+
+
+def parameters(m: ModelConfig) -> Iterator[tuple[str, int, bool]]:
+    """(name, elements, whether tensor parallel ranks split it) of every parameter, named as on a single rank."""
+    vit, connector, H = m.vit, m.connector, m.hidden_size
+    heads, inner = vit.num_attention_heads * vit.head_dim, connector.num_attention_heads * connector.head_dim
+    features = vit.hidden_size * len(vit.feature_layers)
+    v, f = vit.hidden_size, vit.ffn_hidden_size
+    yield "vision.vit.position_embedding", m.vision.patches_per_crop * v, False
+    yield from _linear("vision.vit.patch_embedding", m.vision.patch_dim, v, True, False)
+    for layer in range(vit.num_layers):
+        at = f"vision.vit.encoder.layers.{layer}"
+        for norm in ("input_layernorm", "pre_mlp_layernorm"):
+            yield from _linear(f"{at}.{norm}", 1, v, True, False)
+        for name, width_in, width_out in (
+            ("self_attention.linear_qkv", v, 3 * heads),
+            ("self_attention.linear_proj", heads, v),
+            ("mlp.linear_fc1", v, f),
+            ("mlp.linear_fc2", f, v),
+        ):
+            yield from _linear(f"{at}.{name}", width_in, width_out, True, False)
+    for name in ("query", "key", "value"):
+        yield from _linear(f"vision.connector.{name}", features, inner, True, False)
+    yield from _linear("vision.connector.output", inner, connector.hidden_size, True, False)
+    projector = "vision.connector.projector"
+    yield from _linear(f"{projector}.linear_fc1", connector.hidden_size, 2 * connector.ffn_hidden_size, False, False)
+    yield from _linear(f"{projector}.linear_fc2", connector.ffn_hidden_size, H, False, False)
+    rows = padded_vocab_size(m.vocab_size)
+    yield "embedding.word_embeddings.weight", rows * H, True
+    yield "embedding.extra_embedding", m.additional_vocab_size * H, False
+    queries, keys = m.num_attention_heads * m.head_dim, m.num_query_groups * m.head_dim
+    for layer in range(m.num_layers):
+        at = f"decoder.layers.{layer}"
+        norms = ("post_attention_norm", "post_mlp_norm") if m.norm_after else ("input_layernorm", "pre_mlp_layernorm")
+        for norm in norms:
+            yield f"{at}.{norm}.weight", H, False
+        full = m.qk_norm == "full_width"
+        yield f"{at}.self_attention.q_layernorm.weight", queries if full else m.head_dim, False
+        yield f"{at}.self_attention.k_layernorm.weight", keys if full else m.head_dim, False
+        yield f"{at}.self_attention.linear_qkv.weight", H * (queries + 2 * keys), True
+        yield f"{at}.self_attention.linear_proj.weight", queries * H, True
+        yield f"{at}.mlp.linear_fc1.weight", H * 2 * m.ffn_hidden_size, True
+        yield f"{at}.mlp.linear_fc2.weight", m.ffn_hidden_size * H, True
+    yield "decoder.final_layernorm.weight", H, False
+    if not m.tie_embeddings:
+        yield "output_layer.weight", rows * H, True
+
+
+def _linear(name: str, width_in: int, width_out: int, bias: bool, split: bool) -> Iterator[tuple[str, int, bool]]:
+    yield f"{name}.weight", width_in * width_out, split
+    if bias:
+        yield f"{name}.bias", width_out, split
+
+
+def stage_of(name: str, job: Job) -> int:
+    """The pipeline stage that holds a parameter."""
+    if name.startswith(("vision.", "embedding.")):
+        return 0
+    if not name.startswith("decoder.layers."):
+        return job.p - 1
+    layer = int(name.split(".")[2])
+    pieces = job.config.parallel.virtual_pipeline_model_parallel_size
+    if pieces:
+        return layer // (job.config.model.num_layers // (job.p * pieces)) % job.p
+    stage = 0
+    while layer >= job.layers[stage]:
+        layer, stage = layer - job.layers[stage], stage + 1
+    return stage
+
+
+@dataclass
+class Counts:
+    """Parameters of a rank or of the model."""
+
+    trained: int = 0
+    frozen: int = 0
+    trained_vision: int = 0
+    trained_head: int = 0
+    decoder_linear: int = 0  # weights of the decoder layers' matrix products
+
+    @property
+    def total(self) -> int:
+        return self.trained + self.frozen
+
+
+def count_parameters(job: Job) -> tuple[dict[str, Counts], list[Counts]]:
+    """(the whole model's by component, one rank's by pipeline stage)."""
+    optim, m = job.config.optim, job.config.model
+    by_component: dict[str, Counts] = {}
+    by_stage = [Counts() for _ in range(job.p)]
+    tied_copy = [("output_layer.weight", padded_vocab_size(m.vocab_size) * m.hidden_size, True)]
+    named = [*parameters(m), *(tied_copy if m.tie_embeddings and job.p > 1 else [])]
+    for name, elements, split in named:
+        frozen = is_frozen(name, optim, m.tie_embeddings)
+        is_copy = m.tie_embeddings and name.startswith("output_layer.")
+        rank = by_stage[stage_of(name, job)]
+        for counts, number in (
+            (by_component.setdefault(component_of(name), Counts()), 0 if is_copy else elements),
+            (rank, elements // job.t if split else elements),
+        ):
+            counts.trained += 0 if frozen else number
+            counts.frozen += number if frozen else 0
+            counts.trained_vision += number if name.startswith("vision.") and not frozen else 0
+            counts.trained_head += number if name.startswith("output_layer.") and not frozen else 0
+            counts.decoder_linear += number if ".linear_" in name and name.startswith("decoder.") else 0
+    if m.tie_embeddings and job.p == 1 and not is_frozen("output_layer.weight", optim, True):
+        by_stage[0].trained_head = padded_vocab_size(m.vocab_size) * m.hidden_size // job.t
+    return by_component, by_stage
+
+
+# ---- memory of one rank ----
+
+
+def state_parts(job: Job, counts: Counts) -> list[Part]:
+    """Weights, gradients and optimizer state.
+
+    Megatron-Core: distributed/param_and_grad_buffer.py (one gradient buffer), optimizer/distrib_optimizer.py
+    (ZeRO-1 over data and context parallel ranks), optimizer/optimizer.py (without: float32 copies of bf16 weights).
+    """
+    trained, shards = counts.trained, job.d * job.c if job.distributed else 1
+    in_fp32 = job.ddp("grad_reduce_in_fp32", True) or job.precision == "fp32"
+    parts = [Part("weights", job.e * counts.total, f"{job.e} bytes x {counts.total:,} parameters of this rank")]
+    if job.precision == "fp8":
+        parts.append(
+            Part(
+                "FP8 copies of weights",
+                2 * counts.decoder_linear,
+                "1 byte each way round, kept over a step's micro-batches",
+            )
+        )
+    parts.append(
+        Part(
+            "gradients",
+            (4 if in_fp32 else 2) * trained,
+            f"{'float32' if in_fp32 else 'bf16'} buffer of {trained:,} trained parameters (ddp.grad_reduce_in_fp32)",
+        )
+    )
+    precise = job.optimizer("use_precision_aware_optimizer", False)
+    moments = sum(
+        DTYPE_BYTES[job.optimizer(key, "fp32")] if precise else 4 for key in ("exp_avg_dtype", "exp_avg_sq_dtype")
+    )
+    master = (
+        0 if job.precision == "fp32" else (DTYPE_BYTES[job.optimizer("main_params_dtype", "fp32")] if precise else 4)
+    )
+    on_gpu = 1.0
+    if job.optimizer("optimizer_cpu_offload", False):
+        on_gpu = 1 - job.optimizer("optimizer_offload_fraction", 0.0)
+    kept = (moments * on_gpu + master * (on_gpu if precise else 1)) * trained / shards
+    where = ""
+    if shards > 1:
+        whole = (moments + master) * trained / GIB
+        where = f" over {shards} data x context parallel ranks; {whole:.1f} GiB without ddp.use_distributed_optimizer"
+    parts.append(
+        Part(
+            "optimizer",
+            kept,
+            f"Adam's moments{' and float32 weights' if master else ''}, {moments + master} bytes each"
+            + where
+            + ("" if on_gpu == 1 else f"; {1 - on_gpu:.0%} on the host"),
+        )
+    )
+    # torch's Adam makes a list of temporaries for all parameters at once; the fused ones make none.
+    temporary = 4 * trained / shards * on_gpu + (4 * counts.trained_vision if job.t > 1 else 0)
+    parts.append(
+        Part(
+            "optimizer's temporaries",
+            temporary,
+            "torch's Adam; the vision tower's gradients as one tensor",
+            (OPTIMIZER,),
+        )
+    )
+    return parts
+
+
+def layer_bytes(job: Job) -> dict[str, float]:
+    """Bytes that one decoder layer keeps of a micro-batch for its backward pass, by what recomputation may drop.
+
+    Each entry is what model/layers.py and Megatron's layers save: the inputs of matrix products, what norms, RoPE, the
+    activation function and attention need.
+    """
+    m, n, e, t = job.config.model, job.tokens, job.e, job.t
+    H, F, D = m.hidden_size, m.ffn_hidden_size / t, m.head_dim
+    q, k = m.num_attention_heads * D / t, m.num_query_groups * D / t
+    te = job.layer_spec == "transformer_engine"
+    product = 1 if job.precision == "fp8" else e  # an input of a matrix product
+    # A norm of width 1: its input in float32 and the normalised input (local), or its input alone (TE).
+    norm = e if te else (4 + e)
+    own = n / job.sequence
+    heads = m.num_attention_heads / t + m.num_query_groups / t
+    # The projection itself stays, since the values are a view of it, and in float32 the norms' inputs are as well,
+    # unless heads are grouped: then queries are a copy.
+    qk_inputs = (q if job.config.model.num_query_groups != m.num_attention_heads else 0) if e == 4 and not te else q + k
+    qk_norms = (4 * qk_inputs + e * (q + k)) if not te else e * qk_inputs
+    exchanged = 0.0
+    if job.c > 1 and job.config.parallel.cp_comm_type == "a2a":
+        repeats = 1 if (m.num_query_groups // t) % job.c == 0 else m.num_attention_heads // m.num_query_groups
+        exchanged = e * n * (k * (2 * repeats - 1) + q)  # values (and repeated keys), and the output in both orders
+    elif job.c > 1:
+        exchanged = e * n * k * (2 * job.c - 1)  # gathered keys and values
+    mask = (1 if job.device == "cuda" else e) if job.dropout else 0
+    if job.device == "cpu":
+        # SDPA there keeps the mask as a float tensor of its own.
+        exchanged += (
+            job.rows
+            * job.seq_length
+            * (job.seq_length / (job.c if job.config.parallel.cp_comm_type == "all_gather" else 1))
+            * e
+        )
+    return {
+        "norms": own * H * norm * 2 + own * 8,
+        "norm outputs": own * H * product * 2,
+        "qk": n * (e * (q + 2 * k) + qk_norms + e * (q + k) + 4 * D * e + (0 if te else 4 * heads)),
+        "attention": n * (e * q + 4 * m.num_attention_heads / t) + exchanged,
+        "dropout": 2 * own * H * mask,
+        # silu's and the product's inputs and the product: 5 of width F; the fused function keeps 3.
+        "mlp": n * F * (e * (2 if job.transformer("bias_activation_fusion") else 4) + product),
+    }
+
+
+def kept_bytes(job: Job, layers: int) -> tuple[float, float, str]:
+    """(bytes kept of `layers` decoder layers, bytes made again at a time in the backward pass, reason)."""
+    by_kind = layer_bytes(job)
+    whole = sum(by_kind.values())
+    granularity = job.transformer("recompute_granularity")
+    m = job.config.model
+    if granularity == "full":
+        spread = job.t if job.transformer("distribute_saved_activations") else job.sequence
+        checkpoint = job.tokens / spread * m.hidden_size * job.e
+        count = job.transformer("recompute_num_layers")
+        if job.transformer("recompute_method") == "uniform":
+            return (
+                math.ceil(layers / count) * checkpoint,
+                min(count, layers) * whole,
+                "inputs of layers, the rest is made again",
+            )
+        again = min(count, layers)
+        return (
+            again * checkpoint + (layers - again) * whole,
+            whole,
+            f"inputs of {again} layers, {layers - again} whole layers",
+        )
+    if granularity == "selective":
+        modules = job.transformer("recompute_modules") or ["core_attn"]
+        kept, names = whole, []
+        if "mlp" in modules:
+            kept -= by_kind["mlp"]
+            names.append("MLPs")
+        if "layernorm" in modules and not m.norm_after:
+            kept -= by_kind["norms"] + by_kind["norm outputs"] - 2 * job.tokens / job.sequence * m.hidden_size * job.e
+            names.append("norms")
+        made_again = by_kind["mlp"] if "mlp" in modules else by_kind["norm outputs"]
+        return (
+            layers * kept,
+            made_again,
+            f"all but {' and '.join(names)}" if names else "nothing is saved by core_attn here",
+        )
+    return layers * whole, 0.0, "no recomputation"
+
+
+def in_flight(job: Job, stage: int) -> float:
+    """Micro-batches whose activations of a whole stage are held at once (1F1B: Megatron's schedules.py)."""
+    pieces = job.config.parallel.virtual_pipeline_model_parallel_size
+    if pieces is None:
+        return min(job.p - stage, job.micro_batches)
+    warm_up = (job.p - stage - 1) * 2 + (pieces - 1) * job.p
+    return min(warm_up + 1, job.micro_batches * pieces) / pieces
+
+
+def vit_crop_bytes(job: Job) -> float:
+    """What the ViT keeps of a crop: pixels, norms' inputs and outputs, q, k, v, attention's output, two of the
+    MLP's width."""
+    m, e = job.config.model, job.e
+    v, heads = m.vit.hidden_size, m.vit.num_attention_heads * m.vit.head_dim
+    layer = e * (4 * v + 4 * heads + 2 * m.vit.ffn_hidden_size) + 4 * m.vit.num_attention_heads + 16
+    return m.vision.patches_per_crop * (m.vit.num_layers * layer + e * m.vision.patch_dim)
+
+
+def vision_parts(job: Job) -> list[Part]:
+    """The vision tower on the first stage: its crops and windows are split over tensor x context parallel ranks."""
+    m, train, e = job.config.model, job.config.train, job.e
+    ranks = job.t * job.c
+    crops = math.ceil(job.work.crops * job.rows / ranks)
+    windows = math.ceil(job.work.visual_tokens * job.rows / ranks)
+    features = m.vit.hidden_size * len(m.vit.feature_layers)
+    inner = m.connector.num_attention_heads * m.connector.head_dim
+    width = m.vision.video_pooling**2  # places of a window
+    chunk = min(train.vision_chunk_crops or crops, crops)
+    per_crop = vit_crop_bytes(job)
+    features_of_crop = m.vision.patches_per_crop * features * e
+    window = width * (features * e + 2 * inner * e + 8 + 1)  # patches, keys and values, indices
+    window += e * (features + 3 * inner + m.connector.hidden_size + 5 * m.connector.ffn_hidden_size)
+    if job.config.optim.vit.freeze:
+        per_crop /= max(1, m.vit.num_layers)  # a layer at a time, nothing is kept
+    everybodys = job.work.visual_tokens * job.rows * m.hidden_size * e
+    tokens = Part(
+        "visual tokens", everybodys + windows * m.hidden_size * e, "own ones and, gathered, those of all ranks"
+    )
+    if train.vision_recompute:
+        share = chunk / max(1, crops)
+        workspace = chunk * (per_crop + 2 * features_of_crop) + share * windows * window
+        return [
+            tokens,
+            Part("vision workspace", workspace, f"{chunk} of {crops} crops encoded again at a time", (VISION,)),
+        ]
+    frozen = job.config.optim.vit.freeze
+    return [
+        tokens,
+        Part("ViT activations", 0 if frozen else crops * per_crop, f"{crops} crops of this rank, all layers"),
+        Part("connector activations", windows * window, f"{windows:,} windows of {width} patches, SwiGLU"),
+        Part("vision workspace", chunk * features_of_crop, "gradient of the features", (VISION,)),
+    ]
+
+
+def head_parts(job: Job, counts: Counts) -> list[Part]:
+    """The head on the last stage: model/loss.py. All tokens of the rows are taken to carry loss."""
+    m = job.config.model
+    width, tokens = padded_vocab_size(m.vocab_size) / job.t, job.tokens
+    chunk = min(tokens, max(1, CHUNK_ELEMENTS // int(width))) * width
+    head, e = counts.trained_head, job.e
+    # Beside the float32 sum of the weights' gradient: logits as they become float32, or the product of a chunk.
+    logits, product = (4 if e == 4 else 6) * chunk, e * chunk + e * head
+    logits, gradient = (e * chunk, (4 + e) * head) if product > logits and head else (logits, 4 * head)
+    kept = tokens * m.hidden_size * job.e + (4 + job.e) * tokens / job.sequence * m.hidden_size
+    return [
+        Part("head's inputs", kept, "final norm, hidden states of tokens with loss", (HEAD, DECODER)),
+        Part("logits chunk", logits, "model/loss.py, CHUNK_ELEMENTS", (HEAD,)),
+        Part("gradient of the head", gradient, "a float32 sum before it reaches the buffer", (HEAD,)),
+    ]
+
+
+def input_parts(job: Job, stage: int) -> list[Part]:
+    """A step's micro-batches lie on the device from its beginning; pixels, as bytes and on the first stage only, from
+    their micro-batch's forward to its backward pass."""
+    m, w, p = job.config.model, job.work, job.config.parallel
+    row, pixels, what = job.seq_length * (4 * 8 + 1 + 4 + 2), 0, ""
+    if stage == 0:
+        row += w.visual_tokens * m.vision.video_pooling**2 * 8
+        in_flight = min(
+            job.micro_batches, p.pipeline_model_parallel_size * (p.virtual_pipeline_model_parallel_size or 1)
+        )
+        pixels = in_flight * w.crops * m.vision.patches_per_crop * m.vision.patch_dim
+        what = f", pixels of {in_flight} as bytes"
+    parts = [
+        Part(
+            "inputs",
+            job.rows * (job.micro_batches * row + pixels),
+            f"{job.micro_batches} micro-batches of a step{what}",
+        )
+    ]
+    tables = 2 if m.rope_scaling else 1
+    angles = tables * job.tokens * m.head_dim * 4
+    mask = (
+        job.rows * job.seq_length**2 / job.c if job.device == "cpu" else 3 * 4 * job.rows * (job.seq_length / 128) ** 2
+    )
+    parts.append(
+        Part(
+            "mask and angles",
+            mask + angles,
+            "dense mask" if job.device == "cpu" else "block mask of 128 x 128, RoPE angles",
+        )
+    )
+    if job.sequence > 1:
+        parts.append(Part("gather buffer", job.tokens * m.hidden_size * job.e, "sequence parallel inputs, gathered"))
+    return parts
+
+
+def stage_memory(job: Job, stage: int, counts: Counts | None = None) -> list[Part]:
+    """Memory of a rank of a pipeline stage by part; see `peak`."""
+    counts = counts or count_parameters(job)[1][stage]
+    m, n, e = job.config.model, job.tokens, job.e
+    times = in_flight(job, stage)
+    kept, again, reason = kept_bytes(job, job.layers[stage])
+    whole = f" x {times:g} micro-batches in flight" if times > 1 else ""
+    parts = [*state_parts(job, counts), *input_parts(job, stage)]
+    # Beside what it holds, a layer's backward pass makes the gradients of the MLP's two halves and of the residual.
+    gradients = n * e * (2 * m.ffn_hidden_size / job.t + m.hidden_size)
+    parts.append(Part("layer's workspace", again + gradients, "a layer made again and its gradients", (DECODER,)))
+    parts.append(Part("decoder activations", kept * times, reason + whole, (HEAD, DECODER)))
+    if stage == job.p - 1:
+        parts += head_parts(job, counts)
+    if stage == 0:
+        if times > 1:
+            # In the vision tower's backward pass those of its own micro-batch are gone.
+            parts.append(
+                Part("decoder activations, others'", kept * (times - 1), "the other micro-batches in flight", (VISION,))
+            )
+        for part in vision_parts(job):
+            if part.phases == PHASES:
+                part = replace(
+                    part, bytes=part.bytes * times, reason=part.reason + whole, phases=(HEAD, DECODER, VISION)
+                )
+            parts.append(part)
+    return parts
+
+
+def peak(parts: list[Part]) -> tuple[float, str]:
+    """(bytes, phase) of the moment at which most memory is needed."""
+    return max((sum(part.bytes for part in parts if phase in part.phases), phase) for phase in PHASES)
+
+
+def worst_stage(job: Job) -> tuple[int, list[Part]]:
+    """The pipeline stage whose ranks need most, and its parts."""
+    by_stage = count_parameters(job)[1]
+    stages = [(stage, stage_memory(job, stage, counts)) for stage, counts in enumerate(by_stage)]
+    return max(stages, key=lambda item: peak(item[1])[0])
+
+
+def verdict(config: Config, gpus: int, gpu_memory_gib: float = H100_GIB) -> str | None:
+    """A sentence if the run does not fit into GPUs of so much memory, with the keys to change; None if it fits."""
+    job = Job(config, gpus)
+    stage, parts = worst_stage(job)
+    needed, phase = peak(parts)
+    limit = (gpu_memory_gib - RESERVE_GIB) * GIB
+    if needed <= limit:
+        return None
+    at = sorted((part for part in parts if phase in part.phases), key=lambda part: -part.bytes)
+    largest = ", ".join(f"{part.name} {part.bytes / GIB:.1f}" for part in at[:3])
+    return (
+        f"{needed / GIB:.1f} GiB are needed on a GPU of {gpu_memory_gib:.1f} GiB ({RESERVE_GIB:g} of them reserved; "
+        f"pipeline stage {stage}, {phase}; most for {largest}): {' or '.join(advice(job, parts, phase, limit))}."
+    )
+
+
+def advice(job: Job, parts: list[Part], phase: str, limit: float) -> list[str]:
+    """Changes of single keys that lower the peak, those that suffice first; each is tried, not guessed."""
+    config = job.config
+    full = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    smaller = [n for n in (16, 8, 4, 2) if n < (config.train.vision_chunk_crops or 10**9)]
+    tried: list[tuple[str, Config]] = []
+
+    def changed(group: str, **values) -> Config:
+        old = getattr(config, group)
+        return replace(config, **{group: {**old, **values} if isinstance(old, dict) else replace(old, **values)})
+
+    if job.transformer("recompute_granularity") != "full":
+        others = {k: v for k, v in config.transformer.items() if not k.startswith("recompute")}
+        words = " ".join(f"transformer.{key}={value}" for key, value in full.items())
+        tried.append((words, replace(config, transformer={**others, **full})))
+    if not config.train.vision_recompute:
+        tried.append(("train.vision_recompute=true", changed("train", vision_recompute=True)))
+    for chunk in smaller[:2]:
+        tried.append((f"train.vision_chunk_crops={chunk}", changed("train", vision_chunk_crops=chunk)))
+    if config.train.micro_batch_size > 1:
+        tried.append(("train.micro_batch_size=1", changed("train", micro_batch_size=1)))
+    for tp in (2, 4, 8):
+        if tp > job.t:
+            tried.append(
+                (
+                    f"parallel.tensor_model_parallel_size={tp} parallel.sequence_parallel=true",
+                    changed("parallel", tensor_model_parallel_size=tp, sequence_parallel=True),
+                )
+            )
+    for cp in (2, 4, 8):
+        if cp > job.c:
+            tried.append((f"parallel.context_parallel_size={cp}", changed("parallel", context_parallel_size=cp)))
+    for pp in (2, 4):
+        if pp > job.p:
+            tried.append(
+                (f"parallel.pipeline_model_parallel_size={pp}", changed("parallel", pipeline_model_parallel_size=pp))
+            )
+    if job.ddp("grad_reduce_in_fp32", True):
+        tried.append(("ddp.grad_reduce_in_fp32=false", changed("ddp", grad_reduce_in_fp32=False)))
+    if not job.optimizer("optimizer_cpu_offload") and job.distributed:
+        offload = dict(optimizer_cpu_offload=True, optimizer_offload_fraction=1.0, use_precision_aware_optimizer=True)
+        words = " ".join(f"optimizer.{key}={str(value).lower()}" for key, value in offload.items())
+        tried.append((words, changed("optimizer", **offload)))
+    if job.micro_batches > 1:
+        # All micro-batches of a step lie on the device. This one changes the optimisation, so it comes last.
+        rows = config.train.global_batch_size // 2
+        tried.append((f"train.global_batch_size={rows}", changed("train", global_batch_size=rows)))
+    before, found = peak(parts)[0], []
+    for words, candidate in tried:
+        try:
+            check_settings(candidate, job.gpus)
+            needed = peak(worst_stage(Job(candidate, job.gpus))[1])[0]
+        except ConfigError:
+            continue
+        if needed < 0.97 * before:
+            found.append((needed > limit, needed, f"{words} ({needed / GIB:.1f} GiB)"))
+    enough = [words for missing, _, words in found if not missing]
+    if enough:
+        return [f"set {words}" for words in enough[:3]]
+    most = [words for _, _, words in sorted(found)[:3]]
+    rest = (
+        f"no single key suffices; most is gained by {', '.join(most)}; combine them or use more GPUs"
+        if most
+        else "use more GPUs"
+    )
+    return [rest]

@@ -1,0 +1,63 @@
+"""Descriptions of pictures and videos."""
+
+from collections.abc import Iterator
+
+from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft, Drop, caption, clip, pick, question
+
+# Rows of Molmo2-Cap below this are not used (molmo2: vixmo3_top_level_captions_min_3).
+MIN_SCORE = 3
+OF_OBJECT = (
+    "Describe what happens to the {name}.",
+    "What does the {name} do in the video?",
+    "Tell what you see of the {name}.",
+    "Follow the {name} and describe it.",
+)
+
+
+def pixmo_cap(row: dict) -> Iterator[Draft]:
+    """The caption, and the spoken descriptions, one of which is drawn each time."""
+    branches = [caption(row["caption"], "long_caption")]
+    transcripts = [text for text in row.get("transcripts") or [] if text and text.strip()]
+    if transcripts:
+        branches.append(caption(transcripts, "transcript"))
+    yield Draft(branches, [row["image_url"]])
+
+
+def molmo2_cap(row: dict) -> Iterator[Draft | Drop]:
+    """Up to three captions of different lengths of one clip."""
+    score = row.get("annotation_score")
+    if score is not None and score < MIN_SCORE:
+        yield Drop(f"annotation_score below {MIN_SCORE}")
+        return
+    styles = {
+        "video_caption": "video_short_caption",
+        "merged_caption": "video_merged_caption",
+        "video_frame_merged_caption": "video_long_caption",
+    }
+    branches = [caption(row[name], style) for name, style in styles.items() if (row.get(name) or "").strip()]
+    if branches:
+        yield Draft(branches, video=clip(row["video_id"], row.get("video_start"), row.get("video_end")))
+    else:
+        yield Drop("no caption")
+
+
+def localized_narratives(row: dict) -> Iterator[Draft]:
+    """What each actor of a video does."""
+    branches = [
+        question(pick(OF_OBJECT, row["id"], name).format(name=name.strip()), text, "video_object_caption")
+        for name, text in zip(row["actor_names"], row["captions"], strict=True)
+        if (text or "").strip()
+    ]
+    yield Draft(branches, video=clip(row["video"]))
+
+
+def motion_caption(row: dict) -> Iterator[Draft]:
+    yield Draft([caption(row["motion_caption"], "video_motion_caption")], video=Clip([row["video_path"]]))
+
+
+CONVERTERS = {
+    "pixmo-cap": Converter(pixmo_cap),
+    "Molmo2-Cap": Converter(molmo2_cap),
+    "video-localized-narratives-caption": Converter(localized_narratives),
+    "motionbench": Converter(motion_caption),
+}

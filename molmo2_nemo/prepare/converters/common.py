@@ -1,0 +1,301 @@
+"""What converters are made of: drafts of samples, tasks as the schema's JSON, and readers of annotation files.
+
+A converter is a function from one raw row to drafts. It opens no picture and no video: sizes, durations and the change
+of coordinates to fractions come later (data/prepared.py), where the drafts of one picture or video are joined, too.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from molmo2_nemo.catalogue.raw import RawSource
+
+MAX_POINTS = 60  # of a pointing answer (molmo2: olmo/data, "max_points")
+# A JSON item longer than this is not read on.
+MAX_ITEM = 64 * 2**20
+CHUNK = 2**20
+
+
+@dataclass
+class Clip:
+    """A video file, or the seconds `start` to `end` of it. Names are tried in their order.
+
+    `cut`: names of a file that holds these seconds alone. `frames`: names of a folder of pictures, `fps` a second,
+    of which a video is made.
+    """
+
+    names: list[str] = field(default_factory=list)
+    start: float | None = None
+    end: float | None = None
+    cut: list[str] = field(default_factory=list)
+    frames: list[str] = field(default_factory=list)
+    fps: float | None = None
+    annotation_fps: float | None = None
+    subtitles: list[tuple[float, float, str]] = field(default_factory=list)  # seconds of the whole video
+
+
+@dataclass
+class Draft:
+    """A sample before its media are looked at.
+
+    images: each the bytes of a file, a name (an address, a path below the raw folder's media, or one that starts with
+    "./" below the raw folder itself), a list of names to try, or {"name", "boxes", "opacity"}, see prepared.py.
+    unit: of the coordinates of pointing tasks: fraction, percent or pixels.
+    about: what is held out together; None: the names of the media.
+    tree: drafts with the same media become one sample if this is the same, too; None: never.
+    """
+
+    branches: list[dict]
+    images: list = field(default_factory=list)
+    video: Clip | None = None
+    unit: str = "fraction"
+    multi_turn: float = 0.0
+    about: str | None = None
+    tree: str | None = ""
+
+
+@dataclass
+class Drop:
+    """An annotation that is not used."""
+
+    reason: str
+
+
+Rows = Callable[[RawSource, str | None], Iterator[dict]]
+
+
+@dataclass(frozen=True)
+class Converter:
+    """convert: a row -> drafts. rows: of the files, where they are not plain tables (raw.rows)."""
+
+    convert: Callable[[dict], Iterable[Draft | Drop]]
+    rows: Rows | None = None
+    max_branches: int = 64  # of a sample; more are divided evenly
+    most_branches: int | None = None  # of a picture or video; the others are dropped
+    max_points: int | None = None  # of all branches of a sample
+
+
+# -- tasks, in the schema's JSON --------------------------------------------------------------------------------------
+
+
+def question(text: str, answers: str | list[str], style: str, explanation: str | None = None) -> dict:
+    """ValueError: nothing is asked or answered."""
+    answers = [answers] if isinstance(answers, str) else list(answers)
+    answers = [str(answer).strip() for answer in answers if answer is not None and str(answer).strip()]
+    text = str(text or "").strip()
+    if not text or not answers:
+        raise ValueError("no answer" if text else "no question")
+    task = {"task": "question", "question": text, "answers": answers, "style": style}
+    return task | ({"explanation": explanation.strip()} if explanation and explanation.strip() else {})
+
+
+def choice(text: str, options: list, answer: int, style: str) -> dict:
+    """ValueError: fewer than two options, or the answer is none of them."""
+    options, answer = [str(option).strip() for option in options], int(answer)
+    if not text or not str(text).strip():
+        raise ValueError("no question")
+    if len(options) < 2 or not all(options):
+        raise ValueError("fewer than two options, or an empty one")
+    if not 0 <= answer < len(options):
+        raise ValueError("the right answer is none of the options")
+    return {
+        "task": "multiple_choice",
+        "question": str(text).strip(),
+        "options": options,
+        "answer": answer,
+        "style": style,
+    }
+
+
+def shuffled_choice(text: str, right: str, wrong: Iterable[str], style: str, *seed) -> dict:
+    """The place of the right option hangs on the seed alone."""
+    options = list(dict.fromkeys([str(right).strip(), *(str(option).strip() for option in wrong)]))
+    right = options[0]
+    fixed_random(text, *seed).shuffle(options)
+    return choice(text, options, options.index(right), style)
+
+
+def caption(text: str | list[str], style: str) -> dict:
+    texts = [text] if isinstance(text, str) else list(text or [])
+    texts = [item.strip() for item in texts if item and item.strip()]
+    if not texts:
+        raise ValueError("no caption")
+    return {"task": "caption", "text": texts if len(texts) > 1 else texts[0], "style": style}
+
+
+def pointing(label: str, groups: list, style: str | list[str], text: str | None = None, **more) -> dict:
+    """groups: [[image from 1 or seconds, [[x, y], ...]], ...]. ValueError: no label, or a coordinate is no number."""
+    label = str(label or "").strip()
+    if not label:
+        raise ValueError("no label")
+    if not all(math.isfinite(value) for _, points in groups for point in points for value in point):
+        raise ValueError("a coordinate is no number")
+    task = {"task": "pointing", "label": label, "points": groups, "style": style}
+    return task | ({"question": text.strip()} if text else {}) | more
+
+
+def chat(turns: Iterable[str], style: str, system: str | None = None) -> dict:
+    """User and assistant in turn. ValueError: a turn is empty, or the last is the user's."""
+    turns = [str(turn).strip() for turn in turns]
+    if len(turns) < 2 or len(turns) % 2 or not all(turns):
+        raise ValueError("the turns are not user and assistant, or one is empty")
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return {"task": "chat", "messages": messages, "style": style}
+
+
+def xy(points) -> list[list[float]]:
+    """[{x, y}, ...], {x: [...], y: [...]} or None as [[x, y], ...]. ValueError: a coordinate is missing."""
+    if not points:
+        return []
+    if isinstance(points, dict):
+        xs, ys = points["x"] or [], points["y"] or []
+        if len(xs) != len(ys):
+            raise ValueError("unlike numbers of x and y")
+        pairs = list(zip(xs, ys))
+    else:
+        pairs = [(point["x"], point["y"]) if isinstance(point, dict) else (point[0], point[1]) for point in points]
+    if any(value is None for pair in pairs for value in pair):
+        raise ValueError("a coordinate is missing")
+    return [[float(x), float(y)] for x, y in pairs]
+
+
+def image_of(value) -> bytes | str:
+    """Of an image column of the Hub: {bytes, path} with its bytes, or the name of its file. ValueError: neither."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not value or not isinstance(value, bytes | str):
+        raise ValueError("no image in the row")
+    return value
+
+
+def columns(table: dict | list, *names: str) -> Iterator[tuple]:
+    """Tuples of a {name: [...]} or a [{name: ...}] table. ValueError: columns of unlike length."""
+    if isinstance(table, dict):
+        lists = [table[name] or [] for name in names]
+        if len({len(values) for values in lists}) > 1:
+            raise ValueError("columns of unlike length")
+        yield from zip(*lists)
+    else:
+        for row in table or []:
+            yield tuple(row[name] for name in names)
+
+
+def fixed_random(*seed) -> random.Random:
+    """The same for the same seed, on every machine."""
+    return random.Random(digest("\0".join(map(str, seed))))
+
+
+def digest(text: str) -> int:
+    """64 bits of a hash."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def pick(choices: tuple[str, ...], *seed) -> str:
+    """One of the sentences, always the same for the same seed."""
+    return choices[digest("\0".join(map(str, seed))) % len(choices)]
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def find(raw: RawSource, *patterns: str) -> Path:
+    """The first annotation file that one of the glob patterns names, below the raw folder, of several the shortest
+    path. ValueError: there is none."""
+    for pattern in patterns:
+        if found := find_all(raw, pattern):
+            return found[0]
+    raise ValueError(f"{raw.name} has no file {' or '.join(patterns)} below {raw.folder}")
+
+
+def find_all(raw: RawSource, pattern: str) -> list[Path]:
+    """Not in media/, which holds no annotations and very many files."""
+    found = []
+    for name in ("hub", "manual", "extracted"):
+        if (raw.folder / name).is_dir():
+            found += [path for path in (raw.folder / name).rglob(pattern) if path.is_file()]
+    return sorted(found, key=lambda path: (len(path.parts), str(path)))
+
+
+def read_json(path: Path):
+    """ValueError, one sentence: it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def json_items(path: Path, key: str | None = None) -> Iterator[dict]:
+    """Items of the JSON array, or of the array under `key` of the JSON object, without holding more than one.
+
+    ValueError: there is no such array, or it is not whole.
+    """
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8-sig") as file:
+        buffer = file.read(CHUNK)
+        start = re.compile(r"\s*\[" if key is None else r'"' + re.escape(key) + r'"\s*:\s*\[')
+        while not (match := start.search(buffer) if key else start.match(buffer)):
+            more = file.read(CHUNK)
+            if not more or key is None:
+                raise ValueError(f"{path} has no JSON array{f' under {key}' if key else ''}")
+            buffer = buffer[-len(key) - 64 :] + more  # the key may lie across the chunks
+        position = match.end()
+        while True:
+            while position < len(buffer) and buffer[position] in " \t\r\n,":
+                position += 1
+            if position < len(buffer) and buffer[position] == "]":
+                return
+            try:
+                item, position = decoder.raw_decode(buffer, position)
+            except ValueError as error:
+                more = file.read(CHUNK)
+                if not more or len(buffer) - position > MAX_ITEM:
+                    raise ValueError(f"{path} is broken after {buffer[max(0, position - 40) : position]!r}") from error
+                buffer, position = buffer[position:] + more, 0
+                continue
+            yield item
+
+
+def array_rows(pattern: str, key: str | None = None) -> Rows:
+    """Rows are the items of an array in a JSON file."""
+    return lambda raw, split: json_items(find(raw, pattern), key)
+
+
+def jsonl(path: Path) -> Iterator[dict | list]:
+    """ValueError names the line."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+
+
+def table(path: Path, delimiter: str = ",", names: list[str] | None = None) -> Iterator[dict]:
+    """Rows of a CSV file. `names`: of the columns of a file without a head line."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        yield from csv.DictReader(file, names, delimiter=delimiter)
+
+
+def video_names(name: str) -> list[str]:
+    """A video's name with the suffixes that it may have on disk."""
+    suffixes = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
+    return [name] if name.lower().endswith(suffixes) else [*(name + suffix for suffix in suffixes), name]
+
+
+def clip(name: str, start=None, end=None, cut: list[str] | None = None, **more) -> Clip:
+    """Seconds of a video. ValueError: they are no times, or end before they start."""
+    names = [candidate for item in ([name] if isinstance(name, str) else name) for candidate in video_names(item)]
+    if start is None or end is None:
+        return Clip(names, cut=cut or [], **more)
+    start, end = float(start), float(end)
+    if not (math.isfinite(start) and math.isfinite(end) and max(start, 0.0) < end):
+        raise ValueError("a clip that does not end after its start")
+    return Clip(names, max(start, 0.0), end, cut or [], **more)

@@ -1,0 +1,343 @@
+"""From drafts to samples: the drafts of one picture or video are joined, their media found, measured and packed."""
+
+import io
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from molmo2_nemo.catalogue.raw import RawSource
+from molmo2_nemo.data.processor import read_image
+from molmo2_nemo.data.schema import read_example
+from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft, digest
+from molmo2_nemo.prepare.media import (
+    MAX_MEDIA,
+    check_answers,
+    check_rates,
+    excerpt,
+    image_facts,
+    suffix,
+    use_fractions,
+    video_facts,
+    without_nothing,
+)
+
+VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
+ABSENT = "its picture or video is not on disk"
+# Seconds by which a clip may lie outside of its video, which annotations round.
+SAME_END = 1.0
+# A point outside by more than this many sides of its picture is no inexact one.
+FAR = 1.0
+# A clip is cut out of a file of more bytes, if it is less than this share of it.
+MIN_CUT, CUT_SHARE = 2 * 2**20, 0.6
+# Of the file, as content says: names of addresses need not have a suffix.
+MAGIC = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"RIFF", ".webp"), (b"BM", ".bmp"))
+NUMBER = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?")
+
+
+class Dropped(ValueError):
+    """A sample, or a part of it, that cannot be used; the text is the reason, the same for all like it."""
+
+
+def join(drafts: Iterable[Draft], converter: Converter) -> Iterator[tuple[Draft, dict[str, int]]]:
+    """Samples of drafts that are about the same thing, and how many branches were left out of each and why.
+
+    Drafts with the same media and `tree` become one sample, or several where that has more branches or points than
+    the converter allows: branches then are divided evenly, points in their order.
+    """
+    trees: dict[tuple, list[Draft]] = {}
+    for number, draft in enumerate(drafts):
+        video = draft.video and json.dumps(asdict(draft.video), sort_keys=True)
+        media = tuple(image if isinstance(image, str | bytes) else json.dumps(image) for image in draft.images)
+        alone = number if draft.tree is None else None
+        trees.setdefault((draft.tree, alone, draft.unit, video, media), []).append(draft)
+    for members in trees.values():
+        first, left_out = members[0], {}
+        unique = {json.dumps(branch, sort_keys=True): branch for draft in members for branch in draft.branches}
+        if again := sum(len(draft.branches) for draft in members) - len(unique):
+            left_out["the same annotation again"] = again
+        if converter.most_branches and len(unique) > converter.most_branches:
+            left_out[f"more than {converter.most_branches} about one picture"] = len(unique) - converter.most_branches
+            chosen = set(sorted(unique, key=digest)[: converter.most_branches])
+            unique = {text: branch for text, branch in unique.items() if text in chosen}
+        for part in _parts(list(unique.values()), converter):
+            yield replace(first, branches=part), left_out
+            left_out = {}
+
+
+def _parts(branches: list[dict], converter: Converter) -> Iterator[list[dict]]:
+    if converter.max_points is not None:
+        part, total = [], 0
+        for branch in branches:
+            points = sum(len(group) for _, group in branch["points"])
+            if part and (total + points > converter.max_points or len(part) == converter.max_branches):
+                yield part
+                part, total = [], 0
+            part, total = [*part, branch], total + points
+        yield part
+        return
+    count = math.ceil(len(branches) / converter.max_branches)
+    for number in range(count):
+        start, end = (len(branches) * k // count for k in (number, number + 1))
+        yield branches[start:end]
+
+
+def pack(draft: Draft, raw: RawSource) -> tuple[dict[str, bytes], int, Counter]:
+    """Parts of the sample, how many points had to be moved to a picture's border, and how many branches were left out
+    and why. Dropped: nothing of it can be used."""
+    sample: dict = {"branches": []}
+    parts: dict[str, bytes] = {}
+    for index, image in enumerate(draft.images):
+        data = _image(image, raw)
+        part = f"img{index}{_kind(data)}"
+        parts[part] = data
+        sample.setdefault("images", []).append({"part": part, **_try(image_facts, "picture", data)})
+    if draft.video:
+        data, ending, facts = _video(draft.video, raw)
+        parts[f"video{ending}"] = data
+        sample["video"] = {"part": f"video{ending}", **facts}
+    moved, left_out, reason = 0, Counter(), ""
+    for branch in draft.branches:
+        # One that is wrong takes none of its picture's others with it.
+        try:
+            of_branch = _inside(branch, sample.get("images") or [sample.get("video")], draft)
+            example = read_example(json.dumps(sample | {"branches": [branch]}))
+            use_fractions(example, "fraction")
+            check_answers(example)
+        except ValueError as error:
+            reason = general(str(error))
+            left_out[reason] += 1
+        else:
+            sample["branches"].append(branch)
+            moved += of_branch
+    if not sample["branches"]:
+        raise Dropped(reason)
+    if draft.multi_turn and len(sample["branches"]) > 1:
+        sample["multi_turn"] = draft.multi_turn
+    try:
+        example = read_example(json.dumps(sample))
+        if example.video:
+            check_rates(example)
+    except ValueError as error:
+        raise Dropped(general(str(error))) from error
+    return {"json": json.dumps(without_nothing(asdict(example))).encode(), **parts}, moved, left_out
+
+
+def general(reason: str) -> str:
+    """A reason without the numbers of the one sample, so that like reasons can be counted."""
+    return NUMBER.sub("#", " ".join(reason.split()))[:120].rstrip(".")
+
+
+def _try(look, what: str, *args):
+    try:
+        return look(*args)
+    except ValueError as error:
+        raise Dropped(f"a {what} that cannot be read ({general(str(error))})") from error
+
+
+def _inside(branch: dict, sizes: list, draft: Draft) -> int:
+    """Change points of images and videos to fractions from 0 to 1; returns how many lay outside.
+
+    As in the public code they are moved to the border. ValueError: one lies farther away than its picture is large.
+    """
+    moved = 0
+    groups = branch.get("points") or branch.get("frames") or []
+    for frame, points in groups if branch["task"] in ("pointing", "tracking") else []:
+        index = 0 if draft.video else int(frame) - 1
+        if not 0 <= index < len(sizes) or sizes[index] is None:
+            raise ValueError("points of a picture that is not there")
+        size = sizes[index]
+        scales = {"fraction": (1, 1), "percent": (100, 100), "pixels": (size["width"], size["height"])}
+        for point in points:
+            for place, side in zip((-2, -1), scales[draft.unit]):
+                value = point[place] / side
+                if not -FAR < value < 1 + FAR:
+                    raise ValueError(f"a point lies far outside of its picture, if its unit is {draft.unit}")
+                inside = min(max(value, 0.0), 1.0)
+                moved += abs(value - inside) > 0.005
+                point[place] = inside
+    return moved
+
+
+def find_media(names: str | list[str], raw: RawSource) -> Path:
+    """The first of the names that is on disk. Dropped: none is."""
+    for name in [names] if isinstance(names, str) else names:
+        if name.startswith("./"):
+            inside = PurePosixPath(name).parts
+            path = raw.folder.joinpath(*inside) if ".." not in inside else None
+            path = path if path and path.is_file() else None
+        else:
+            path = raw.media(name)
+        if path is not None:
+            return path
+    for name in [names] if isinstance(names, str) else names:
+        if name.lower().endswith(VIDEOS) and "://" not in name and (path := _deep(name, raw)):
+            return path
+    raise Dropped(ABSENT)
+
+
+def _deep(name: str, raw: RawSource) -> Path | None:
+    """The video, or the folder of frames, whose path below extracted/ or manual/ ends with the name, if it is one."""
+    parts = PurePosixPath(name).parts
+    if not parts or ".." in parts or parts[0] == "/":
+        return None
+    found = [
+        path
+        for path in _places(str(raw.folder)).get(parts[-1], [])
+        if PurePosixPath(path).parts[-len(parts) :] == parts
+    ]
+    return raw.folder / found[0] if len(found) == 1 else None
+
+
+@lru_cache(maxsize=2)
+def _places(folder: str) -> dict[str, list[str]]:
+    """Name -> paths of the videos and folders of what was unpacked or put there by hand; links are not followed."""
+    places: dict[str, list[str]] = {}
+    for top in ("extracted", "manual"):
+        for directory, folders, files in os.walk(os.path.join(folder, top)):
+            for name in folders + [file for file in files if file.lower().endswith(VIDEOS)]:
+                places.setdefault(name, []).append(os.path.relpath(os.path.join(directory, name), folder))
+    return places
+
+
+def _read(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_MEDIA:
+        raise Dropped(f"a file of more than {MAX_MEDIA:,} bytes")
+    if not size:
+        raise Dropped("an empty file")
+    return path.read_bytes()
+
+
+def _image(image, raw: RawSource) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, dict):
+        return _drawn(_read(find_media(image["name"], raw)), image["boxes"], image["opacity"])
+    return _read(find_media(image, raw))
+
+
+def _kind(data: bytes) -> str:
+    return next((ending for magic, ending in MAGIC if data.startswith(magic)), ".bin")
+
+
+def _drawn(data: bytes, boxes: list, opacity: int) -> bytes:
+    """The picture with boxes [left, top, right, bottom, letter], white behind the letter, as PNG."""
+    image = Image.fromarray(_try(read_image, "picture", data))
+    layer = Image.new("RGBA", image.size, (255, 255, 255, 0))
+    draw = ImageDraw.Draw(layer)
+    for *corners, text in boxes:
+        left, right = sorted((corners[0], corners[2]))
+        top, bottom = sorted((corners[1], corners[3]))
+        draw.rectangle((left, top, right, bottom), fill=(255, 255, 255, opacity), outline=(0, 0, 0, 255))
+        font = ImageFont.load_default(size=max(8.0, min(bottom - top, right - left) * 0.9))
+        draw.text(((left + right) / 2, (top + bottom) / 2), text, fill=(0, 0, 0, 255), font=font, anchor="mm")
+    file = io.BytesIO()
+    Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+def _video(video: Clip, raw: RawSource) -> tuple[bytes, str, dict]:
+    """Bytes, suffix, and the schema's video: a file that is cut already, a stretch of a file, or a folder of frames."""
+    path, whole = None, False
+    for names, is_cut in ((video.cut, True), (video.names, False)):
+        try:
+            path, whole = find_media(names, raw), is_cut
+            break
+        except Dropped:
+            continue
+    if path is None:
+        data, facts = _encoded(video, raw), None
+        facts, ending, whole = _try(video_facts, "video", data), ".mp4", True
+    elif path.stat().st_size > MAX_MEDIA and video.start is not None and not whole:
+        data, ending, facts = _cut(path, video.start, video.end, math.inf, None)
+    else:
+        data, ending = _read(path), suffix(path)
+        stat = path.stat()
+        facts = dict(_facts_of(str(path), stat.st_size, stat.st_mtime_ns))
+        if "error" in facts:
+            raise Dropped(facts["error"])
+        if video.start is not None and not whole:
+            data, ending, facts = _cut(path, video.start, video.end, facts["duration"], (data, ending, facts))
+    start = video.start or 0.0
+    length = facts["clip"][1] - facts["clip"][0] if "clip" in facts else facts["duration"]
+    if video.subtitles:
+        shifted = [(s - start, min(e - start, length), text.strip()) for s, e, text in video.subtitles]
+        facts["subtitles"] = [(max(0.0, s), e, text) for s, e, text in shifted if text and e > 0 and s < length]
+    if video.annotation_fps:
+        facts["annotation_fps"] = video.annotation_fps
+    return data, ending, facts
+
+
+def _cut(path: Path, start: float, end: float, duration: float, whole: tuple | None) -> tuple[bytes, str, dict]:
+    """Bytes, suffix and facts of a file with a clip: the whole file, or a part of it if that is much smaller."""
+    if end > duration + SAME_END or not start < min(end, duration):
+        raise Dropped("a clip that lies outside of its video")
+    begin, end, part = 0.0, min(end, duration), None
+    if whole is None or (len(whole[0]) > MIN_CUT and end - start < CUT_SHARE * duration):
+        part = excerpt(path, start, end)
+    if part:
+        data, ending, begin = part
+        facts = _try(video_facts, "video", data)
+        if end > begin + facts["duration"] + SAME_END:
+            raise Dropped("a clip that lies outside of its video")
+    elif whole:
+        data, ending, facts = whole
+    else:
+        raise Dropped(f"a file of more than {MAX_MEDIA:,} bytes of which no clip can be cut")
+    clip = [start - begin, min(end - begin, facts["duration"])]
+    return data, ending, facts if clip == [0.0, facts["duration"]] else facts | {"clip": clip}
+
+
+@lru_cache(maxsize=256)
+def _facts_of(path: str, size: int, time: int) -> tuple:
+    """video_facts of a file, which several samples may share; as items, because a cache holds what does not change."""
+    try:
+        return tuple(_try(video_facts, "video", Path(path).read_bytes()).items())
+    except Dropped as error:
+        return (("error", str(error)),)
+
+
+def _encoded(video: Clip, raw: RawSource) -> bytes:
+    """An mp4 file of the pictures of a folder, or of those between the clip's start and end."""
+    folders = [folder for name in video.frames if (folder := _deep(name, raw)) and folder.is_dir()]
+    if not folders or not video.fps:
+        raise Dropped(ABSENT)
+    pictures = [path for path in folders[0].iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    frames = sorted(pictures, key=lambda path: (len(path.name), path.name))
+    if video.start is not None:
+        frames = frames[round(video.start * video.fps) : round(video.end * video.fps) + 1]
+    if not frames:
+        raise Dropped("a clip that lies outside of its video")
+    return encode(frames, video.fps)
+
+
+def encode(frames: list[Path], fps: float) -> bytes:
+    """The pictures as H.264, on one thread: the same pictures give the same bytes. Dropped: one cannot be read."""
+    file, size = io.BytesIO(), None
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.codec_context.thread_count = 1
+        stream.options = {"crf": "18", "preset": "veryfast", "threads": "1"}
+        stream.pix_fmt = "yuv420p"
+        for path in frames:
+            picture = _try(read_image, "picture", _read(path))
+            if size is None:
+                size = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
+                stream.height, stream.width = size
+            if picture.shape[0] < size[0] or picture.shape[1] < size[1]:
+                raise Dropped("frames of different sizes")
+            picture = np.ascontiguousarray(picture[: size[0], : size[1]])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()

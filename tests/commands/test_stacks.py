@@ -1,0 +1,79 @@
+"""A rank that hangs says where: on SIGUSR2 and by itself before a collective would time out."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from programs import REPOSITORY, python, succeeded
+
+HANGS = """
+import sys, threading, time
+from pathlib import Path
+from molmo2_nemo.training.shutdown import StackDump
+
+def wait_for_ever_in_c():
+    lock = threading.Lock()
+    lock.acquire()
+    print("ready", flush=True)
+    lock.acquire()
+
+stacks = StackDump(Path(sys.argv[1]), float(sys.argv[2]), ["SIGTERM"])
+stacks.at(7, "validation")
+stacks.at(8, "checkpoint")
+wait_for_ever_in_c()
+"""
+
+
+@pytest.mark.parametrize("timeout_minutes", [20, 0.005])
+def test_a_hanging_rank_writes_its_stacks(tmp_path, timeout_minutes):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGS, str(tmp_path), str(timeout_minutes)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "RANK": "3"},
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        path = tmp_path / "errors" / "stacks_rank0003.txt"
+        if timeout_minutes == 20:
+            assert len(path.read_text()) == 200
+            process.send_signal(signal.SIGUSR2)
+        while "wait_for_ever_in_c" not in path.read_text():
+            time.sleep(0.05)  # the test's own time limit ends this
+        assert process.poll() is None, "it goes on"
+        first, *rest = path.read_text().splitlines()
+        assert first.startswith("rank 3 on ") and ": step 8, checkpoint since " in first
+        assert any("most recent call first" in line for line in rest)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_nothing_is_left_of_a_run_without_trouble(tmp_path):
+    code = HANGS.replace("\nwait_for_ever_in_c()", "\nstacks.close()")
+    succeeded(python("-c", code, tmp_path, 20))
+    assert not list((tmp_path / "errors").iterdir())
+
+
+def test_what_the_user_set_of_the_flight_recorder_stays(monkeypatch, tmp_path):
+    from molmo2_nemo.training.shutdown import record_collectives
+
+    for name in list(os.environ):
+        if name.startswith(("TORCH_FR_", "TORCH_NCCL_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
+    before = set(os.environ)
+    record_collectives(tmp_path)
+    added = {name: os.environ[name] for name in set(os.environ) - before}
+    for name in added:
+        monkeypatch.delenv(name)
+    prefix = str(tmp_path / "errors" / "collectives_rank")
+    assert added == {
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
+    }

@@ -1,0 +1,259 @@
+"""Real runs of the tiny model: resuming, changing the layout, handing weights on, and what users do wrong."""
+
+import json
+import re
+import shutil
+
+import pytest
+from programs import python, run, run_ranks, succeeded
+
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import Config, TrainConfig
+from molmo2_nemo.hf.architecture import model_config_from_hf
+from molmo2_nemo.training.start import find_start
+
+TINY = ["model=tiny", "data=sample", "schedule=quickstart", "optim=from_scratch", "train.log_every=1"]
+SMALL = ["train.validation_batches=1", "train.global_batch_size=4", "train.micro_batch_size=2"]
+
+
+def train(ranks, stage, run_dir, sample, *overrides):
+    recipe = {1: "stage1_pretrain", 2: "stage2_sft", 3: "stage3_long_context"}[stage]
+    arguments = [f"recipes/{recipe}.py", *TINY, *SMALL, f"data.root={sample}", f"run_dir={run_dir}", *overrides]
+    return python(*arguments) if ranks == 1 else run_ranks(ranks, *arguments)
+
+
+def losses(run_dir, kind="train"):
+    """Step -> record; a later record of a step replaces an earlier one."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record for record in records if record["kind"] == kind}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(sample, tmp_path_factory):
+    """Stage 2 on two tensor parallel ranks, twelve steps, with the checkpoint of step 6 kept."""
+    run_dir = tmp_path_factory.mktemp("runs") / "stage2"
+    succeeded(train(2, 2, run_dir, sample, "parallel=tp2", "train.max_steps=12", "train.save_every=6"))
+    return run_dir
+
+
+LAYOUTS = {
+    "tp2": (2, ["parallel=tp2"]),
+    "pp2": (2, ["parallel=pp2", "parallel.num_layers_in_first_pipeline_stage=1"]),
+    "cp2": (2, ["parallel=cp2"]),
+    "one rank": (1, []),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_run_continues_the_curve_at_any_layout(layout, uninterrupted, sample, tmp_path):
+    ranks, overrides = LAYOUTS[layout]
+    run_dir = tmp_path / "stage2"
+    shutil.copytree(uninterrupted, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000012")
+    (run_dir / "metrics.jsonl").unlink()
+    result = succeeded(train(ranks, 2, run_dir, sample, "train.max_steps=12", "train.save_every=6", *overrides))
+    assert re.search(r"resumed step 6 from .*step_00000006", result.stdout)
+    before, after = losses(uninterrupted), losses(run_dir)
+    assert sorted(after) == list(range(7, 13))
+    for step in after:
+        exact = layout == "tp2"
+        for key, found, expected in [
+            ("loss", after[step]["loss"], before[step]["loss"]),
+            *((c, after[step]["grad_norm"][c], norm) for c, norm in before[step]["grad_norm"].items()),
+        ]:
+            # Other layouts add in another order; rounding grows by the optimizer's square roots.
+            assert abs(found - expected) <= (0 if exact else 2e-3 * expected), (layout, step, key)
+        assert after[step]["tokens"] == before[step]["tokens"]
+        assert after[step]["tokens_seen"] == before[step]["tokens_seen"]
+    assert losses(run_dir, "validation")[12]["rows"] == losses(uninterrupted, "validation")[12]["rows"]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_run_starts_from_base_models_and_from_hugging_face(sample, tmp_path):
+    """Rank 0 makes a checkpoint in the run's folder; exported as a Molmo2, it starts another run alike."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+    text = Qwen3Config(
+        hidden_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        num_hidden_layers=3,
+        intermediate_size=256,
+        vocab_size=600,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=0.1,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=84, patch_size=14
+    )
+    Qwen3ForCausalLM(text).save_pretrained(tmp_path / "llm")
+    SiglipVisionModel(vision).save_pretrained(tmp_path / "vision")
+    common = ["train.max_steps=2", "train.save_every=2"]
+    base = [*common, f"train.init_from=[{tmp_path / 'llm'},{tmp_path / 'vision'}]"]
+    result = succeeded(train(2, 2, tmp_path / "base", sample, *base))
+    start = tmp_path / "base" / "start" / "step_00000000"
+    assert f"weights from {start}" in result.stdout and result.stdout.count("making ") == 1
+    succeeded(python("tools/export_hf.py", start, tmp_path / "hf"))
+    succeeded(train(2, 2, tmp_path / "molmo2", sample, *common, f"train.init_from={tmp_path / 'hf'}"))
+    for step, record in losses(tmp_path / "base").items():
+        assert losses(tmp_path / "molmo2")[step]["loss"] == record["loss"]
+        assert losses(tmp_path / "molmo2")[step]["grad_norm"] == record["grad_norm"]
+    # Before a run has a checkpoint of its own, a second start finds what the first has made.
+    shutil.rmtree(tmp_path / "base" / "checkpoints")
+    result = succeeded(train(1, 2, tmp_path / "base", sample, *base))
+    assert f"weights from {start}" in result.stdout and "making " not in result.stdout
+
+
+def test_what_cannot_start_a_run_is_refused_in_one_sentence(hf_models, tmp_path):
+    def refused(init_from, **model):
+        architecture = model_config_from_hf(hf_models["olmo3"])
+        for key, value in model.items():
+            setattr(architecture, key, value)
+        given = TrainConfig(init_from=init_from if isinstance(init_from, list) else str(init_from))
+        with pytest.raises(ConfigError) as error:
+            find_start(Config(run_dir=str(tmp_path / "run"), model=architecture, train=given))
+        return str(error.value)
+
+    (tmp_path / "empty").mkdir()
+    assert "does not exist" in refused(tmp_path / "nothing")
+    assert "is an empty folder" in refused(tmp_path / "empty")
+    assert "is a file" in refused(hf_models["olmo3"] / "config.json")
+    assert "has model.hidden_size=48, this run has 64" in refused(hf_models["olmo3"], hidden_size=64)
+    for kind, sentence in (("llama", "only molmo2 can be read"), ("qwen3", r"half a model: give both")):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert sentence in refused(folder)
+    assert "a vision tower is one of siglip" in refused([str(tmp_path / "qwen3"), str(tmp_path / "llama")])
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(hf_models["olmo3"] / "config.json", pickled)
+    (pickled / "pytorch_model.bin").write_bytes(b"pickle")
+    assert "only safetensors are read, never pickles" in refused(pickled)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_the_global_batch_does_not_depend_on_the_layout(sample, tmp_path):
+    """The same weights, the same rows: the loss of step 1 is the same on any layout with one replica."""
+    start = tmp_path / "start"
+    succeeded(train(1, 1, start, sample, "train.max_steps=1"))
+    found = {}
+    for name, ranks, overrides in [
+        ("one", 1, []),
+        ("tp2", 2, ["parallel=tp2"]),
+        ("micro_batches_of_one", 1, ["train.micro_batch_size=1"]),
+    ]:
+        run_dir = tmp_path / name
+        succeeded(train(ranks, 2, run_dir, sample, "train.max_steps=3", f"train.init_from={start}", *overrides))
+        found[name] = losses(run_dir)
+    for name, records in found.items():
+        for step, record in records.items():
+            expected = found["one"][step]
+            if name != "micro_batches_of_one":
+                assert record["tokens"] == expected["tokens"]
+            assert abs(record["loss"] - expected["loss"]) < 1e-4 * expected["loss"], (name, step)
+            for component, norm in expected["grad_norm"].items():
+                assert abs(record["grad_norm"][component] - norm) < 1e-3 * norm, (name, step, component)
+
+
+def test_what_users_do_wrong_ends_in_one_sentence(sample, tmp_path):
+    def message(*overrides, stage=2):
+        result = train(1, stage, tmp_path / "run", sample, *overrides)
+        assert result.returncode != 0, result.stdout
+        assert "Traceback" not in result.stderr, result.stderr
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, result.stderr
+        return errors[0]
+
+    assert "did you mean data.seq_length" in message("data.seqlength=5")
+    assert "1 rank(s) cannot be divided" in message("parallel.tensor_model_parallel_size=4")
+    missing = message("data.root=/nonexistent/place")
+    assert "data.root=/nonexistent/place" in missing and "make_sample_data" in missing
+    assert "does not exist" in message("train.init_from=/nonexistent/step_00000001")
+    end = json.loads((tmp_path / "run" / "ended.json").read_text())
+    assert end["reason"] == "config error" and "/nonexistent/step_00000001" in end["message"] and end["step"] == 0
+    assert "train.device=cuda, but torch sees no GPU" in message("train.device=cuda")
+
+
+@pytest.mark.ranks
+def test_damaged_and_foreign_checkpoints_are_refused(uninterrupted, sample, tmp_path):
+    damaged = tmp_path / "step_00000012"
+    shutil.copytree(uninterrupted / "checkpoints" / "step_00000012", damaged)
+    data = max(damaged.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-1000])
+    result = train(1, 3, tmp_path / "a", sample, f"train.init_from={damaged}", "parallel.context_parallel_size=1")
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert re.search(r"error: checkpoint .* is damaged: .*distcp has \d+ bytes instead of \d+", result.stderr)
+
+    other = train(
+        1,
+        3,
+        tmp_path / "b",
+        sample,
+        f"train.init_from={uninterrupted}",
+        "parallel.context_parallel_size=1",
+        "model.hidden_size=64",
+    )
+    assert other.returncode != 0 and re.search(r"has model\.hidden_size=\d+, this run has 64", other.stderr)
+
+
+@pytest.mark.ranks
+def test_an_interrupted_save_is_not_taken_for_a_checkpoint(uninterrupted, sample, tmp_path):
+    run_dir = tmp_path / "stage2"
+    shutil.copytree(uninterrupted, run_dir)
+    (run_dir / "checkpoints" / "step_00000012" / "complete.json").unlink()
+    result = succeeded(train(2, 2, run_dir, sample, "parallel=tp2", "train.max_steps=7"))
+    assert "resumed step 6" in result.stdout
+    assert "ignored: checkpoint" in result.stdout and "step_00000012" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_broken_source_stops_all_ranks_and_another_number_of_them_goes_on(sample, tmp_path):
+    folder, run_dir = tmp_path / "broken", tmp_path / "run"
+    shutil.copytree(sample, folder)
+    for shard in (folder / "image_qa").glob("train-*.tar"):
+        shard.write_bytes(bytes(range(256)) * 4)
+    every = ["train.save_every=3", "train.log_every=1"]
+    result = train(2, 2, run_dir, folder, "train.max_steps=100", *every)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode != 0 and len(errors) == 1, result.stderr
+    assert re.search(
+        r"source image_qa: 2\d of 2\d samples are broken, more than data.max_error_rate=0.01 allows \(the last one: "
+        r"train-00000.tar\[\d+\]: .+\); mend",
+        errors[0],
+    )
+    assert result.stdout.count("broken sample: image_qa: train-00000.tar[") == 5
+    step = max(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
+    before = losses(run_dir)[step]["data"]
+
+    def go_on(last, *overrides):
+        return train(1, 2, run_dir, folder, f"train.max_steps={last}", "data.max_error_rate=1", *every, *overrides)
+
+    result = succeeded(go_on(step + 3))
+    assert f"resumed step {step} " in result.stdout and result.stdout.count("training data dealt out anew") == 1
+    after = losses(run_dir)[step + 3]["data"]
+    assert after["image_qa"]["dropped_unreadable"] > before["image_qa"]["dropped_unreadable"]
+    assert after["captions"]["examples"] >= before["captions"]["examples"] and "examples" not in after["image_qa"]
+    assert re.search(rf"step {step + 3}/{step + 3} .*\| dropped \d+ of \d+ \(image_qa \d+", result.stdout)
+    assert f"data of image_qa: {after['image_qa']['dropped_unreadable']} dropped_unreadable" in result.stdout
+
+    result = succeeded(go_on(step + 4))
+    assert f"resumed step {step + 3} " in result.stdout and "dealt out anew" not in result.stdout
+    refused = go_on(step + 5, "data.seed=99")
+    assert refused.returncode != 0 and "data.seed=1, this run has data.seed=99" in refused.stderr
+
+
+def test_the_resolved_configuration_is_printed():
+    result = succeeded(python("recipes/stage1_pretrain.py", "--cfg", "job", "model=molmo2_8b", "train.max_steps=7"))
+    assert "hidden_size: 4096" in result.stdout and "max_steps: 7" in result.stdout
+
+
+def test_shell_scripts_parse():
+    for script in ("tools/setup.sh", "tools/test.sh", "tools/quickstart.sh", ".ci/run", "slurm/stage1.sbatch"):
+        succeeded(run(["bash", "-n", script]))

@@ -1,0 +1,225 @@
+"""conf/datasets.yaml and what is refused in a catalogue."""
+
+import json
+
+import pytest
+import yaml
+from programs import REPOSITORY, python, succeeded
+
+from molmo2_nemo.catalogue.datasets import load_catalogue
+from molmo2_nemo.catalogue.raw import RawSource, media_name, read_rows
+from molmo2_nemo.fetch.inventory import listed, plan, with_license
+
+MINE = {
+    "name": "mine",
+    "source": {"kind": "hf", "hf": {"repo": "me/mine", "split": "train"}},
+    "media": {"kind": "in-parquet"},
+    "fields": {"image": "image"},
+}
+
+
+def catalogue(tmp_path, *entries, **more):
+    path = tmp_path / "datasets.yaml"
+    path.write_text(yaml.safe_dump({"datasets": list(entries), **more}))
+    return load_catalogue(path)
+
+
+def test_the_shipped_catalogue_has_108_sets_and_five_of_stage_1():
+    shipped = load_catalogue()
+    assert len(shipped.sets) == 108 and len(shipped.of_stage(1)) == 5
+    assert all(entry.media.columns for entry in shipped.sets if entry.media.kind == "url-list")
+    # A set that no program can get has a page and a layout.
+    for entry in shipped.sets:
+        assert not entry.by_hand or entry.layout, entry.name
+        assert entry.source.kind != "manual" or entry.source.page, entry.name
+    assert {entry.name for entry in shipped.sets if entry.unsure} == {
+        "gqa",
+        "videochatgpt",
+        "academic-video-point-ref-youtube-vos",
+        "refvos",
+        "latot",
+    }
+
+
+def test_one_entry_is_enough(tmp_path):
+    entry = catalogue(tmp_path, MINE).sets[0]
+    assert entry.stages == [2, 3] and entry.category == "own" and not entry.by_hand and not entry.unsure
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"licence": "mit"}, "data set mine has the unknown key licence"),
+        ({"examples": "many"}, "data set mine has examples='many'"),
+        ({"examples": -1}, "examples=-1"),
+        ({"source": {"kind": "hf"}}, "data set mine, source: kind hf needs the key hf"),
+        ({"source": {"kind": "url", "urls": ["file:///etc/passwd"]}}, "source.urls.0='file:///etc/passwd'"),
+        ({"source": {"kind": "hf", "hf": {"repo": "no-owner"}}}, "source.hf.repo='no-owner'"),
+        ({"source": {"kind": "hf", "hf": {"repo": "a/b", "revision": "main"}}}, "source.hf.revision='main'"),
+        ({"media": {"kind": "url-list"}}, "kind url-list needs the key columns"),
+        ({"media": {"kind": "cd-rom"}}, "media.kind='cd-rom'"),
+        ({"stages": [1]}, "needs the key ratio"),
+        ({"stages": [4]}, "stages.0=4"),
+        ({"name": "../up"}, "name='../up'"),
+        ({"name": None}, "entry 1 of datasets has name=None"),
+    ],
+)
+def test_a_mistake_is_named_in_one_sentence(tmp_path, change, said):
+    with pytest.raises(ValueError) as error:
+        catalogue(tmp_path, {**MINE, **change})
+    assert said in str(error.value) and "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_names_are_unique_and_groups_complete(tmp_path):
+    with pytest.raises(ValueError, match="the name Mine is there twice"):
+        catalogue(tmp_path, MINE, {**MINE, "name": "Mine"})
+    with pytest.raises(ValueError, match="names other, which is no entry"):
+        catalogue(tmp_path, {**MINE, "group_of": ["other"]})
+    (tmp_path / "twice.yaml").write_text("datasets: []\ndatasets: []\n")
+    with pytest.raises(ValueError, match="the key datasets is there twice"):
+        load_catalogue(tmp_path / "twice.yaml")
+
+
+def test_sets_are_found_without_regard_to_case_and_groups_stand_for_their_members():
+    shipped = load_catalogue()
+    assert [entry.name for entry in shipped.find(["CHARTQA", "pixmo-cap"])] == ["chartqa", "pixmo-cap"]
+    assert len(shipped.find(["Molmo2-SynMultiImageQA"])) == 6
+    with pytest.raises(ValueError, match="there is no data set pixmo: did you mean .*pixmo-cap"):
+        shipped.find(["pixmo"])
+
+
+def test_a_licence_that_forbids_sale_is_not_its_namesake(tmp_path):
+    names = ["odc-by", "cc-by-4.0", "cc-by-nc-4.0", "CC-BY-4.0, mit", None]
+    sets = catalogue(tmp_path, *({**MINE, "name": f"s{n}", "license": name} for n, name in enumerate(names))).sets
+    assert [entry.name for entry in with_license(sets, ["cc-by"], tmp_path)] == ["s1"]
+    assert [entry.name for entry in with_license(sets, ["cc-by", "mit", "ODC-BY"], tmp_path)] == ["s0", "s1", "s3"]
+
+
+def test_plan_takes_what_is_worth_most_for_its_bytes_and_stays_within_the_budget(tmp_path):
+    sizes = {"small": (1, 10_000), "large": (90, 10_000), "rich": (20, 1_000_000)}
+    entries = [{**MINE, "name": name, "disk_gb": gb, "examples": examples} for name, (gb, examples) in sizes.items()]
+    by_hand = {**MINE, "name": "hand", "source": {"kind": "manual", "instructions": "ask", "page": "https://a.org/b"}}
+    found = catalogue(tmp_path, *entries, by_hand, {**MINE, "name": "odd", "fields": None})
+    rows = plan(found.sets, found, tmp_path, 30 * 10**9, speed=1e6)
+    assert [(row.name, row.action) for row in rows] == [
+        ("small", "fetch"),
+        ("rich", "fetch"),
+        ("large", "no room"),
+        ("hand", "by hand"),
+        ("odd", "refused"),
+    ]
+    assert rows[0].seconds == 1000 and sum(row.gigabytes for row in rows if row.action == "fetch") <= 30
+    # What is there, whole or in part, is not paid for again.
+    for name, note in (("rich", {"complete": True}), ("large", {"complete": False, "bytes": 80 * 10**9})):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        (tmp_path / "raw" / name / "fetched.json").write_text(json.dumps(note))
+    rows = {row.name: row for row in plan(found.sets, found, tmp_path, 12 * 10**9, speed=None)}
+    assert rows["rich"].action == "there" and rows["large"].action == "fetch" and rows["large"].gigabytes == 10
+
+
+def test_list_is_a_table_or_json(tmp_path):
+    rows = json.loads(succeeded(python("tools/download.py", "list", "--stage", 1, "--json", "--root", tmp_path)).stdout)
+    assert [row["name"] for row in rows] == [entry.name for entry in load_catalogue().of_stage(1)]
+    assert {"name", "kind", "examples", "size_gb", "license", "gated", "state"} <= set(rows[0])
+    assert [row.state for row in listed(load_catalogue().find(["gqa", "chartqa"]), tmp_path)] == ["refused", "-"]
+
+
+def test_rows_and_media_of_a_raw_folder(tmp_path):
+    folder = tmp_path / "raw" / "mine"
+    for name in ("hub/data", "media", "extracted/train2014/train2014", "manual/images"):
+        (folder / name).mkdir(parents=True)
+    url = "http://a.org/1.jpg?x=1"
+    (folder / "media" / media_name(url)).parent.mkdir()
+    for file in (f"media/{media_name(url)}.png", "extracted/train2014/train2014/c.jpg", "manual/images/1.png"):
+        (folder / file).write_bytes(b"x")
+    (folder / "hub/data/train-0.jsonl").write_text('{"a": 1, "s": "x"}\n\n{"a": 2, "s": "y"}\n')
+    (folder / "hub/data/train-1.json").write_text('[{"a": 3, "s": "x"}]')
+    (folder / "hub/data/val-0.csv").write_text('a,s\n4,"x"\n')
+    source = RawSource(tmp_path, "mine")
+    with pytest.raises(ValueError, match="mine is not fetched: run python tools/download.py fetch mine"):
+        list(source.rows())
+    note = {"splits": {"train": ["hub/data/train-0.jsonl", "hub/data/train-1.json"], "val": ["hub/data/val-0.csv"]}}
+    (folder / "fetched.json").write_text(json.dumps(note))
+    assert [int(row["a"]) for row in source.rows()] == [1, 2, 3, 4]
+    assert [row["a"] for row in source.rows("train")] == [1, 2, 3]
+    with pytest.raises(ValueError, match="mine has no split test: it has train, val"):
+        list(source.rows("test"))
+    (folder / "fetched.json").write_text(json.dumps(note | {"filter": "s == x", "limit": 2}))
+    assert [int(row["a"]) for row in RawSource(tmp_path, "mine").rows()] == [1, 3]
+    assert source.media(url) == folder / f"media/{media_name(url)}.png"
+    assert source.media("http://a.org/other.jpg") is None
+    assert source.media("coco/train2014/c.jpg") == folder / "extracted/train2014/train2014/c.jpg"
+    assert source.media("images/1.png") == folder / "manual/images/1.png"
+    for outside in ("../mine/manual/images/1.png", "/etc/hostname", "images/../../fetched.json", ""):
+        assert source.media(outside) is None
+    (folder / "hub/data/train-0.jsonl").write_text('{"a": 1}\n[2]\n')
+    with pytest.raises(ValueError, match="train-0.jsonl cannot be read: line 2 is not an object"):
+        list(source.rows("train"))
+
+
+def test_parquet_rows(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="not in requirements.lock yet")
+    from pyarrow import parquet
+
+    folder = tmp_path / "raw" / "mine" / "hub"
+    folder.mkdir(parents=True)
+    rows = [{"image": {"bytes": bytes([n]), "path": None}, "n": n} for n in range(200)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train-0.parquet", row_group_size=50)
+    (folder.parent / "fetched.json").write_text(json.dumps({"splits": {"train": ["hub/train-0.parquet"]}}))
+    assert list(RawSource(tmp_path, "mine").rows("train")) == rows
+    (folder / "train-0.parquet").write_bytes((folder / "train-0.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="train-0.parquet"):
+        list(RawSource(tmp_path, "mine").rows("train"))
+
+
+def test_rows_that_the_library_datasets_saved_are_read(tmp_path):
+    """As save_to_disk writes them: Arrow's stream format."""
+    import pyarrow as pa
+
+    table = pa.table({"n": list(range(200)), "s": [str(n) for n in range(200)]})
+    with pa.ipc.new_stream(str(tmp_path / "data-00000-of-00001.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=150)
+    assert list(read_rows(tmp_path / "data-00000-of-00001.arrow")) == table.to_pylist()
+    (tmp_path / "cut.arrow").write_bytes((tmp_path / "data-00000-of-00001.arrow").read_bytes()[:500])
+    with pytest.raises(ValueError, match="cut.arrow cannot be read"):
+        list(read_rows(tmp_path / "cut.arrow"))
+
+
+WRONG = {
+    "fetch pixmo-capp": "did you mean pixmo-cap",
+    "how qvhighlight": "did you mean qvhighlights",
+    "fetch pixmo-cap --jobs 0": "0 is not a whole number above 0",
+    "fetch pixmo-cap --jobs -3": "-3 is not a whole",
+    "fetch pixmo-cap --limit 1.5": "1.5 is not a whole",
+    "fetch pixmo-cap --timeout nan": "nan is not a number",
+    "plan --budget lots": "lots is not a size",
+    "plan --budget 0": "0 is not above 0",
+    f"plan --budget {'9' * 400}": "is not a size",
+    "list --stage 4": "invalid choice: 4",
+    "list --category x": "invalid choice: 'x'",
+    "list --catalogue /none.yaml": "/none.yaml cannot be read",
+    "fetch": "needs names, --stage or --category",
+}
+
+
+def test_what_a_user_gets_wrong_ends_in_a_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    from download import main
+
+    for words, said in WRONG.items():
+        try:
+            status = main([*words.split(), "--root", str(tmp_path)])
+        except SystemExit as stop:
+            status = stop.code
+        error = capsys.readouterr().err
+        assert status in (1, 2) and said in error.splitlines()[-1], (words, error)
+
+
+def test_json_is_a_list_of_objects(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    from download import main
+
+    for words in ("list", "plan --budget 1TB", "how docvqa", "doctor", "fetch gqa"):
+        main([*words.split(), "--json", "--root", str(tmp_path)])
+        values = json.loads(capsys.readouterr().out)
+        assert isinstance(values, list) and all(isinstance(value, dict) for value in values), words

@@ -1,0 +1,323 @@
+"""Every shipped configuration builds; what cannot work is refused in a sentence that names key, value and mend."""
+
+import re
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from molmo2_nemo import command_line
+from molmo2_nemo.config import checks, megatron_fields, schema
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.paths import CONF_DIR
+
+STAGES = ("stage1", "stage2", "stage3")
+
+
+def build(stage, *overrides):
+    command_line.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return command_line.to_dataclass(compose(stage, overrides=list(overrides)))
+
+
+def refusal(stage, *overrides, world_size=1):
+    with pytest.raises(ConfigError) as error:
+        checks.check(build(stage, *overrides), world_size)
+    message = str(error.value)
+    assert "\n" not in message and message.endswith((".", "?")), message
+    return message
+
+
+def options(group):
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("model", [m for m in options("model") if m != "hf"])
+@pytest.mark.parametrize("schedule", ["seed", "report"])
+def test_every_model_and_schedule_is_accepted(stage, model, schedule):
+    # Four heads do not divide by a context parallel size of eight.
+    extra = ["parallel.cp_comm_type=all_gather"] if model == "tiny" else []
+    checks.check(build(stage, f"model={model}", f"schedule={schedule}", *extra), 8)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_quickstart_is_accepted(stage):
+    parallel = "cp2" if stage == "stage3" else "tp2"
+    settings = ["model=tiny", "data=sample", "schedule=quickstart", "optim=from_scratch", f"parallel={parallel}"]
+    checks.check(build(stage, *settings), 2)
+
+
+def test_no_option_is_left_untested():
+    assert options("schedule") == ["quickstart", "report", "seed"]
+    assert options("data") == ["sample", "stage1", "stage2", "stage2_report"]
+    assert options("optim") == ["default", "from_scratch"]
+
+
+@pytest.mark.parametrize("parallel", options("parallel"))
+def test_every_parallel_preset_is_accepted(parallel):
+    checks.check(build("stage2", "model=molmo2_8b", f"parallel={parallel}"), 8)
+
+
+def test_seed_schedule_is_the_default():
+    # Figures of the project's brief.
+    expected = {"stage1": (100_000, 4096, 128), "stage2": (50_000, 4096, 128), "stage3": (2_000, 36_864, 384)}
+    for stage, (steps, tokens, frames) in expected.items():
+        cfg = build(stage)
+        assert (cfg.train.max_steps, cfg.data.seq_length, cfg.data.max_frames) == (steps, tokens, frames)
+    assert build("stage3").parallel.context_parallel_size == 8
+
+
+def test_report_schedule_holds_the_report():
+    # arXiv 2601.10611: steps, tokens of a row; rates and warm-ups of ViT, connector, LLM.
+    expected = {
+        "stage1": (32_000, 2_560, (6e-6, 2e-4, 2e-5), (2000, 200, 2000)),
+        "stage2": (30_000, 16_384, (5e-6, 5e-6, 1e-5), (200, 200, 200)),
+        "stage3": (2_000, 36_864, (5e-6, 5e-6, 1e-5), (200, 200, 200)),
+    }
+    for stage, (steps, tokens, rates, warmups) in expected.items():
+        cfg = build(stage, "schedule=report")
+        o = cfg.optim
+        assert (cfg.train.max_steps, cfg.data.seq_length, cfg.train.global_batch_size) == (steps, tokens, 128)
+        assert (o.vit.lr, o.connector.lr, o.llm.lr) == rates
+        assert (o.vit.warmup_steps, o.connector.warmup_steps, o.llm.warmup_steps) == warmups
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_its_own_data_and_takes_others(stage, monkeypatch):
+    monkeypatch.setenv("DATA_ROOT", "/shards")
+    own = build(stage).data
+    assert (own.blend, own.root) == ("stage1" if stage == "stage1" else "stage2", "/shards")
+    assert build(stage, "data=sample").data.blend == f"sample_{stage}"
+    assert build(stage, "data=stage2_report").data.blend == "stage2_report"
+    assert build(stage, "data.blend=my/blend.yaml").data.blend == "my/blend.yaml"
+    for name in options("data"):
+        assert (CONF_DIR / "blend" / f"{build(stage, f'data={name}').data.blend}.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    "stage, overrides, world_size, expected",
+    [
+        (
+            "stage2",
+            ["model=molmo2_8b", "parallel.tensor_model_parallel_size=16"],
+            16,
+            "parallel.tensor_model_parallel_size=16 does not divide model.num_query_groups=8",
+        ),
+        ("stage2", ["parallel.tensor_model_parallel_size=3"], 3, "must be a power of two"),
+        ("stage2", ["parallel=tp2"], 1, "1 rank(s) cannot be divided"),
+        ("stage3", [], 4, "4 rank(s) cannot be divided"),
+        ("stage2", ["parallel.sequence_parallel=true"], 1, "parallel.sequence_parallel=true needs"),
+        ("stage2", ["parallel.pipeline_model_parallel_size=5"], 5, "cannot be dealt to parallel.pipeline_model"),
+        ("stage2", ["parallel=pp2", "parallel.num_layers_in_first_pipeline_stage=36"], 2, "cannot be dealt"),
+        (
+            "stage3",
+            ["model=molmo2_8b", "parallel.context_parallel_size=64"],
+            64,
+            "set parallel.cp_comm_type=all_gather",
+        ),
+        ("stage2", ["parallel.cp_comm_type=ring"], 1, "parallel.cp_comm_type=ring is unknown"),
+        ("stage2", ["data.max_crops=4"], 1, "data.max_crops=4 cannot hold one image"),
+        ("stage2", ["data.max_frames=200"], 1, "data.max_frames=200 does not fit data.max_crops=128"),
+        ("stage2", ["data.seq_length=100"], 1, "data.seq_length=100 cannot hold the 392 patch tokens"),
+        ("stage2", ["parallel=tp2", "data.seq_length=4097"], 2, "use 4098"),
+        ("stage2", ["train.global_batch_size=100"], 8, "train.global_batch_size=100 is not a multiple"),
+        (
+            "stage2",
+            ["optim.vit.freeze=true", "optim.connector.freeze=true", "optim.llm.freeze=true"],
+            1,
+            "nothing would",
+        ),
+        ("stage2", ["transformer.nonsense=1"], 1, "transformer.nonsense=1: Megatron's TransformerConfig has no field"),
+        ("stage2", ["transformer.hidden_size=64"], 1, "is decided by model.hidden_size"),
+        ("stage2", ["optimizer.lr=1"], 1, "is decided by optim.llm.lr"),
+        ("stage2", ["model.vision.image_size=380"], 1, "use 378"),
+        ("stage2", ["train.precision=fp7"], 1, "choose one of auto, fp32, bf16, fp8"),
+        ("stage2", ["train.vision_chunk_crops=-1"], 1, "train.vision_chunk_crops=-1 must not be negative"),
+        (
+            "stage2",
+            ["train.precision=fp8", "parallel.layer_spec=local"],
+            1,
+            "set parallel.layer_spec=transformer_engine",
+        ),
+        (
+            "stage2",
+            ["transformer.fp8_recipe=blockwise"],
+            1,
+            "transformer.fp8_recipe=blockwise needs train.precision=fp8",
+        ),
+        (
+            "stage2",
+            ["train.precision=fp8", "transformer.fp8_recipe=fine"],
+            1,
+            "choose one of delayed, tensorwise, blockwise",
+        ),
+        ("stage2", ["train.vit_fp8=true"], 1, "train.vit_fp8=true needs train.precision=fp8"),
+        (
+            "stage2",
+            ["train.precision=fp8", "train.vit_fp8=true", "transformer.fp8_recipe=delayed"],
+            1,
+            "numbers of chunks",
+        ),
+        (
+            "stage2",
+            ["train.precision=fp8", "transformer.first_last_layers_bf16=true", "transformer.fp8_recipe=delayed"],
+            1,
+            "transformer.first_last_layers_bf16=true does not work with transformer.fp8_recipe=delayed",
+        ),
+        (
+            "stage2",
+            ["train.precision=fp8", "transformer.num_layers_at_start_in_bf16=2"],
+            1,
+            "first_last_layers_bf16=true",
+        ),
+        (
+            "stage2",
+            ["train.precision=fp8", "data.seq_length=4104"],
+            1,
+            "data.seq_length=4104 is not a positive multiple of 16 (context parallel 1 x 16 for FP8): use 4112",
+        ),
+        (
+            "stage3",
+            [
+                "train.precision=fp8",
+                "transformer.fp8_recipe=mxfp8",
+                "parallel=tp4",
+                "data.seq_length=16400",
+                "parallel.context_parallel_size=2",
+            ],
+            8,
+            (
+                "is not a positive multiple of 256 (context parallel 2 x tensor parallel 4 with sequence_parallel x 32"
+                " for FP8): use"
+            ),
+        ),
+        (
+            "stage2",
+            ["train.precision=fp8", "model.ffn_hidden_size=9736"],
+            1,
+            "a rank's part of model.ffn_hidden_size is 9736",
+        ),
+        (
+            "stage2",
+            ["transformer.cpu_offloading=true", "transformer.cpu_offloading_num_layers=4", "parallel=pp2"],
+            2,
+            "transformer.cpu_offloading=true works with neither pipeline parallelism nor",
+        ),
+        (
+            "stage2",
+            [
+                "transformer.cpu_offloading=true",
+                "transformer.cpu_offloading_num_layers=4",
+                "transformer.recompute_granularity=full",
+            ],
+            1,
+            "nor transformer.recompute_granularity",
+        ),
+        (
+            "stage2",
+            ["transformer.cpu_offloading=true"],
+            1,
+            "transformer.cpu_offloading_num_layers=0 must be at least 1",
+        ),
+        ("stage2", ["transformer.tp_comm_overlap=true"], 1, "needs parallel.sequence_parallel=true"),
+        (
+            "stage2",
+            ["ddp.overlap_param_gather=true", "ddp.overlap_grad_reduce=false"],
+            1,
+            "needs ddp.overlap_grad_reduce",
+        ),
+        ("stage2", ["optimizer.overlap_param_gather=true"], 1, "is decided by ddp.overlap_param_gather"),
+        ("stage2", ["transformer.fp8=hybrid"], 1, "is decided by train.precision"),
+        (
+            "stage2",
+            ["transformer.fp8_param=true"],
+            1,
+            "transformer.fp8_param=True does not work here, since weights are not",
+        ),
+        ("stage2", ["ddp.fp8_param_gather=true"], 1, "ddp.fp8_param_gather=True does not work here"),
+        ("stage2", ["transformer.apply_rope_fusion=true"], 1, "since each token has a position of its own"),
+        ("stage2", ["transformer.persist_layer_norm=true"], 1, "since the norms are not apex's"),
+        ("stage2", ["transformer.attention_dropout=0.1"], 1, "since attention is FlexAttention or SDPA"),
+    ],
+)
+def test_impossible_settings_are_refused(stage, overrides, world_size, expected):
+    assert expected in refusal(stage, *overrides, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("data.seqlen=5", "data.seqlen=5: data has no key seqlen; did you mean data.seq_length."),
+        ("+train.steps=5", "train.steps=5: train has no key steps; did you mean train.max_steps."),
+        ("modell=tiny", "modell=tiny: the configuration has no key modell; did you mean model."),
+        ("model=large", "model=large: conf/model has no large.yaml; choose one of hf, molmo2_4b"),
+        ("optim.vit.warmup=3", "did you mean optim.vit.warmup_steps"),
+    ],
+)
+def test_unknown_keys_and_options_are_named(argument, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        command_line.refuse_unknown_overrides([argument])
+
+
+def test_known_overrides_pass():
+    command_line.refuse_unknown_overrides(
+        [
+            "model=tiny",
+            "parallel.tensor_model_parallel_size=4",
+            "transformer.recompute_granularity=full",
+            "--cfg",
+            "job",
+            "hydra.verbose=true",
+            "model.rope_scaling.factor=2",
+            "optimizer.adam_eps=1e-8",
+        ]
+    )
+
+
+def test_megatron_fields_are_set_from_the_command_line():
+    cfg = build("stage2", "transformer.recompute_granularity=full", "optimizer.adam_eps=1e-8", "ddp.bucket_size=1000")
+    checks.check(cfg, 1)
+    assert (cfg.transformer, cfg.optimizer, cfg.ddp) == (
+        {"recompute_granularity": "full"},
+        {"adam_eps": 1e-8},
+        {"bucket_size": 1000},
+    )
+
+
+def test_a_key_without_a_value_is_named():
+    with pytest.raises(ConfigError, match="model.hf_path has no value"):
+        build("stage2", "model=hf")
+
+
+def test_uneven_pipeline_stages():
+    cfg = build("stage2", "parallel.pipeline_model_parallel_size=4", "parallel.num_layers_in_first_pipeline_stage=6")
+    assert checks.layers_per_stage(cfg.parallel, cfg.model) == [6, 10, 10, 10]
+
+
+def test_architecture_survives_json():
+    for model in ("tiny", "molmo2_o_7b"):
+        original = build("stage2", f"model={model}").model
+        assert schema.model_config_from_json(schema.model_config_to_json(original)) == original
+
+
+def test_megatron_fields_that_cannot_work_are_fields_of_megatron():
+    from dataclasses import fields
+
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.fp8_utils import get_fp8_align_size
+    from megatron.core.transformer import TransformerConfig
+
+    for prefix, cls in (("transformer", TransformerConfig), ("ddp", DistributedDataParallelConfig)):
+        assert set(megatron_fields.CANNOT_WORK[prefix]) <= {field.name for field in fields(cls)}
+    for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8"):
+        multiple, _ = checks.row_multiple(schema.ParallelConfig(), "fp8", recipe)
+        assert multiple == get_fp8_align_size(recipe)
+
+
+def test_fp8_settings_that_work_are_accepted():
+    fp8 = ["train.precision=fp8", "train.vit_fp8=true"]
+    for extra in ([], ["transformer.fp8_recipe=blockwise"], ["transformer.first_last_layers_bf16=true"]):
+        for model in ("molmo2_4b", "molmo2_8b", "molmo2_o_7b"):
+            checks.check(build("stage2", f"model={model}", "parallel=tp4", *fp8, *extra), 4)

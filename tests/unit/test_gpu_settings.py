@@ -1,0 +1,132 @@
+"""What a GPU needs, as far as it can be seen without one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from programs import REPOSITORY
+from test_config import build
+
+from molmo2_nemo import command_line, gpu, parallel
+from molmo2_nemo.config.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "device, user, expected",
+    [
+        ("cpu", {}, (True, False, False)),
+        ("cuda", {}, (True, True, True)),
+        ("cuda", {"overlap_grad_reduce": False}, (True, False, False)),
+        ("cuda", {"overlap_param_gather": False}, (True, True, False)),
+        ("cuda", {"use_distributed_optimizer": False}, (False, True, False)),
+        # One key is enough.
+        ("cpu", {"overlap_param_gather": True}, (True, True, True)),
+    ],
+)
+def test_overlap_settings_agree(device, user, expected):
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    settings = gpu.ddp_settings(build("stage2", *[f"ddp.{key}={value}" for key, value in user.items()]), device)
+    found = DistributedDataParallelConfig(**settings)
+    assert (found.use_distributed_optimizer, found.overlap_grad_reduce, found.overlap_param_gather) == expected
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["transformer.gradient_accumulation_fusion=true"], "needs a GPU with transformer_engine or NVIDIA's apex"),
+        (
+            ["transformer.cpu_offloading=true", "transformer.cpu_offloading_num_layers=2"],
+            "cpu_offloading=true needs transformer_",
+        ),
+        (["transformer.recompute_granularity=most"], "Megatron refuses transformer.recompute_granularity=most"),
+        (
+            ["ddp.num_distributed_optimizer_instances=1", "ddp.reuse_grad_buf_for_mxfp8_param_ag=true"],
+            "Megatron refuses ddp",
+        ),
+        (["optimizer.use_precision_aware_optimizer=true"], "Megatron refuses optimizer settings"),
+    ],
+)
+def test_what_this_machine_or_megatron_cannot_do_is_refused_before_anything_starts(overrides, expected):
+    with pytest.raises(ConfigError) as error:
+        gpu.check_device(build("stage2", "model=tiny", *overrides), "cpu")
+    assert expected in str(error.value)
+
+
+def test_shipped_settings_pass_and_are_described():
+    for stage in ("stage1", "stage2", "stage3"):
+        gpu.check_device(build(stage), "cpu")
+    line = gpu.description(build("stage3"), "fp32", "cpu")
+    assert line == "layers local, Adam torch's; row length in multiples of 8 (context parallel 8)"
+
+
+def test_the_vision_transformer_takes_the_fp8_settings_when_asked():
+    overrides = {
+        "fp8_recipe": "blockwise",
+        "first_last_layers_bf16": True,
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    cfg = build("stage2")
+    for vit_fp8 in (False, True):
+        configs = parallel.transformer_configs(cfg.model, cfg.parallel, "cpu", "fp8", overrides, vit_fp8=vit_fp8)
+        assert configs["decoder"].fp8 == "hybrid" and configs["decoder"].fp8_recipe == "blockwise"
+        assert configs["connector"].fp8 is None
+        assert configs["vit"].fp8 == ("hybrid" if vit_fp8 else None)
+        assert configs["vit"].first_last_layers_bf16 == vit_fp8 and configs["vit"].recompute_granularity is None
+    # Without a recipe it is the one that keeps no state.
+    configs = parallel.transformer_configs(cfg.model, cfg.parallel, "cpu", "fp8", {}, vit_fp8=True)
+    assert {configs[part].fp8_recipe for part in ("decoder", "vit")} == {"tensorwise"}
+
+
+def test_first_and_last_layers_are_those_of_the_whole_model():
+    """Megatron's own choice of layers, with the numbers that its block hands over."""
+    from megatron.core.fp8_utils import is_first_last_bf16_layer
+
+    cfg = build("stage2")
+    overrides = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 1}
+    decoder = parallel.transformer_configs(cfg.model, cfg.parallel, "cpu", "fp8", overrides)["decoder"]
+    kept = [number for number in range(36) if is_first_last_bf16_layer(decoder, number)]
+    assert cfg.model.num_layers == 36 and kept == [0, 1, 35]
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, "expandable_segments:True None 1"),
+        ({"PYTORCH_ALLOC_CONF": "x:1"}, "x:1 None 1"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "x:1", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "None x:1 8"),
+    ],
+)
+def test_variables_that_cuda_reads_are_set_before_it_starts_and_those_of_the_user_stay(environment, expected):
+    code = (
+        "import sys, os; from molmo2_nemo.command_line import set_gpu_environment; set_gpu_environment();assert 'torch'"
+        " not in sys.modules;print(*[os.environ.get(n) for n in ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF',"
+        " 'CUDA_DEVICE_MAX_CONNECTIONS')])"
+    )
+    clean = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key and "CONNECTIONS" not in key}
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.stdout.strip() == expected, found.stderr
+
+
+@pytest.mark.parametrize("driver, given, expected", [(True, None, None), (False, None, "1"), (False, "0", "0")])
+def test_without_a_driver_the_compiler_is_not_imported(monkeypatch, driver, given, expected):
+    def load(name):
+        if not driver:
+            raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(command_line.ctypes, "CDLL", load)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", given or "")
+    if given is None:
+        monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    command_line.set_cpu_environment()
+    assert os.environ.get("TORCHDYNAMO_DISABLE") == expected

@@ -1,0 +1,481 @@
+import hashlib
+import json
+import os
+import pickle
+import signal
+import zlib
+from collections import Counter
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from programs import python
+from sources import VISION, chat, config, write_blend, write_source
+
+from molmo2_nemo.data.blend import Source, SourceOptions, load_blend
+from molmo2_nemo.data.encode import Encoder
+from molmo2_nemo.data.loader import Molmo2TaskEncoder, RawSample, save_state, train_loader, validation_loader
+from molmo2_nemo.data.progress import beginning
+from molmo2_nemo.prepare.sample_world import generate
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "sample"
+    generate(folder, scale=0.01, progress=lambda line: None)
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As in a loader worker."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(data, run_dir, make_loader=train_loader, rank=0, world_size=1, rows=2, **more):
+    return make_loader(data, VISION, load_blend(data), rank, world_size, None, rows, run_dir, **more)
+
+
+def digest(batch) -> str:
+    """Of all that a batch holds, byte for byte."""
+    hashed = hashlib.sha256(json.dumps([batch.__key__, batch.counters, batch.errors]).encode())
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor):
+            hashed.update(f"{field.name} {value.dtype} {tuple(value.shape)}".encode())
+            hashed.update(value.numpy().tobytes())
+    return hashed.hexdigest()
+
+
+# --- exact continuation ---------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+from molmo2_nemo.config.schema import DataConfig
+from molmo2_nemo.data import loader
+from test_loader import digest, make, state_files
+
+mode, folder, data = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+ranks, before, loader.SNAPSHOT_SECONDS = map(int, sys.argv[4:])
+
+def ranks_loaders(state=None):
+    saved = state_files(folder, state, ranks) if state else ()
+    return [make(DataConfig(**data), folder / "run", rank=rank, world_size=ranks, saved=saved) for rank in range(ranks)]
+
+def show(state, loaders):
+    for one in loaders:
+        print(state, *(digest(next(one)) for _ in range(4)), flush=True)
+
+def save(state, loaders):
+    for file, one in zip(state_files(folder, state, ranks), loaders):
+        file.write_bytes(loader.save_state(one))
+
+loaders = ranks_loaders()
+for state, batches in (("early", before), ("late", 2)):
+    if mode == "write":
+        for one in loaders:
+            for _ in range(batches):
+                next(one)
+        save(state, loaders)
+        show(state, loaders)
+        continue
+    loaders = ranks_loaders(state)
+    assert all(one.can_restore_sample() and not one.dealt_anew for one in loaders)
+    if state == "early":
+        # Saved again before anything was read, it is still the same place.
+        save("again", loaders)
+        loaders = ranks_loaders("again")
+    show(state, loaders)
+    for one in loaders if state == "early" else ():  # the end of the process stops the others
+        one.close()
+if mode == "write":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def state_files(folder, state, ranks):
+    return [folder / f"{state}{rank}" for rank in range(ranks)]
+
+
+def in_a_process(mode, folder, data, *numbers):
+    """What a fresh process sees: nothing but the shards and the state files."""
+    result = python("-c", SCRIPT, mode, folder, json.dumps(asdict(data)), *numbers)
+    assert result.returncode == (-signal.SIGKILL if mode == "write" else 0), result.stderr
+    # And stdout holds nothing but the script's own lines.
+    return result.stdout.splitlines()
+
+
+# Batches before the state is saved; seconds between the snapshots from which a worker replays.
+@pytest.mark.parametrize(
+    "workers, ranks, before, seconds", [(0, 1, 3, 15), (1, 1, 15, 0), (2, 1, 4, 15), (4, 1, 23, 0), (2, 2, 13, 0)]
+)
+def test_a_killed_run_continues_exactly(world, tmp_path, workers, ranks, before, seconds):
+    """Byte for byte: with a pool partly used up, in the middle of videos, at any worker's turn."""
+    data = config(world, num_workers=workers)
+    written = in_a_process("write", tmp_path, data, ranks, before, seconds)
+    batches = [digest for line in written for digest in line.split()[1:]]
+    assert len(set(batches)) == len(batches) == 8 * ranks
+    assert in_a_process("read", tmp_path, data, ranks, before, seconds) == written
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"seed": 6}, "data.seed=5, this run has data.seed=6"),
+        ({"packing_buffer_size": 13}, "data.packing_buffer_size=12, this run has data.packing_buffer_size=13"),
+        ({"seq_length": 1024}, "data.seq_length=768"),
+        ({"blend": "sample_stage1"}, r"source captions=.*, this run has source captions="),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(world, tmp_path, change, words):
+    loader = make(config(world), tmp_path)
+    next(loader)
+    state = tmp_path / "state"
+    state.write_bytes(save_state(loader))
+    with pytest.raises(ValueError, match=words):
+        make(config(world, **change), tmp_path, saved=[state])
+    with pytest.raises(ValueError, match="micro_batch_size=2, this run has train.micro_batch_size=1"):
+        make(config(world), tmp_path, rows=1, saved=[state])
+    # What does not touch the stream may change.
+    make(config(world, max_error_rate=0.5, skip_missing=True), tmp_path, saved=[state])
+    with pytest.raises(ValueError, match="holds the data state of 2 of 1 data-parallel ranks"):
+        make(config(world), tmp_path, saved=[state, state])
+
+
+def test_a_state_is_data_and_no_program(world, tmp_path):
+    class Program:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    header, rest = save_state(make(config(world), tmp_path)).split(b"\n", 1)
+    header = json.loads(header)
+    first, second = header["sizes"]
+    arrays, pickled = rest[: first + second], rest[first + second :]
+    bomb = zlib.compress(bytes(10**8))
+
+    def state_file(body, **changes):
+        return json.dumps(header | changes).encode() + b"\n" + body
+
+    wrong = [state_file(arrays + pickle.dumps(thing)) for thing in (Program(), 3, {"__class__": "x"})]
+    wrong += [state_file(body) for body in (arrays, arrays + pickled[:-9], b"", arrays[9:] + pickled)]
+    wrong += [state_file(rest, sizes=sizes) for sizes in ([], [-1, 5], [0, 0], "x", None)]
+    wrong += [state_file(bomb + rest[first:], sizes=[len(bomb), second]), b"", b"no state", b"3\n"]
+    for content in wrong:
+        state = tmp_path / "state"
+        state.write_bytes(content)
+        with pytest.raises(ValueError, match="state is damaged"):
+            make(config(world), tmp_path, saved=[state])
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="state is damaged"):
+        make(config(world), tmp_path, saved=[tmp_path / "missing"])
+
+
+# --- other numbers of ranks and workers -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Sources `one` and `two` of 400 and 120 short texts."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, size in (("one", 400), ("two", 120)):
+        samples = [{"json": chat(f"{name} {number}", "word " * (number % 17 + 1))} for number in range(size)]
+        write_source(folder / name, samples, shard_size=50)
+    write_blend(folder / "blend.yaml", "one", "two")
+    write_blend(folder / "alone.yaml", "one")
+    return folder
+
+
+def text_config(texts, blend="blend", **changes):
+    return config(texts, blend=str(texts / f"{blend}.yaml"), seq_length=256, **changes)
+
+
+class Run:
+    """All data-parallel ranks of a run in turn, batch by batch; what they hand out is counted."""
+
+    def __init__(self, data, folder, ranks, saved=()):
+        self.folder, self.sizes = folder, [source.num_samples for source in load_blend(data)]
+        self.loaders = [make(data, folder, rank=rank, world_size=ranks, rows=1, saved=saved) for rank in range(ranks)]
+
+    def read(self, counts, batches) -> list[str]:
+        digests = []
+        for loader in self.loaders * batches:
+            batch = next(loader)
+            digests.append(digest(batch))
+            for source, index in batch.examples.tolist():
+                counts[source, index] += 1
+        return digests
+
+    def save(self):
+        files = [self.folder / f"state{rank}" for rank in range(len(self.loaders))]
+        for file, loader in zip(files, self.loaders):
+            file.write_bytes(save_state(loader))
+        return files
+
+    def close(self):
+        for loader in self.loaders:
+            loader.close()
+
+
+def test_other_numbers_of_ranks_and_workers_lose_and_repeat_nothing(texts, tmp_path):
+    """One pass over a source by five runs of different sizes: every sample once before any comes twice."""
+    data = text_config(texts, "alone", packing_buffer_size=4, shuffle_buffer_size=1)
+    counts, saved = Counter(), ()
+    for ranks, workers, batches in ((2, 2, 8), (1, 1, 16), (4, 0, 3), (1, 2, 6)):
+        run = Run(replace(data, num_workers=workers), tmp_path, ranks, saved)
+        assert all(loader.dealt_anew == bool(saved) for loader in run.loaders)
+        before = len(counts)
+        run.read(counts, batches)
+        assert len(counts) > before + 20 and set(counts.values()) == {1}
+        saved = run.save()
+        run.close()
+    run = Run(data, tmp_path, 1, saved)
+    while len(counts) < 400:
+        run.read(counts, 1)
+    # What waits in the pool may let a few of the next pass go ahead.
+    assert sum(counts.values()) - len(counts) < 10
+
+
+def test_a_run_dealt_out_anew_continues_exactly(texts, tmp_path):
+    run, counts = Run(text_config(texts), tmp_path, 2), Counter()
+    run.read(counts, 30)
+    assert max(counts.values()) > 1  # the smaller source has begun anew
+    saved = run.save()
+    data = text_config(texts, num_workers=2)
+    first = Run(data, tmp_path, 1, saved)
+    first.read(counts, 7)
+    files = first.save()
+    expected = first.read(counts, 6)
+    first.close()
+    again = Run(data, tmp_path, 1, files)
+    assert not again.loaders[0].dealt_anew and again.read(Counter(), 6) == expected
+    again.close()
+
+
+def test_a_state_saved_before_each_worker_had_its_turn(texts, tmp_path):
+    data = text_config(texts, num_workers=4)
+    run = Run(data, tmp_path, 1)
+    run.read(Counter(), 13)
+    saved = run.save()
+    run.close()
+    for batches in range(4):
+        run = Run(data, tmp_path, 1, saved)
+        run.read(Counter(), batches)
+        saved = run.save()
+        expected = run.read(Counter(), 6)
+        run.close()
+        run = Run(data, tmp_path, 1, saved)
+        assert run.read(Counter(), 6) == expected, batches
+        run.close()
+
+
+def test_what_is_ahead_waits_until_the_rest_has_caught_up(texts, tmp_path):
+    """Rank 0 has run through its half of a source several times while rank 1 has hardly begun."""
+    data = text_config(texts, shuffle_buffer_size=1)
+    run, before = Run(data, tmp_path, 2), Counter()
+    quick, slow = run.loaders
+    for run.loaders, batches in (([quick], 150), ([slow], 4), ([quick, slow], 0)):
+        run.read(before, batches)
+    small = [before[1, index] for index in range(120)]
+    assert min(small[:60]) >= 4 and 0 in small[60:]
+    run, counts = Run(data, tmp_path, 1, run.save()), Counter()
+    while min(small[index] + counts[1, index] for index in range(60, 120)) < 3:
+        run.read(counts, 1)
+    total = [small[index] + counts[1, index] for index in range(120)]
+    assert not any(counts[1, index] for index in range(60)) and max(total[60:]) <= 4
+    # Meanwhile the source kept its share of the blend.
+    drawn = Counter(source for source, _ in counts.elements())
+    assert abs(drawn[1] / drawn.total() - 0.5) < 4 * (0.25 / drawn.total()) ** 0.5
+    while max(total[:60]) == max(small[:60]):
+        run.read(counts, 1)
+        total = [small[index] + counts[1, index] for index in range(120)]
+    assert max(total) - min(total) <= 2
+
+
+# --- the stream -----------------------------------------------------------------------------------------------------
+
+
+def test_batches_of_the_sample_world(world, tmp_path):
+    data = config(world)
+    loader = make(data, tmp_path)
+    seen, tokens = set(), 0
+    names = [source.name for source in load_blend(data)]
+    for _ in range(12):
+        batch = next(loader)
+        counted = sum(map(Counter, batch.counters.values()), Counter())
+        assert batch.input_ids.shape == (2, 768) and not batch.errors
+        assert len(batch.crops) == batch.vision_units[:, 0].sum() == counted["crops"]
+        assert len(batch.pooling) == batch.vision_units[:, 1].sum() == (batch.input_ids == 602).sum()
+        assert batch.pooling.max() < batch.crops.shape[0] * batch.crops.shape[1]
+        for row, segments, sources in zip(batch.input_ids, batch.segment_ids, batch.source_ids):
+            used = int((segments >= 0).sum())
+            assert (segments[:used] >= 0).all() and (row[used:] == 597).all() and (sources[used:] == -1).all()
+            examples = segments[:used] // 100_000
+            assert examples.tolist() == sorted(examples.tolist())
+            assert (batch.crops.shape[1:]) == (25, 588)
+        assert (batch.segment_ids >= 0).sum() == counted["tokens"]
+        assert (batch.loss_weights > 0).sum() == counted["loss_tokens"]
+        assert {names[i] for i in batch.source_ids[batch.source_ids >= 0].tolist()} == set(batch.counters)
+        assert len(batch.examples) == counted["examples"] == sum(len(key.split(",")) for key in batch.__key__)
+        seen |= set(batch.source_ids[batch.source_ids >= 0].tolist())
+        tokens += counted["tokens"]
+        assert not any(name.startswith("dropped") for name in counted)
+    assert seen == set(range(len(load_blend(data))))
+    assert tokens / (12 * 2 * 768) > 0.9
+
+
+def test_ranks_read_different_samples_and_the_seed_decides(world, tmp_path):
+    def keys(rank=0, world_size=1, **changes):
+        loader = make(config(world, blend="sample_stage1", **changes), tmp_path, rank=rank, world_size=world_size)
+        return [key for _ in range(4) for row in next(loader).__key__ for key in row.split(",")]
+
+    first, second = keys(0, 2), keys(1, 2)
+    assert set(first).isdisjoint(second)
+    assert keys() == keys() != keys(seed=6)
+
+
+def test_sources_appear_by_their_weights(world, tmp_path):
+    loader = make(config(world, blend="sample_stage1"), tmp_path, rows=4)
+    keys = [key for _ in range(20) for row in next(loader).__key__ for key in row.split(",")]
+    sources = load_blend(config(world, blend="sample_stage1"))
+    for source in sources:
+        share = sum(key.startswith(f"{source.name}-") for key in keys) / len(keys)
+        expected = source.weight / sum(other.weight for other in sources)
+        assert abs(share - expected) < 4 * (expected * (1 - expected) / len(keys)) ** 0.5, source.name
+
+
+def test_a_source_too_small_is_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="need 128 training samples of a source"):
+        make(config(world), tmp_path, world_size=64)
+
+
+# --- held-out data --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers, blend", [(0, "sample_stage1"), (1, "sample_stage2")])
+def test_validation_is_the_same_every_time(world, tmp_path, workers, blend):
+    data = config(world, num_workers=workers, blend=blend)
+    loader = make(data, tmp_path, validation_loader)
+    first = [digest(batch) for batch in loader]
+    for _, batch in zip(range(3), loader):
+        batch = digest(batch)
+    assert batch == first[2]
+    assert [digest(batch) for batch in loader] == first
+    loader.close()
+    if workers == 0:
+        another = make(replace(data, num_workers=1), tmp_path, validation_loader)
+        assert digest(next(iter(another))) == first[0]
+        another.close()
+
+
+def test_high_resolution_is_for_training_alone():
+    data = config("nowhere", max_crops_per_image=1, high_res_crops=4)
+    sources = [Source("a", "/nowhere", 1.0, 10, options=SourceOptions(high_res_probability=1.0))]
+    example = chat(images=[{"part": "img.png", "width": 200, "height": 200}])
+    sample = RawSample(
+        __key__="k",
+        __restore_key__=("Webdataset", 0),
+        __subflavors__={"source": "a"},
+        parts={"json": json.dumps(example).encode()},
+        error="",
+    )
+    encoder, plans = Encoder(data, VISION), []
+    for progress in (beginning(sources), None):
+        plans.append(Molmo2TaskEncoder(data, encoder, sources, progress).preencode_sample(sample).plan)
+    assert [plan.max_crops for plan in plans] == [4, 1]
+
+
+def test_validation_does_not_depend_on_the_number_of_ranks(world, tmp_path):
+    data = config(world, blend="sample_stage1")
+
+    def rows(world_size, rank, size):
+        loader = make(data, tmp_path, validation_loader, rank=rank, world_size=world_size, rows=size)
+        batches = list(loader)
+        keys = [key for batch in batches for key in batch.__key__]
+        return len(batches), keys
+
+    count, whole = rows(1, 0, 1)
+    assert count == len(whole)
+    sources = load_blend(data)
+    samples = [key for row in whole for key in row.split(",")]
+    assert len(samples) == len(set(samples)) == sum(source.num_validation_samples for source in sources)
+    assert all("-val-" in key for key in samples)
+    # The first rows hold something of every source.
+    assert {key.split("-")[0] for row in whole[:4] for key in row.split(",")} == {source.name for source in sources}
+    dealt = [rows(3, rank, 2) for rank in range(3)]
+    assert len({count for count, _ in dealt}) == 1
+    for rank, (_, keys) in enumerate(dealt):
+        expected = whole[rank::3]
+        assert keys == expected + [""] * (len(keys) - len(expected))
+        assert len(keys) - len(expected) < 3
+
+
+def test_without_held_out_data(world, tmp_path):
+    sources = [replace(source, num_validation_samples=0) for source in load_blend(config(world))]
+    with pytest.raises(ValueError, match="split part val"):
+        validation_loader(config(world), VISION, sources, 0, 1, None, 1, tmp_path)
+
+
+# --- worker processes -----------------------------------------------------------------------------------------------
+
+
+def test_workers_survive_the_signals_of_a_cluster_and_end_with_the_loader(world, tmp_path):
+    loader = make(config(world, num_workers=2), tmp_path)
+    assert loader._loader.pin_memory == torch.cuda.is_available()
+    next(loader)
+    workers = loader._loader._iterator._workers
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        for worker in workers:
+            os.kill(worker.pid, number)
+    for _ in range(8):
+        next(loader)
+    assert all(worker.is_alive() for worker in workers)
+    loader.close()
+    loader.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.slow
+def test_a_save_does_not_wait_for_a_dead_worker(world, tmp_path):
+    loader = make(config(world, num_workers=2), tmp_path)
+    next(loader)
+    # Torch's handler raises when a worker dies, but what it interrupts may swallow that.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        loader.workers[1].kill()
+        loader.workers[1].join()
+        with pytest.raises(RuntimeError, match="DataLoader worker .* died before it said where it was"):
+            save_state(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+        loader.close()
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(world, tmp_path):
+    """Over thousands of samples with images and videos, in the worker and here."""
+
+    def resident(pid):
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return int(status["VmRSS"].split()[0]) / 1024  # MiB
+
+    loader, samples, found = make(config(world, num_workers=1), tmp_path), 0, []
+    for needed in (1000, 3000):
+        while samples < needed:
+            samples += len(next(loader).examples)
+        found.append([resident(pid) for pid in (os.getpid(), loader._loader._iterator._workers[0].pid)])
+    loader.close()
+    for before, after in zip(*found):
+        assert after - before < 6, found
+
+
+def test_sources_are_told_apart_by_their_place_in_the_list(world, tmp_path):
+    sources = list(reversed(load_blend(config(world))))
+    assert all(isinstance(source, Source) for source in sources)
+    batch = next(train_loader(config(world), VISION, sources, 0, 1, None, 1, tmp_path))
+    names = [sources[i].name for i in dict.fromkeys(batch.source_ids[batch.source_ids >= 0].tolist())]
+    assert names == list(dict.fromkeys(key.split("-")[0] for key in batch.__key__[0].split(",")))

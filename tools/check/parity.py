@@ -1,0 +1,442 @@
+"""Compare this code with transformers' Molmo2 on the weights of a Hugging Face folder, at any layout.
+
+    python tools/check/parity.py HF_DIR...
+    torchrun --nproc-per-node 4 tools/check/parity.py HF_DIR --tensor-parallel 2 \
+        --sequence-parallel --context-parallel 2
+
+Each folder's weights are imported. Random documents (several images, odd crop grids, a video, text, a message tree)
+are packed into rows. transformers runs every document and every branch by itself, in float32, because its own
+packed mask lets image tokens of neighbours see each other. Logits, the loss and the gradient of every parameter are
+compared; exit status 1 above the bounds. Differences are norms of the difference over norms of transformers' value;
+a parameter's norm counts as at least 1e-5 of the whole gradient's, since some (key biases) are zero but for rounding.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
+
+from molmo2_nemo import checkpoint_dir, parallel
+from molmo2_nemo.config.checks import check_parallel
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import ParallelConfig, vision_token_ids
+from molmo2_nemo.environment import world_size_from_environment
+from molmo2_nemo.hf import convert
+from molmo2_nemo.hf.architecture import model_config_from_hf
+from molmo2_nemo.hf.names import read_released
+from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
+from molmo2_nemo.training.checkpoint import save_sharded
+from molmo2_nemo.training.step import (
+    MODEL_INPUTS,
+    build_model,
+    forward_backward,
+    global_weight,
+    iterators,
+    load_weights,
+    sharded_model_state,
+)
+
+# A hundred times the usual one, so that a mistake in it would show.
+Z_LOSS = 1e-2
+
+
+class Document:
+    """A root (visual tokens and text) and its branches; token ids, and what each visual token pools."""
+
+    def __init__(self, root, root_vision, branches, crops, pooling, units):
+        self.root, self.root_vision, self.branches = root, root_vision, branches
+        self.crops, self.pooling, self.units = crops, pooling, units
+
+
+def random_documents(model, seed: int) -> list[Document]:
+    """Text only; one image; three images of odd shapes; a video; a message tree over an image."""
+    from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor, arange_for_pooling
+
+    rng, vision, ids = np.random.default_rng(seed), model.vision, vision_token_ids(model)
+    image_column = model.vocab_size + 3
+    processor = Molmo2ImageProcessor(
+        size={"height": vision.image_size, "width": vision.image_size},
+        patch_size=vision.patch_size,
+        pooling_size=[vision.image_pooling] * 2,
+        overlap_margins=[vision.overlap_margin] * 2,
+        max_crops=4,
+        do_rescale=False,
+        do_normalize=False,
+    )
+
+    def text(n):
+        # Patch ids may lie in the base vocabulary of a foreign config: keep text away from all special ids.
+        allowed = np.setdiff1d(np.arange(model.vocab_size), list(ids.values()))
+        return rng.choice(allowed, n).tolist()
+
+    def image(height, width):
+        pixels = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
+        out = processor(pixels, return_tensors="pt")
+        low_rows, low_columns, rows, columns = out["image_grids"][0].tolist()
+        tokens = [ids["low_res_image_start_token_id"], *[ids["image_patch_id"]] * (low_rows * low_columns)]
+        tokens += [ids["image_end_token_id"], ids["image_start_token_id"]]
+        tokens += ([ids["image_patch_id"]] * columns + [image_column]) * rows + [ids["image_end_token_id"]]
+        return tokens, out["pixel_values"], out["image_token_pooling"], [(out["pixel_values"].shape[0], -1)]
+
+    def video(frames):
+        side = vision.image_size // vision.patch_size
+        grid = torch.arange(side * side, dtype=torch.int32).view(side, side)
+        windows, rows, columns = arange_for_pooling(grid, vision.video_pooling, vision.video_pooling)
+        tokens, types, pooling = [], [], []
+        for frame in range(frames):
+            stamp = text(3)
+            tokens += [*stamp, ids["frame_start_token_id"], *[ids["image_patch_id"]] * (rows * columns)]
+            tokens.append(ids["frame_end_token_id"])
+            types += [0] * len(stamp) + [1] * (rows * columns + 2)
+            pooling.append(torch.where(windows >= 0, windows + frame * side * side, -1))
+        crops = torch.from_numpy(rng.integers(0, 256, (frames, side * side, vision.patch_dim), dtype=np.uint8))
+        return tokens, types, crops, torch.cat(pooling), [(1, rows * columns)] * frames
+
+    def document(images=(), frames=0, branches=((9,),)):
+        root, types, crops, pooling, units, offset = text(1), [0], [], [], [], 0
+        for height, width in images:
+            tokens, pixels, windows, unit = image(height, width)
+            label = text(2)
+            root += label + tokens
+            types += [0] * len(label) + [1] * len(tokens)
+            crops.append(pixels)
+            pooling.append(torch.where(windows >= 0, windows + offset, -1))
+            units.append((unit[0][0], windows.shape[0]))
+            offset += pixels.shape[0] * pixels.shape[1]
+        if frames:
+            tokens, video_types, pixels, windows, unit = video(frames)
+            root, types = root + tokens, types + video_types
+            crops, pooling, units = [pixels], [windows], unit
+        parts = [text(sum(lengths)) for lengths in branches]
+        return Document(root, types, parts, crops, pooling, units)
+
+    side = vision.image_size
+    return [
+        document(branches=((17,),)),
+        document([(side, side)], branches=((11,),)),
+        document([(side * 2 + 3, side - 5), (side + 40, side * 2 + 60), (20, 31)], branches=((13,),)),
+        document(frames=3, branches=((12,),)),
+        document([(side, side * 2)], branches=((8,), (5,), (11,))),
+    ]
+
+
+def pack(documents: list[Document], rows: int, model, seed: int, multiple: int) -> tuple[list[dict], list[tuple]]:
+    """Deal documents to `rows` rows. Returns one micro-batch per row, and per (row, document) where its tokens lie.
+
+    Every non-visual token has a random loss weight and predicts a random token, so labels need no alignment.
+    """
+    rng = np.random.default_rng(seed + 1)
+    dealt = [documents[i::rows] for i in range(rows)]
+    longest = max(sum(len(d.root) + sum(map(len, d.branches)) for d in row) for row in dealt)
+    S = -(-(longest + 3) // multiple) * multiple
+    width = model.vision.video_pooling**2
+    batches, places = [], []
+    for r, row in enumerate(dealt):
+        arrays = {k: np.zeros(S, np.int64) for k in ("input_ids", "position_ids", "labels", "vision_mask")}
+        arrays["segment_ids"] = np.full(S, -1, np.int64)
+        weights = np.zeros(S, np.float32)
+        crops, pooling, units, at, patches = [], [], [], 0, 0
+        for k, document in enumerate(row):
+            tree = len(document.branches) > 1
+            pieces = [(document.root, document.root_vision, 0, 10_000 if tree else 0)]
+            pieces += [
+                (tokens, [0] * len(tokens), len(document.root), m if tree else 0)
+                for m, tokens in enumerate(document.branches)
+            ]
+            spans = []
+            for tokens, types, start, segment in pieces:
+                span = slice(at, at + len(tokens))
+                arrays["input_ids"][span] = tokens
+                arrays["vision_mask"][span] = types
+                arrays["position_ids"][span] = np.arange(start, start + len(tokens))
+                arrays["segment_ids"][span] = SEGMENTS_PER_EXAMPLE * k + segment
+                if len(spans):
+                    weights[span] = rng.choice([0.0, 0.1, 0.2, 1.0, 2.0], len(tokens))
+                    weights[span.start] = 0.7
+                spans.append(span)
+                at = span.stop
+            places.append((r, document, spans))
+            crops += document.crops
+            for windows in document.pooling:
+                windows = torch.where(windows >= 0, windows + patches, -1).long()
+                pooling.append(torch.nn.functional.pad(windows, (0, width - windows.shape[1]), value=-1))
+            units += document.units
+            patches += sum(c.shape[0] * c.shape[1] for c in document.crops)
+        arrays["labels"] = rng.integers(0, model.vocab_size, S)
+        batch = {k: torch.from_numpy(v)[None] for k, v in arrays.items()}
+        batch["vision_mask"] = batch["vision_mask"].bool()
+        batch["loss_weights"] = torch.from_numpy(weights)[None]
+        shape = (0, model.vision.patches_per_crop, model.vision.patch_dim)
+        batch["crops"] = torch.cat(crops) if crops else torch.zeros(shape, dtype=torch.uint8)
+        batch["pooling"] = torch.cat(pooling) if pooling else torch.zeros((0, width), dtype=torch.long)
+        batch["vision_units"] = torch.tensor(units, dtype=torch.long).view(-1, 2)
+        batches.append(batch)
+    return batches, places
+
+
+def oracle(folder: Path, batches: list[dict], places: list[tuple], causal: bool = False):
+    """transformers, one document and one branch at a time: logits per row [S, V] (NaN elsewhere), loss, gradients."""
+    from transformers import Molmo2ForConditionalGeneration
+
+    hf = Molmo2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    V = hf.config.text_config.vocab_size
+    total = sum(batch["loss_weights"].sum() for batch in batches)
+    logits = [torch.full((batch["input_ids"].shape[1], V), float("nan")) for batch in batches]
+    loss_sum = 0.0
+    for r, document, (root, *branches) in places:
+        batch = batches[r]
+        for m, branch in enumerate(branches):
+            index = torch.cat([torch.arange(root.start, root.stop), torch.arange(branch.start, branch.stop)])
+            types = torch.zeros_like(index)[None] if causal else batch["vision_mask"][0, index].long()[None]
+            inputs = {}
+            if document.crops:
+                crops = torch.cat(document.crops)
+                inputs = dict(
+                    pixel_values=crops.float() / 127.5 - 1.0,
+                    image_token_pooling=torch.cat(document.pooling).long(),
+                    # Any split of the tokens will do: transformers joins them again.
+                    image_grids=torch.tensor([[sum(w for _, w in document.units), 1, 0, 0]]),
+                )
+            out = hf(input_ids=batch["input_ids"][0, index][None], mm_token_type_ids=types, use_cache=False, **inputs)
+            own = slice(root.stop - root.start, None) if m else slice(None)
+            logits[r][index[own]] = out.logits[0, own].detach()
+            weights = batch["loss_weights"][0, index].clone()
+            ce = torch.nn.functional.cross_entropy(out.logits[0], batch["labels"][0, index], reduction="none")
+            square = torch.logsumexp(out.logits[0], dim=-1).square()
+            loss = ((ce + Z_LOSS * square) * weights).sum() / total
+            loss.backward()
+            loss_sum += loss.item()
+    gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in hf.named_parameters()}
+    return logits, loss_sum, gradients
+
+
+def gathered_logits(model, batches: list[dict], vocab_size: int) -> list[torch.Tensor] | None:
+    """Whole logits [S, V] of each micro-batch of data-parallel replica 0..n, on every rank of the last stage."""
+
+    def step(iterator, model):
+        batch = next(iterator)
+        return model(**{name: batch.get(name) for name in MODEL_INPUTS}), lambda out, non_loss_data: out.detach()
+
+    rows, S = batches[0]["input_ids"].shape
+    parts = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators(model, batches),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=S,
+        micro_batch_size=rows,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    state = parallel_state
+    key = (
+        state.get_pipeline_model_parallel_rank(),
+        state.get_data_parallel_rank(),
+        state.get_context_parallel_rank(),
+        state.get_tensor_model_parallel_rank(),
+    )
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (key, parts))
+    by_key, last = dict(gathered), state.get_pipeline_model_parallel_world_size() - 1
+    whole = []
+    for dp in range(state.get_data_parallel_world_size()):
+        for m in range(len(batches)):
+            columns = [
+                torch.cat([by_key[last, dp, cp, tp][m][0] for cp in range(state.get_context_parallel_world_size())])
+                for tp in range(state.get_tensor_model_parallel_world_size())
+            ]
+            whole.append(torch.cat(columns, dim=-1)[:, :vocab_size])
+    return whole
+
+
+def released_gradients(model, architecture, scratch: Path) -> dict[str, torch.Tensor]:
+    """Gradients of all ranks under released names, through the same code that saves and exports weights."""
+    gradients = {id(p): p.main_grad for chunk in unwrap_model(model) for p in chunk.parameters()}
+    state = sharded_model_state(model)
+    for entry in (entry for chunk in state.values() for entry in chunk.values()):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and id(entry.data) in gradients:
+            entry.data = gradients[id(entry.data)].view_as(entry.data).clone()
+    if dist.get_rank() == 0:
+        checkpoint_dir.aside(scratch / "gradients")
+    dist.barrier()
+    folder = scratch / ".gradients.tmp"
+    save_sharded(state, folder)
+    return dict(convert.released_tensors(folder, architecture))
+
+
+def difference(ours, theirs, floor=0.0) -> float:
+    return ((ours - theirs).norm() / max(theirs.norm().item(), floor, 1e-30)).item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("hf_dirs", type=Path, nargs="+", metavar="HF_DIR")
+    for name in ("tensor", "pipeline", "context"):
+        parser.add_argument(f"--{name}-parallel", type=int, default=1, metavar="N")
+    parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--cp-comm-type", choices=("a2a", "all_gather"), default="a2a")
+    parser.add_argument("--first-stage-layers", type=int, help="decoder layers on the first pipeline stage")
+    parser.add_argument("--virtual-pipeline", type=int, metavar="N", help="pieces of the decoder on each pipeline rank")
+    parser.add_argument("--distributed-optimizer", action="store_true", help="shard gradients as ZeRO-1 does")
+    parser.add_argument("--recompute", action="store_true", help="full activation recomputation")
+    parser.add_argument("--rows", type=int, help="rows the five documents are dealt to (default 2 per replica)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-logit-difference", type=float, default=1e-4)
+    parser.add_argument("--max-gradient-difference", type=float, default=1e-3)
+    parser.add_argument("--export", type=Path, help="also export each, from this layout, into this folder")
+    parser.add_argument("--json", type=Path, help="write the figures here, by folder name")
+    args = parser.parse_args()
+    layout = ParallelConfig(
+        tensor_model_parallel_size=args.tensor_parallel,
+        pipeline_model_parallel_size=args.pipeline_parallel,
+        context_parallel_size=args.context_parallel,
+        sequence_parallel=args.sequence_parallel,
+        cp_comm_type=args.cp_comm_type,
+        num_layers_in_first_pipeline_stage=args.first_stage_layers,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline,
+    )
+    try:
+        run(args, layout)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+def run(args, layout: ParallelConfig) -> None:
+    world_size = world_size_from_environment()
+    for folder in args.hf_dirs:
+        check_parallel(layout, model_config_from_hf(folder), world_size)
+    parallel.initialize(layout, "cpu", timeout_minutes=5, seed=args.seed)
+    figures = {folder.name: compare(args, layout, folder) for folder in args.hf_dirs}
+    if dist.get_rank() == 0 and args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.exit(0 if all(f["passed"] for f in figures.values()) else 1)
+
+
+def compare(args, layout: ParallelConfig, folder: Path) -> dict:
+    """Import, forward, backward and compare one folder. Returns the figures on every rank."""
+    scratch = [tempfile.mkdtemp(prefix="parity-") if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(scratch)
+    scratch = Path(scratch[0])
+    imported, exported = scratch / "step_00000000", scratch / "step_00000001"
+    if dist.get_rank() == 0:
+        convert.import_hf(folder, imported, progress=lambda line: None)
+    dist.barrier()
+    model_config = checkpoint_dir.read_model(imported)
+    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    model = build_model(
+        model_config,
+        layout,
+        "cpu",
+        "fp32",
+        transformer=recompute if args.recompute else {},
+        ddp=dict(use_distributed_optimizer=args.distributed_optimizer),
+    )
+    load_weights(model, imported)
+
+    replicas = parallel_state.get_data_parallel_world_size()
+    rows = args.rows or 2 * replicas
+    if rows % replicas or rows > 5:
+        raise ConfigError(f"--rows {rows} must be a multiple of the {replicas} data-parallel replicas, and at most 5.")
+    batches, places = pack(
+        random_documents(model_config, args.seed),
+        rows,
+        model_config,
+        args.seed,
+        layout.context_parallel_size * layout.tensor_model_parallel_size,
+    )
+    own = batches[parallel_state.get_data_parallel_rank() :: replicas]
+    order = [row for dp in range(replicas) for row in range(dp, rows, replicas)]
+
+    for chunk in model:
+        chunk.train()
+    logits = gathered_logits(model, own, model_config.vocab_size)
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    total = global_weight(own)
+    losses = forward_backward(model, own, total, z_loss=Z_LOSS)
+    loss = sum((x[0].double().sum() + Z_LOSS * x[1].double().sum() for x in losses), torch.zeros(()).double()) / total
+    dist.all_reduce(loss)
+    # Tensor parallel ranks hold copies.
+    loss = loss.item() / layout.tensor_model_parallel_size
+    if args.distributed_optimizer:
+        _make_shards_whole(model)
+    gradients = released_gradients(model, model_config, scratch)
+    result = [None]
+    if dist.get_rank() == 0:
+        result = [report(args, folder, model_config, batches, places, dict(zip(order, logits)), loss, gradients)]
+    dist.broadcast_object_list(result)
+    if args.export:
+        if dist.get_rank() == 0:
+            temporary = checkpoint_dir.aside(exported)
+        dist.barrier()
+        save_sharded(sharded_model_state(model), exported.with_name(".step_00000001.tmp"))
+        if dist.get_rank() == 0:
+            checkpoint_dir.publish(temporary, exported, model_config, {"step": 1, "stage": "parity"})
+            convert.export_hf(exported, args.export / folder.name, progress=lambda line: None)
+    if dist.get_rank() == 0:
+        shutil.rmtree(scratch)
+    dist.barrier()
+    return result[0]
+
+
+def _make_shards_whole(model) -> None:
+    """With a distributed optimizer a rank has reduced only its shard of each gradient buffer: gather the rest."""
+    for buffer in (buffer for chunk in model for buffer in chunk.buffers):
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        for bucket in buffer.buckets:
+            shards = list(bucket.grad_data.chunk(group.size()))
+            own = shards[group.rank()].clone()
+            gathered = [torch.empty_like(own) for _ in shards]
+            dist.all_gather(gathered, own, group=group)
+            bucket.grad_data.copy_(torch.cat(gathered))
+
+
+def report(args, folder, model_config, batches, places, logits, loss, gradients) -> dict:
+    """Print and return the differences between our figures and transformers'."""
+    theirs, their_loss, native = oracle(folder, batches, places)
+    causal, _, _ = oracle(folder, batches, places, causal=True)
+    known = [~row.isnan().any(-1) for row in theirs]
+    logit_difference = max(difference(logits[r][k], theirs[r][k]) for r, k in enumerate(known))
+    causal_difference = difference(
+        torch.cat([c[k] for c, k in zip(causal, known)]), torch.cat([t[k] for t, k in zip(theirs, known)])
+    )
+    expected = {name: read_released(name, model_config, native, native.__getitem__) for name in gradients}
+    if model_config.tie_embeddings:
+        both = expected["model.transformer.wte.embedding"] + expected["lm_head.weight"]
+        expected["model.transformer.wte.embedding"] = expected["lm_head.weight"] = both
+    floor = 1e-5 * torch.stack([g.norm() for g in expected.values()]).norm().item()
+    per_parameter = {name: difference(g, expected[name], floor) for name, g in gradients.items()}
+    worst = max(per_parameter, key=per_parameter.get)
+    figures = {
+        "logits": logit_difference,
+        "loss": abs(loss - their_loss) / abs(their_loss),
+        "gradients": per_parameter[worst],
+        "worst_gradient": worst,
+        "parameters": len(per_parameter),
+        "causal_mask_would_differ_by": causal_difference,
+    }
+    figures["passed"] = (
+        logit_difference <= args.max_logit_difference
+        and figures["loss"] <= args.max_logit_difference
+        and per_parameter[worst] <= args.max_gradient_difference
+    )
+    print(folder.name)
+    for key, value in figures.items():
+        print(f"  {key:30} {value:.3e}" if isinstance(value, float) else f"  {key:30} {value}")
+    return figures
+
+
+if __name__ == "__main__":
+    main()
