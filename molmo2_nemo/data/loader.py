@@ -44,6 +44,7 @@ from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLo
 from megatron.energon.savable_loader import SavableDataLoader, SavableDataLoaderState
 from megatron.energon.wrappers.base import BaseWrapperDataset
 
+from molmo2_nemo import compat
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data import progress
 from molmo2_nemo.data.blend import Source, check_blend, write_metadataset
@@ -97,7 +98,7 @@ class ShardReader:
         self.reader, self.stream, self.ahead = reader, stream, ahead
 
     def __getitem__(self, index: int) -> dict | None:
-        if self.stream._epoch_count < self.ahead[index]:
+        if compat.passes_made(self.stream) < self.ahead[index]:
             return None
         try:
             sample = self.reader[index]
@@ -173,7 +174,7 @@ class Molmo2TaskEncoder(TaskEncoder):
             ahead = self.progress.ahead_in(self.source_index[dataset.dataset.subflavors["source"]])
         else:
             ahead = np.zeros(len(dataset.dataset), dtype=np.uint16)
-        stream = samples._find_wrapped_dataset(WebdatasetSampleLoaderDataset)
+        stream = compat.wrapped_dataset(samples, WebdatasetSampleLoaderDataset)
         stream.join_readers = [ShardReader(reader, stream, ahead) for reader in stream.join_readers]
         return samples
 
@@ -285,9 +286,7 @@ class Loader:
     def close(self) -> None:
         """Stop the worker processes. Safe to call again."""
         atexit.unregister(self.close)
-        workers, self._loader._iterator = self._loader._iterator, None
-        if workers is not None:
-            workers._shutdown_workers()
+        compat.stop_loader_processes(self._loader)
 
 
 class TrainLoader(Loader):
@@ -317,7 +316,7 @@ class TrainLoader(Loader):
     @property
     def workers(self) -> list:
         """The worker processes; none before the first batch or with data.num_workers=0."""
-        return getattr(self._loader._iterator, "_workers", [])
+        return compat.loader_processes(self._loader)
 
     @property
     def dealt_anew(self) -> bool:
@@ -525,9 +524,10 @@ def _restore(loader: SavableDataLoader, state: SavableDataLoaderState | None) ->
     loader.restore_state_rank(state)
     if state is not None and loader.num_workers:
         # Energon leaves out the batches that a worker has to replay, and would hand them out again after such a save.
-        loader._worker_sample_counters = [
+        counters = [
             (worker.state.sample_index if worker.state else 0) + worker.offset - 1 for worker in state.worker_states
         ]
+        compat.set_worker_sample_counters(loader, counters)
 
 
 def _init_worker(init: Callable[[int], None], worker_id: int) -> None:

@@ -16,6 +16,7 @@ from megatron.energon.flavors.base_dataset import set_sample_restore_key
 from megatron.energon.wrappers.base import BaseWrapperDataset, get_sample_restore_key
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
+from molmo2_nemo import compat
 from molmo2_nemo.data.encode import Plan
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
 
@@ -317,6 +318,6 @@ class PackedRows(BaseWrapperDataset[Planned, Row]):
             "buffer_size": self.buffer_size,
             "max_tokens": self.max_tokens,
             "max_crops": self.max_crops,
-            "make": self._function_config(self.make),
+            "make": compat.function_config(self.make),
             "dataset": self.dataset.config(),
         }

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from megatron.energon.savable_loader import SavableDataLoaderState
 
+from molmo2_nemo import compat
 from molmo2_nemo.data.blend import Source
 
 # The keys of a manifest that a run may change on resuming. Without them it is the same stream, dealt out otherwise.
@@ -171,8 +172,7 @@ class _StateUnpickler(pickle.Unpickler):
         "megatron.energon.flavors.webdataset.sample_loader": {"SliceState"},
         __name__: {"_tensor"},
         "numpy": {"dtype", "ndarray"},
-        "numpy._core.multiarray": {"_reconstruct"},
-        "numpy._core.numeric": {"_frombuffer"},
+        **compat.PICKLED_ARRAYS,
     }
 
     def find_class(self, module: str, name: str):
