@@ -30,7 +30,11 @@ def check_device(config: Config, device: str) -> None:
     precision, spec = parallel.resolve_precision(train, device), parallel.layer_spec(config.parallel, device)
     if precision == "fp8":
         recipe = transformer.get("fp8_recipe", FP8_RECIPE)
-        _need(spec == "transformer_engine", "train.precision=fp8", "transformer_engine installed (pip install .[gpu])")
+        _need(
+            spec == "transformer_engine",
+            "train.precision=fp8",
+            f'Transformer Engine installed: pip install "{parallel.TRANSFORMER_ENGINE}"',
+        )
         capability, cuda, words = _FP8_NEEDS[recipe]
         here = torch.cuda.get_device_capability(parallel.local_rank())
         version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])

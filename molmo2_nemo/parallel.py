@@ -20,6 +20,8 @@ from molmo2_nemo.config.schema import FP8_RECIPE, ModelConfig, ParallelConfig, T
 from molmo2_nemo.environment import local_rank, rank_from_environment, world_size_from_environment
 from molmo2_nemo.model.layers import gelu_tanh
 
+# What the extra `gpu` of pyproject.toml installs; so named, it can be installed beside a checkout and beside a wheel.
+TRANSFORMER_ENGINE = "transformer-engine[pytorch,core_cu13]"
 # Fields of TransformerConfig that say how FP8 is done: the same for the decoder and for the ViT, if that is in FP8.
 FP8_FIELDS = (
     "fp8_recipe",
@@ -147,8 +149,8 @@ def layer_spec(parallel: ParallelConfig, device: str) -> str:
     """`local` or `transformer_engine`. Raises ConfigError when the latter is asked for and not there."""
     if parallel.layer_spec == "transformer_engine" and not (device == "cuda" and has_transformer_engine()):
         raise ConfigError(
-            "parallel.layer_spec=transformer_engine needs a GPU and transformer_engine installed (pip install "
-            ".[gpu]): use parallel.layer_spec=local."
+            "parallel.layer_spec=transformer_engine needs a GPU and Transformer Engine installed: "
+            f'pip install "{TRANSFORMER_ENGINE}", or use parallel.layer_spec=local.'
         )
     if parallel.layer_spec != "auto":
         return parallel.layer_spec

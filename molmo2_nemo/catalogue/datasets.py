@@ -19,7 +19,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-CONF_FILE = Path(__file__).resolve().parents[2] / "conf" / "datasets.yaml"
+from molmo2_nemo.paths import CONF_DIR
+
+CONF_FILE = CONF_DIR / "datasets.yaml"
 CATEGORIES = (
     "dense-caption",
     "image-pointing",

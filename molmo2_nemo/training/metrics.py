@@ -23,7 +23,7 @@ from molmo2_nemo import __version__
 from molmo2_nemo.data.counters import BROKEN, COUNTERS, DROPPED
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
-from molmo2_nemo.paths import REPOSITORY
+from molmo2_nemo.paths import CHECKOUT
 from molmo2_nemo.training.speed import speed_note
 
 # What a source's samples kept in part.
@@ -203,8 +203,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package lies in, with `+changes` if files differ from it; None without git."""
-    git = ["git", "-C", str(REPOSITORY)]
+    """Of the checkout that this code is part of, with `+changes` if files differ; None if installed or without git."""
+    if CHECKOUT is None:
+        return None
+    git = ["git", "-C", str(CHECKOUT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
         changes = subprocess.run(
