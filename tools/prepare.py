@@ -31,6 +31,7 @@ import yaml
 
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.schema import read_example
+from molmo2_nemo.files import published
 from molmo2_nemo.prepare import stage
 from molmo2_nemo.prepare.media import (
     MAX_MEDIA,
@@ -43,7 +44,7 @@ from molmo2_nemo.prepare.media import (
     video_facts,
     without_nothing,
 )
-from molmo2_nemo.prepare.shards import KEY, SHARD_SAMPLES, published, write_shards
+from molmo2_nemo.prepare.shards import KEY, SHARD_SAMPLES, write_shards
 
 MAX_LINE = 16 * 2**20  # bytes
 MAX_ID = 64  # characters; --repeat appends to it

@@ -12,7 +12,6 @@ Nothing hangs on the number of processes, on who does which shard, or on how oft
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from molmo2_nemo.catalogue.raw import RawSource, size_on_disk
 from molmo2_nemo.data.schema import check_branch
+from molmo2_nemo.files import LockHeld, locked, publish, sha256_of, sha256_of_text, sync, write_json
 from molmo2_nemo.prepare.converters import converter_of
 from molmo2_nemo.prepare.converters.common import Clip, Draft, Drop
 from molmo2_nemo.prepare.converters.samples import Dropped, general, join, pack
@@ -231,8 +231,7 @@ def spool(plan: Plan, folder: Path, shards: list[str], progress: tqdm | None = N
         # So small a set may have none below the bound. Its lowest are held out, in a second pass.
         rows, _ = _spool(plan, folder, wanted, lowest[least - 1] + 1, progress)
     for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
     write_json(plan.work / "rows.json", rows)
     write_json(marker, mark)
 
@@ -253,7 +252,7 @@ def _spool(plan: Plan, folder: Path, wanted: set[str], bound: int, progress: tqd
                 dropped[reason_of(dropped, result.reason)] += 1
                 continue
             num_drafts += 1
-            about = hashlib.sha256(about_of(result).encode("utf-8", "surrogatepass")).hexdigest()
+            about = sha256_of_text(about_of(result))
             chance = int(about[16:32], 16)
             if chance not in lowest:
                 lowest = sorted([*lowest, chance])[: LEAST_VAL + 1]
@@ -380,13 +379,11 @@ def write_shard(plan: Plan, folder: Path, shard: str) -> dict:
     }
     if totals["samples"]:
         record |= {"bytes": partial.stat().st_size, "sha256": sha256_of(partial)}
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(file)
+        publish(partial, file)
     else:
         partial.unlink()
         file.unlink(missing_ok=True)
-    sync_folder(file.parent)
+    sync(file.parent)
     write_json(plan.work / "records" / f"{shard}.json", record)
     return record
 
@@ -427,9 +424,11 @@ def missing_shards(plan: Plan, shards: list[str]) -> list[str]:
 
 def finish(plan: Plan) -> bool:
     """Add the index and give the folder its name, if all shards are recorded. ValueError: there is not one sample."""
-    with locked(plan.work / "finish.lock") as mine:
-        if not mine:
-            return False  # somebody else is at it
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(plan.work / "finish.lock"))
+        except LockHeld:
+            return False  # another array task is finishing it
         records = []
         for shard in plan.shards:
             try:
@@ -464,7 +463,7 @@ def finish(plan: Plan) -> bool:
             plan.final.rename(old)
         folder.rename(plan.final)
         shutil.rmtree(old, ignore_errors=True)
-        sync_folder(plan.out)
+        sync(plan.out)
     shutil.rmtree(plan.work, ignore_errors=True)
     return True
 
@@ -502,46 +501,3 @@ def finished(plan: Plan, verify: bool = False) -> dict | None:
         return made
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-# -- small things -----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Whether no other process holds the lock; it is let go when this one ends, however it ends.
-
-    A lock of lockf is not one of the processes that this one forks.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-
-
-def write_json(path: Path, value) -> None:
-    """In one step, and on the disk when it returns."""
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    with partial.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw
 from molmo2_nemo.data.points import NO_POINTS, Points, Tracks, render_content, to_json
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.tasks import converse
-from molmo2_nemo.fetch.journal import locked
-from molmo2_nemo.prepare.shards import published, write_shards
+from molmo2_nemo.files import locked, published
+from molmo2_nemo.prepare.shards import write_shards
 
 VERSION = 4
 SPLITS = ("train", "val")

@@ -22,15 +22,14 @@ from molmo2_nemo.catalogue.datasets import CONF_FILE, Catalogue, DataSet, load_c
 from molmo2_nemo.catalogue.mixture import blends
 from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.fetch.inventory import with_license
+from molmo2_nemo.files import LockHeld, locked, write_atomically, write_json
 from molmo2_nemo.prepare.dataset import (
     Plan,
     finish,
     finished,
-    locked,
     make_plan,
     missing_shards,
     spool,
-    write_json,
     write_shard,
 )
 
@@ -183,7 +182,9 @@ def run(states: list[State], pool: ProcessPoolExecutor, options: argparse.Namesp
                 return submit(state, "finish", finish, plan)
             state.spool = plan.work / f"spool-{options.array_index}-of-{options.array_count}"
             state.spool.mkdir(exist_ok=True)
-            if not state.locks.enter_context(locked(state.spool / "lock")):
+            try:
+                state.locks.enter_context(locked(state.spool / "lock"))
+            except LockHeld:
                 state.problem = f"another tools/prepare.py is at work on {state.name} in {plan.work}"
                 return state.locks.close()
             line = 1 + states.index(state) % at_once
@@ -311,9 +312,7 @@ def licences(catalogue: Catalogue, names: list[str], out: Path) -> str:
 
 
 def replace(path: Path, text: str) -> Path:
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
+    write_atomically(path, text)
     return path
 
 

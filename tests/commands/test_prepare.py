@@ -34,8 +34,9 @@ from molmo2_nemo.data.tasks import (
     TRACK_ENDS,
     TRACK_ONE,
 )
+from molmo2_nemo.files import published
 from molmo2_nemo.prepare.sample_world import COLOURS
-from molmo2_nemo.prepare.shards import published, write_shards
+from molmo2_nemo.prepare.shards import write_shards
 
 sys.path.insert(0, str(REPOSITORY / "tools" / "check"))
 import prepare as tool

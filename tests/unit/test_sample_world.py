@@ -25,6 +25,7 @@ from PIL import Image
 from molmo2_nemo.data.points import Points, Tracks, parse, render_content
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.tasks import converse
+from molmo2_nemo.files import published
 from molmo2_nemo.paths import REPOSITORY
 from molmo2_nemo.prepare import sample_world
 from molmo2_nemo.prepare.sample_world import (
@@ -41,7 +42,6 @@ from molmo2_nemo.prepare.sample_world import (
     render,
     text_corpus,
 )
-from molmo2_nemo.prepare.shards import published
 
 TOOL = REPOSITORY / "tools" / "make_sample_data.py"
 SCALE = 0.01
