@@ -37,6 +37,7 @@ from braceexpand import braceexpand
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.paths import CONF_DIR
 
@@ -91,14 +92,14 @@ def load_blend(cfg: DataConfig) -> list[Source]:
     With `cfg.skip_missing`, sources without a folder (`missing_sources`) are left out: their share goes to the rest of
     their group, that of a group without any to the other groups.
 
-    ValueError, one sentence: a file or folder is missing, a key is unknown, missing or given twice, a value makes no
+    ConfigError, one sentence: a file or folder is missing, a key is unknown, missing or given twice, a value makes no
     sense, a source is empty or not prepared, or two of them are the same folder.
     """
     where, entries = _read(cfg)
     present = [entry for entry in entries if entry.path.is_dir()]
     if len(present) < len(entries) and not (cfg.skip_missing and present):
         missing = [entry.name for entry in entries if not entry.path.is_dir()]
-        raise ValueError(
+        raise ConfigError(
             f"{len(missing)} of the {len(entries)} sources of {where} are not on disk under data.root={cfg.root} "
             f"({', '.join(missing)}): {_remedy(cfg, missing, some_present=bool(present))}."
         )
@@ -106,7 +107,7 @@ def load_blend(cfg: DataConfig) -> list[Source]:
     totals, rates = defaultdict(float), {}
     for entry, (train, _) in zip(present, counts):
         if train == 0:
-            raise ValueError(
+            raise ConfigError(
                 f"source {entry.name} of {where} has no training samples in {entry.path}: prepare it again."
             )
         totals[entry.group] += entry.weight_in_group(train)
@@ -126,7 +127,7 @@ def load_blend(cfg: DataConfig) -> list[Source]:
 
 
 def missing_sources(cfg: DataConfig) -> list[str]:
-    """Names of the sources of `cfg.blend` that have no folder. ValueError: the file is wrong, as for `load_blend`."""
+    """Names of the sources of `cfg.blend` that have no folder. ConfigError: the file is wrong, as for `load_blend`."""
     return [entry.name for entry in _read(cfg)[1] if not entry.path.is_dir()]
 
 
@@ -134,12 +135,12 @@ def check_blend(sources: list[Source], world_size: int, num_workers: int) -> Non
     """Refuse sources too small for so many data-parallel ranks and loader workers per rank.
 
     Each worker owns a fixed range of each source. Workers without a sample never draw it, so that a source smaller
-    than their number is seen less often than its weight says. ValueError, one sentence.
+    than their number is seen less often than its weight says. ConfigError, one sentence.
     """
     needed = 2 * world_size * max(1, num_workers)
     small = [f"{source.name}: {source.num_samples}" for source in sources if source.num_samples < needed]
     if small:
-        raise ValueError(
+        raise ConfigError(
             f"{world_size} data-parallel rank(s) x data.num_workers={num_workers} need {needed} training samples of a "
             f"source, two each, but {len(small)} of {len(sources)} have fewer ({_listed(small)}): lower "
             "data.num_workers, leave them out of data.blend, or write their samples to the shards several times under "
@@ -150,7 +151,7 @@ def check_blend(sources: list[Source], world_size: int, num_workers: int) -> Non
 def check_shards(sources: list[Source], max_error_rate: float) -> None:
     """Refuse sources of which more than `max_error_rate` of the samples are in shards that are not there.
 
-    Training would count them as unreadable one by one. ValueError, one sentence that names the first file.
+    Training would count them as unreadable one by one. ConfigError, one sentence that names the first file.
     """
     for source in sources:
         folder = Path(source.path)
@@ -160,7 +161,7 @@ def check_shards(sources: list[Source], max_error_rate: float) -> None:
             lost = {shard: min(files) for shard, files in lost.items() if files}
             share = sum(shards[shard] for shard in lost) / max(1, sum(shards.values()))
             if share > max_error_rate:
-                raise ValueError(
+                raise ConfigError(
                     f"the source {source.name} lacks {len(lost)} of {len(shards)} shards with {share:.1%} of their "
                     f"samples, the first of them {folder / min(lost.values())}, which is more than "
                     f"data.max_error_rate={max_error_rate} allows: fetch or prepare it again."
@@ -190,7 +191,7 @@ def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
         # Unlike PyYAML, it refuses a key that is given twice.
         blend = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
     if isinstance(blend, dict) and "groups" in blend:
         _check_keys(blend, {"groups"}, {"groups"}, where)
         entries = []
@@ -205,12 +206,12 @@ def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
     names, folders = set(), {}
     for entry in entries:
         if entry.name in names:
-            raise ValueError(f"{where} has the source {entry.name} in two groups: rename one.")
+            raise ConfigError(f"{where} has the source {entry.name} in two groups: rename one.")
         names.add(entry.name)
         # Energon would play the same folder twice in the identical order.
         twin = folders.setdefault(os.path.realpath(entry.path), entry.name)
         if twin != entry.name:
-            raise ValueError(
+            raise ConfigError(
                 f"{where} lists {entry.path} twice, as {twin} and {entry.name}: keep one, with the sum of their weights"
                 " or factors."
             )
@@ -221,7 +222,7 @@ def _read_sources(cfg: DataConfig, group: dict, where: str, name: str | None, ra
     """The sources of one group, or of a blend without groups."""
     weighting = group["weighting"]
     if weighting not in ("fixed", "sqrt"):
-        raise ValueError(f"{where} has weighting={weighting}: choose fixed or sqrt.")
+        raise ConfigError(f"{where} has weighting={weighting}: choose fixed or sqrt.")
     needed = {"path", "weight"} if weighting == "fixed" else {"path"}
     optional = {field.name for field in fields(SourceOptions)} | ({"size", "factor"} if weighting == "sqrt" else set())
     entries = []
@@ -230,19 +231,19 @@ def _read_sources(cfg: DataConfig, group: dict, where: str, name: str | None, ra
         _check_keys(entry, needed, needed | optional, f"{where}, source {source} of weighting={weighting},")
         path, loss_weighting = entry["path"], entry.get("loss_weighting")
         if not isinstance(path, str) or not path:
-            raise ValueError(f"{within} has path={path}: name a folder.")
+            raise ConfigError(f"{within} has path={path}: name a folder.")
         if loss_weighting not in (None, *LOSS_WEIGHTINGS):
-            raise ValueError(f"{within} has loss_weighting={loss_weighting}: choose {', '.join(LOSS_WEIGHTINGS)}.")
+            raise ConfigError(f"{within} has loss_weighting={loss_weighting}: choose {', '.join(LOSS_WEIGHTINGS)}.")
         high_res = entry.get("high_res_probability", 0.0)
         if isinstance(high_res, bool) or not isinstance(high_res, (int, float)) or not 0 <= high_res <= 1:
-            raise ValueError(f"{within} has high_res_probability={high_res}: make it a number from 0 to 1.")
+            raise ConfigError(f"{within} has high_res_probability={high_res}: make it a number from 0 to 1.")
         without = entry.get("without_style")
         if without is not None and not isinstance(without, str):
-            raise ValueError(f"{within} has without_style={without}: name one style, such as transcript.")
+            raise ConfigError(f"{within} has without_style={without}: name one style, such as transcript.")
         options = SourceOptions(loss_weighting, _number(entry, "token_weight", within), float(high_res), without)
         numbers = [_number(entry, key, within) for key in ("weight", "size", "factor")]
         if entry.get("size", 1) < 1:
-            raise ValueError(f"{within} has size={entry['size']}: it is a number of samples, make it 1 or more.")
+            raise ConfigError(f"{within} has size={entry['size']}: it is a number of samples, make it 1 or more.")
         folder = Path(os.path.abspath(Path(cfg.root).expanduser() / Path(path).expanduser()))
         entries.append(_Entry(str(source), folder, name, rate, *numbers, options))
     return entries
@@ -254,21 +255,21 @@ def _blend_file(blend: str) -> Path:
         if file.is_file():
             return file
     known = ", ".join(sorted(file.stem for file in (CONF_DIR / "blend").glob("*.yaml"))) or "none yet"
-    raise ValueError(f"data.blend={blend} names no blend: use one of conf/blend ({known}) or the path of a YAML file.")
+    raise ConfigError(f"data.blend={blend} names no blend: use one of conf/blend ({known}) or the path of a YAML file.")
 
 
 def _check_keys(value, needed: set[str], allowed: set[str], where: str) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} must be a mapping with the keys {', '.join(sorted(needed))}, not {value!r}.")
+        raise ConfigError(f"{where} must be a mapping with the keys {', '.join(sorted(needed))}, not {value!r}.")
     for key in sorted(needed - set(value)):
-        raise ValueError(f"{where} lacks the key {key}: add it.")
+        raise ConfigError(f"{where} lacks the key {key}: add it.")
     for key in sorted(set(map(str, value)) - allowed):
-        raise ValueError(f"{where} has the unknown key {key}: remove it; known are {', '.join(sorted(allowed))}.")
+        raise ConfigError(f"{where} has the unknown key {key}: remove it; known are {', '.join(sorted(allowed))}.")
 
 
 def _mapping(values: dict, key: str, where: str) -> dict:
     if not isinstance(values[key], dict) or not values[key]:
-        raise ValueError(f"{where} lists no {key}: add at least one.")
+        raise ConfigError(f"{where} lists no {key}: add at least one.")
     return values[key]
 
 
@@ -276,7 +277,7 @@ def _number(values: dict, key: str, where: str) -> float | None:
     """values[key], None if it is not there."""
     value = values.get(key)
     if key in values and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
-        raise ValueError(f"{where} has {key}={value}: make it a number above 0, or remove it.")
+        raise ConfigError(f"{where} has {key}={value}: make it a number above 0, or remove it.")
     return value
 
 
@@ -330,7 +331,7 @@ def _shards(name: str, folder: Path) -> dict[str, dict[str, int]]:
             for part in ("train", "val")
         }
     except (OSError, KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"the source {name} is not prepared ({meta}: {error}): run energon prepare {folder} --non-interactive "
             "--split-ratio 99,1,0 --sample-type CrudeWebdataset."
         ) from error
