@@ -102,7 +102,6 @@ class _MetadataUnpickler(pickle.Unpickler):
             "strided",
             "contiguous_format",
             "preserve_format",
-            "serialization._get_layout",
         }:
             raise pickle.UnpicklingError(f"{module}.{name}")
         return super().find_class(module, name)

@@ -26,10 +26,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from molmo2_nemo.data.counters import BROKEN
 from molmo2_nemo.files import write_atomically
 
-# Counters of samples that were broken, as in training/metrics.py, which needs torch.
-BROKEN = ("dropped_malformed", "dropped_undecodable", "dropped_unreadable")
 COLOURS = ["#1f6fb4", "#d9641e", "#2a9d5c", "#8a56b8", "#c23b4b", "#7a5a3a", "#d05fa5", "#555555", "#a8a32a", "#20a5b5"]
 # (heading, figures of training intervals with their title and the lowest value on their axis)
 SECTIONS = (

@@ -9,7 +9,6 @@ What is already imported has read its environment variables (HF_ENDPOINT, ...), 
 a test is about such a thing, conftest's `run` starts a real process.
 """
 
-import atexit
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -20,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from molmo2_nemo import compat
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
@@ -112,4 +113,4 @@ def run(arguments: list[str], environment: dict[str, str], folder: str, stdout: 
             sys.path.insert(0, str(Path(program).resolve().parent))
             runpy.run_path(program, run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # torch ends loader workers there; multiprocessing leaves it out
+        compat.run_exit_functions()  # torch ends loader workers there; multiprocessing leaves it out

@@ -69,7 +69,7 @@ class HubFiles(_Strict):
         return self.config if isinstance(self.config, list) else [self.config]
 
 
-class Source(_Strict):
+class DownloadSource(_Strict):
     """Where the annotations are."""
 
     kind: Literal["hf", "url", "manual"]
@@ -127,7 +127,7 @@ class DataSet(_Strict):
     """One entry. What a fetch and a plan read is typed; the rest is kept as it is."""
 
     name: Name
-    source: Source
+    source: DownloadSource
     media: Media
     stages: list[Literal[1, 2, 3]] = [2, 3]
     category: Literal[CATEGORIES] = "own"

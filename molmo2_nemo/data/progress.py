@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from megatron.energon.savable_loader import SavableDataLoaderState
 
+from molmo2_nemo import compat
 from molmo2_nemo.data.blend import Source
 
 # The keys of a manifest that a run may change on resuming. Without them it is the same stream, dealt out otherwise.
@@ -35,7 +36,7 @@ MAX_HEADER = 2**24
 
 
 @dataclass
-class Progress:
+class StreamPosition:
     """How often each training sample of the blend was handed out, in uint16 arrays over all sources' samples.
 
     consumed: by this rank, since the stream was last dealt out. ahead: by all ranks before that, less the least of the
@@ -59,13 +60,13 @@ class Progress:
         return self.ahead[self.starts[source] : self.starts[source + 1]]
 
 
-def beginning(sources: Sequence[Source]) -> Progress:
+def beginning(sources: Sequence[Source]) -> StreamPosition:
     """Nothing handed out yet."""
     starts = [0, *accumulate(source.num_samples for source in sources)]
-    return Progress(np.zeros(starts[-1], np.uint16), np.zeros(starts[-1], np.uint16), starts)
+    return StreamPosition(np.zeros(starts[-1], np.uint16), np.zeros(starts[-1], np.uint16), starts)
 
 
-def write(progress: Progress, manifest: dict, energon) -> bytes:
+def write(progress: StreamPosition, manifest: dict, energon) -> bytes:
     """The state file. energon: Energon's state of this rank now."""
     arrays = [zlib.compress(array, level=1) for array in (progress.consumed, progress.ahead)]
     header = {"manifest": manifest, "times_dealt": progress.times_dealt, "sizes": [len(array) for array in arrays]}
@@ -74,7 +75,7 @@ def write(progress: Progress, manifest: dict, energon) -> bytes:
     return b"".join([json.dumps(header).encode(), b"\n", *arrays, pickled.getvalue()])
 
 
-def read(saved: Sequence[Path], manifest: dict, sources: Sequence[Source]) -> Progress:
+def read(saved: Sequence[Path], manifest: dict, sources: Sequence[Source]) -> StreamPosition:
     """Continue from the state files of all data-parallel ranks, in order, as the rank that `manifest` says.
 
     ValueError, one sentence: the stream was made from something else, or a file is missing or damaged.
@@ -99,7 +100,7 @@ def read(saved: Sequence[Path], manifest: dict, sources: Sequence[Source]) -> Pr
     return dealt
 
 
-def _read_file(path: Path, rank: int, manifest: dict, sources: Sequence[Source]) -> tuple[dict, Progress]:
+def _read_file(path: Path, rank: int, manifest: dict, sources: Sequence[Source]) -> tuple[dict, StreamPosition]:
     """The state file of data-parallel rank `rank`: its own manifest, and what it holds."""
     progress = beginning(sources)
     try:
@@ -171,8 +172,7 @@ class _StateUnpickler(pickle.Unpickler):
         "megatron.energon.flavors.webdataset.sample_loader": {"SliceState"},
         __name__: {"_tensor"},
         "numpy": {"dtype", "ndarray"},
-        "numpy._core.multiarray": {"_reconstruct"},
-        "numpy._core.numeric": {"_frombuffer"},
+        **compat.PICKLED_ARRAYS,
     }
 
     def find_class(self, module: str, name: str):

@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
+from molmo2_nemo import compat
 from molmo2_nemo.catalogue.datasets import HubFiles
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES
 from molmo2_nemo.fetch.check import instead_of_file
@@ -454,7 +455,6 @@ def _use_steady_client(rules: Rules) -> None:
     import httpx2
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars
-    from huggingface_hub.utils._http import default_client_factory
 
     class Steady(httpx2.SyncByteStream):
         def __init__(self, stream):
@@ -487,7 +487,7 @@ def _use_steady_client(rules: Rules) -> None:
             response.headers["Retry-After"] = str(int(rules.max_wait))
 
     def factory():
-        client = default_client_factory()
+        client = compat.hub_client()
         hooks = client.event_hooks
         client.event_hooks = {"request": [*hooks["request"], check], "response": [*hooks["response"], steady]}
         client.timeout = httpx2.Timeout(rules.timeout)

@@ -27,7 +27,7 @@ from torch import Tensor
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, DataConfig
 from molmo2_nemo.data.blend import Source
-from molmo2_nemo.data.encode import Encoder, Plan
+from molmo2_nemo.data.encode import Encoder, SamplePlan
 from molmo2_nemo.data.inspection import Visual, draw_marks, pixels_of, read_answer
 from molmo2_nemo.data.loader import RawSample, held_out_samples
 from molmo2_nemo.data.packing import Batch, Row, collate, make_row
@@ -56,7 +56,7 @@ class Question:
     style: str
     text: str
     label: str
-    plan: Plan  # of the prompt alone
+    plan: SamplePlan  # of the prompt alone
     pixels: tuple[np.ndarray, np.ndarray]  # crops uint8 [C, P, patch_dim], pooling int64 [T, W]
     sizes: list[tuple[int, int]]  # (width, height) of each image in pixels, or of the video
     seconds: float | None  # length of the video
@@ -235,7 +235,7 @@ def lay_out(
     return [collate(batch, visual.token_ids) for batch in batches], places
 
 
-def with_room(prompt: Plan, max_tokens: int, pad_id: int) -> Plan:
+def with_room(prompt: SamplePlan, max_tokens: int, pad_id: int) -> SamplePlan:
     """The plan with positions for an answer behind it."""
     more = np.arange(max_tokens, dtype=np.int32)
     nothing = np.zeros(max_tokens, dtype=np.int32)

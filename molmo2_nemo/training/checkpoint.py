@@ -15,12 +15,11 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
-from molmo2_nemo import checkpoint_dir
+from molmo2_nemo import checkpoint_dir, compat
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.training.optimizer import load_optimizer_state
 from molmo2_nemo.training.step import load_model_state, refuse_other_architecture, sharded_model_state
@@ -65,7 +64,7 @@ class ShardedSave:
         """
         # Megatron collects what its writer threads report in a queue of a manager process: seconds to start, and it
         # would outlive a rank that is killed. The threads are this process's own, so a plain queue will do.
-        filesystem_async._results_queue = queue.Queue()
+        compat.use_results_queue(queue.Queue())
         self.folder, self.plan = folder, _Plan()
         request = dist_checkpointing.save(
             state, str(folder), self.plan, async_sharded_save=True, async_strategy="mcore"

@@ -20,15 +20,13 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from molmo2_nemo import __version__
-from molmo2_nemo.data.encode import COUNTERS
+from molmo2_nemo.data.counters import BROKEN, COUNTERS, DROPPED
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
 from molmo2_nemo.paths import REPOSITORY
 from molmo2_nemo.training.speed import speed_note
 
-# A source's broken samples, all that it lost, and what it kept in part.
-BROKEN = ("dropped_malformed", "dropped_undecodable", "dropped_unreadable")
-DROPPED = tuple(name for name in COUNTERS if name.startswith("dropped_") and name != "dropped_branches")
+# What a source's samples kept in part.
 SHORTENED = ("truncated", "dropped_branches", "videos_thinned", "images_shrunk")
 # Fewer broken samples than this say nothing of a source's error rate.
 MIN_BROKEN = 20

@@ -18,6 +18,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
+from molmo2_nemo import compat
 from molmo2_nemo.config.components import COMPONENTS, component_of, is_frozen  # noqa: F401
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, OptimConfig
@@ -128,7 +129,7 @@ def clip_and_step(
     group = parts[0].get_grad_stats_parallel_group() if parts else parallel_state.get_model_parallel_group()
     norms = {}
     for component in COMPONENTS:
-        grads = [grad for part in parts for grad in part._filter_grads_for_norm(_parameters(part, component))]
+        grads = [grad for part in parts for grad in compat.gradients_for_norm(part, _parameters(part, component))]
         norms[component] = float(get_grad_norm_fp32(grads, grad_stats_parallel_group=group))
     verdict = torch.tensor(
         finite_loss and not found_inf and all(map(math.isfinite, norms.values())), dtype=torch.int32, device=_device()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from molmo2_nemo.data.points import Points, Tracks, parse
+from molmo2_nemo.data.points import SAME_TIME, Points, Tracks, parse
 from molmo2_nemo.data.tasks import (
     COUNT_ONLY,
     COUNT_THEN_POINTS,
@@ -24,8 +24,6 @@ from molmo2_nemo.data.tasks import (
 # Of a picture's shorter side: how far from a labelled point an answer's may be. In the sample world (shorter sides of
 # 84 and 140 pixels) that is less than the radius of the smallest shape, 11 pixels.
 HIT_DISTANCE = 0.075
-# Seconds: times are written with one decimal, so equal ones are nearer than this.
-SAME_TIME = 0.05
 # Words of a label: nobody finds the very words of a longer one, which gets no score.
 MAX_EXACT_WORDS = 10
 

@@ -118,10 +118,10 @@ def _finalize_gradients(model, num_tokens=None, **kwargs) -> None:
         if parameter.requires_grad and getattr(parameter, "vision_data_parallel", False)
     ]
     if gradients:
-        flat = torch._utils._flatten_dense_tensors(gradients)
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat, group=group)
-        for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients)):
-            gradient.copy_(summed)
+        for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(summed.view_as(gradient))
 
 
 def sharded_model_state(model: list[DistributedDataParallel]) -> dict:

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from programs import REPOSITORY, run_ranks, succeeded
 
+from molmo2_nemo import compat
 from molmo2_nemo.model import loss
 
 
@@ -46,11 +47,9 @@ def test_losses_and_gradients_are_those_of_torch(alone, monkeypatch, count, voca
 
 def test_logits_of_all_positions_are_never_held(alone, monkeypatch):
     """No tensor that forward and backward make is larger than a chunk of logits or the weights."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     largest = 0
 
-    class Sizes(TorchDispatchMode):
+    class Sizes(compat.dispatch_mode()):
         def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
             nonlocal largest
             out = function(*arguments, **(kwargs or {}))

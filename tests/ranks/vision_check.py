@@ -9,10 +9,8 @@ import weakref
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
-from molmo2_nemo import parallel
+from molmo2_nemo import compat, parallel
 from molmo2_nemo.config.schema import ParallelConfig
 from molmo2_nemo.paths import REPOSITORY
 from molmo2_nemo.training.step import build_model, forward_backward, global_names, global_weight
@@ -27,7 +25,7 @@ MODEL = bench_gpu.model_config("tiny")
 parallel.initialize(LAYOUT, "cpu", timeout_minutes=2, seed=0)
 
 
-class PeakBytes(TorchDispatchMode):
+class PeakBytes(compat.dispatch_mode()):
     """Counts the bytes of the tensors that were made inside and are alive, and the largest count."""
 
     def __init__(self):
@@ -36,8 +34,8 @@ class PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for tensor in tree_flatten(out)[0]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
+        for tensor in compat.tensors_in(out):
+            if tensor.untyped_storage() not in self.known:
                 storage = tensor.untyped_storage()
                 self.known[storage] = True
                 weakref.finalize(storage, self.freed, storage.nbytes())

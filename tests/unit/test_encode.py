@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, M
 
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data.blend import SourceOptions
-from molmo2_nemo.data.encode import COUNTERS, DEMO_STYLES, ROOT_SEGMENT, Encoder, loss_weight, style_prefix
+from molmo2_nemo.data.counters import COUNTERS
+from molmo2_nemo.data.encode import DEMO_STYLES, ROOT_SEGMENT, Encoder, loss_weight, style_prefix
 from molmo2_nemo.data.loader import frames_note
 from molmo2_nemo.data.processor import build_processor, read_image
 from molmo2_nemo.data.schema import read_example

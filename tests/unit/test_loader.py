@@ -427,7 +427,7 @@ def test_workers_survive_the_signals_of_a_cluster_and_end_with_the_loader(world,
     loader = make(config(world, num_workers=2), tmp_path)
     assert loader._loader.pin_memory == torch.cuda.is_available()
     next(loader)
-    workers = loader._loader._iterator._workers
+    workers = loader.workers
     for number in (signal.SIGTERM, signal.SIGUSR1):
         for worker in workers:
             os.kill(worker.pid, number)
@@ -467,7 +467,7 @@ def test_memory_stays_flat(world, tmp_path):
     for needed in (1000, 3000):
         while samples < needed:
             samples += len(next(loader).examples)
-        found.append([resident(pid) for pid in (os.getpid(), loader._loader._iterator._workers[0].pid)])
+        found.append([resident(pid) for pid in (os.getpid(), loader.workers[0].pid)])
     loader.close()
     for before, after in zip(*found):
         assert after - before < 6, found

@@ -17,11 +17,11 @@ import weakref
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu import print_table
+
+from molmo2_nemo import compat
 
 BOUND = 0.10
 SMALL = [
@@ -69,7 +69,7 @@ CASES = {
 RANKS = {name: 2 if "tp2" in name or "cp2" in name else 1 for name in CASES}
 
 
-class Storages(TorchDispatchMode):
+class Storages(compat.dispatch_mode()):
     """Bytes of the tensors that were made under this mode and still live, and their highest sum."""
 
     def __init__(self):
@@ -79,13 +79,12 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.see(tensor.untyped_storage())
+        for tensor in compat.tensors_in(result):
+            self.see(tensor.untyped_storage())
         return result
 
     def see(self, storage) -> None:
-        address = storage._cdata
+        address = compat.storage_address(storage)
         if address in self.alive:
             return
         self.alive[address] = storage.nbytes()
@@ -99,7 +98,7 @@ class Storages(TorchDispatchMode):
 
 def bytes_of(tensors) -> int:
     """Bytes of the storages of tensors, each once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({compat.storage_address(s): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
 def measure(config, precision: str) -> tuple[dict[str, int], dict]:
