@@ -11,7 +11,6 @@ Nothing here needs a process group.
 """
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import ModelConfig, model_config_from_json, model_config_to_json
+from molmo2_nemo.files import sync
 
 MARKER = "complete.json"
 MODEL = "model.json"
@@ -49,9 +49,7 @@ def publish(temporary: Path, final: Path, model: ModelConfig, info: dict) -> Non
     sizes = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.rglob("*")) if p.is_file()}
     (temporary / MARKER).write_text(json.dumps({**info, "files": sizes}, indent=2) + "\n")
     for path in [*temporary.rglob("*"), temporary]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(path)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)

@@ -202,9 +202,9 @@ def show_plan(catalogue, entries, options) -> int:
 
 def fetch(catalogue, entries, options) -> int:
     from molmo2_nemo.fetch.inventory import root_trouble
-    from molmo2_nemo.fetch.journal import is_disk_error
     from molmo2_nemo.fetch.sources import Meter, Options, Result, fetch_set
     from molmo2_nemo.fetch.web import OutOfBytes, Rules
+    from molmo2_nemo.files import is_disk_error
 
     trouble = root_trouble(options.root)
     if trouble and options.root.exists() | options.root.is_symlink():

@@ -11,13 +11,17 @@ tools/download.py writes it. This module only reads, keeps one batch of rows in 
 processes at once.
 """
 
+import codecs
 import csv
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+
+import ijson
+
+from molmo2_nemo.files import sha256_of_text
 
 # Suffixes of files in media/; the writer chooses by content.
 MEDIA_SUFFIXES = (".jpg", ".png", ".webp", ".gif", ".bmp", ".tiff", ".mp4", ".webm", ".mkv", ".avi", ".mov")
@@ -39,11 +43,13 @@ SPLITS = ("train", "validation", "val", "test")
 MAX_FOLDERS = 64
 # Rows held at once; a row may hold pictures.
 BATCH_ROWS = 64
+# Bytes of a JSON file that may be held as a whole where reading its array item by item fails.
+MAX_WHOLE = 2**30
 
 
 def media_name(url: str) -> str:
     """Path, relative to media/ and without its suffix, of what the address holds."""
-    digest = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+    digest = sha256_of_text(url)
     return f"{digest[:2]}/{digest}"
 
 
@@ -170,14 +176,58 @@ def read_rows(path: Path, suffix: str | None = None) -> Iterator[dict]:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
 
 
-def json_values(path: Path) -> list:
-    """Items of a JSON file's list, its one value, or, as is common, the values of JSON lines. ValueError: neither."""
+def json_values(path: Path) -> Iterator:
+    """Items of a JSON file's array, its one value, or, as is common, the values of JSON lines. ValueError: neither."""
+    with path.open("rb") as file:
+        start = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"["):
+        yield from json_items(path)
+        return
     content = path.read_bytes()
     try:
         values = json.loads(content)
     except ValueError:
         values = [json.loads(line) for line in content.splitlines() if line.strip()]
-    return values if isinstance(values, list) else [values]
+    yield from values if isinstance(values, list) else [values]
+
+
+def json_items(path: Path, key: str | None = None) -> Iterator:
+    """Items of the JSON array, or of the array under `key` of the JSON object, of which one is held at a time.
+
+    NaN, Infinity and integers of more than 64 bits, which Python writes but no standard allows, are read too: such a
+    file is then held as a whole. Half of a surrogate pair becomes a question mark.
+    ValueError: there is no such array, or the file is broken.
+    """
+    number, where = 0, f" under {key}" if key else ""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
+            for item in ijson.items(file, f"{key}.item" if key else "item", use_float=True):
+                yield item
+                number += 1
+            if number:
+                return
+            reason = f"it has no JSON array{where}"
+    except ijson.JSONError as error:
+        reason = f"it is broken after item {number}{where} ({_first_line(error)})"
+    if path.stat().st_size > MAX_WHOLE:
+        raise ValueError(reason)
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"it is broken after item {number}{where} ({error})") from error
+    if key is not None:
+        values = values.get(key) if isinstance(values, dict) else None
+    if not isinstance(values, list):
+        raise ValueError(f"it has no JSON array{where}")
+    yield from values[number:]
+
+
+def _first_line(error: Exception) -> str:
+    """Of what ijson says, without its drawing of the place; some of it is in bytes."""
+    text = error.args[0] if error.args else ""
+    return (text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)).split("\n")[0]
 
 
 def num_rows(path: Path) -> int:

@@ -22,8 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from molmo2_nemo.fetch.check import sha256_of
-from molmo2_nemo.fetch.journal import is_disk_error, write_json
+from molmo2_nemo.files import is_disk_error, sha256_of, write_json
 
 CHUNK = 2**20
 # Archives in an archive are unpacked, and those in them; deeper ones stay as they are.

@@ -1,6 +1,5 @@
 """Is a file what it should be? A picture or video is decoded; what a header or a suffix says counts for nothing."""
 
-import hashlib
 import warnings
 from pathlib import Path
 
@@ -21,11 +20,6 @@ MAX_PIXELS = 178_956_970  # from which Pillow takes a picture for a bomb
 
 class BadContent(Exception):
     """The bytes are not what they should be; the message says what they are instead."""
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_image(path: Path, max_pixels: int = MAX_PIXELS, published: bool = False) -> dict:

@@ -27,8 +27,8 @@ from molmo2_nemo import compat
 from molmo2_nemo.catalogue.datasets import HubFiles
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES
 from molmo2_nemo.fetch.check import instead_of_file
-from molmo2_nemo.fetch.journal import is_disk_error, locked, write_json
 from molmo2_nemo.fetch.web import USER_AGENT, Lost, OutOfBytes, Rules, check_address, retry_after
+from molmo2_nemo.files import is_disk_error, locked, publish, sha256_of_text, write_json
 
 SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test")
 # Larger files come through the Hub's own storage protocol alone (huggingface_hub, constants.MAX_HTTP_DOWNLOAD_SIZE).
@@ -317,10 +317,7 @@ def download_file(
             _asked(repo, revision, rules, get, file.name)
         digest = _verified(part, file)
         if digest is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("rb") as stream:
-                os.fsync(stream.fileno())
-            part.replace(path)
+            publish(part, path)
             return digest
         size = part.stat().st_size
         part.unlink()
@@ -331,7 +328,7 @@ def download_file(
 
 def _part(path: Path, file: HubFile, revision: str) -> Path:
     """Where a file is until it is whole."""
-    return path.parent / ".part" / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}-{revision[:12]}"
+    return path.parent / ".part" / f"{sha256_of_text(file.name)[:16]}-{revision[:12]}"
 
 
 class _Counted:
@@ -361,7 +358,7 @@ def _large_file(repo: str, revision: str, file: HubFile, part: Path) -> None:
     got = hf_hub_download(
         repo, file.name, repo_type="dataset", revision=revision, local_dir=folder, endpoint=_endpoint()
     )
-    os.replace(got, part)
+    Path(got).replace(part)
 
 
 def _verified(path: Path, file: HubFile) -> str | None:
@@ -514,7 +511,7 @@ def _pin(root: Path, repo: str, revision: str) -> None:
             values = {}
         values = values if isinstance(values, dict) else {}
         if values.get(repo) != revision:
-            write_json(path, values | {repo: revision})
+            write_json(path, values | {repo: revision}, sort_keys=True)
 
 
 def _is_safe(name: str) -> bool:

@@ -6,14 +6,11 @@ database: a plain file that is only appended to works on any file system, and a 
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-# The disk's answers, in contrast to those of the network: they end a run instead of counting as a lost file.
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+from molmo2_nemo.files import write_atomically
 
 
 class Journal:
@@ -82,7 +79,7 @@ class Journal:
             return
         text = "".join(json.dumps(self.records[key], sort_keys=True) + "\n" for key in sorted(self.records))
         if text:
-            write_aside(self.path, text.encode())
+            write_atomically(self.path, text)
         else:
             self.path.unlink()
         self._lines = len(self.records)
@@ -91,43 +88,3 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value) -> None:
-    write_aside(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
-
-
-def is_disk_error(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in DISK_ERRORS
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a lock file. BlockingIOError: another process does, and `wait` is off.
-
-    A file system without locks is taken as it is; its users see to it themselves.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                raise
-        yield

@@ -8,7 +8,6 @@ raw/.shared.
 import asyncio
 import collections
 import contextlib
-import hashlib
 import math
 import os
 import re
@@ -25,9 +24,9 @@ from molmo2_nemo.catalogue.datasets import Catalogue, DataSet
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, RawSource, column_values, matches, num_rows, read_rows, size_on_disk
 from molmo2_nemo.fetch import hub
 from molmo2_nemo.fetch.archives import SUFFIXES, BadArchive, Bounds, archive_kind, extract
-from molmo2_nemo.fetch.check import BadContent, check_file, sha256_of
+from molmo2_nemo.fetch.check import BadContent, check_file
 from molmo2_nemo.fetch.held_out import held_out_lists
-from molmo2_nemo.fetch.journal import Journal, is_disk_error, locked, write_json
+from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.state import (
     broken_files,
     fault,
@@ -42,6 +41,7 @@ from molmo2_nemo.fetch.state import (
 from molmo2_nemo.fetch.url_list import NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
 from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, download, publish, session
 from molmo2_nemo.fetch.youtube import fetch_videos
+from molmo2_nemo.files import LockHeld, is_disk_error, locked, sha256_of, sha256_of_text, write_json
 
 # Of the addresses may give no file for now, or the set is not whole before they were asked in another fetch, too.
 MAX_LATER = 0.25
@@ -114,7 +114,7 @@ def fetch_set(entry: DataSet, catalogue: Catalogue, options: Options, meter: Met
                 result = Result(entry.name, "failed", " ".join(str(error).split()))
             finally:
                 fetch.files.close()
-    except BlockingIOError:
+    except LockHeld:
         return Result(entry.name, "failed", f"another fetch of {entry.name} is running")
     except OSError as error:
         if _ends_the_run(error):
@@ -367,11 +367,7 @@ class _Fetch:
         archive: it must be one (True), or may (None).
         """
         shared = is_shared(self.catalogue, url)
-        home = (
-            self.options.root / "raw" / ".shared" / hashlib.sha256(url.encode()).hexdigest()[:16]
-            if shared
-            else self.folder
-        )
+        home = self.options.root / "raw" / ".shared" / sha256_of_text(url)[:16] if shared else self.folder
         with contextlib.ExitStack() as stack:
             files = self.files
             if shared:
@@ -404,7 +400,7 @@ class _Fetch:
         return name
 
     def _download(self, url: str, home: Path, files: Journal, into: str, archive: bool | None) -> dict:
-        part = home / ".part" / hashlib.sha256(url.encode()).hexdigest()[:16]
+        part = home / ".part" / sha256_of_text(url)[:16]
         rules = replace(self.rules, max_file_bytes=MAX_ARCHIVE, max_seconds=math.inf)
 
         async def get() -> dict:
@@ -500,6 +496,7 @@ class _Fetch:
                 "seconds": round(time.monotonic() - self.started, 3),
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
             },
+            sort_keys=True,
         )
 
 
@@ -526,7 +523,7 @@ def file_name(url: str, named: str | None, kind: str | None) -> str:
     name = named or urllib.parse.unquote(urllib.parse.urlsplit(url).path).rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name).lstrip(".")[-100:]
     if not Path(name).suffix or name in ("view", "download", "main"):
-        name = f"{name or 'file'}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+        name = f"{name or 'file'}-{sha256_of_text(url)[:8]}"
         name += {"zip": ".zip", "tar": ".tar"}.get(kind or "", "")
     return name
 
@@ -540,4 +537,4 @@ def _is_there(home: Path, record: dict) -> bool:
 def _apart(name: str, what: str) -> str:
     """A name beside one that is taken, always the same for the same `what`."""
     folder, _, name = name.rpartition("/")
-    return f"{folder}/{hashlib.sha256(what.encode()).hexdigest()[:8]}-{name}"
+    return f"{folder}/{sha256_of_text(what)[:8]}-{name}"

@@ -20,9 +20,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from molmo2_nemo.catalogue.raw import MEDIA_SUFFIXES, media_name
-from molmo2_nemo.fetch.check import BadContent, check_image, check_video, dhash, sha256_of
-from molmo2_nemo.fetch.journal import Journal, locked
+from molmo2_nemo.fetch.check import BadContent, check_image, check_video, dhash
+from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, Unreachable, download, publish, session
+from molmo2_nemo.files import locked, sha256_of
 
 # Days before an address is asked again, by why it was lost. `later` grows with the rounds that asked in vain.
 DAYS = {"gone": 180, "forbidden": 30, "content": 90, "held out": 36500, "duplicate": 36500}

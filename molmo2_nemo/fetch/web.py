@@ -19,8 +19,8 @@ from pathlib import Path
 import aiohttp
 import yarl
 
-from molmo2_nemo import __version__
-from molmo2_nemo.fetch.journal import is_disk_error
+from molmo2_nemo import __version__, files
+from molmo2_nemo.files import is_disk_error
 
 USER_AGENT = f"molmo2-nemo/{__version__} (research data set download)"
 # Statuses after which asking again makes sense.
@@ -337,11 +337,7 @@ def _forget(part: Path) -> None:
 
 def publish(part: Path, path: Path) -> None:
     """A whole and checked part gets its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if part.stat().st_size >= RESUMABLE_BYTES:
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-    os.replace(part, path)
+    files.publish(part, path, durable=part.stat().st_size >= RESUMABLE_BYTES)
     _notes(part).unlink(missing_ok=True)
 
 

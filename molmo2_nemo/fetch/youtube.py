@@ -1,6 +1,5 @@
 """Videos by their YouTube ids, through yt-dlp, which only the user installs."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -88,7 +87,7 @@ def _get(video: str, media: Path) -> int:
             raise _Lost("gone" if GONE.search(reason) else "later", reason)
         check_video(part / "video.mp4")
         size = (part / "video.mp4").stat().st_size
-        os.replace(part / "video.mp4", media / f"{video}.mp4")
+        (part / "video.mp4").replace(media / f"{video}.mp4")
         return size
     except BadContent as error:
         raise _Lost("content", str(error)) from error

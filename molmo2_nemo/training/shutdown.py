@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.environment import rank_from_environment
+from molmo2_nemo.files import write_atomically
 
 ENDED = "ended.json"
 _TIME_LIMIT = 1000  # beyond any signal's number
@@ -76,9 +77,8 @@ def write_ended(run_dir: Path, reason: str, step: int, message: str = "") -> Non
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / ENDED
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"reason": reason, "step": step, "message": message, "time": time.time()}) + "\n")
-    temporary.rename(path)
+    ended = {"reason": reason, "step": step, "message": message, "time": time.time()}
+    write_atomically(path, json.dumps(ended) + "\n")
 
 
 class StackDump:

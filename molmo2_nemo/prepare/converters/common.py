@@ -6,22 +6,19 @@ video are joined.
 """
 
 import csv
-import hashlib
 import json
 import math
 import random
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from molmo2_nemo.catalogue import raw as raw_files
 from molmo2_nemo.catalogue.raw import RawSource
+from molmo2_nemo.files import sha256_of_text
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 MAX_POINTS = 60  # of a pointing answer (molmo2: olmo/data, "max_points")
-# A JSON item longer than this is not read on.
-MAX_ITEM = 64 * 2**20
-CHUNK = 2**20
 
 
 @dataclass
@@ -204,7 +201,7 @@ def fixed_random(*seed) -> random.Random:
 
 def digest(text: str) -> int:
     """64 bits of a hash."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return int(sha256_of_text(text)[:16], 16)
 
 
 def pick(choices: tuple[str, ...], *seed) -> str:
@@ -244,32 +241,12 @@ def read_json(path: Path):
 def json_items(path: Path, key: str | None = None) -> Iterator[dict]:
     """Items of the JSON array, or of the array under `key` of the JSON object, without holding more than one.
 
-    ValueError: there is no such array, or it is not whole.
+    ValueError, one sentence: there is no such array, or the file is broken.
     """
-    decoder = json.JSONDecoder()
-    with path.open(encoding="utf-8-sig") as file:
-        buffer = file.read(CHUNK)
-        start = re.compile(r"\s*\[" if key is None else r'"' + re.escape(key) + r'"\s*:\s*\[')
-        while not (match := start.search(buffer) if key else start.match(buffer)):
-            more = file.read(CHUNK)
-            if not more or key is None:
-                raise ValueError(f"{path} has no JSON array{f' under {key}' if key else ''}")
-            buffer = buffer[-len(key) - 64 :] + more  # the key may lie across the chunks
-        position = match.end()
-        while True:
-            while position < len(buffer) and buffer[position] in " \t\r\n,":
-                position += 1
-            if position < len(buffer) and buffer[position] == "]":
-                return
-            try:
-                item, position = decoder.raw_decode(buffer, position)
-            except ValueError as error:
-                more = file.read(CHUNK)
-                if not more or len(buffer) - position > MAX_ITEM:
-                    raise ValueError(f"{path} is broken after {buffer[max(0, position - 40) : position]!r}") from error
-                buffer, position = buffer[position:] + more, 0
-                continue
-            yield item
+    try:
+        yield from raw_files.json_items(path, key)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def array_rows(pattern: str, key: str | None = None) -> Rows:
