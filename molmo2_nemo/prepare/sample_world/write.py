@@ -31,7 +31,7 @@ from molmo2_nemo.prepare.sample_world.drawing import encode_mp4, encode_png
 from molmo2_nemo.prepare.sample_world.sample import WorldSample
 from molmo2_nemo.prepare.sample_world.scenes import allowed_combination, different_names, pick, still_scene, video_scene
 from molmo2_nemo.prepare.sample_world.tasks import make_task_image, make_task_points, make_task_tracks, make_task_video
-from molmo2_nemo.prepare.shards import write_shards
+from molmo2_nemo.prepare.webdataset import write_shards
 
 # Of the sample data: a change of what is drawn needs another number, so that older folders are refused.
 VERSION = 4
