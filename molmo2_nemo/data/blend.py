@@ -31,11 +31,13 @@ import os
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from braceexpand import braceexpand
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig
@@ -71,7 +73,7 @@ class Source:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A source as the blend's file has it, on disk or not."""
+    """A source of the blend's file, whether or not it is on disk."""
 
     name: str
     path: Path  # absolute
@@ -84,6 +86,56 @@ class _Entry:
 
     def weight_in_group(self, num_samples: int) -> float:
         return self.weight or (self.factor or 1.0) * math.sqrt(self.size or num_samples)
+
+
+# -- the file, typed: a field's description says how to correct a value that is refused -------------------------------
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_NUMBER = "make it a number above 0, or remove it"
+
+
+class _SourceDocument(BaseModel):
+    """A source of any weighting. A key that is left out is None; null may be given only where the type says so."""
+
+    model_config = _STRICT
+
+    path: str = Field(min_length=1, description="name a folder")
+    loss_weighting: Literal["flat", "root", "root_report"] | None = Field(
+        None, description=f"choose {', '.join(LOSS_WEIGHTINGS)}"
+    )
+    high_res_probability: float = Field(0.0, ge=0, le=1, description="make it a number from 0 to 1")
+    without_style: str | None = Field(None, description="name one style, such as transcript")
+    token_weight: float = Field(None, gt=0, description=_NUMBER)
+
+
+class _FixedSource(_SourceDocument):
+    weight: float = Field(gt=0, description="make it a number above 0")
+
+
+class _SqrtSource(_SourceDocument):
+    size: float = Field(None, ge=1, description="it is a number of samples, make it 1 or more")
+    factor: float = Field(None, gt=0, description=_NUMBER)
+
+
+class _SourcesDocument(BaseModel):
+    """A blend without groups."""
+
+    model_config = _STRICT
+
+    sources: dict = Field(min_length=1, description="add at least one")
+    weighting: Literal["fixed", "sqrt"] = Field(description="choose fixed or sqrt")
+
+
+class _GroupDocument(_SourcesDocument):
+    rate: float = Field(gt=0, description="make it a number above 0")
+
+
+class _GroupsDocument(BaseModel):
+    """A blend with groups."""
+
+    model_config = _STRICT
+
+    groups: dict = Field(min_length=1, description="add at least one")
 
 
 def load_blend(cfg: DataConfig) -> list[Source]:
@@ -184,31 +236,28 @@ def write_metadataset(sources: list[Source], path: Path) -> None:
 
 
 def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
-    """What to call the blend in messages, and its sources, checked as far as the file goes."""
+    """What to call the blend in messages, and its sources, checked as far as possible without looking at them."""
     file = _blend_file(cfg.blend)
     where = f"data.blend={cfg.blend} ({file})"
     try:
-        # Unlike PyYAML, it refuses a key that is given twice.
+        # Unlike PyYAML, OmegaConf refuses a key that is given twice.
         blend = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
     if isinstance(blend, dict) and "groups" in blend:
-        _check_keys(blend, {"groups"}, {"groups"}, where)
         entries = []
-        for name, group in _mapping(blend, "groups", where).items():
-            within, keys = f"{where}, group {name},", {"rate", "weighting", "sources"}
-            _check_keys(group, keys, keys, within)
-            entries += _read_sources(cfg, group, within, str(name), _number(group, "rate", within))
+        for name, document in _typed(_GroupsDocument, blend, where).groups.items():
+            within = f"{where}, group {name},"
+            group = _typed(_GroupDocument, document, within)
+            entries += _read_sources(cfg, group, within, str(name), group.rate)
     else:
-        keys = {"weighting", "sources"}
-        _check_keys(blend, keys, keys, where)
-        entries = _read_sources(cfg, blend, where, None, 1.0)
+        entries = _read_sources(cfg, _typed(_SourcesDocument, blend, where), where, None, 1.0)
     names, folders = set(), {}
     for entry in entries:
         if entry.name in names:
             raise ConfigError(f"{where} has the source {entry.name} in two groups: rename one.")
         names.add(entry.name)
-        # Energon would play the same folder twice in the identical order.
+        # Energon would read the same folder twice in the identical order.
         twin = folders.setdefault(os.path.realpath(entry.path), entry.name)
         if twin != entry.name:
             raise ConfigError(
@@ -218,33 +267,16 @@ def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
     return where, entries
 
 
-def _read_sources(cfg: DataConfig, group: dict, where: str, name: str | None, rate: float) -> list[_Entry]:
+def _read_sources(cfg: DataConfig, group: _SourcesDocument, where: str, name: str | None, rate: float) -> list[_Entry]:
     """The sources of one group, or of a blend without groups."""
-    weighting = group["weighting"]
-    if weighting not in ("fixed", "sqrt"):
-        raise ConfigError(f"{where} has weighting={weighting}: choose fixed or sqrt.")
-    needed = {"path", "weight"} if weighting == "fixed" else {"path"}
-    optional = {field.name for field in fields(SourceOptions)} | ({"size", "factor"} if weighting == "sqrt" else set())
     entries = []
-    for source, entry in _mapping(group, "sources", where).items():
+    for source, document in group.sources.items():
+        kind = _FixedSource if group.weighting == "fixed" else _SqrtSource
         within = f"{where}, source {source},"
-        _check_keys(entry, needed, needed | optional, f"{where}, source {source} of weighting={weighting},")
-        path, loss_weighting = entry["path"], entry.get("loss_weighting")
-        if not isinstance(path, str) or not path:
-            raise ConfigError(f"{within} has path={path}: name a folder.")
-        if loss_weighting not in (None, *LOSS_WEIGHTINGS):
-            raise ConfigError(f"{within} has loss_weighting={loss_weighting}: choose {', '.join(LOSS_WEIGHTINGS)}.")
-        high_res = entry.get("high_res_probability", 0.0)
-        if isinstance(high_res, bool) or not isinstance(high_res, (int, float)) or not 0 <= high_res <= 1:
-            raise ConfigError(f"{within} has high_res_probability={high_res}: make it a number from 0 to 1.")
-        without = entry.get("without_style")
-        if without is not None and not isinstance(without, str):
-            raise ConfigError(f"{within} has without_style={without}: name one style, such as transcript.")
-        options = SourceOptions(loss_weighting, _number(entry, "token_weight", within), float(high_res), without)
-        numbers = [_number(entry, key, within) for key in ("weight", "size", "factor")]
-        if entry.get("size", 1) < 1:
-            raise ConfigError(f"{within} has size={entry['size']}: it is a number of samples, make it 1 or more.")
-        folder = Path(os.path.abspath(Path(cfg.root).expanduser() / Path(path).expanduser()))
+        typed = _typed(kind, document, within, f"{where}, source {source} of weighting={group.weighting},")
+        options = SourceOptions(**{field.name: getattr(typed, field.name) for field in fields(SourceOptions)})
+        numbers = (getattr(typed, key, None) for key in ("weight", "size", "factor"))
+        folder = Path(os.path.abspath(Path(cfg.root).expanduser() / Path(typed.path).expanduser()))
         entries.append(_Entry(str(source), folder, name, rate, *numbers, options))
     return entries
 
@@ -258,27 +290,27 @@ def _blend_file(blend: str) -> Path:
     raise ConfigError(f"data.blend={blend} names no blend: use one of conf/blend ({known}) or the path of a YAML file.")
 
 
-def _check_keys(value, needed: set[str], allowed: set[str], where: str) -> None:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where} must be a mapping with the keys {', '.join(sorted(needed))}, not {value!r}.")
-    for key in sorted(needed - set(value)):
-        raise ConfigError(f"{where} lacks the key {key}: add it.")
-    for key in sorted(set(map(str, value)) - allowed):
-        raise ConfigError(f"{where} has the unknown key {key}: remove it; known are {', '.join(sorted(allowed))}.")
-
-
-def _mapping(values: dict, key: str, where: str) -> dict:
-    if not isinstance(values[key], dict) or not values[key]:
-        raise ConfigError(f"{where} lists no {key}: add at least one.")
-    return values[key]
-
-
-def _number(values: dict, key: str, where: str) -> float | None:
-    """values[key], None if it is not there."""
-    value = values.get(key)
-    if key in values and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
-        raise ConfigError(f"{where} has {key}={value}: make it a number above 0, or remove it.")
-    return value
+def _typed(kind: type[BaseModel], document, where: str, where_keys: str | None = None) -> BaseModel:
+    """The document as a `kind`. ConfigError, one sentence that begins with `where` (`where_keys`, about a key)."""
+    known, required = sorted(kind.model_fields), [k for k, field in kind.model_fields.items() if field.is_required()]
+    if not isinstance(document, dict):
+        keys = ", ".join(sorted(required))
+        raise ConfigError(f"{where_keys or where} must be a mapping with the keys {keys}, not {document!r}.")
+    try:
+        return kind.model_validate({str(key): value for key, value in document.items()})
+    except ValidationError as error:
+        problems = {problem["type"]: problem for problem in reversed(error.errors(include_url=False))}
+        problem = problems.get("missing") or problems.get("extra_forbidden") or error.errors(include_url=False)[0]
+        key, value = problem["loc"][0], problem["input"]
+        if problem["type"] == "missing":
+            message = f"{where_keys or where} lacks the key {key}: add it."
+        elif problem["type"] == "extra_forbidden":
+            message = f"{where_keys or where} has the unknown key {key}: remove it; known are {', '.join(known)}."
+        elif key in ("groups", "sources"):
+            message = f"{where} lists no {key}: {kind.model_fields[key].description}."
+        else:
+            message = f"{where} has {key}={value}: {kind.model_fields[key].description}."
+        raise ConfigError(message) from None
 
 
 def _listed(names: list[str]) -> str:

@@ -23,8 +23,8 @@ from molmo2_nemo.data.encode import Encoder
 from molmo2_nemo.data.points import Points, format_points, parse
 from molmo2_nemo.data.processor import build_processor
 from molmo2_nemo.hf.architecture import hf_config
-from molmo2_nemo.prepare import sample_world
-from molmo2_nemo.prepare.shards import write_shards
+from molmo2_nemo.prepare.sample_world.write import write_set
+from molmo2_nemo.prepare.webdataset import write_shards
 from molmo2_nemo.training import answers, score
 
 SOURCES = ("text", "image_qa", "multi_image", "video_points", "count", "captions")
@@ -167,7 +167,7 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("answers") / "data"
     root.mkdir()
     for name in SOURCES:
-        sample_world._write_set(root / name, name, 0, {"train": 24, "val": 6})
+        write_set(root / name, name, 0, {"train": 24, "val": 6})
     return root, write_blend(root / "blend.yaml", *SOURCES)
 
 

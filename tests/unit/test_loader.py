@@ -18,7 +18,7 @@ from molmo2_nemo.data.blend import Source, SourceOptions, load_blend
 from molmo2_nemo.data.encode import Encoder
 from molmo2_nemo.data.loader import Molmo2TaskEncoder, RawSample, save_state, train_loader, validation_loader
 from molmo2_nemo.data.progress import beginning
-from molmo2_nemo.prepare.sample_world import generate
+from molmo2_nemo.prepare.sample_world.write import generate
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ from molmo2_nemo.data import encode, loader, packing
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.processor import VisualInputs, build_processor
 from molmo2_nemo.paths import CONF_DIR
-from molmo2_nemo.prepare.shards import write_shards
+from molmo2_nemo.prepare.webdataset import write_shards
 
 PARTS = ("read", "decode", "resize", "tokenise", "pack", "collate")
 TOKENIZER = CONF_DIR.parent / "molmo2_nemo" / "data" / "tokenizer"

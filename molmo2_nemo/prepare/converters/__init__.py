@@ -27,7 +27,7 @@ def converter_of(entry: dict) -> Converter:
     converter = converter_by_form(entry)
     if converter is None:
         raise ValueError(
-            f"{name} has the columns {', '.join(entry['fields'])}, which tell no known form: say it with convert in "
-            "its entry, or add a converter (molmo2_nemo/data/converters)."
+            f"{name} has the columns {', '.join(entry['fields'])}, which are those of no known form: describe it "
+            "with convert in its entry, or add a converter (molmo2_nemo/prepare/converters)."
         )
     return converter

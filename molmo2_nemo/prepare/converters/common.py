@@ -1,7 +1,8 @@
 """What converters are made of: drafts of samples, tasks as the schema's JSON, and readers of annotation files.
 
 A converter is a function from one raw row to drafts. It opens no picture and no video: sizes, durations and the change
-of coordinates to fractions come later (data/prepared.py), where the drafts of one picture or video are joined, too.
+of coordinates to fractions come later (prepare/draft_to_sample.py), where also the drafts of one picture or
+video are joined.
 """
 
 import csv
@@ -16,6 +17,7 @@ from molmo2_nemo.catalogue import raw as raw_files
 from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.files import sha256_of_text
 
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 MAX_POINTS = 60  # of a pointing answer (molmo2: olmo/data, "max_points")
 
 
@@ -42,7 +44,7 @@ class Draft:
     """A sample before its media are looked at.
 
     images: each the bytes of a file, a name (an address, a path below the raw folder's media, or one that starts with
-    "./" below the raw folder itself), a list of names to try, or {"name", "boxes", "opacity"}, see prepared.py.
+    "./" below the raw folder itself), a list of names to try, or {"name", "boxes", "opacity"}, see draft_to_sample.py.
     unit: of the coordinates of pointing tasks: fraction, percent or pixels.
     about: what is held out together; None: the names of the media.
     tree: drafts with the same media become one sample if this is the same, too; None: never.
@@ -111,7 +113,7 @@ def choice(text: str, options: list, answer: int, style: str) -> dict:
 
 
 def shuffled_choice(text: str, right: str, wrong: Iterable[str], style: str, *seed) -> dict:
-    """The place of the right option hangs on the seed alone."""
+    """A choice whose order of options depends on the seed alone."""
     options = list(dict.fromkeys([str(right).strip(), *(str(option).strip() for option in wrong)]))
     right = options[0]
     fixed_random(text, *seed).shuffle(options)
@@ -170,6 +172,14 @@ def image_of(value) -> bytes | str:
     if not value or not isinstance(value, bytes | str):
         raise ValueError("no image in the row")
     return value
+
+
+def together(*lists) -> Iterator[tuple]:
+    """`zip` of columns. ValueError: their lengths differ."""
+    try:
+        yield from zip(*lists, strict=True)
+    except ValueError:
+        raise ValueError("columns of unlike length") from None
 
 
 def columns(table: dict | list, *names: str) -> Iterator[tuple]:
@@ -256,15 +266,16 @@ def jsonl(path: Path) -> Iterator[dict | list]:
 
 
 def table(path: Path, delimiter: str = ",", names: list[str] | None = None) -> Iterator[dict]:
-    """Rows of a CSV file. `names`: of the columns of a file without a head line."""
+    """Rows of a CSV file. `names`: of the columns of a file without a header line."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         yield from csv.DictReader(file, names, delimiter=delimiter)
 
 
 def video_names(name: str) -> list[str]:
     """A video's name with the suffixes that it may have on disk."""
-    suffixes = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
-    return [name] if name.lower().endswith(suffixes) else [*(name + suffix for suffix in suffixes), name]
+    if name.lower().endswith(VIDEO_SUFFIXES):
+        return [name]
+    return [*(name + suffix for suffix in VIDEO_SUFFIXES), name]
 
 
 def clip(name: str, start=None, end=None, cut: list[str] | None = None, **more) -> Clip:

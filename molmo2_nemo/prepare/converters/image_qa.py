@@ -27,6 +27,7 @@ from molmo2_nemo.prepare.converters.common import (
     read_json,
     shuffled_choice,
     table,
+    together,
 )
 
 MAX_IMAGES = 5  # of several-image sets (molmo2: max_images)
@@ -138,7 +139,7 @@ def mantis(row: dict) -> Iterator[Draft | Drop]:
         yield Drop("one image" if len(images) < 2 else f"more than {MAX_IMAGES} images")
         return
     tasks, listed = [], [row.get(name) or [] for name in ("mc_question", "choices", "correct_choice_idx")]
-    for text, options, answer in zip(*listed, strict=True):
+    for text, options, answer in together(*listed):
         if text and options and len(options) > 1 and answer is not None and 0 <= answer < len(options):
             wrong = [option for index, option in enumerate(options) if index != answer]
             tasks.append(shuffled_choice(text, options[answer], wrong, "multi_image_mc", row.get("example_id")))
@@ -146,7 +147,7 @@ def mantis(row: dict) -> Iterator[Draft | Drop]:
             tasks.append(None)
     asked, direct = row.get("oe_question") or [], row.get("direct_answer") or []
     tasks += [None] * (len(asked) - len(tasks))
-    for index, (text, answer) in enumerate(zip(asked, direct, strict=True)):
+    for index, (text, answer) in enumerate(together(asked, direct)):
         if tasks[index] is None and text and answer:
             tasks[index] = question(text, answer, "mantis_instruct_da")
     if any(tasks):

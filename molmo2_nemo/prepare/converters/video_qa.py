@@ -24,6 +24,7 @@ from molmo2_nemo.prepare.converters.common import (
     read_json,
     shuffled_choice,
     table,
+    together,
 )
 
 MC, SHORT = "video_multiple_choice", "video_short_answer"
@@ -161,7 +162,7 @@ def llava_video(row: dict) -> Iterator[Draft]:
     """Conversations, the first question of which starts with "<image>". Lettered options become a choice."""
     turns = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
     tasks = []
-    for text, answer in zip(turns[::2], turns[1::2], strict=True):
+    for text, answer in together(turns[::2], turns[1::2]):
         tasks.append(lettered_choice(text, answer) or question(text, answer, SHORT))
     kinds = {"mc" if task["task"] == "multiple_choice" else "oe" for task in tasks}
     names = [row["video"], f"{row['data_source']}/{row['video']}"] if row.get("data_source") else [row["video"]]
@@ -207,7 +208,7 @@ def trafficqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
         if names is None:
             names = row
         else:
-            yield dict(zip(names, row, strict=True))
+            yield dict(together(names, row))
 
 
 def trafficqa(row: dict) -> Iterator[Draft]:
