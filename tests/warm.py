@@ -26,7 +26,7 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
         "nemo.core.config",
-        "molmo2_nemo.training.train",
+        "molmo2_nemo.training.run",
         "molmo2_nemo.report",
         "molmo2_nemo.hf.convert",
         "molmo2_nemo.prepare.stage_datasets",

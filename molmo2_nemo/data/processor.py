@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, M
 from transformers.image_transforms import convert_to_rgb
 from transformers.models.molmo2.image_processing_molmo2 import select_tiling
 
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import VisionConfig
 
 # Pixels of a picture; a larger one is taken for a decompression bomb.
@@ -30,13 +31,13 @@ AS_BYTES = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
 def build_processor(tokenizer: str, vision: VisionConfig, max_crops_per_image: int = 8) -> Molmo2Processor:
     """transformers' processor for this geometry. `tokenizer`: a folder, or a name on the Hugging Face hub.
 
-    ValueError: there is no tokenizer, or it lacks a special token of Molmo2.
+    ConfigError: there is no tokenizer, or it lacks a special token of Molmo2.
     """
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise ConfigError(
             f"data.tokenizer={tokenizer} holds no tokenizer ({reason}): set it to a folder with one; "
             "model=tiny brings its own."
         ) from error
@@ -70,7 +71,7 @@ def build_processor(tokenizer: str, vision: VisionConfig, max_crops_per_image: i
     needed = ["<|im_start|>", "<|im_end|>", "<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<im_end>"]
     for token in [*needed, "<frame_start>", "<frame_end>", "<im_low>"]:
         if token not in vocabulary:
-            raise ValueError(f"data.tokenizer={tokenizer} lacks the token {token}: use a Molmo2 model's tokenizer.")
+            raise ConfigError(f"data.tokenizer={tokenizer} lacks the token {token}: use a Molmo2 model's tokenizer.")
     return processor
 
 
