@@ -38,7 +38,8 @@ def one_thread():
 
 
 def make(data, run_dir, make_loader=train_loader, rank=0, world_size=1, rows=2, **more):
-    return make_loader(data, VISION, load_blend(data), rank, world_size, None, rows, run_dir, **more)
+    group = (None,) if make_loader is train_loader else ()
+    return make_loader(data, VISION, load_blend(data), rank, world_size, *group, rows, run_dir, **more)
 
 
 def digest(batch) -> str:
