@@ -55,7 +55,9 @@ def main_own_annotations(arguments: list[str]) -> None:
     parser.add_argument("--name", help="of the source in the blend (default: the folder's)")
     parser.add_argument("--unit", choices=UNITS, default="fraction", help="of coordinates, if a line does not say")
     parser.add_argument("--val-share", type=float, default=0.02, help="held out for validation (default 0.02)")
-    parser.add_argument("--repeat", type=int, default=1, help="write training samples so often, for very small sets")
+    parser.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="write training samples N times, if they are few"
+    )
     parser.add_argument("--shard-size", type=int, default=SHARD_SAMPLES, help=f"samples (default {SHARD_SAMPLES})")
     parser.add_argument("--skip-bad", action="store_true", help="go on without the lines that have a mistake")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that check media")
@@ -153,7 +155,7 @@ def main_stage(arguments: list[str]) -> None:
     parser.add_argument(
         "--only-license", nargs="+", default=(), metavar="LICENSE", help="those under one of these, e.g. odc-by cc-by"
     )
-    parser.add_argument("--redo", action="store_true", help="make anew what was prepared before")
+    parser.add_argument("--redo", action="store_true", help="prepare again what is finished")
     parser.add_argument("--verify", action="store_true", help="read the bytes of finished data sets again, too")
     parser.add_argument("--quiet", action="store_true", help="no progress, a short report")
     parser.add_argument("--json", action="store_true", help="the report as a list of objects")

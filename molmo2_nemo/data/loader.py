@@ -417,7 +417,6 @@ def validation_loader(
     sources: list[Source],
     rank: int,
     world_size: int,
-    data_parallel_group: torch.distributed.ProcessGroup | None,
     micro_batch_size: int,
     run_dir: Path,
 ) -> ValidationLoader:

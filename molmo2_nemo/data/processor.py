@@ -1,8 +1,8 @@
 """transformers' Molmo2 processors for one model geometry: the tokens of images and frames, and their pixels as bytes.
 
 Sizes alone decide the tokens and the number of crops, so both are known before anything is decoded. Grids, tokens and
-pooling windows are transformers' own; what is done to every pixel is written here anew, to the same bytes in a quarter
-of the time.
+pooling windows are transformers' own. What is done to every pixel is implemented here again: it takes a quarter of the
+time and gives the same bytes.
 """
 
 import io
@@ -112,7 +112,7 @@ class VisualInputs:
         return select_tiling(height - margins, width - margins, step, max_crops)
 
     def _canvas(self, rows: int, columns: int) -> tuple[int, int]:
-        """Height and width in pixels of the picture that so many overlapping tiles cover."""
+        """Height and width in pixels of the picture that these rows and columns of overlapping tiles cover."""
         step = self.side - self.margins
         return (rows * step + self.margins) * self.patch_size, (columns * step + self.margins) * self.patch_size
 
@@ -133,7 +133,7 @@ class VisualInputs:
         return padded
 
     def image_tokens(self, width: int, height: int, max_crops: int | None = None) -> tuple[np.ndarray, int]:
-        """Tokens of an image of so many pixels (int32 [n]) and its number of crops, the overview included.
+        """Tokens of an image of this size in pixels (int32 [n]) and its number of crops, the overview included.
 
         max_crops: limit of the crops beside the overview; None: the processor's.
         Images narrower than a tile's two margins follow transformers' (the released) processor, which does not clamp.
@@ -211,5 +211,5 @@ def read_image(data: bytes) -> np.ndarray:
         raise
     except UnidentifiedImageError as error:
         raise ValueError(f"The image cannot be decoded: it is none of {', '.join(FORMATS)}.") from error
-    except Exception as error:  # PIL's decoders raise whatever they like on broken files
+    except Exception as error:  # PIL's decoders raise errors of any type on broken files
         raise ValueError(f"The image cannot be decoded: {error}.") from error

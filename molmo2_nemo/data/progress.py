@@ -5,7 +5,7 @@
     pickle             Energon's own state of the rank's workers
 
 With the same numbers of data-parallel ranks and loader workers, Energon's state continues exactly. With others it
-cannot, since every worker owns a part of each source. Then the stream starts anew, in another order, and leaves out
+cannot, since every worker owns a part of each source. Then the stream starts again in another order, and leaves out
 what is ahead: of a sample that was handed out n times, in a source whose samples were handed out m times or more, the
 first n - m appearances. So nothing is lost, and a sample comes again only when all others of its worker's part have
 been read as often. Samples that were read but not handed out yet count as unread.
@@ -120,7 +120,7 @@ def _read_file(path: Path, rank: int, manifest: dict, sources: Sequence[Source])
                 raise ValueError("it holds no loader's state")
     except (MemoryError, ConfigError):  # the latter: the state is whole, but of another stream
         raise
-    except Exception as error:  # a damaged pickle raises whatever it likes
+    except Exception as error:  # a damaged pickle raises errors of any type
         raise ConfigError(f"the saved data state is damaged ({error}): start a new run from the weights.") from error
     return old, progress
 

@@ -138,7 +138,7 @@ def _try(look, what: str, *args):
 def _inside(branch: dict, sizes: list, draft: Draft) -> int:
     """Change points of images and videos to fractions from 0 to 1; returns how many lay outside.
 
-    As in the public code they are moved to the border. ValueError: one lies farther away than its picture is large.
+    As in the public code they are moved to the border. ValueError: one is farther outside than the picture is large.
     """
     moved = 0
     groups = branch.get("points") or branch.get("frames") or []
@@ -152,7 +152,7 @@ def _inside(branch: dict, sizes: list, draft: Draft) -> int:
             for place, side in zip((-2, -1), scales[draft.unit]):
                 value = point[place] / side
                 if not -FAR < value < 1 + FAR:
-                    raise ValueError(f"a point lies far outside of its picture, if its unit is {draft.unit}")
+                    raise ValueError(f"a point is far outside of its picture, if its unit is {draft.unit}")
                 inside = min(max(value, 0.0), 1.0)
                 moved += abs(value - inside) > 0.005
                 point[place] = inside
@@ -272,7 +272,7 @@ def _video(video: Clip, raw: RawSource) -> tuple[bytes, str, dict]:
 def _cut(path: Path, start: float, end: float, duration: float, whole: tuple | None) -> tuple[bytes, str, dict]:
     """Bytes, suffix and facts of a file with a clip: the whole file, or a part of it if that is much smaller."""
     if end > duration + SAME_END or not start < min(end, duration):
-        raise Dropped("a clip that lies outside of its video")
+        raise Dropped("a clip outside of its video")
     begin, end, part = 0.0, min(end, duration), None
     if whole is None or (len(whole[0]) > MIN_CUT and end - start < CUT_SHARE * duration):
         part = excerpt(path, start, end)
@@ -280,7 +280,7 @@ def _cut(path: Path, start: float, end: float, duration: float, whole: tuple | N
         data, ending, begin = part
         facts = _try(video_facts, "video", data)
         if end > begin + facts["duration"] + SAME_END:
-            raise Dropped("a clip that lies outside of its video")
+            raise Dropped("a clip outside of its video")
     elif whole:
         data, ending, facts = whole
     else:
@@ -308,7 +308,7 @@ def _encoded(video: Clip, raw: RawSource) -> bytes:
     if video.start is not None:
         frames = frames[round(video.start * video.fps) : round(video.end * video.fps) + 1]
     if not frames:
-        raise Dropped("a clip that lies outside of its video")
+        raise Dropped("a clip outside of its video")
     return encode(frames, video.fps)
 
 

@@ -57,7 +57,7 @@ def video_facts(data: bytes) -> dict:
 
 
 def excerpt(path: Path, start: float, end: float) -> tuple[bytes, str, float] | None:
-    """The part of a video file that shows it from `start` to `end` (seconds after its first frame), not encoded anew.
+    """The part of a video file that shows it from `start` to `end` (seconds after its first frame), not re-encoded.
 
     Its bytes, suffix, and the seconds at which it starts, on a key frame. None: it cannot be cut without a change of
     what is seen at `start` and at `end`.

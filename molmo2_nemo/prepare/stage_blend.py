@@ -1,4 +1,4 @@
-"""What lies beside the shards of a stage: its blends, restricted to what is prepared, and the licences of that."""
+"""The files beside the shards of a stage: its blends, restricted to the prepared sets, and the licences of these."""
 
 from pathlib import Path
 

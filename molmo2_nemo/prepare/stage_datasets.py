@@ -193,13 +193,13 @@ def examine(state: DatasetState, root: Path, out: Path, options: StageOptions) -
     if before is None and plan.final.exists() and not (plan.final.is_dir() and not any(plan.final.iterdir())):
         state.problem = f"{plan.final} is there and was not made by this tool: move it away"
     elif made is None and before and not options.redo:
-        state.note = f"{state.name}: shards were lost or damaged, and it was made anew"
+        state.note = f"{state.name}: shards were lost or damaged, and it was prepared again"
     elif made and not options.redo:
         state.made = made
         if made["fingerprint"] == plan.fingerprint:
             shutil.rmtree(plan.work, ignore_errors=True)  # left by a run that was stopped just before its end
         else:
-            state.note = f"{state.name}: its raw data, the code or --shards changed since; --redo makes it anew"
+            state.note = f"{state.name}: its raw data, the code or --shards changed since; --redo prepares it again"
     if state.made is None and state.problem is None:
         state.plan = plan
 

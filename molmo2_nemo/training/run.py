@@ -218,12 +218,11 @@ def make_loaders(
         sources=sources,
         rank=parallel_state.get_data_parallel_rank(),
         world_size=parallel_state.get_data_parallel_world_size(),
-        data_parallel_group=parallel_state.get_data_parallel_group(),
         micro_batch_size=config.train.micro_batch_size,
         run_dir=run_dir,
     )
     validation = validation_loader(**common) if config.train.validation_batches else None
-    return train_loader(**common, saved=saved), validation
+    return train_loader(**common, data_parallel_group=parallel_state.get_data_parallel_group(), saved=saved), validation
 
 
 @contextlib.contextmanager

@@ -413,7 +413,7 @@ def test_new_raw_data_are_taken_when_asked(prepared, tmp_path, capsys):
     assert run(tmp_path, "pixmo-count") == 0
     before = content(tmp_path)
     fetched(tmp_path, "pixmo-count", rows[:2], limit=2)
-    assert run(tmp_path, "pixmo-count") == 0 and "--redo makes it anew" in capsys.readouterr().out
+    assert run(tmp_path, "pixmo-count") == 0 and "--redo prepares it again" in capsys.readouterr().out
     assert content(tmp_path) == before
     assert run(tmp_path, "pixmo-count", "--redo") == 0
     assert len(samples(tmp_path / "pixmo-count")) == 2 and not list(tmp_path.glob(".pixmo-count*"))
@@ -442,7 +442,7 @@ def test_wrong_rows_take_nothing_else_with_them(tmp_path, capsys):
     assert [branch.label for branch in example.branches] == ["cat", "edge"]
     [report] = json.loads((tmp_path / "stage1.report.json").read_text())
     assert sum(report["dropped"].values()) == 9 and report["branches"] == 2
-    assert report["dropped"]["a point lies far outside of its picture, if its unit is percent"] == 1
+    assert report["dropped"]["a point is far outside of its picture, if its unit is percent"] == 1
     assert "holds raw data alone" in run(tmp_path / "raw" / "out", "--root", str(tmp_path))
 
 

@@ -38,7 +38,8 @@ def one_thread():
 
 
 def make(data, run_dir, make_loader=train_loader, rank=0, world_size=1, rows=2, **more):
-    return make_loader(data, VISION, load_blend(data), rank, world_size, None, rows, run_dir, **more)
+    group = (None,) if make_loader is train_loader else ()
+    return make_loader(data, VISION, load_blend(data), rank, world_size, *group, rows, run_dir, **more)
 
 
 def digest(batch) -> str:
@@ -418,7 +419,7 @@ def test_validation_does_not_depend_on_the_number_of_ranks(world, tmp_path):
 def test_without_held_out_data(world, tmp_path):
     sources = [replace(source, num_validation_samples=0) for source in load_blend(config(world))]
     with pytest.raises(ConfigError, match="split part val"):
-        validation_loader(config(world), VISION, sources, 0, 1, None, 1, tmp_path)
+        validation_loader(config(world), VISION, sources, 0, 1, 1, tmp_path)
 
 
 # --- worker processes -----------------------------------------------------------------------------------------------

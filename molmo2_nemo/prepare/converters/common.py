@@ -1,4 +1,4 @@
-"""What converters are made of: drafts of samples, tasks as the schema's JSON, and readers of annotation files.
+"""What converters share: drafts of samples, functions that make tasks in the schema's JSON, readers of files.
 
 A converter is a function from one raw row to drafts. It opens no picture and no video: sizes, durations and the change
 of coordinates to fractions come later (prepare/draft_to_sample.py), where also the drafts of one picture or
@@ -71,12 +71,12 @@ Rows = Callable[[RawSource, str | None], Iterator[dict]]
 
 @dataclass(frozen=True)
 class Converter:
-    """convert: a row -> drafts. rows: of the files, where they are not plain tables (raw.rows)."""
+    """convert: a row -> drafts. rows: how to read rows that raw.rows cannot (no plain tables)."""
 
     convert: Callable[[dict], Iterable[Draft | Drop]]
     rows: Rows | None = None
-    max_branches: int = 64  # of a sample; more are divided evenly
-    most_branches: int | None = None  # of a picture or video; the others are dropped
+    max_branches: int = 64  # of a sample; more are divided evenly among several samples
+    most_branches: int | None = None  # of a picture or video; the others are dropped, chosen by a hash
     max_points: int | None = None  # of all branches of a sample
 
 
@@ -84,7 +84,7 @@ class Converter:
 
 
 def question(text: str, answers: str | list[str], style: str, explanation: str | None = None) -> dict:
-    """ValueError: nothing is asked or answered."""
+    """A question task. ValueError: nothing is asked or answered."""
     answers = [answers] if isinstance(answers, str) else list(answers)
     answers = [str(answer).strip() for answer in answers if answer is not None and str(answer).strip()]
     text = str(text or "").strip()
@@ -95,7 +95,7 @@ def question(text: str, answers: str | list[str], style: str, explanation: str |
 
 
 def choice(text: str, options: list, answer: int, style: str) -> dict:
-    """ValueError: fewer than two options, or the answer is none of them."""
+    """A multiple choice task. answer: index from 0. ValueError: fewer than two options, or answer is none."""
     options, answer = [str(option).strip() for option in options], int(answer)
     if not text or not str(text).strip():
         raise ValueError("no question")
@@ -129,7 +129,10 @@ def caption(text: str | list[str], style: str) -> dict:
 
 
 def pointing(label: str, groups: list, style: str | list[str], text: str | None = None, **more) -> dict:
-    """groups: [[image from 1 or seconds, [[x, y], ...]], ...]. ValueError: no label, or a coordinate is no number."""
+    """A pointing task. groups: [[image from 1 or seconds, [[x, y], ...]], ...].
+
+    ValueError: there is no label, or a coordinate is not a number.
+    """
     label = str(label or "").strip()
     if not label:
         raise ValueError("no label")
@@ -140,7 +143,7 @@ def pointing(label: str, groups: list, style: str | list[str], text: str | None 
 
 
 def chat(turns: Iterable[str], style: str, system: str | None = None) -> dict:
-    """User and assistant in turn. ValueError: a turn is empty, or the last is the user's."""
+    """A conversation of user and assistant in turn. ValueError: a turn is empty, or the last one is the user's."""
     turns = [str(turn).strip() for turn in turns]
     if len(turns) < 2 or len(turns) % 2 or not all(turns):
         raise ValueError("the turns are not user and assistant, or one is empty")
@@ -150,7 +153,7 @@ def chat(turns: Iterable[str], style: str, system: str | None = None) -> dict:
 
 
 def xy(points) -> list[list[float]]:
-    """[{x, y}, ...], {x: [...], y: [...]} or None as [[x, y], ...]. ValueError: a coordinate is missing."""
+    """Points given as [{x, y}, ...], {x: [...], y: [...]} or None, as [[x, y], ...]. ValueError: one is missing."""
     if not points:
         return []
     if isinstance(points, dict):
@@ -166,7 +169,7 @@ def xy(points) -> list[list[float]]:
 
 
 def image_of(value) -> bytes | str:
-    """Of an image column of the Hub: {bytes, path} with its bytes, or the name of its file. ValueError: neither."""
+    """The image of a column of the Hub, {bytes, path} or a path: its bytes, or its file's name. ValueError: neither."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if not value or not isinstance(value, bytes | str):
@@ -195,12 +198,12 @@ def columns(table: dict | list, *names: str) -> Iterator[tuple]:
 
 
 def fixed_random(*seed) -> random.Random:
-    """The same for the same seed, on every machine."""
+    """A generator that gives the same numbers for the same seed on every machine."""
     return random.Random(digest("\0".join(map(str, seed))))
 
 
 def digest(text: str) -> int:
-    """64 bits of a hash."""
+    """The first 64 bits of the text's SHA-256."""
     return int(sha256_of_text(text)[:16], 16)
 
 
@@ -222,7 +225,7 @@ def find(raw: RawSource, *patterns: str) -> Path:
 
 
 def find_all(raw: RawSource, pattern: str) -> list[Path]:
-    """Not in media/, which holds no annotations and very many files."""
+    """All files below the raw folder that match, shortest path first. media/ is left out: it holds no annotations."""
     found = []
     for name in ("hub", "manual", "extracted"):
         if (raw.folder / name).is_dir():
@@ -231,7 +234,7 @@ def find_all(raw: RawSource, pattern: str) -> list[Path]:
 
 
 def read_json(path: Path):
-    """ValueError, one sentence: it is not JSON."""
+    """The content of a JSON file. ValueError, one sentence: it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
@@ -255,7 +258,7 @@ def array_rows(pattern: str, key: str | None = None) -> Rows:
 
 
 def jsonl(path: Path) -> Iterator[dict | list]:
-    """ValueError names the line."""
+    """The values of a JSON lines file. ValueError, one sentence that names the line: it is not JSON."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -279,7 +282,7 @@ def video_names(name: str) -> list[str]:
 
 
 def clip(name: str, start=None, end=None, cut: list[str] | None = None, **more) -> Clip:
-    """Seconds of a video. ValueError: they are no times, or end before they start."""
+    """A video, or the seconds `start` to `end` of it. ValueError: these are not numbers, or end before they start."""
     names = [candidate for item in ([name] if isinstance(name, str) else name) for candidate in video_names(item)]
     if start is None or end is None:
         return Clip(names, cut=cut or [], **more)

@@ -15,11 +15,11 @@ from molmo2_nemo.prepare.converters.common import (
     xy,
 )
 
-# Both are drawn from, so that the data set need not be there twice.
+# One of these is drawn each time, so that the data set is needed only once.
 MODES = ["pointing", "point_count"]
 MULTI_IMAGE_MODES = ["multi_image_pointing", "multi_image_point_then_count"]
 VIDEO_MODES = ["video_point", "video_point_count"]
-# Seconds: what 128 frames at 2 a second cover. Queries of a video that is no longer share one sample.
+# Seconds that 128 frames at 2 a second cover. Queries of a video that is not longer share one sample.
 MAX_SECONDS = 63.0
 # How often these become turns of one conversation (molmo2: Molmo2-VideoPoint).
 MULTI_TURN = 0.2
@@ -80,7 +80,7 @@ def multi_image_point(row: dict) -> Iterator[Draft | Drop]:
             found.setdefault(label.strip().lower(), {}).setdefault(index, []).extend(xy(of_label))
     draw = fixed_random(*map(str, images), *sorted(found))
     label = draw.choice(sorted(found))
-    # An image that was not asked about the label may show it all the same.
+    # An image that nobody was asked about may show the label, too.
     asked = sorted(found[label])
     if len(asked) > 1 and draw.random() < 0.5:
         asked = sorted(draw.sample(asked, draw.randint(1, len(asked) - 1)))

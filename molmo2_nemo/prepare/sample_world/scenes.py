@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SIDE = 84  # pixels: side of most images and of all videos
-# Pixels: what an image token of the tiny model sees (2 x 2 patches of 14). A still thing lies within one, so that few
+# Pixels: what an image token of the tiny model sees (2 x 2 patches of 14). A still thing is inside one, so that few
 # steps are enough to learn what it is.
 CELL = 28
 FPS = 8  # of videos

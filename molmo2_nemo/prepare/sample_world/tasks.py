@@ -1,4 +1,4 @@
-"""Samples of the sample world that are tasks of every kind (molmo2_nemo.data.schema), asked anew each time."""
+"""Samples of the sample world that are tasks of every kind (data/schema.py), whose questions are drawn when used."""
 
 import numpy as np
 
