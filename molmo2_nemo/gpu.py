@@ -1,4 +1,4 @@
-"""What a run asks of a GPU and of the libraries there: checks, defaults, Transformer Engine's communication buffers."""
+"""What a run needs of a GPU and its libraries: checks, defaults, Transformer Engine's communication buffers."""
 
 import importlib.util
 
@@ -90,7 +90,7 @@ def ddp_settings(config: Config, device: str) -> dict:
 
 
 def description(config: Config, precision: str, device: str) -> str:
-    """One line for the log: layers, Adam, FP8 and what a row's tokens are a multiple of."""
+    """One line for the log: which layers, which Adam, FP8, and what the length of a row must be a multiple of."""
     library = {"transformer_engine": "Transformer Engine's fused", "apex": "apex's fused"}.get(
         Adam.__module__.split(".")[0]
     )

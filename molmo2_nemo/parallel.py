@@ -52,7 +52,10 @@ def resolve_precision(train: TrainConfig, device: str) -> str:
 
 
 def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, seed: int) -> None:
-    """Start torch.distributed from torchrun's or srun's environment, or alone, then Megatron's groups and seeds."""
+    """Start torch.distributed, as the environment of torchrun or srun says or with one rank, then Megatron's groups.
+
+    Sets the seeds, too. Raises ConfigError when the environment has no address for the ranks to meet at.
+    """
     rank = rank_from_environment()
     world_size = world_size_from_environment()
     alone = world_size == 1
@@ -82,7 +85,7 @@ def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, se
 
 
 def set_rendezvous() -> None:
-    """MASTER_ADDR and MASTER_PORT where the launcher gave none: the first host of a Slurm job, a port by its id.
+    """Set MASTER_ADDR and MASTER_PORT if the launcher has not: the first host of a Slurm job, a port made of its id.
 
     Raises ConfigError when there is no Slurm job either.
     """
@@ -214,7 +217,7 @@ def transformer_configs(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
     )
     if parallel.virtual_pipeline_model_parallel_size is not None:
-        # In a batch, the messages of two stages that are each other's next and previous one would be mixed up.
+        # With two stages, each is the other's next and previous one: batched messages would be mixed up.
         decoder.update(overlap_p2p_comm=True, batch_p2p_comm=False)
     if precision == "fp8":
         overrides = {"fp8_recipe": FP8_RECIPE, **overrides}

@@ -416,6 +416,10 @@ class Config:
     """Any field of Megatron-Core's DistributedDataParallelConfig, such as `ddp.grad_reduce_in_fp32=false`."""
 
 
+# float32 logits that the losses hold at a time (model/loss.py): 256 MiB, and up to three tensors of this size.
+LOGITS_PER_CHUNK = 2**26
+
+
 def padded_vocab_size(vocab_size: int) -> int:
     """Rows of the stored tables: a multiple of 128, so that they do not depend on the layout."""
     return -(-vocab_size // 128) * 128

@@ -1,4 +1,4 @@
-"""What a run says of itself: sums over a logging interval, the console line, TensorBoard, metrics.jsonl."""
+"""The log of a run: sums over a logging interval, the console line, TensorBoard, metrics.jsonl."""
 
 import contextlib
 import hashlib
@@ -28,7 +28,7 @@ from molmo2_nemo.training.speed import speed_note
 
 # What a source's samples kept in part.
 SHORTENED = ("truncated", "dropped_branches", "videos_thinned", "images_shrunk")
-# Fewer broken samples than this say nothing of a source's error rate.
+# With fewer broken samples than this, a source's error rate is not judged.
 MIN_BROKEN = 20
 # Broken samples of a source that are reported one by one; further ones are only counted.
 MAX_REPORTS = 5
@@ -86,7 +86,7 @@ class LossBySource:
 
 
 class DataReport:
-    """What became of the samples of each source, over all ranks. `saved`: what an earlier `by_source` gave."""
+    """Samples of each source that were used, dropped and shortened, over all ranks. `saved`: an earlier `by_source`."""
 
     def __init__(self, sources: list[str], device: str, saved: dict[str, dict[str, int]] | None = None):
         self.sources, self.device = sources, device
@@ -173,7 +173,7 @@ def memory_gib(device: str) -> float:
 
 
 def versions() -> dict[str, str | None]:
-    """What the run is made of: packages, Python, the device's name, and the commit of this repository."""
+    """Versions of packages and Python, the device's name, and the commit of this repository."""
     names = (
         "torch",
         "megatron-core",
