@@ -21,10 +21,11 @@ from pathlib import Path, PurePosixPath
 
 import ijson
 
+from molmo2_nemo import limits
 from molmo2_nemo.files import sha256_of_text
 
 # Suffixes of files in media/; the writer chooses by content.
-MEDIA_SUFFIXES = (".jpg", ".png", ".webp", ".gif", ".bmp", ".tiff", ".mp4", ".webm", ".mkv", ".avi", ".mov")
+MEDIA_SUFFIXES = tuple(dict.fromkeys((*limits.DOWNLOADED_IMAGES.values(), *limits.DOWNLOADED_VIDEOS.values())))
 ROW_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
 # Types of what fetched.json says.
 NOTE = {
