@@ -94,7 +94,7 @@ class DownloadSource(_Strict):
         return self
 
 
-class Media(_Strict):
+class MediaSource(_Strict):
     """Where the pictures and videos are."""
 
     kind: Literal["in-parquet", "archive", "url-list", "youtube-ids", "manual", "render", "none", "unknown"]
@@ -130,7 +130,7 @@ class DataSet(_Strict):
 
     name: Name
     source: DownloadSource
-    media: Media
+    media: MediaSource
     stages: list[Literal[1, 2, 3]] = [2, 3]
     category: Literal[CATEGORIES] = "own"
     stage2_category: Literal[CATEGORIES] | None = None
