@@ -1,7 +1,7 @@
 """Long-context fine-tuning, stage 3 of 3.
 
-python recipes/stage3_long_context.py model=tiny data=sample schedule=quickstart
-torchrun --nproc-per-node 8 recipes/stage3_long_context.py model=molmo2_8b parallel.tensor_model_parallel_size=4
+torchrun --nproc-per-node 2 recipes/stage3_long_context.py model=tiny data=sample schedule=quickstart
+torchrun --nproc-per-node 8 recipes/stage3_long_context.py model=molmo2_8b hardware=h100_8
 python recipes/stage3_long_context.py --cfg job        # print the resolved configuration
 """
 
