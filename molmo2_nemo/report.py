@@ -1,12 +1,12 @@
-"""A page about one run, or several compared: plots, figures by source, answers, configuration.
+"""The report of a run, or of several side by side: plots, figures by source, answers, configuration.
 
-`write_report` reads what the trainer leaves in a run's folder and writes one HTML file that needs no other file and no
-network. Nothing here imports torch.
+`write_report` reads the files that training writes into a run's folder, and writes one HTML file that needs neither
+other files nor a network. Nothing here imports torch.
 
     metrics.jsonl          a line: {"kind": "train" | "validation" | ..., "step": n, figure: number | {part: number}}
-    config.yaml            and versions.json, ended.json, samples/step_*/: shown when there
+    config.yaml, versions.json, ended.json, samples/step_*/    shown if they exist
 
-Names from data and configuration go into the page beside the drawings, escaped, and never into a drawing.
+Names from data and configuration are escaped and stand beside the drawings, never inside one.
 """
 
 import base64
@@ -72,7 +72,7 @@ MAX_PICTURES = 2**25  # bytes of all pictures on the page
 
 @dataclass
 class Run:
-    """What a run's folder says of it. Lines of metrics.jsonl that a resumed run wrote again count once."""
+    """What is known of a run from its folder. Steps that a resumed run logged again count once."""
 
     folder: Path
     label: str = ""
@@ -109,7 +109,10 @@ class Panel:
 
 
 def write_report(runs: list[Path], out: Path) -> None:
-    """Write the page about these run folders. ValueError: one of them is not a run; OSError: it cannot be written."""
+    """Write the report of these run folders to `out`.
+
+    Raises ValueError if one of them is not a run, OSError if the file cannot be written.
+    """
     found = [read_run(folder) for folder in dict.fromkeys(Path(run).resolve() for run in runs)]
     name_runs(found)
     environment = jinja2.Environment(
@@ -138,7 +141,7 @@ def write_report(runs: list[Path], out: Path) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """ValueError: no run, or no step logged yet."""
+    """Read a run's folder. Raises ValueError if it is not a run, or has no logged step yet."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder} has no metrics.jsonl: give the folder of a run, such as runs/NAME.")
@@ -155,15 +158,15 @@ def read_run(folder: Path) -> Run:
 
 
 def read_metrics(lines, run: Run) -> None:
-    """Fill in `run` from the lines of metrics.jsonl. A step that comes again replaces what was there from it on."""
+    """Fill in `run` from the lines of metrics.jsonl. A repeated step replaces the records from that step on."""
     records: list[dict] = []
     for line in lines:
         record = parse_object(line)
         if not record and line.strip():
             if not line.endswith("\n"):
-                break  # being written
+                break  # the line is being written
             run.unreadable += 1
-            # What a killed run left half written is continued on the same line by the next one.
+            # After a half-written line of a killed run, the next run continues on the same line.
             record = parse_object(line[max(line.rfind('{"kind"'), 0) :])
         kind, step = record.get("kind"), record.get("step")
         if not isinstance(kind, str) or type(step) is not int or not 0 <= step < 2**53:
@@ -180,7 +183,7 @@ def read_metrics(lines, run: Run) -> None:
             run.repeated_seconds += sum(seconds(old) for old in records[first:])
             del records[first:]
         if kind == "train":
-            # Counters since the start are of use in the last record alone; all of them may not fit into memory.
+            # Only the last record needs the counters since the start; those of all records may not fit into memory.
             for old in reversed(records):
                 if old["kind"] == kind:
                     old.pop("data", None)
@@ -192,12 +195,12 @@ def read_metrics(lines, run: Run) -> None:
 
 
 def seconds(record: dict) -> float:
-    """In training steps."""
+    """Seconds that this record spent in training steps."""
     return number(record.get("seconds")) or 0.0 if record["kind"] == "train" else 0.0
 
 
 def read_text(path: Path) -> str:
-    """Empty for a file that is not there or too large."""
+    """The text of a file; empty if it does not exist or is too large."""
     try:
         readable = path.is_file() and path.stat().st_size <= MAX_TEXT_FILE
         return path.read_text(errors="replace") if readable else ""
@@ -206,7 +209,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_object(text: str) -> dict:
-    """Empty for what is no JSON object."""
+    """A JSON object; empty for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -215,7 +218,7 @@ def parse_object(text: str) -> dict:
 
 
 def parse_config(text: str) -> dict:
-    """Empty for what is no YAML mapping. A resolved configuration has no aliases, which could grow without bounds."""
+    """A YAML mapping; empty for anything else. Aliases are refused: they can expand without bounds."""
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             return {}
@@ -226,7 +229,7 @@ def parse_config(text: str) -> dict:
 
 
 def name_runs(runs: list[Run]) -> None:
-    """Labels: what a single run calls itself; the paths of several as far as they differ."""
+    """Set the labels: name and stage of a single run; for several, the parts of their paths that differ."""
     if len(runs) == 1:
         name, stage = (setting(runs[0], key) for key in ("name", "stage"))
         runs[0].label = f"{name}, {stage}" if name and stage else runs[0].folder.name
@@ -237,7 +240,7 @@ def name_runs(runs: list[Run]) -> None:
 
 
 def setting(run: Run, key: str):
-    """The value of a dotted key of the configuration; None without it."""
+    """The value of a dotted key of the configuration; None if there is none."""
     value = run.config
     for name in key.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -245,7 +248,7 @@ def setting(run: Run, key: str):
 
 
 def number(value) -> float | None:
-    """None for what is no finite number."""
+    """A finite number as a float; None for anything else."""
     try:
         return float(value) if type(value) in (int, float) and math.isfinite(value) else None
     except OverflowError:
@@ -253,7 +256,7 @@ def number(value) -> float | None:
 
 
 def part_of(record: dict, key: str, part: str | None):
-    """A figure, or its entry for a part (a component, a source); None without it."""
+    """A figure, or its entry for a part (a component, a source); None if there is none."""
     value = record.get(key)
     if isinstance(value, dict):
         return number(value.get(part)) if part is not None else None
@@ -281,7 +284,7 @@ def parts(runs: list[Run], kind: str, key: str) -> list[str | None]:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Mean over a fortieth of all points on each side; on both sides fewer at the start, where losses fall steeply."""
+    """Moving mean over a fortieth of all points on each side; over fewer at the start, where losses fall steeply."""
     at, total = np.arange(len(values)), np.concatenate(([0.0], np.cumsum(values)))
     before = np.minimum(at, max(1, len(values) // 40))
     after = np.minimum(before, at[::-1])
@@ -308,7 +311,7 @@ def colours(runs: list[Run]) -> list[str]:
 
 
 def sections(runs: list[Run]) -> list[tuple[str, list[Panel]]]:
-    """(heading, panels) in the page's order; what nobody logged is left out."""
+    """(heading, panels) in the order of the page; figures that no run logged are left out."""
     result = [("Loss", loss_panels(runs, "loss", "weighted loss of a token"))]
     if len(runs) > 1:
         result[0][1].extend(loss_panels(runs, "loss", "the same over tokens", x="tokens_seen"))
@@ -324,7 +327,7 @@ def sections(runs: list[Run]) -> list[tuple[str, list[Panel]]]:
             )
         )
     result[-1][1].extend(figure_panels(runs, "checkpoint", "seconds", "seconds for a checkpoint", 0))
-    # Kinds of which nothing is known here, such as the scores of answers.
+    # Kinds of records that are not known here, such as the scores of answers.
     known = ("train", "validation", "checkpoint", "resume")
     for kind in dict.fromkeys(kind for run in runs for kind in run.records if kind not in known):
         keys = dict.fromkeys(
@@ -438,7 +441,7 @@ def shown(value) -> str:
 
 
 def facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """(name, a value for each run) of what is known of any run."""
+    """(name, a value for each run) for every fact that is known about at least one run."""
     rows = {}
     for at, run in enumerate(runs):
         for name, value in run_facts(run).items():
@@ -494,7 +497,7 @@ def layout(run: Run) -> str | None:
 
 
 def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """(dotted key, a value for each run) of the settings that are not the same everywhere."""
+    """(dotted key, a value for each run) for settings that differ between the runs."""
     settings = [flat(run.config) for run in runs]
     keys = sorted({key for one in settings for key in one})
     rows = [(key, [one.get(key, "\u2013") for one in settings]) for key in keys]
@@ -539,7 +542,7 @@ def sources_table(run: Run) -> list[list[str]]:
 
 
 def weight_shares(train: list[dict]) -> dict[str, float]:
-    """Source -> its mean share of the loss weight. Every step counts alike, as its loss is divided by its weight."""
+    """Source -> its mean share of the loss weight. All steps count alike: a loss is divided by its step's weight."""
     totals, steps, before = {}, 0, 0
     for record in train:
         shares = record.get("weight_by_source")
@@ -552,13 +555,13 @@ def weight_shares(train: list[dict]) -> dict[str, float]:
 
 
 class Pictures:
-    """Reads pictures for the page until it holds enough of them."""
+    """Reads pictures for the page until MAX_PICTURES bytes are used up."""
 
     def __init__(self):
         self.room, self.left_out = MAX_PICTURES, 0
 
     def read(self, path: Path, folder: Path) -> str | None:
-        """A data URI; None for what is too large, no PNG, or not below `folder`."""
+        """A data URI; None for a file that is too large, not a PNG, or not below `folder`."""
         path = path.resolve()
         if path.is_relative_to(folder) and path.is_file() and path.stat().st_size <= min(MAX_PICTURE, self.room):
             content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Ask an exported model about a picture or a video. Uses transformers alone: nothing of this repository is imported.
+"""Ask an exported model about a picture or a video. It uses only transformers; nothing of this repository is imported.
 
 python tools/ask.py HF_DIR --image photo.png "What colour is the circle?"
 python tools/ask.py HF_DIR --video clip.mp4 "Which way does it move?"

@@ -1,7 +1,7 @@
-"""Turn a checkpoint of any layout into a Hugging Face folder that plain transformers loads as a native Molmo2.
+"""Turn a checkpoint of any layout into a Hugging Face folder, which plain transformers loads as a native Molmo2.
 
 Writes sharded safetensors, configuration, generation configuration, tokenizer, processor and chat template under a
-temporary name and renames the folder when it is whole. Memory stays near one shard. Needs no GPU.
+temporary name, and renames the folder when it is complete. Memory stays near the size of a shard. It needs no GPU.
 
     python tools/export_hf.py runs/molmo2/stage2 OUT                  # newest complete checkpoint of a run
     python tools/export_hf.py runs/molmo2/stage2/checkpoints/step_00000500 OUT --dtype bfloat16 --max-shard-gib 4
@@ -22,9 +22,9 @@ from molmo2_nemo.hf.convert import export_hf
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CKPT", help="a step_* directory, or a run directory")
-    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored in the checkpoint")
-    parser.add_argument("--max-shard-gib", type=float, default=4.0)
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder to write")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as in the checkpoint")
+    parser.add_argument("--max-shard-gib", type=float, default=4.0, help="size of a safetensors file at most")
     parser.add_argument("--tokenizer", help="folder of the tokenizer; default: the checkpoint's model")
     parser.add_argument("--max-crops", type=int, help="tiles of an image; default: as in training, else 8")
     parser.add_argument("--max-frames", type=int, help="frames of a video; default: as in training, else 384")

@@ -1,8 +1,8 @@
 """Turn a Hugging Face Molmo2 folder into a checkpoint that a stage can start from (train.init_from=CKPT).
 
-Reads released and native tensor names, safetensors only, one tensor in memory at a time. Needs no GPU. With --llm and
---vision, the language model is a Qwen3 or an OLMo 3, the vision tower a SigLIP 2, and the connector and the extra
-vocabulary's rows are drawn. A run does all this by itself where train.init_from names such folders.
+It reads safetensors only, with released or native tensor names, one tensor at a time. It needs no GPU. With --llm and
+--vision, the language model is a Qwen3 or an OLMo 3, the vision tower a SigLIP 2; the connector and the rows of the
+extra vocabulary are drawn at random. A run does the same by itself if train.init_from names such folders.
 
     python tools/import_hf.py HF_DIR CKPT
     python tools/import_hf.py --llm Qwen3-4B-Instruct-2507 --vision siglip2-so400m-patch14-384 CKPT
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="new folder for the checkpoint")
     parser.add_argument("--llm", type=Path, metavar="DIR", help="a Qwen3 or OLMo 3 instead of HF_DIR")
     parser.add_argument("--vision", type=Path, metavar="DIR", help="its vision tower, a SigLIP 2")
-    parser.add_argument("--seed", type=int, default=6198, help="of what is drawn (train.seed)")
+    parser.add_argument("--seed", type=int, default=6198, help="seed of what is drawn at random (train.seed)")
     parser.add_argument("--verbose", action="store_true", help="name every tensor as it is written")
     args = parser.parse_args()
     if (args.llm is None) != (args.vision is None) or (args.llm is None) == (args.hf_dir is None):

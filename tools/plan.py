@@ -1,11 +1,11 @@
-"""What a run needs, before it is queued: memory of a GPU by part, FLOPs, time, communication, and what does not fit.
+"""Predict what a run needs before it is queued: memory of a GPU by part, FLOPs, time, communication, and if it fits.
 
     python tools/plan.py --config-name stage3 model=molmo2_8b gpus=128 [any override of a recipe]
     python tools/plan.py --config-name stage2 model=molmo2_4b gpus=8 schedule=report --search
     python tools/plan.py --config-name stage2 hardware=h100_64 gpus=64 --json
 
-Nothing is started and no GPU is needed. Exit status: 0 it fits, 1 it does not, 2 a setting cannot work. Memory figures
-are formulas (docs/planner.md says how they compare with measured ones); times rest on assumed efficiencies.
+Nothing is started and no GPU is needed. Exit status: 0 it fits, 1 it does not, 2 a setting cannot work. Memory is
+computed by formulas, which docs/planner.md compares with measurements; times rest on assumed efficiencies.
 """
 
 import argparse
@@ -45,10 +45,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-name", required=True, metavar="STAGE", help="stage1, stage2 or stage3")
     parser.add_argument(
-        "--gpu-memory", type=float, default=H100_GIB, metavar="GIB", help=f"of a GPU (default {H100_GIB})"
+        "--gpu-memory", type=float, default=H100_GIB, metavar="GIB", help=f"memory of a GPU (default {H100_GIB})"
     )
     parser.add_argument(
-        "--gpu", default="NVIDIA H100 80GB HBM3", help="exact name, for its peak in molmo2_nemo/planner/flops.py"
+        "--gpu", default="NVIDIA H100 80GB HBM3", help="exact name of the GPU in molmo2_nemo/planner/flops.py"
     )
     parser.add_argument("--search", action="store_true", help="rank other layouts that fit by their predicted time")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of tables")

@@ -1,9 +1,10 @@
-"""One self-contained page about a run, or several runs compared: plots, figures by source, answers, configuration.
+"""Write the report of a run, or of several side by side: one HTML page with plots, figures by source and answers.
 
     python tools/report.py runs/quickstart/stage1
     python tools/report.py runs/quickstart/stage1 runs/quickstart/stage2 --out comparison.html
 
-Works while a run goes on. Without --out: report.html in the run's folder, or here for several runs.
+Works while a run is training. Without --out the file is report.html, in the folder of a single run, or in the
+current directory for several.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from molmo2_nemo.report import write_report
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, which has metrics.jsonl")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page to write")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write")
     arguments = parser.parse_args()
     out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
     try:

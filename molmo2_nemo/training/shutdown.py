@@ -186,8 +186,9 @@ def describe(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"out of GPU memory ({text}): try transformer.recompute_granularity=full, a smaller train.micro_batch_size "
-            "or data.max_crops, or more tensor or context parallel ranks"
+            f"out of GPU memory ({text}): try transformer.recompute_granularity=full "
+            "transformer.recompute_method=uniform transformer.recompute_num_layers=1, a smaller train.micro_batch_size "
+            "or train.vision_chunk_crops, or more tensor or context parallel ranks"
         )
     if isinstance(error, WorkerDied):
         return (

@@ -324,7 +324,7 @@ EXAMPLE = (REPOSITORY / "docs" / "own_data.jsonl").read_text().splitlines()
 
 
 def test_the_document_shows_lines_of_its_example_and_names_every_field():
-    shown = DOCUMENT.split("```\n")[1].splitlines()
+    shown = DOCUMENT.split("```json\n")[1].split("```")[0].splitlines()
     assert len(shown) >= 5 and set(shown) <= set(EXAMPLE) and len(EXAMPLE) == 20
     found_out = {"part", "width", "height", "duration", "fps", "num_frames", "role", "content"}
     tasks = [schema.Caption, schema.Question, schema.MultipleChoice, schema.Pointing, schema.Tracking, schema.Chat]

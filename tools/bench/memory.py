@@ -1,7 +1,7 @@
 """Predicted against measured memory of small models: every tensor that a forward and backward pass allocates is
 counted.
 
-    python tools/bench/memory.py [--only NAME] [--out FILE]
+    python tools/bench/memory.py [--only small] [--out FILE]
     torchrun --standalone --nproc-per-node 2 tools/bench/memory.py      # the cases of two ranks
 
 On a CPU, with Megatron's local layers; of several ranks the first one's. A torch dispatch mode sees the storage of

@@ -3,7 +3,7 @@
     python tools/dev/make_blends.py            # write them
     python tools/dev/make_blends.py --check    # write nothing; exit status 1 with the names of what would change
 
-What they are is said in molmo2_nemo/catalogue/mixture.py.
+molmo2_nemo/catalogue/mixture.py says what they are.
 """
 
 import argparse
