@@ -14,7 +14,7 @@ from molmo2_nemo.paths import CONF_DIR, PACKAGE
 
 
 def prepare(arguments: list[str]) -> None:
-    """Register the schema; end the program with one sentence for an override of a key or option that does not exist."""
+    """Set up the environment and register the schema. A mistyped override ends the program with one sentence."""
     quiet_libraries()
     set_gpu_environment()
     set_cpu_environment()
@@ -50,18 +50,23 @@ def compose(config_name: str, overrides: list[str]) -> Config:
 
 
 def register() -> None:
-    """Make `Config` the schema that conf/stage*.yaml are merged into (their defaults list names it)."""
+    """Store `Config` as the schema that the defaults list of conf/base.yaml begins with."""
     from hydra.core.config_store import ConfigStore
 
     schema = OmegaConf.structured(Config)
     for prefix in ("transformer", "optimizer", "ddp"):
-        # Their keys are Megatron's own; `check_megatron_fields` refuses the unknown ones.
+        # Their keys are fields of Megatron's classes; `check_megatron_fields` refuses unknown ones.
         OmegaConf.set_struct(schema[prefix], False)
     ConfigStore.instance().store(name="molmo2_nemo_schema", node=schema)
 
 
 def refuse_unknown_overrides(arguments: list[str]) -> None:
-    """Raise ConfigError for the first `key=value` whose key is not in the schema or whose option has no file."""
+    """Raise ConfigError for the first `key=value` whose key is not in the schema or whose option has no file.
+
+    Also for a sweep of several settings, of which only the first would be trained.
+    """
+    sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
+    refuse(sweep, "--multirun: a process trains once; start one recipe for each setting.")
     for argument in arguments:
         match = re.fullmatch(r"(\+{0,2}|~)([A-Za-z_][\w./]*)(?:@[\w.]+)?(?:=(.*))?", argument, re.DOTALL)
         if argument.startswith("-") or match is None or match[3] is None:
@@ -80,7 +85,7 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
         cls, path = Config, key.split(".")
         for depth, name in enumerate(path):
             if not dataclasses.is_dataclass(cls):
-                break  # a free dictionary: Megatron's fields, or rope_scaling
+                break  # a dictionary with any keys: Megatron's fields, or rope_scaling
             types = {f.name: f.type for f in dataclasses.fields(cls)}
             if name not in types:
                 where = ".".join(path[:depth])

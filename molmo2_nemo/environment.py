@@ -1,11 +1,11 @@
-"""The process's environment: who this rank is, and what libraries read before they are imported. Imports no torch."""
+"""The environment of this process: its rank, and the variables that libraries read at import. Imports no torch."""
 
 import ctypes
 import logging
 import os
 import warnings
 
-# Loggers that repeat at every start what a user can do nothing about.
+# Loggers that print at every start what a user can do nothing about.
 _NOISY_LOGGERS = (
     "megatron.core",
     "torch.utils.cpp_extension",
@@ -29,12 +29,12 @@ _NOISY_WARNINGS = (
 
 
 def rank_from_environment() -> int:
-    """This process among the ranks of the job: torchrun's RANK, else srun's SLURM_PROCID, else 0."""
+    """The rank of this process in the job: torchrun's RANK, else srun's SLURM_PROCID, else 0."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def world_size_from_environment() -> int:
-    """Ranks of this job: torchrun's WORLD_SIZE, else srun's SLURM_NTASKS inside a step, else 1."""
+    """The number of ranks of this job: torchrun's WORLD_SIZE, else srun's SLURM_NTASKS inside a step, else 1."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
@@ -43,23 +43,23 @@ def world_size_from_environment() -> int:
 
 
 def local_rank() -> int:
-    """This process among those of its node, which is also its GPU: torchrun's LOCAL_RANK, else srun's, else 0."""
+    """The number of this process and of its GPU on its node: torchrun's LOCAL_RANK, else SLURM_LOCALID, else 0."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def set_gpu_environment() -> None:
-    """What CUDA reads when it starts; what the user has set stays. Nothing of it matters on a CPU."""
+    """Set the variables that CUDA reads when it starts, unless the user has set them. They have no effect on a CPU."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):  # torch reads either
-        # Segments grow, so that micro-batches of changing size leave no holes between them.
+        # Segments that can grow, since micro-batches of changing size fragment fixed ones.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    # One hardware queue: Megatron's overlap of tensor parallel communication relies on the order of launches.
+    # One hardware queue: Megatron's overlap of tensor parallel communication needs kernels to start in order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def set_cpu_environment() -> None:
-    """Where torch can have no GPU, do without its compiler, which Megatron's modules import: a quarter of a start.
+    """Without NVIDIA's driver, disable torch's compiler, whose import would take a quarter of the start.
 
-    cpu.install turns it off anyway, but has to import torch first. What the user has set stays.
+    cpu.install disables it, too, but only after Megatron has imported it. A value that the user has set is kept.
     """
     try:
         ctypes.CDLL("libcuda.so.1")  # NVIDIA's driver
@@ -68,7 +68,7 @@ def set_cpu_environment() -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence known noise; every other warning still shows."""
+    """Hide the log lines and warnings listed above; all others are still shown."""
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in _NOISY_WARNINGS:

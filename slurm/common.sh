@@ -18,11 +18,27 @@ load_site() {
     die "SITE_ENV=$SITE_ENV does not exist: copy slurm/site.example.env there."
   fi
   RUN_ROOT=${RUN_ROOT:-runs}
-  # One that is set and empty would be taken for a path.
+  # An empty value would be taken for a path.
   [[ -n ${DATA_ROOT:-} ]] || unset DATA_ROOT
+  # Which molmo2_nemo runs: that of this checkout, or the one that is installed where Python runs (python.sh reads it, too).
+  if [[ -z ${CODE:-} ]]; then
+    CODE=installed
+    if [[ -d molmo2_nemo ]]; then CODE=checkout; fi
+  fi
+  [[ $CODE == checkout || $CODE == installed ]] || die "CODE=$CODE is unknown: use checkout or installed."
+  [[ $CODE == installed || -d molmo2_nemo ]] || die "CODE=checkout, but $PWD has no molmo2_nemo/: use CODE=installed."
+  export CODE
 }
 
-# RUNTIME -> srun_options and python, the two halves of `srun OPTIONS PYTHON script.py`; into a container, too.
+# find_program NAME: Python's arguments for a program such as tools/preflight, into `program`. -P: not from a molmo2_nemo/ in
+# the working directory.
+find_program() {
+  program=("$1.py")
+  if [[ $CODE == installed ]]; then program=(-P -m "molmo2_nemo.${1//\//.}"); fi
+}
+
+# Sets srun_options, inside, python and host_python from RUNTIME: `srun OPTIONS INSIDE PYTHON script.py` runs the script in the
+# virtual environment, with the modules or in the container that RUNTIME names; host_python runs slurm/starts.py outside.
 set_runtime() {
   local runtime=${RUNTIME:-venv} kind what
   kind=${runtime%%:*} what=''
@@ -56,7 +72,8 @@ set_runtime() {
   esac
   host_python=${HOST_PYTHON:-python3}
   [[ $kind == venv || $kind == module ]] && host_python=${HOST_PYTHON:-${python[0]}}
-  command -v "$host_python" > /dev/null || die "HOST_PYTHON=$host_python does not exist on $(hostname): any Python from 3.6 on will do for slurm/starts.py."
+  command -v "$host_python" > /dev/null || die "HOST_PYTHON=$host_python does not exist on $(hostname): slurm/starts.py needs Python 3.6 or newer."
+  python=(bash "$PWD/slurm/python.sh" "${python[@]}")
 }
 
 # The environment of the ranks, a reason beside each.
@@ -129,13 +146,13 @@ ask_to_stop() {
 # scancel, scontrol requeue, a lost node: Slurm ends the job and decides what becomes of it; the ranks have the signal, too.
 on_term() { term=yes; say "SIGTERM: Slurm ends this job"; }
 
-# run_stage STAGE RECIPE [OVERRIDE...]
+# run_stage STAGE RECIPE [OVERRIDE...]: RECIPE is such as recipes/stage1_pretrain
 run_stage() {
   local stage=$1 recipe=$2 argument name=molmo2 run_dir='' init_from='' previous=''
   shift 2
   trap on_usr1 USR1
   trap on_term TERM
-  local inside=() srun_options python host_python tasks_per_node
+  local inside=() srun_options python host_python program tasks_per_node
   load_site
   set_runtime
   set_environment
@@ -171,14 +188,16 @@ run_stage() {
   local phase=preflight status=0 errors=$run_dir/slurm/srun_errors.txt
   if [[ ${PREFLIGHT:-yes} == yes ]]; then
     # Twice its own limit: it ends by itself, with a sentence.
-    timeout $((2 * ${PREFLIGHT_SECONDS:-60})) srun "${srun_options[@]}" "${inside[@]}" "${python[@]}" tools/preflight.py "$stage" "${overrides[@]}" < /dev/null &
+    find_program tools/preflight
+    timeout $((2 * ${PREFLIGHT_SECONDS:-60})) srun "${srun_options[@]}" "${inside[@]}" "${python[@]}" "${program[@]}" "$stage" "${overrides[@]}" < /dev/null &
     wait_for $!
   fi
   if ((status == 0)) && [[ -z $stopping && -z $term ]]; then
     phase=training
     [[ ${RANK_LOGS:-no} == yes ]] && export RANK_LOG_DIR=$run_dir/slurm/ranks
     : > "$errors"
-    srun "${srun_options[@]}" "${inside[@]}" bash slurm/rank.sh "${python[@]}" "$recipe" "${overrides[@]}" < /dev/null 2> >(exec tee -a "$errors" >&2) &
+    find_program "$recipe"
+    srun "${srun_options[@]}" "${inside[@]}" bash slurm/rank.sh "${python[@]}" "${program[@]}" "${overrides[@]}" < /dev/null 2> >(exec tee -a "$errors" >&2) &
     step=$!
     [[ -n $stopping ]] && ask_to_stop  # the signal came while srun was being started
     wait_for "$step"
@@ -215,13 +234,15 @@ requeue() {
   exit 0
 }
 
-# run_python SCRIPT [ARGUMENT...]: one process on the job's node, in RUNTIME.
-run_python() {
-  local inside=() srun_options python host_python
+# run_program NAME [ARGUMENT...]: one process of a program such as tools/export_hf on the job's node, in RUNTIME.
+run_program() {
+  local inside=() srun_options python host_python program
   load_site
   set_runtime
+  find_program "$1"
+  shift
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-  srun "${srun_options[@]}" --ntasks=1 "${inside[@]}" "${python[@]}" "$@" < /dev/null
+  srun "${srun_options[@]}" --ntasks=1 "${inside[@]}" "${python[@]}" "${program[@]}" "$@" < /dev/null
 }
 
 # run_tasks FILE: this array task's part of a list of commands (slurm/prepare.sbatch).

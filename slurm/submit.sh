@@ -93,7 +93,9 @@ number_of() {
 check_settings() {
   local stage=$1 ranks
   ranks=$(($(number_of --nodes "slurm/$stage.sbatch") * $(number_of --ntasks-per-node "slurm/$stage.sbatch")))
-  "${python[@]}" tools/preflight.py --settings "$ranks" "$stage" "${overrides[@]}" name="$(quoted "$name")" || exit 2
+  local program
+  find_program tools/preflight
+  bash slurm/python.sh "${python[@]}" "${program[@]}" --settings "$ranks" "$stage" "${overrides[@]}" name="$(quoted "$name")" || exit 2
 }
 
 # submit JOBNAME DEPENDENCY SBATCH_ARGUMENT...: prints the job id; in a dry run the command, too.
@@ -123,7 +125,7 @@ give_up() {
   ids=$(awk '{ print $2 }' "$state/jobs" | xargs)
   # shellcheck disable=SC2086
   [[ -n $ids ]] && scancel $ids
-  die "sbatch refused the job above: nothing of the chain is left in the queue. Mend it and use --resume."
+  die "sbatch refused the job above: nothing of the chain is left in the queue. Correct it and use --resume."
 }
 
 queued_jobs() { squeue -h -u "$(id -un)" -o '%A %j' | awk -v name="$name-" 'index($0, " " name) { print $1 }' | xargs; }
@@ -169,7 +171,7 @@ else
   merge ${given[@]+"${given[@]}"}
 fi
 
-# Python is that of a container on many clusters, and then not on this machine.
+# On many clusters Python is in a container, and this machine has none that could check the settings.
 python=()
 case ${RUNTIME:-venv} in
   venv*) python=("${PYTHON:-$( [[ ${RUNTIME:-venv} == venv:* ]] && echo "${RUNTIME#venv:}" || echo .venv)/bin/python}") ;;

@@ -2,12 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import warm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# What a wheel is built from. It is copied: setuptools leaves build/ behind, and would reuse what an older build put
+# there.
+SOURCES = ("molmo2_nemo", "conf", "recipes", "tools", "slurm", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
 def with_defaults(environment: dict[str, str]) -> dict[str, str]:
@@ -44,3 +49,16 @@ def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProces
 def figures(result: subprocess.CompletedProcess) -> dict:
     """The last JSON line that a program printed; it must have ended well."""
     return json.loads([line for line in succeeded(result).stdout.splitlines() if line.startswith("{")][-1])
+
+
+def build_and_install(folder: Path, site: Path) -> None:
+    """Build the wheel of this checkout in `folder`, without a network, and install it alone into `site`."""
+    source = folder / "source"
+    source.mkdir()
+    for name in SOURCES:
+        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
+        copy(REPOSITORY / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    succeeded(run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source]))
+    [wheel] = folder.glob("*.whl")
+    succeeded(run([*pip, "install", "--no-deps", "--no-compile", "--target", site, wheel]))

@@ -1,5 +1,4 @@
-"""Look at every node of a Slurm job before it trains; end with one sentence that names the node where something is
-wrong.
+"""Check every node of a Slurm job before it trains; end with one sentence that names the node with a fault.
 
     srun python tools/preflight.py stage1 [OVERRIDE...]        # every rank of the job; slurm/common.sh does it
     python tools/preflight.py --settings RANKS stage1 [OVERRIDE...]      # the settings alone, anywhere
@@ -69,7 +68,7 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-# What a node says of itself. Everything here runs on the first rank of each node and imports no torch.
+# The facts of a node. All of this runs on the first rank of each node and imports no torch.
 
 
 def nvidia_devices() -> int:
@@ -145,7 +144,7 @@ def run_dir_fault(config: Config) -> str | None:
 
 
 def warnings() -> list[str]:
-    """What may go wrong later and need not."""
+    """Settings of this node that may cause trouble later and are easily changed."""
     import resource
 
     found = []
@@ -159,7 +158,7 @@ def warnings() -> list[str]:
 
 
 def look(config: Config) -> dict:
-    """Facts of this node, and what is wrong with it alone."""
+    """Facts of this node, with the faults that can be seen without the other nodes."""
     facts = {"node": node_name(), "faults": [], "gpus": [], "versions": versions(), "warnings": warnings()}
     facts["slurm_gpus"] = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     facts["pci"] = 0 if config.train.device == "cpu" else nvidia_devices()
@@ -172,11 +171,11 @@ def look(config: Config) -> dict:
     return facts
 
 
-# What the first rank makes of it.
+# The verdict of the first rank.
 
 
 def judge(nodes: list[dict]) -> None:
-    """Fault: a node is at fault by itself, or is unlike the others."""
+    """Raise Fault if a node has a fault of its own, or differs from the others."""
     if any(node["pci"] for node in nodes):
         for node in nodes:
             if not node["pci"] and not node["faults"]:
@@ -210,7 +209,7 @@ def judge(nodes: list[dict]) -> None:
 
 
 def unlike(what: str, values: dict[str, str]) -> None:
-    """Fault: the nodes do not all have the value that most have."""
+    """Raise Fault if a node has another value than most nodes."""
     usual, _ = Counter(values.values()).most_common(1)[0]
     odd = [name for name, value in values.items() if value != usual]
     if odd:
@@ -221,7 +220,7 @@ def unlike(what: str, values: dict[str, str]) -> None:
 def judge_clocks(offsets: dict[str, tuple[float, float]], limit: float) -> float:
     """offsets: seconds that a node's clock is ahead of the first node's, and how far that may be wrong.
 
-    Returns the largest deviation from the median that is certain.
+    Returns the largest deviation from the median that is certain. Raises Fault if it is above the limit.
     """
     middle = statistics.median(offset for offset, _ in offsets.values())
     certain = {name: max(0.0, abs(offset - middle) - doubt) for name, (offset, doubt) in offsets.items()}
@@ -239,7 +238,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def room(config: Config) -> str:
-    """What the disk has, in words. Fault: less than the checkpoints that are to be kept take."""
+    """A line on the free space for checkpoints. Raises Fault if those that are to be kept do not fit."""
     size, count = checkpoint_bytes(config), int(os.environ.get("FREE_CHECKPOINTS") or config.train.keep_last + 1)
     folder = Path(config.run_dir)
     there = sum(1 for _ in (folder / "checkpoints").glob("step_*/complete.json"))
@@ -254,7 +253,7 @@ def room(config: Config) -> str:
 
 
 def plan(stage: str, overrides: list[str], ranks: int, memory_gib: float, seconds: float) -> str:
-    """tools/plan.py's verdict for GPUs of so much memory. Fault: it does not fit."""
+    """The verdict of tools/plan.py for GPUs of so much memory. Raises Fault if the run does not fit."""
     command = [
         sys.executable,
         str(ROOT / "tools" / "plan.py"),
@@ -263,7 +262,7 @@ def plan(stage: str, overrides: list[str], ranks: int, memory_gib: float, second
         "--gpu-memory",
         f"{memory_gib:.1f}",
     ]
-    # As one process that is no rank of anything.
+    # The planner is one process and not a rank of this job.
     alone = {
         k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI", "RANK", "WORLD_SIZE", "MASTER_"))
     }
@@ -285,11 +284,11 @@ def plan(stage: str, overrides: list[str], ranks: int, memory_gib: float, second
     return "memory plan: fits"
 
 
-# The nodes together.
+# All nodes together.
 
 
 def wait_for_ranks(store, names: list[str], seconds: float) -> None:
-    """Fault: a rank did not come in time; names: the node of each rank."""
+    """Raise Fault if a rank does not answer in time. names: the node of each rank."""
     end = time.monotonic() + seconds
     waiting = dict(enumerate(names))
     while waiting:
@@ -303,7 +302,7 @@ def wait_for_ranks(store, names: list[str], seconds: float) -> None:
 
 
 def seconds_of(action, device: str, repeats: int = 6) -> float:
-    """The shortest of some tries, the first of which sets up connections."""
+    """The shortest time of several tries; the first one sets up connections."""
     import torch
 
     best = math.inf
@@ -328,7 +327,7 @@ def all_reduce_bandwidth(device: str, ranks: int) -> float:
 
 
 def links(device: str, names: list[str], rank: int) -> dict[tuple[str, str], float]:
-    """GB/s between neighbouring nodes, one rank each. Collective."""
+    """GB/s between neighbouring nodes, measured by one rank of each. Collective."""
     import torch
     import torch.distributed as dist
 
@@ -350,7 +349,7 @@ def links(device: str, names: list[str], rank: int) -> dict[tuple[str, str], flo
 
 
 def slow_fault(bandwidth: float, least: float, speeds: dict[tuple[str, str], float], nodes: list[str]) -> Fault:
-    """The sentence on a slow network; a pair of nodes is at fault when its link is far slower than the usual one."""
+    """The fault of a slow network. It names a pair of nodes if their link is less than half as fast as the median."""
     said = f"the all-reduce runs at {bandwidth:.3g} GB/s, below MIN_BANDWIDTH={least:g}"
     if not speeds:
         return Fault(f"{nodes[0]}: {said}: look at the links of its GPUs (nvidia-smi topo -m), or lower the floor", [])
@@ -367,7 +366,7 @@ def floor(device: str) -> float:
 
 
 def preflight(stage: str, overrides: list[str], config: Config, rank: int, ranks: int) -> list[str]:
-    """Lines on what was found. Fault: do not train. Every rank calls it, the verdict is rank 0's."""
+    """Lines on what was found. Every rank calls it, and rank 0 decides. Raises Fault if the job must not train."""
     from torch.distributed import TCPStore
 
     started, limit = time.monotonic(), float(os.environ.get("PREFLIGHT_SECONDS") or 60)
@@ -527,7 +526,7 @@ def main() -> None:
             return
         lines = preflight(args.stage, args.overrides, config, rank, world_size_from_environment())
     except (ConfigError, Fault) as error:
-        # What all ranks have found alike rank 0 says; what a rank has found alone, that rank.
+        # Rank 0 reports what all ranks have found; a rank reports what it alone has found.
         alone = isinstance(error, Fault) and error.__cause__ is not None
         if rank == 0 or alone:
             nodes = getattr(error, "nodes", [])

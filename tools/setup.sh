@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Create .venv with Python 3.12 and install the locked packages. Sourced by quickstart.sh and test.sh, or run alone.
-# Safe to run again: nothing is installed while the lock file and pyproject.toml are what they were.
+# Safe to run again: nothing is installed as long as requirements.lock, pyproject.toml and setup.py have not changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,14 +19,40 @@ find_python() {
   fi
 }
 
-wanted=$(cat requirements.lock pyproject.toml | cksum)
+# show_progress TOTAL: pip's output as one line that counts the packages; every 25th where the output is no terminal.
+show_progress() {
+  local line name count=0
+  while IFS= read -r line; do
+    case $line in
+      Collecting*)
+        count=$((count + 1)) name=${line#Collecting }
+        if [[ -t 1 ]]; then
+          printf '\r\033[K  package %d of %d: %s' "$count" "$1" "${name%% *}"
+        elif ((count % 25 == 0)); then
+          printf '  package %d of %d: %s\n' "$count" "$1" "${name%% *}"
+        fi ;;
+      "Installing collected packages"*)
+        if [[ -t 1 ]]; then printf '\r\033[K'; fi
+        printf '  all %d packages are here; unpacking them\n' "$count" ;;
+    esac
+  done
+}
+
+wanted=$(cat requirements.lock pyproject.toml setup.py | cksum)
 if [[ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]]; then
   python=$(find_python)
   echo "Installing into .venv with $("$python" --version) (about 6 GB; some minutes) ..."
-  # An environment left half made by an interrupted run is made again.
-  [[ -x .venv/bin/python ]] && .venv/bin/python -c 'import sys; assert sys.version_info[:2] == (3, 12)' 2>/dev/null || { rm -rf .venv; "$python" -m venv .venv; }
-  # Compiling all of it takes a third of the time; Python compiles what is imported.
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --require-hashes --requirement requirements.lock
+  # An environment that an interrupted run left incomplete is made again.
+  if ! .venv/bin/python -c 'import sys; assert sys.version_info[:2] == (3, 12)' 2>/dev/null; then
+    rm -rf .venv
+    "$python" -m venv .venv
+  fi
+  # --no-compile: to compile all of it takes a third of the time, and most of it is never imported.
+  .venv/bin/python -m pip install --progress-bar off --disable-pip-version-check --no-compile --require-hashes --requirement requirements.lock | show_progress "$(grep -c '^[^ #].*==' requirements.lock)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+  # An import compiles what it loads and keeps it: here once, instead of in all ranks of the first run at the same time.
+  # Python writes each file under a temporary name first, so an interruption does no harm.
+  echo "  compiling what a run imports"
+  .venv/bin/python -W ignore -c 'import molmo2_nemo.data.loader, molmo2_nemo.model.molmo2, molmo2_nemo.report, molmo2_nemo.training.checkpoint' > /dev/null
   echo "$wanted" > .venv/.installed
 fi

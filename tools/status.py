@@ -4,8 +4,7 @@
     python tools/status.py my-8b --watch         # again every ten seconds
     python tools/status.py my-8b --json
 
-Reads the run's files, and asks squeue and scontrol where they are. Standard library alone: any Python from 3.9 on
-will do.
+Reads the run's files, and asks squeue and scontrol if they are installed. Needs Python 3.9 or newer and no packages.
 """
 
 import argparse
@@ -18,7 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+# The folder with slurm/, where a relative RUN_ROOT begins: the checkout, or the folder that a user of the wheel is in.
+HOME = next(
+    (folder for folder in (Path.cwd(), Path(__file__).resolve().parents[1]) if (folder / "slurm/common.sh").exists()),
+    Path.cwd(),
+)
 STAGES = ("stage1", "stage2", "stage3")
 COLUMNS = ("stage", "state", "step", "tokens/s", "left", "checkpoint", "restarts")
 TAIL = 2**20  # bytes of metrics.jsonl that are read
@@ -27,10 +30,10 @@ TAIL = 2**20  # bytes of metrics.jsonl that are read
 def find_run(given: str) -> Path:
     """The folder of a run: a path, or a name below RUN_ROOT of the site settings. ValueError: there is none."""
     command = 'source slurm/common.sh && load_site && printf %s "$RUN_ROOT"'
-    asked = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
+    asked = subprocess.run(["bash", "-c", command], cwd=HOME, capture_output=True, text=True)
     if asked.returncode:
         raise ValueError(asked.stderr.strip().removeprefix("error: ") or "the site settings cannot be read")
-    root = REPOSITORY / asked.stdout
+    root = HOME / asked.stdout
     for folder in (root / given, Path(given)):
         if folder.is_dir():
             return folder.resolve()
@@ -47,7 +50,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_lines(path: Path, tail: int = TAIL) -> list[dict]:
-    """The JSON objects in the last bytes of a file; a line cut short is none."""
+    """The JSON objects in the last bytes of a file, without lines that are incomplete."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - tail))
@@ -66,7 +69,7 @@ def read_lines(path: Path, tail: int = TAIL) -> list[dict]:
 
 
 def ask(*command: str) -> str:
-    """What a Slurm command prints; nothing where it is not there or fails."""
+    """The output of a Slurm command; empty if the command is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -106,7 +109,7 @@ def newest_checkpoint(folder: Path) -> tuple[int, float] | None:
 
 
 def seconds_per_step(records: list[dict]) -> float | None:
-    """Of the last training intervals; an interval counts the steps since the record before it."""
+    """The mean over the last ten training records; a record covers the steps since the one before it."""
     steps = seconds = 0
     for before, after in zip(records[-11:], records[-10:]):
         if after["step"] > before["step"]:
@@ -115,7 +118,7 @@ def seconds_per_step(records: list[dict]) -> float | None:
 
 
 def starts_of(folder: Path) -> list[dict]:
-    """The starts in slurm/starts.jsonl, with what is said of their end."""
+    """The starts in slurm/starts.jsonl, each with the record of its end if there is one."""
     starts = []
     for record in read_lines(folder / "slurm" / "starts.jsonl"):
         if record.get("event") == "begin":
@@ -126,7 +129,7 @@ def starts_of(folder: Path) -> list[dict]:
 
 
 def stage_status(run: Path, stage: str, job: str | None, blocked: str | None) -> dict:
-    """One row. blocked: why the stage before cannot be waited for, if it cannot."""
+    """One row of the table. blocked: why the stage before will not finish, if that is known."""
     folder = run / stage
     ended, starts, checkpoint = read_json(folder / "ended.json"), starts_of(folder), newest_checkpoint(folder)
     records = [
@@ -196,7 +199,7 @@ def stage_status(run: Path, stage: str, job: str | None, blocked: str | None) ->
 
 
 def failures(starts: list[dict]) -> dict[str, int]:
-    """Node -> how often its pre-flight or its rank failed."""
+    """Node -> how often its pre-flight or one of its ranks failed."""
     count = {}
     for node in (node for start in starts for node in start.get("failed_nodes") or []):
         count[node] = count.get(node, 0) + 1
@@ -235,7 +238,7 @@ def duration(seconds: float) -> str:
 
 
 def table(found: dict) -> str:
-    """What a person reads."""
+    """The status as text."""
     rows = [COLUMNS]
     for row in found["stages"]:
         pace = row["tokens_per_second"]

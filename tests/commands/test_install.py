@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,30 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from programs import REPOSITORY, python, succeeded
+from programs import REPOSITORY, build_and_install, python, succeeded
 
 from molmo2_nemo import parallel
-
-# What a wheel is built from. It is copied: setuptools leaves build/ behind, and would reuse what an older build put
-# there.
-SOURCES = ("molmo2_nemo", "conf", "recipes", "tools", "slurm", "pyproject.toml", "setup.py", "README.md", "LICENSE")
-
-
-def build_and_install(folder: Path) -> Path:
-    """Build the wheel of this checkout without a network; returns the folder that it is installed into."""
-    source, site = folder / "source", folder / "site"
-    source.mkdir()
-    for name in SOURCES:
-        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
-        copy(REPOSITORY / name, source / name)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    for command in (
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source],
-        [*pip, "install", "--no-deps", "--no-compile", "--target", site],
-    ):
-        command += list(folder.glob("*.whl")) if "install" in command else []
-        succeeded(subprocess.run([str(part) for part in command], text=True, capture_output=True, timeout=600))
-    return site
 
 
 class Installed:
@@ -61,7 +39,8 @@ class Installed:
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Installed:
     folder = tmp_path_factory.mktemp("wheel")
-    return Installed(build_and_install(folder), folder / "elsewhere")
+    build_and_install(folder, folder / "site")
+    return Installed(folder / "site", folder / "elsewhere")
 
 
 def test_every_file_of_the_packages_is_in_the_wheel(installed):

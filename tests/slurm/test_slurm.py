@@ -11,12 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from programs import REPOSITORY, python, run, succeeded
+from programs import REPOSITORY, build_and_install, python, run, succeeded
 
 os.environ["PATH"] += ":/usr/sbin:/sbin"
 CLUSTER = REPOSITORY / "tests" / "slurm" / "local_slurm.sh"
@@ -211,7 +212,7 @@ def test_scripts_are_shellcheck_clean():
         skip_or_fail("shellcheck is not installed (tools/dev/install_slurm.sh)")
     scripts = sorted(
         str(path)
-        for pattern in ("slurm/*.sh", "slurm/*.sbatch", "tools/dev/install_slurm.sh")
+        for pattern in ("slurm/*.sh", "slurm/*.sbatch", "tools/dev/install_slurm.sh", "tests/slurm/containers/*")
         for path in REPOSITORY.glob(pattern)
     )
     assert len(scripts) >= 9
@@ -235,10 +236,10 @@ class Cluster:
         self.folder, self.environment, self.data = folder, environment, f"data.root='{data}'"
         self.runs = Path(environment["RUN_ROOT"])
 
-    def do(self, *command, timeout=120, **environment) -> subprocess.CompletedProcess:
+    def do(self, *command, timeout=120, folder=REPOSITORY, **environment) -> subprocess.CompletedProcess:
         return subprocess.run(
             [str(part) for part in command],
-            cwd=REPOSITORY,
+            cwd=folder,
             text=True,
             capture_output=True,
             timeout=timeout,
@@ -460,6 +461,65 @@ def test_a_node_that_kills_ranks_is_left_out(cluster):
     assert "without node1, which failed twice" in log and cluster.field(job, "ExcNodeList") == "node1"
     row = cluster.status("bad")["stages"][0]
     assert row["failed_nodes"] == {"node1": 2} and row["excluded_nodes"] == ["node1"]
+
+
+def make_image(folder: Path) -> Path:
+    """A stand-in for a container's image: a virtual environment with all packages of this one, but without the project.
+
+    The .pth file adds the folder of packages, and not what the .pth files in it add, such as the editable install.
+    """
+    succeeded(run([sys._base_executable, "-m", "venv", "--without-pip", folder]))
+    (folder / f"lib/python3.{sys.version_info[1]}/site-packages/packages.pth").write_text(sysconfig.get_path("purelib"))
+    missing = run([folder / "bin/python", "-P", "-c", "import torch, molmo2_nemo"], PYTHONPATH="")
+    assert "No module named 'molmo2_nemo'" in missing.stderr, missing.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_stage_runs_in_a_container(cluster, tmp_path):
+    """Under apptainer with the code of the checkout, which is mounted; under pyxis with a wheel in the image.
+
+    A stand-in plays the container: the job's Python is one that does not have the project, unless the image has it.
+    """
+    stand_ins = REPOSITORY / "tests" / "slurm" / "containers"
+    bare, with_wheel, work = tmp_path / "bare", tmp_path / "with_wheel", tmp_path / "work"
+    make_image(bare)
+    site = make_image(with_wheel) / f"lib/python3.{sys.version_info[1]}/site-packages"
+    build_and_install(tmp_path, site)
+    work.mkdir()
+    shutil.copytree(site / "molmo2_nemo" / "slurm", work / "slurm")  # all that a user of the wheel has
+    jobs = {}
+    for name, runtime, folder in (
+        ("mounted", f"apptainer:{bare}", REPOSITORY),
+        ("installed", f"pyxis:{with_wheel}", work),
+    ):
+        environment = dict(
+            PATH=f"{stand_ins}:{cluster.environment['PATH']}",
+            PYTHON="",
+            PYTHONPATH="",
+            HOST_PYTHON=sys.executable,
+            RUNTIME=runtime,
+            MOUNTS=f"{cluster.folder}:{cluster.folder}",
+            SITE_ENV="/dev/null",
+        )
+        command = ["sbatch", "--parsable", "--nodes=1", "--ntasks-per-node=1", f"--output={tmp_path}/{name}.log"]
+        command += ["slurm/stage1.sbatch", f"name={name}", *TINY, cluster.data, "train.max_steps=2"]
+        jobs[name] = succeeded(cluster.do(*command, folder=folder, **environment)).stdout.strip()
+    for name, job in jobs.items():
+        [state] = cluster.wait_for_end(job)
+        log = (tmp_path / f"{name}.log").read_text()
+        assert state == "COMPLETED", log
+        assert "pre-flight: passed" in log and "Traceback" not in log
+        run_dir = cluster.runs / name / "stage1"
+        assert json.loads((run_dir / "ended.json").read_text())["reason"] == "finished"
+        # Only the code of a checkout knows a commit.
+        commit = json.loads((run_dir / "versions.json").read_text())["commit"]
+        assert (commit is not None) == (name == "mounted")
+    command = ["sbatch", "--parsable", f"--output={tmp_path}/report.log", "slurm/report.sbatch", run_dir.parent]
+    job = succeeded(cluster.do(*command, folder=work, **environment)).stdout.strip()
+    assert cluster.wait_for_end(job) == ["COMPLETED"], (tmp_path / "report.log").read_text()
+    assert (run_dir.parent / "report.html").exists()
 
 
 @pytest.mark.slow
