@@ -42,6 +42,7 @@ OTHER_MODULES = (
     "paths.py",
     "prepare/__init__.py",
     "prepare/code_hash.py",
+    "prepare/records.py",
 )
 
 
