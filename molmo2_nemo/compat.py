@@ -124,6 +124,14 @@ def hub_client():
 # --- Python 3.12 ----------------------------------------------------------------------------------------------------
 
 
+def is_after_gzip(error) -> bool:
+    """Whether gzip.BadGzipFile says that something else follows the compressed data, which `gzip -d` ignores.
+
+    The class is the same for a wrong checksum or length, and nothing but its text tells them apart.
+    """
+    return str(error).startswith("Not a gzipped file")
+
+
 def run_exit_functions() -> None:
     """Run what was registered with atexit, in a process that multiprocessing has forked and would end without it."""
     import atexit

@@ -2,7 +2,7 @@
 
 megatron-core 0.19 asks for the current CUDA device in about ninety places and has no CPU switch. `install()`
 redirects those calls. It is called by the entry points when the accelerator is `cpu` and never on a GPU.
-`torch.cuda.is_available()` stays honest: torch.compile, data loaders and transformers trust it.
+`torch.cuda.is_available()` still returns False: torch.compile, data loaders and transformers rely on it.
 """
 
 import contextlib

@@ -19,7 +19,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-CONF_FILE = Path(__file__).resolve().parents[2] / "conf" / "datasets.yaml"
+from molmo2_nemo.paths import CONF_DIR
+
+CONF_FILE = CONF_DIR / "datasets.yaml"
 CATEGORIES = (
     "dense-caption",
     "image-pointing",
@@ -92,7 +94,7 @@ class DownloadSource(_Strict):
         return self
 
 
-class Media(_Strict):
+class MediaSource(_Strict):
     """Where the pictures and videos are."""
 
     kind: Literal["in-parquet", "archive", "url-list", "youtube-ids", "manual", "render", "none", "unknown"]
@@ -128,7 +130,7 @@ class DataSet(_Strict):
 
     name: Name
     source: DownloadSource
-    media: Media
+    media: MediaSource
     stages: list[Literal[1, 2, 3]] = [2, 3]
     category: Literal[CATEGORIES] = "own"
     stage2_category: Literal[CATEGORIES] | None = None

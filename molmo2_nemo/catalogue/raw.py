@@ -18,26 +18,17 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict
 
 import ijson
+from pydantic import ConfigDict, TypeAdapter, with_config
 
+from molmo2_nemo import limits
 from molmo2_nemo.files import sha256_of_text
 
 # Suffixes of files in media/; the writer chooses by content.
-MEDIA_SUFFIXES = (".jpg", ".png", ".webp", ".gif", ".bmp", ".tiff", ".mp4", ".webm", ".mkv", ".avi", ".mov")
+MEDIA_SUFFIXES = tuple(dict.fromkeys((*limits.DOWNLOADED_IMAGES.values(), *limits.DOWNLOADED_VIDEOS.values())))
 ROW_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
-# Types of what fetched.json says.
-NOTE = {
-    "splits": dict,
-    "media": dict,
-    "counts": dict,
-    "waiting": list,
-    "limit": int,
-    "bytes": int,
-    "revision": str,
-    "stopped": str,
-    "license": str,
-}
 SPLITS = ("train", "validation", "val", "test")
 # More folders in extracted/ or manual/ are not looked through one by one.
 MAX_FOLDERS = 64
@@ -47,10 +38,45 @@ BATCH_ROWS = 64
 MAX_WHOLE = 2**30
 
 
+class UnreadableFile(ValueError):
+    """A file of rows is broken, or of another form than its suffix says; `reason` says so without naming the file."""
+
+    def __init__(self, path: Path, error: Exception):
+        self.reason = " ".join(str(error).split())
+        super().__init__(f"{path} cannot be read: {self.reason}.")
+
+
 def media_name(url: str) -> str:
     """Path, relative to media/ and without its suffix, of what the address holds."""
     digest = sha256_of_text(url)
     return f"{digest[:2]}/{digest}"
+
+
+@with_config(ConfigDict(extra="allow", strict=True))
+class FetchNote(TypedDict, total=False):
+    """fetched.json, which a fetch writes last. Notes written by hand may leave out anything."""
+
+    name: str | None
+    complete: bool | None
+    stopped: str | None  # why the fetch ended before its end
+    waiting: list[str] | None  # what is missing, in words
+    limit: int | None  # rows of a sample (fetch --limit)
+    filter: str | None  # of the catalogue: rows that are meant
+    splits: dict[str, list[str]] | None  # split -> annotation files, relative to the data set's folder
+    revision: str | None  # commit of the repository on the Hub
+    repo: str | None
+    license: str | None
+    terms: str | None
+    held_out: str | None  # "checked" or "not checked" against the pictures of evaluations
+    counts: dict[str, Any] | None  # files, rows
+    media: dict[str, Any] | None  # kind, and what became of the addresses of a list
+    bytes: int | None  # on the disk
+    fetched_bytes: int | None
+    seconds: float | None
+    time: str | None
+
+
+_NOTE = TypeAdapter(FetchNote)
 
 
 class RawSource:
@@ -61,15 +87,10 @@ class RawSource:
         self.folder = Path(root).expanduser() / "raw" / name
 
     @cached_property
-    def info(self) -> dict:
+    def info(self) -> FetchNote:
         """fetched.json. ValueError: it is not there, so that nothing of this set is known to be whole."""
         try:
-            info = json.loads((self.folder / "fetched.json").read_text())
-            if not isinstance(info, dict) or not all(
-                info.get(key) is None or isinstance(info[key], kind) for key, kind in NOTE.items()
-            ):
-                raise ValueError("not the note of a fetch")
-            return info
+            return _NOTE.validate_json((self.folder / "fetched.json").read_bytes())
         except (OSError, ValueError) as error:
             note = self.folder / "fetched.json"
             why = f" ({note} cannot be read)" if note.exists() else ""
@@ -173,7 +194,7 @@ def read_rows(path: Path, suffix: str | None = None) -> Iterator[dict]:
         else:
             raise ValueError(f"its suffix is none of {', '.join(ROW_SUFFIXES)}")
     except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+        raise UnreadableFile(path, error) from error
 
 
 def json_values(path: Path) -> Iterator:
@@ -236,7 +257,7 @@ def num_rows(path: Path) -> int:
         try:
             return _parquet(path).metadata.num_rows
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+            raise UnreadableFile(path, error) from error
     return sum(1 for _ in read_rows(path))
 
 
@@ -255,7 +276,7 @@ def column_values(path: Path, columns: list[str]) -> Iterator[dict]:
         for batch in file.iter_batches(batch_size=4096, columns=[column for column in columns if column in known]):
             yield from batch.to_pylist()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+        raise UnreadableFile(path, error) from error
 
 
 def matches(row: dict, condition: str | None) -> bool:

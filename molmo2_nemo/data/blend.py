@@ -331,7 +331,7 @@ def _remedy(cfg: DataConfig, missing: list[str], some_present: bool) -> str:
             f"fetch with python tools/download.py fetch {names} and then python tools/prepare.py --stage {stage}"
         )
     if len(fetched) < len(missing):
-        ways.append("prepare your own as shards with python tools/prepare.py (README, section Data)")
+        ways.append("prepare your own as shards with python tools/prepare.py (docs/data.md)")
     if some_present:
         ways.append("set data.skip_missing=true to train without them")
     else:

@@ -17,13 +17,10 @@ from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, M
 from transformers.image_transforms import convert_to_rgb
 from transformers.models.molmo2.image_processing_molmo2 import select_tiling
 
+from molmo2_nemo import limits
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import VisionConfig
 
-# Pixels of a picture; a larger one is taken for a decompression bomb.
-MAX_PIXELS = 100_000_000
-# Pictures of data sets; PIL reads many more formats, some of them by running other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # Bytes stay bytes: the model maps them to [-1, 1] on its device.
 AS_BYTES = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
 
@@ -194,12 +191,12 @@ def _as_floats(image: np.ndarray) -> torch.Tensor:
 def read_image(data: bytes) -> np.ndarray:
     """A picture as uint8 [H, W, 3], turned as its EXIF orientation says, transparency on white; the first of several.
 
-    ValueError: the bytes are no readable picture, or it has more than MAX_PIXELS.
+    ValueError: the bytes are no readable picture, or it has more than limits.MAX_IMAGE_PIXELS.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} are more than {MAX_PIXELS} pixels")
+        image = Image.open(io.BytesIO(data), formats=limits.IMAGE_FORMATS)
+        if image.width * image.height > limits.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} are more than {limits.MAX_IMAGE_PIXELS:,} pixels")
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # PIL would clip
             grey = (np.array(image).astype(np.uint32) + 128) // 257
@@ -209,7 +206,11 @@ def read_image(data: bytes) -> np.ndarray:
         return convert_to_rgb(image, return_numpy=True)
     except MemoryError:
         raise
+    except Image.DecompressionBombError as error:  # before its size can be asked for
+        raise ValueError(
+            f"The image cannot be decoded: it has more than {limits.MAX_IMAGE_PIXELS:,} pixels."
+        ) from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"The image cannot be decoded: it is none of {', '.join(FORMATS)}.") from error
+        raise ValueError(f"The image cannot be decoded: it is none of {', '.join(limits.IMAGE_FORMATS)}.") from error
     except Exception as error:  # PIL's decoders raise errors of any type on broken files
         raise ValueError(f"The image cannot be decoded: {error}.") from error

@@ -24,11 +24,11 @@ def held_out_lists(lists: tuple[HeldOut, ...], root: Path, rules: Rules) -> tupl
         folder = root / "raw" / ".held_out" / held.repo.replace("/", "--")
         try:
             repository = hub.open_repository(wanted, root, rules)
-        except ValueError as error:
-            if "is not on the Hub" not in str(error):
-                raise ValueError(f"the pictures held out for evaluation are not known: {error}") from error
+        except hub.NotOnHub:
             whole = False
             continue
+        except ValueError as error:
+            raise ValueError(f"the pictures held out for evaluation are not known: {error}") from error
         try:
             names = [name for names in hub.choose_files(repository, wanted).values() for name in names]
         except ValueError:  # all of its splits, then

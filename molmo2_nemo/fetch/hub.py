@@ -9,7 +9,6 @@ import contextlib
 import errno
 import fnmatch
 import hashlib
-import json
 import logging
 import os
 import re
@@ -20,13 +19,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from molmo2_nemo import compat
 from molmo2_nemo.catalogue.datasets import HubFiles
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES
-from molmo2_nemo.fetch.check import instead_of_file
+from molmo2_nemo.fetch.media_check import instead_of_file
 from molmo2_nemo.fetch.web import USER_AGENT, Lost, OutOfBytes, Rules, check_address, retry_after
 from molmo2_nemo.files import is_disk_error, locked, publish, sha256_of_text, write_json
 
@@ -34,6 +35,10 @@ SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test")
 # Larger files come through the Hub's own storage protocol alone (huggingface_hub, constants.MAX_HTTP_DOWNLOAD_SIZE).
 MAX_HTTP_BYTES = 50_000_000_000
 FILES_AT_ONCE = 8
+
+
+class NotOnHub(ValueError):
+    """The Hub has no such repository or file, or none that this account may see."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,16 @@ def page(repo: str) -> str:
 
 def pinned(root: Path, repo: str) -> str | None:
     """The commit of a repository that an earlier fetch recorded."""
+    return _revisions(root / "raw" / "revisions.json").get(repo)
+
+
+def _revisions(path: Path) -> dict[str, str]:
+    """Repository -> commit. What is no such pair is left out; of a file that is no JSON object, everything."""
     try:
-        revision = json.loads((root / "raw" / "revisions.json").read_text()).get(repo)
-    except (OSError, ValueError, AttributeError):
-        return None
-    return revision if isinstance(revision, str) else None
+        values = TypeAdapter(dict[str, Any]).validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {repo: revision for repo, revision in values.items() if isinstance(revision, str)}
 
 
 def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
@@ -413,12 +423,12 @@ def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: s
                 "catalogue."
             ) from error
         except (RepositoryNotFoundError, DisabledRepoError) as error:
-            raise ValueError(
+            raise NotOnHub(
                 f"{repo} is not on the Hub, or not for you: look at {page(repo)}, and log in with "
                 "`hf auth login` if it is private."
             ) from error
         except RemoteEntryNotFoundError as error:
-            raise ValueError(f"{name} is not on the Hub at the commit {revision}: look at {page(repo)}.") from error
+            raise NotOnHub(f"{name} is not on the Hub at the commit {revision}: look at {page(repo)}.") from error
         except OfflineModeIsEnabled as error:
             raise ValueError(f"{name} cannot be asked for: HF_HUB_OFFLINE is set.") from error
         except HfHubHTTPError as error:
@@ -505,11 +515,7 @@ def _endpoint() -> str:
 def _pin(root: Path, repo: str, revision: str) -> None:
     path = root / "raw" / "revisions.json"
     with locked(path.with_name(".revisions.lock"), wait=True):
-        try:
-            values = json.loads(path.read_text())
-        except (OSError, ValueError):
-            values = {}
-        values = values if isinstance(values, dict) else {}
+        values = _revisions(path)
         if values.get(repo) != revision:
             write_json(path, values | {repo: revision}, sort_keys=True)
 

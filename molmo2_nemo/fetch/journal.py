@@ -9,23 +9,54 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any, TypedDict
+
+from pydantic import ConfigDict, TypeAdapter, with_config
 
 from molmo2_nemo.files import write_atomically
 
+# What a line of each file must say; it may say more.
+_MORE = ConfigDict(extra="allow", strict=True)
+
+
+@with_config(_MORE)
+class RecordedFile(TypedDict):
+    """A line of files.jsonl: a file of a data set, or the folder of an archive's contents."""
+
+    file: str  # relative to the data set's folder
+    bytes: int
+
+
+@with_config(_MORE)
+class FetchedMedia(TypedDict):
+    """A line of media/index.jsonl: what an address gave."""
+
+    url: str
+    file: str  # relative to media/
+    bytes: int
+    sha256: str
+
+
+@with_config(_MORE)
+class LostAddress(TypedDict):
+    """A line of media/lost.jsonl: why an address gave nothing."""
+
+    url: str  # or the id of a YouTube video
+    kind: str  # as that of molmo2_nemo.fetch.web.Lost, or "held out", or "duplicate"
+    reason: str
+    runs: int  # that asked for it
+    not_before: str  # ISO date before which it is not asked for again
+
+
+RECORDS = {"files.jsonl": RecordedFile, "index.jsonl": FetchedMedia, "lost.jsonl": LostAddress}
+
 
 class Journal:
-    """Records of a file by their field `key`. Lines that are no record of these fields are left out."""
-
-    # What a record of each file must say: a type for each field.
-    FIELDS = {
-        "index.jsonl": {"file": str, "bytes": int, "sha256": str},
-        "lost.jsonl": {"kind": str, "reason": str, "runs": int, "not_before": str},
-        "files.jsonl": {"bytes": int},
-    }
+    """Records of a file by their field `key`. Lines that are no such record (see RECORDS) are left out."""
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
-        self._fields = self.FIELDS.get(path.name, {}) | {key: str}
+        self._record = TypeAdapter(RECORDS.get(path.name, dict[str, Any]))
         self.records: dict[str, dict] = {}
         self._file = None
         self._lines = 0
@@ -35,18 +66,15 @@ class Journal:
             for line in whole.splitlines():
                 with contextlib.suppress(ValueError, RecursionError):
                     record = json.loads(line)
-                    if isinstance(record, dict) and (record.get("removed") or self._is_whole(record)):
-                        self._put(record)
+                    if isinstance(record, dict) and isinstance(record.get(key), str):
+                        self._put(record if record.get("removed") else self._record.validate_python(record))
                 self._lines += 1
             if len(whole) < len(content):
                 os.truncate(path, len(whole))
 
-    def _is_whole(self, record: dict) -> bool:
-        return all(isinstance(record.get(field), kind) for field, kind in self._fields.items())
-
     def _put(self, record: dict) -> None:
         if record.get("removed"):
-            self.records.pop(str(record.get(self.key)), None)
+            self.records.pop(record[self.key], None)
         else:
             self.records[record[self.key]] = record
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from molmo2_nemo.fetch.check import BadContent, check_video
 from molmo2_nemo.fetch.journal import Journal
-from molmo2_nemo.fetch.url_list import DAYS, Progress
+from molmo2_nemo.fetch.media_check import BadContent, check_video
+from molmo2_nemo.fetch.url_list import DAYS, DownloadProgress
 
 YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 # What yt-dlp says of a video that does not come back.
@@ -20,7 +20,7 @@ GONE = re.compile(
 
 
 def fetch_videos(
-    ids: set[str], media: Path, add_bytes: Callable[[int], None], progress: Progress, retry_lost: bool = False
+    ids: set[str], media: Path, add_bytes: Callable[[int], None], progress: DownloadProgress, retry_lost: bool = False
 ) -> dict[str, int]:
     """Get media/ID.mp4 of each id; counts: videos, fetched, lost, and later, of those that may come another time.
 

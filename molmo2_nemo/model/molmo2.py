@@ -144,7 +144,7 @@ class Molmo2(LanguageModule):
         if labels is None:
             logits, _ = self.output_layer(hidden, weight=tied)
             return self._mask_padding(logits.float()).transpose(0, 1)
-        # Only positions that carry loss meet the head.
+        # Logits are computed for positions that carry loss only.
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         positions = loss_weights[:, local].t() > 0

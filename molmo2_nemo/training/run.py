@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from molmo2_nemo import checkpoint_dir, gpu, parallel
 from molmo2_nemo.command_line import to_dataclass
 from molmo2_nemo.config.checks import check
+from molmo2_nemo.config.components import is_frozen
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.data import blend
@@ -26,7 +27,7 @@ from molmo2_nemo.training import answers, checkpoint, loop, shutdown
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.loop import Interval, Position, Run
 from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog
-from molmo2_nemo.training.optimizer import build_optimizer, check_freeze_patterns, is_frozen, parameter_table
+from molmo2_nemo.training.optimizer import build_optimizer, check_freeze_patterns, parameter_table
 from molmo2_nemo.training.speed import Speed
 from molmo2_nemo.training.start import Start, converted, find_start
 from molmo2_nemo.training.step import build_model, global_names, load_weights

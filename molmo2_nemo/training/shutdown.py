@@ -1,4 +1,4 @@
-"""How a run ends: on request, at its time limit, or by a failure that is told in one line."""
+"""How a run ends: on request, at its time limit, or by a failure that is reported in one line."""
 
 import contextlib
 import faulthandler
@@ -65,9 +65,10 @@ def write_ended(run_dir: Path, reason: str, step: int, message: str = "") -> Non
         finished        all steps are taken: start the next stage
         time limit      train.stop_after_minutes is over; saved: start again
         SIGUSR1, ...    a signal of train.stop_signals came; saved: start again
-        error           message says what: once more may help (a lost node, a full disk), for ever will not
+        error           message says what; a retry may help (a lost node, a full disk), so limit their number
         config error    nothing was trained; message says which key: do not start again
-    step: the last one. The file is removed when a run starts; without it the run was killed, or could not write it.
+    step: the last one. The file is removed when a run starts. If there is none after a run, the run was killed, or
+    could not write it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / ENDED
@@ -85,11 +86,11 @@ def end_all_ranks(run_dir: Path, message: str, step: int, reason: str = "error")
 
 
 class StackDump:
-    """Where a rank is, in errors/stacks_rankNNNN.txt: its step and phase, and on SIGUSR2 the Python stacks of all
-    threads.
+    """Writes what a rank is doing to errors/stacks_rankNNNN.txt: its step and phase, and on request its Python stacks.
 
-    Also when a phase takes nearly as long as a collective may (`timeout_minutes`). Both work while the process
-    waits for other ranks. The file goes when the run ends well and nobody asked. signals: those of StopRequest.
+    The stacks of all threads are written on SIGUSR2, and when a phase takes 90 % of the time that a collective may take
+    (`timeout_minutes`); both work while the process waits for other ranks. The file is removed when the run ends well
+    and holds no stacks. signals: those of StopRequest, which SIGUSR2 may be one of.
     """
 
     HEADER = 200  # bytes
@@ -120,8 +121,9 @@ class StackDump:
 def record_collectives(run_dir: Path) -> None:
     """Have NCCL write each rank's last collectives to errors/collectives_rankN when one times out.
 
-    Before the process group exists. What the user has set stays. `torchfrtrace errors --prefix collectives_rank` reads
-    the files. The second name of a pair is the one that older versions of torch know.
+    Must be called before the process group exists. Environment variables that the user has set are kept.
+    `torchfrtrace errors --prefix collectives_rank` reads the files. The second name of a pair is for older versions of
+    torch.
     """
     prefix = str(run_dir / "errors" / "collectives_rank")
     for names, value in (
@@ -198,7 +200,7 @@ def describe(error: BaseException) -> str:
 
 
 def _first(path: Path) -> bool:
-    """Whether this process is the first to ask; without a folder to ask in, everybody is."""
+    """Whether this process is the first to create the file; True also where it cannot be created."""
     try:
         path.open("x").close()
     except FileExistsError:

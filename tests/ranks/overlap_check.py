@@ -14,10 +14,11 @@ from megatron.core.utils import unwrap_model
 from molmo2_nemo import gpu, parallel
 from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check
+from molmo2_nemo.config.components import is_frozen
 from molmo2_nemo.config.schema import ParallelConfig
 from molmo2_nemo.random_batches import pack, random_documents
 from molmo2_nemo.training import checkpoint
-from molmo2_nemo.training.optimizer import build_optimizer, clip_and_step, is_frozen, set_learning_rates
+from molmo2_nemo.training.optimizer import build_optimizer, clip_and_step, set_learning_rates
 from molmo2_nemo.training.step import build_model, forward_backward, global_weight
 
 STEPS = 3

@@ -169,7 +169,7 @@ def test_an_unknown_blend_names_the_known_ones(root):
 def test_all_missing_sources_are_named_at_once(root):
     with pytest.raises(ConfigError) as error:
         load_blend(config(root, fixed(a=("a", 1), points=("gone", 1), text=("away", 1))))
-    for word in ("2 of the 3 sources", f"data.root={root}", "(points, text)", "README", "data.skip_missing=true"):
+    for word in ("2 of the 3 sources", f"data.root={root}", "(points, text)", "docs/data.md", "data.skip_missing=true"):
         assert word in str(error.value)
     many = fixed(a=("a", 1), **{f"m{i}": (f"m{i}", 1) for i in range(20)})
     with pytest.raises(ConfigError, match=re.escape(f"({', '.join(f'm{i}' for i in range(20))})")):

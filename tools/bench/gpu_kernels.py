@@ -156,4 +156,4 @@ def vision(device: str, tiny: bool, layer_spec: str) -> Iterator[dict]:
             crops_per_second=crops / ms * 1e3,
             peak_gib=gib,
         )
-        del tower  # its memory is not counted with the next one's
+        tower = None  # its memory is not counted with the next one's

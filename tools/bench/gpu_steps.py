@@ -14,11 +14,12 @@ from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
 from molmo2_nemo import checkpoint_dir, parallel
+from molmo2_nemo.config.components import COMPONENTS, is_frozen
 from molmo2_nemo.config.schema import ComponentOptim, Config, OptimConfig, ParallelConfig, TrainConfig
 from molmo2_nemo.planner.flops import frozen_parts, peak_flops, training_flops
 from molmo2_nemo.random_batches import packed_row, visible_pairs
 from molmo2_nemo.training.checkpoint import save_sharded
-from molmo2_nemo.training.optimizer import build_optimizer, clip_and_step, is_frozen, set_learning_rates
+from molmo2_nemo.training.optimizer import build_optimizer, clip_and_step, set_learning_rates
 from molmo2_nemo.training.step import (
     build_model,
     forward_backward,
@@ -131,7 +132,7 @@ def step(
         ms, gib = timed(lambda: trainer.step(batch), device, repeats=2 if tiny else 5, warmup=1 if tiny else 3)
         measured.append((ms, gib))
         yield row(model, ms, gib, False)
-        del trainer
+        trainer = None  # its memory is not counted with the next one's
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -237,7 +238,7 @@ def nccl(device: str, tiny: bool) -> Iterator[dict]:
         alone = alone or losses
         difference = max(abs(a - b) / abs(b) for a, b in zip(losses, alone))
         yield dict(layout=name, first_loss=losses[0], last_loss=losses[-1], largest_relative_difference=difference)
-        del trainer
+        trainer = None
         parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
         shutil.rmtree(weights.parent)

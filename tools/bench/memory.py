@@ -101,8 +101,9 @@ def measure(config, precision: str) -> tuple[dict[str, int], dict]:
     from megatron.core import parallel_state
 
     from molmo2_nemo import parallel
+    from molmo2_nemo.config.components import is_frozen
     from molmo2_nemo.random_batches import packed_row
-    from molmo2_nemo.training.optimizer import build_optimizer, clip_and_step, is_frozen
+    from molmo2_nemo.training.optimizer import build_optimizer, clip_and_step
     from molmo2_nemo.training.step import MODEL_INPUTS, build_model
 
     optim, tied = config.optim, config.model.tie_embeddings

@@ -26,7 +26,7 @@ from molmo2_nemo.config.checks import check_parallel
 from molmo2_nemo.config.components import COMPONENTS
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, ParallelConfig
-from molmo2_nemo.paths import REPOSITORY
+from molmo2_nemo.paths import ROOT
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 SP, VP = "sequence_parallel", "virtual_pipeline_model_parallel_size"
@@ -162,7 +162,7 @@ def measure(name: str, ranks: int, fields: dict, ddp: dict, args, folder: Path) 
     # Matrix products that are split over other numbers of threads round otherwise.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     result = subprocess.run(
-        [str(part) for part in command], cwd=REPOSITORY, capture_output=True, text=True, timeout=1800, env=environment
+        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=1800, env=environment
     )
     if result.returncode != 0:
         words = [line for line in result.stderr.splitlines() if "Error" in line or line.startswith("error")]

@@ -21,13 +21,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from molmo2_nemo.catalogue.datasets import Catalogue, DataSet
-from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, RawSource, column_values, matches, num_rows, read_rows, size_on_disk
+from molmo2_nemo.catalogue.raw import (
+    ROW_SUFFIXES,
+    RawSource,
+    UnreadableFile,
+    column_values,
+    matches,
+    num_rows,
+    read_rows,
+    size_on_disk,
+)
 from molmo2_nemo.fetch import hub
 from molmo2_nemo.fetch.archives import SUFFIXES, BadArchive, Bounds, archive_kind, extract
-from molmo2_nemo.fetch.check import BadContent, check_file
 from molmo2_nemo.fetch.held_out import held_out_lists
 from molmo2_nemo.fetch.journal import Journal
-from molmo2_nemo.fetch.state import (
+from molmo2_nemo.fetch.media_check import BadContent, check_file
+from molmo2_nemo.fetch.on_disk import (
     broken_files,
     fault,
     is_unpacked,
@@ -38,7 +47,7 @@ from molmo2_nemo.fetch.state import (
     shared_homes,
     unpacked_as,
 )
-from molmo2_nemo.fetch.url_list import NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
+from molmo2_nemo.fetch.url_list import DownloadProgress, NoNetwork, Wanted, fetch_list, remove_duplicates
 from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, download, publish, session
 from molmo2_nemo.fetch.youtube import fetch_videos
 from molmo2_nemo.files import LockHeld, is_disk_error, locked, sha256_of, sha256_of_text, write_json
@@ -49,7 +58,7 @@ MAX_ARCHIVE = 4 * 10**12  # bytes
 
 
 @dataclass(frozen=True)
-class Options:
+class FetchOptions:
     """How to fetch."""
 
     root: Path
@@ -80,7 +89,7 @@ class Meter:
 
 
 @dataclass
-class Result:
+class FetchResult:
     """How it ended. state: complete | sample | by hand | part | refused | failed."""
 
     name: str
@@ -91,10 +100,12 @@ class Result:
     counts: dict = field(default_factory=dict)
 
 
-def fetch_set(entry: DataSet, catalogue: Catalogue, options: Options, meter: Meter, progress: Progress) -> Result:
+def fetch_set(
+    entry: DataSet, catalogue: Catalogue, options: FetchOptions, meter: Meter, progress: DownloadProgress
+) -> FetchResult:
     """Fetch what can be fetched of a set. OSError of the disk and OutOfBytes pass through: the run is over."""
     if entry.unsure:
-        return Result(entry.name, "refused", f"not fetched: {entry.unsure}")
+        return FetchResult(entry.name, "refused", f"not fetched: {entry.unsure}")
     folder = options.root / "raw" / entry.name
     started, before = time.monotonic(), meter.bytes
     try:
@@ -106,20 +117,20 @@ def fetch_set(entry: DataSet, catalogue: Catalogue, options: Options, meter: Met
                 with contextlib.suppress(OSError):
                     fetch.note(complete=False, stopped=str(error) or "interrupted")
                 if isinstance(error, OSError) and not _ends_the_run(error):
-                    result = Result(entry.name, "failed", _sentence(error))
+                    result = FetchResult(entry.name, "failed", _sentence(error))
                 else:
                     raise
             except (ValueError, Lost, NoNetwork, BadArchive, BadContent) as error:
                 fetch.note(complete=False, stopped=str(error))
-                result = Result(entry.name, "failed", " ".join(str(error).split()))
+                result = FetchResult(entry.name, "failed", " ".join(str(error).split()))
             finally:
                 fetch.files.close()
     except LockHeld:
-        return Result(entry.name, "failed", f"another fetch of {entry.name} is running")
+        return FetchResult(entry.name, "failed", f"another fetch of {entry.name} is running")
     except OSError as error:
         if _ends_the_run(error):
             raise
-        return Result(entry.name, "failed", _sentence(error))
+        return FetchResult(entry.name, "failed", _sentence(error))
     result.bytes, result.seconds = meter.bytes - before, time.monotonic() - started
     return result
 
@@ -136,7 +147,9 @@ def _sentence(error: OSError) -> str:
 class _Fetch:
     """One set while it is fetched."""
 
-    def __init__(self, entry: DataSet, catalogue: Catalogue, options: Options, meter: Meter, progress: Progress):
+    def __init__(
+        self, entry: DataSet, catalogue: Catalogue, options: FetchOptions, meter: Meter, progress: DownloadProgress
+    ):
         self.entry, self.catalogue, self.options, self.meter, self.progress = entry, catalogue, options, meter, progress
         self.rules = options.rules
         self.folder = options.root / "raw" / entry.name
@@ -148,10 +161,10 @@ class _Fetch:
         self.facts: dict = {"revision": None, "repo": None, "license": entry.license, "held_out": None}
         self.started, self.bytes_before = time.monotonic(), meter.bytes
 
-    def run(self) -> Result:
+    def run(self) -> FetchResult:
         entry = self.entry
         if not self.options.verify and self._is_whole():
-            return Result(entry.name, "complete", "was there already")
+            return FetchResult(entry.name, "complete", "was there already")
         # Before anything of it is removed.
         if (self.folder / "fetched.json").exists():
             self.note(complete=False, stopped="being fetched")
@@ -169,10 +182,10 @@ class _Fetch:
             self._tidy()
         self.note(complete=complete, stopped=None)
         if self.waiting:
-            return Result(
+            return FetchResult(
                 entry.name, "by hand" if entry.by_hand else "part", "; ".join(self.waiting), counts=self.counts
             )
-        return Result(entry.name, "sample" if sample else "complete", self._remark(), counts=self.counts)
+        return FetchResult(entry.name, "sample" if sample else "complete", self._remark(), counts=self.counts)
 
     def _is_whole(self) -> bool:
         try:
@@ -508,8 +521,8 @@ def _check_rows(path: Path, suffix: str) -> None:
     """BadContent: a file of rows is cut off, or something else."""
     try:
         collections.deque(read_rows(path, suffix), maxlen=0)
-    except ValueError as error:
-        raise BadContent(f"a broken {suffix} file ({str(error).partition(' cannot be read: ')[2][:120]})") from error
+    except UnreadableFile as error:
+        raise BadContent(f"a broken {suffix} file ({error.reason[:120]})") from error
 
 
 def direct(url: str) -> str:
