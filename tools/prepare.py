@@ -182,20 +182,20 @@ def main_stage(arguments: list[str]) -> None:
 def print_stage_report(options: StageOptions, prepared: PreparedStage) -> None:
     """Print the numbers of each set, why others are not prepared, and what to do next."""
     states, out, files = prepared.states, prepared.out, prepared.files
-    made = [state for state in states if state.made]
-    if made:
+    finished = [state for state in states if state.made]
+    if finished:
         print(f"{'':<36}{'train':>11}{'held out':>9}{'catalogue':>11}{'annotations':>13}{'GB':>9}{'dropped':>9}")
-    for state in made:
-        m, dropped = state.made, state.made["dropped_share"]
-        expected = f"{m['catalogue_samples']:,}" if m["catalogue_samples"] else "-"
+    for state in finished:
+        made, dropped = state.made, state.made.dropped_share
+        expected = f"{made.catalogue_samples:,}" if made.catalogue_samples else "-"
         print(
-            f"{state.name:<36}{m['train_samples']:>11,}{m['val_samples']:>9,}{expected:>11}{m['branches']:>13,}"
-            f"{m['bytes'] / 1e9:>9.2f}{dropped:>9.1%}"
+            f"{state.name:<36}{made.train_samples:>11,}{made.val_samples:>9,}{expected:>11}{made.branches:>13,}"
+            f"{made.bytes / 1e9:>9.2f}{dropped:>9.1%}"
         )
-        for reason, number in list(m["dropped"].items())[:SHOWN_REASONS]:
+        for reason, number in list(made.dropped.items())[:SHOWN_REASONS]:
             print(f"    {number:>11,} dropped: {reason}")
-        if m["moved_points"]:
-            print(f"    {m['moved_points']:>11,} points lay outside of their picture and were moved to its border")
+        if made.moved_points:
+            print(f"    {made.moved_points:>11,} points lay outside of their picture and were moved to its border")
     absent = [state for state in states if state.problem]
     for state in (s for s in states if s.note):
         print(f"note: {state.note}")
@@ -210,7 +210,7 @@ def print_stage_report(options: StageOptions, prepared: PreparedStage) -> None:
             file=sys.stderr,
         )
     if files and not options.quiet:
-        print(f"\n{len(made)} of {len(states)} data sets are prepared in {out}:")
+        print(f"\n{len(finished)} of {len(states)} data sets are prepared in {out}:")
         for file in files:
             print(f"  {file}")
         print("Look at them, then train on them:")

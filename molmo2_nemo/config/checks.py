@@ -10,6 +10,7 @@ from molmo2_nemo.config.megatron_fields import check_megatron_fields
 from molmo2_nemo.config.schema import (
     EXTRA_TOKENS,
     FP8_RECIPE,
+    VOCAB_MULTIPLE,
     Config,
     DataConfig,
     ModelConfig,
@@ -29,18 +30,18 @@ def check_settings(cfg: Config, world_size: int) -> None:
     check_choice("stage", cfg.stage, ("stage1", "stage2", "stage3"))
     check_model(cfg.model)
     check_parallel(cfg.parallel, cfg.model, world_size)
-    t, p = cfg.train, cfg.parallel
-    multiple = row_multiple(p, t.precision, cfg.transformer.get("fp8_recipe", FP8_RECIPE))
+    train, p = cfg.train, cfg.parallel
+    multiple = row_multiple(p, train.precision, cfg.transformer.get("fp8_recipe", FP8_RECIPE))
     check_data(cfg.data, cfg.model.vision, p, multiple)
-    check_choice("train.device", t.device, ("auto", "cpu", "cuda"))
-    check_choice("train.precision", t.precision, ("auto", "fp32", "bf16", "fp8"))
-    given = t.init_from
+    check_choice("train.device", train.device, ("auto", "cpu", "cuda"))
+    check_choice("train.precision", train.precision, ("auto", "fp32", "bf16", "fp8"))
+    given = train.init_from
     refuse(
         not (given is None or isinstance(given, str))
         and not (isinstance(given, list) and len(given) == 2 and all(isinstance(folder, str) for folder in given)),
         f"train.init_from={given} must be one folder, or two: 'train.init_from=[LLM_DIR,SIGLIP2_DIR]'.",
     )
-    check_choice("train.async_checkpoint", t.async_checkpoint, ("auto", "true", "false"))
+    check_choice("train.async_checkpoint", train.async_checkpoint, ("auto", "true", "false"))
     check_choice("optim.decay", cfg.optim.decay, ("cosine", "linear", "constant"))
     for key in (
         "max_steps",
@@ -51,21 +52,21 @@ def check_settings(cfg: Config, world_size: int) -> None:
         "log_every",
         "max_skipped_steps",
     ):
-        refuse(getattr(t, key) < 1, f"train.{key}={getattr(t, key)} must be at least 1.")
+        refuse(getattr(train, key) < 1, f"train.{key}={getattr(train, key)} must be at least 1.")
     for key in ("keep_every", "generate_every", "generate_examples", "vision_chunk_crops"):
-        refuse(getattr(t, key) < 0, f"train.{key}={getattr(t, key)} must not be negative.")
+        refuse(getattr(train, key) < 0, f"train.{key}={getattr(train, key)} must not be negative.")
     refuse(
-        t.generate_every > 0
-        and not (t.generate_examples > 0 and 0 < t.generate_max_tokens <= cfg.data.seq_length // 2),
-        f"train.generate_every={t.generate_every} needs train.generate_examples={t.generate_examples} of at least 1,"
-        f" and train.generate_max_tokens={t.generate_max_tokens} between 1 and half of"
+        train.generate_every > 0
+        and not (train.generate_examples > 0 and 0 < train.generate_max_tokens <= cfg.data.seq_length // 2),
+        f"train.generate_every={train.generate_every} needs train.generate_examples={train.generate_examples} of at"
+        f" least 1, and train.generate_max_tokens={train.generate_max_tokens} between 1 and half of"
         f" data.seq_length={cfg.data.seq_length}.",
     )
     refuse(
-        t.stop_after_minutes is not None and not t.stop_after_minutes > 0,
-        f"train.stop_after_minutes={t.stop_after_minutes} must be above 0, or null for no limit.",
+        train.stop_after_minutes is not None and not train.stop_after_minutes > 0,
+        f"train.stop_after_minutes={train.stop_after_minutes} must be above 0, or null for no limit.",
     )
-    for name in t.stop_signals:
+    for name in train.stop_signals:
         refuse(
             name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"),
             f"train.stop_signals: {name} is no signal that a program can catch; use names such as SIGTERM, SIGUSR1.",
@@ -78,18 +79,19 @@ def check_settings(cfg: Config, world_size: int) -> None:
         except re.error as error:
             raise ConfigError(f"optim.freeze_patterns: {pattern} is no regular expression ({error}).") from None
     refuse(
-        t.wandb_project is not None and importlib.util.find_spec("wandb") is None,
-        f"train.wandb_project={t.wandb_project}, but wandb is not installed: pip install wandb, or leave the key out.",
+        train.wandb_project is not None and importlib.util.find_spec("wandb") is None,
+        f"train.wandb_project={train.wandb_project}, but wandb is not installed: pip install wandb, or leave the key "
+        "out.",
     )
     ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
-    rows = t.micro_batch_size * (world_size // ranks)
+    rows = train.micro_batch_size * (world_size // ranks)
     refuse(
-        t.global_batch_size % rows != 0,
-        f"train.global_batch_size={t.global_batch_size} is not a multiple of train.micro_batch_size="
-        f"{t.micro_batch_size} x {world_size // ranks} data-parallel ranks = {rows}: use "
-        f"{-(-t.global_batch_size // rows) * rows}.",
+        train.global_batch_size % rows != 0,
+        f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
+        f"{train.micro_batch_size} x {world_size // ranks} data-parallel ranks = {rows}: use "
+        f"{-(-train.global_batch_size // rows) * rows}.",
     )
-    micro_batches = t.global_batch_size // rows
+    micro_batches = train.global_batch_size // rows
     refuse(
         p.virtual_pipeline_model_parallel_size is not None and micro_batches % p.pipeline_model_parallel_size != 0,
         f"parallel.virtual_pipeline_model_parallel_size={p.virtual_pipeline_model_parallel_size} needs micro-batches"
@@ -149,7 +151,10 @@ def check_parallel(p: ParallelConfig, m: ModelConfig, world_size: int) -> None:
         f"pipeline_model_parallel_size={pp} x context_parallel_size={cp} = {tp * pp * cp}: start a multiple of "
         f"{tp * pp * cp} ranks (torchrun --nproc-per-node) or lower one of the three.",
     )
-    refuse(128 % tp != 0, f"parallel.tensor_model_parallel_size={tp} must be a power of two up to 128.")
+    refuse(
+        VOCAB_MULTIPLE % tp != 0,
+        f"parallel.tensor_model_parallel_size={tp} must be a power of two up to {VOCAB_MULTIPLE}.",
+    )
     for key, value in (("num_attention_heads", m.num_attention_heads), ("num_query_groups", m.num_query_groups)):
         refuse(
             value % tp != 0,
@@ -253,23 +258,26 @@ def check_engine(cfg: Config) -> None:
 
     What depends on the GPU and on installed libraries is in gpu.check_device.
     """
-    t, p, m, train = cfg.transformer, cfg.parallel, cfg.model, cfg.train
+    transformer, p, m, train = cfg.transformer, cfg.parallel, cfg.model, cfg.train
     tp, fp8, local = p.tensor_model_parallel_size, train.precision == "fp8", p.layer_spec == "local"
-    recipe = t.get("fp8_recipe", FP8_RECIPE)
+    recipe = transformer.get("fp8_recipe", FP8_RECIPE)
     check_choice("transformer.fp8_recipe", recipe, ("delayed", "tensorwise", "blockwise", "mxfp8"))
     refuse(
         fp8 and local,
         "train.precision=fp8 needs Transformer Engine's layers: set parallel.layer_spec=transformer_engine.",
     )
     for key in ("fp8_recipe", "first_last_layers_bf16"):
-        refuse(bool(t.get(key)) and not fp8, f"transformer.{key}={t.get(key)} needs train.precision=fp8: set it, too.")
+        refuse(
+            bool(transformer.get(key)) and not fp8,
+            f"transformer.{key}={transformer.get(key)} needs train.precision=fp8: set it, too.",
+        )
     refuse(train.vit_fp8 and not fp8, "train.vit_fp8=true needs train.precision=fp8: set it, too.")
     refuse(
         train.vit_fp8 and recipe == "delayed",
         "train.vit_fp8=true does not work with transformer.fp8_recipe=delayed, whose maxima all ranks share after each"
         " pass of the vision transformer, since ranks encode different numbers of chunks: use tensorwise or blockwise.",
     )
-    bf16_layers = t.get("first_last_layers_bf16", False)
+    bf16_layers = transformer.get("first_last_layers_bf16", False)
     refuse(
         bool(bf16_layers) and recipe == "delayed",
         "transformer.first_last_layers_bf16=true does not work with transformer.fp8_recipe=delayed, which is switched"
@@ -277,8 +285,8 @@ def check_engine(cfg: Config) -> None:
     )
     for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         refuse(
-            key in t and not bf16_layers,
-            f"transformer.{key}={t.get(key)} needs transformer.first_last_layers_bf16=true.",
+            key in transformer and not bf16_layers,
+            f"transformer.{key}={transformer.get(key)} needs transformer.first_last_layers_bf16=true.",
         )
     widths = {
         "model.hidden_size": m.hidden_size,
@@ -296,23 +304,23 @@ def check_engine(cfg: Config) -> None:
             f" {key} is {width}: use train.precision=bf16"
             + (" or another transformer.fp8_recipe." if align > 16 else "."),
         )
-    if t.get("cpu_offloading"):
+    if transformer.get("cpu_offloading"):
         refuse(
             local,
             "transformer.cpu_offloading=true needs Transformer Engine: set parallel.layer_spec=transformer_engine.",
         )
         refuse(
-            p.pipeline_model_parallel_size > 1 or t.get("recompute_granularity") is not None,
+            p.pipeline_model_parallel_size > 1 or transformer.get("recompute_granularity") is not None,
             "transformer.cpu_offloading=true works with neither pipeline parallelism nor"
             " transformer.recompute_granularity: drop the one or the other.",
         )
         refuse(
-            not 0 < t.get("cpu_offloading_num_layers", 0) < m.num_layers,
-            f"transformer.cpu_offloading_num_layers={t.get('cpu_offloading_num_layers', 0)} must be at least 1 and"
-            f" below model.num_layers={m.num_layers}.",
+            not 0 < transformer.get("cpu_offloading_num_layers", 0) < m.num_layers,
+            f"transformer.cpu_offloading_num_layers={transformer.get('cpu_offloading_num_layers', 0)} must be at least "
+            f"1 and below model.num_layers={m.num_layers}.",
         )
     refuse(
-        bool(t.get("tp_comm_overlap")) and (local or not p.sequence_parallel),
+        bool(transformer.get("tp_comm_overlap")) and (local or not p.sequence_parallel),
         "transformer.tp_comm_overlap=true needs parallel.sequence_parallel=true and Transformer Engine's layers "
         "(parallel.layer_spec=transformer_engine).",
     )

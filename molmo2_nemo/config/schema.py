@@ -416,13 +416,15 @@ class Config:
     """Any field of Megatron-Core's DistributedDataParallelConfig, such as `ddp.grad_reduce_in_fp32=false`."""
 
 
+# The rows of embedding and head are padded to a multiple of this, which every tensor parallel size must divide.
+VOCAB_MULTIPLE = 128
 # float32 logits that the losses hold at a time (model/loss.py): 256 MiB, and up to three tensors of this size.
 LOGITS_PER_CHUNK = 2**26
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the stored tables: a multiple of 128, so that they do not depend on the layout."""
-    return -(-vocab_size // 128) * 128
+    """Rows of the stored tables, so that they do not depend on the layout."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def vision_token_ids(model: ModelConfig) -> dict[str, int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1]  # molmo2_nemo/
+from molmo2_nemo.paths import PACKAGE
 
 # Modules whose code decides which rows become samples, and the bytes of these; all of converters/ is added.
 CONTENT_MODULES = (
@@ -20,6 +20,7 @@ CONTENT_MODULES = (
     "data/schema.py",
     "data/tasks.py",  # checking answers
     "data/video.py",  # reading frames
+    "limits.py",
     "prepare/annotations.py",
     "prepare/dataset_shards.py",
     "prepare/draft_to_sample.py",
@@ -42,6 +43,7 @@ OTHER_MODULES = (
     "paths.py",
     "prepare/__init__.py",
     "prepare/code_hash.py",
+    "prepare/records.py",
 )
 
 

@@ -13,7 +13,6 @@ was stopped and started again: the hashes decide.
 """
 
 import contextlib
-import json
 import shutil
 import tarfile
 import uuid
@@ -22,22 +21,22 @@ from itertools import count
 from pathlib import Path
 
 from molmo2_nemo.catalogue.raw import RawSource
-from molmo2_nemo.files import LockHeld, locked, publish, sha256_of, sync, write_json
+from molmo2_nemo.files import LockHeld, locked, publish, sha256_of, sync
 from molmo2_nemo.prepare.converters import converter_of
 from molmo2_nemo.prepare.draft_to_sample import Dropped, join, pack
+from molmo2_nemo.prepare.records import Provenance, RowCounts, ShardCounts, ShardRecord
 from molmo2_nemo.prepare.shard_plan import VAL, ShardPlan, source_of
 from molmo2_nemo.prepare.spool import read_spool, reason_of
 from molmo2_nemo.prepare.webdataset import add_sample, write_index
 
-# Numbers of a shard, in its record.
-TOTALS = ("samples", "branches", "images", "videos", "moved_points")
+PROVENANCE = "provenance.json"
 
 
-def write_shard(plan: ShardPlan, folder: Path, shard: str) -> dict:
-    """Write one shard of the spooled drafts, and its record, which is returned. A shard without samples has no file."""
+def write_shard(plan: ShardPlan, folder: Path, shard: str) -> ShardRecord:
+    """Write one shard of the spooled drafts, and its record, which is returned. Without samples there is no file."""
     raw, converter = RawSource(plan.root, plan.name), converter_of(plan.entry)
     file, partial = plan.work / "shards" / f"{shard}.tar", plan.work / "shards" / f".{shard}.tar.partial"
-    totals, dropped = Counter(), Counter()
+    record, dropped = ShardRecord(shard=file.name, fingerprint=plan.fingerprint), Counter()
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for bucket in plan.buckets(shard):
             for about, drafts in read_spool(folder, bucket):
@@ -54,44 +53,48 @@ def write_shard(plan: ShardPlan, folder: Path, shard: str) -> dict:
                     for reason, number in unfit.items():
                         dropped[reason_of(dropped, reason)] += number
                     add_sample(tar, f"{about[:20]}_{next(numbers)}", parts)
-                    totals["samples"] += 1
-                    totals["branches"] += len(draft.branches) - sum(unfit.values())
-                    totals["images"] += len(draft.images)
-                    totals["videos"] += draft.video is not None
-                    totals["moved_points"] += moved
-    record = {
-        "shard": file.name,
-        "fingerprint": plan.fingerprint,
-        **{key: totals[key] for key in TOTALS},
-        "dropped": dict(sorted(dropped.items())),
-        "bytes": 0,
-        "sha256": None,
-        "source": source_of(plan),
-    }
-    if totals["samples"]:
-        record |= {"bytes": partial.stat().st_size, "sha256": sha256_of(partial)}
+                    record.samples += 1
+                    record.branches += len(draft.branches) - sum(unfit.values())
+                    record.images += len(draft.images)
+                    record.videos += draft.video is not None
+                    record.moved_points += moved
+    record.dropped = dict(sorted(dropped.items()))
+    if record.samples:
+        record.bytes, record.sha256 = partial.stat().st_size, sha256_of(partial)
         publish(partial, file)
     else:
         partial.unlink()
         file.unlink(missing_ok=True)
     sync(file.parent)
-    write_json(plan.work / "records" / f"{shard}.json", record)
+    record.write(_record_file(plan, shard))
     return record
+
+
+def _record_file(plan: ShardPlan, shard: str) -> Path:
+    return plan.work / "records" / f"{shard}.json"
+
+
+def _is_whole(folder: Path, shard: ShardCounts, read_bytes: bool) -> bool:
+    """Whether the file of a shard has the recorded size and, if asked, checksum. Without samples there is no file."""
+    file = folder / shard.shard
+    try:
+        return not shard.samples or (
+            file.stat().st_size == shard.bytes and (not read_bytes or sha256_of(file) == shard.sha256)
+        )
+    except OSError:
+        return False
 
 
 def missing_shards(plan: ShardPlan, shards: list[str]) -> list[str]:
     """Those of the shards that are not written, or not as their record says; all bytes are read to check it."""
     missing = []
     for shard in shards:
-        try:
-            record = json.loads((plan.work / "records" / f"{shard}.json").read_text())
-            whole = record["fingerprint"] == plan.fingerprint
-            if whole and record["samples"]:
-                file = plan.work / "shards" / record["shard"]
-                whole = file.stat().st_size == record["bytes"] and sha256_of(file) == record["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
+        record = ShardRecord.read(_record_file(plan, shard))
+        if (
+            record is None
+            or record.fingerprint != plan.fingerprint
+            or not _is_whole(plan.work / "shards", record, read_bytes=True)
+        ):
             missing.append(shard)
     return missing
 
@@ -106,34 +109,26 @@ def finish(plan: ShardPlan) -> bool:
             stack.enter_context(locked(plan.work / "finish.lock"))
         except LockHeld:
             return False  # another array task is finishing it
-        records = []
-        for shard in plan.shards:
-            try:
-                record = json.loads((plan.work / "records" / f"{shard}.json").read_text())
-            except (OSError, ValueError):
-                return False
-            if record["fingerprint"] != plan.fingerprint:
-                return False
-            records.append(record)
-        rows = json.loads((plan.work / "rows.json").read_text())
-        summary = summarise(plan, records, rows)
-        if not summary["train_samples"]:
+        records = [ShardRecord.read(_record_file(plan, shard)) for shard in plan.shards]
+        rows = RowCounts.read(plan.work / "rows.json")
+        if rows is None or any(record is None or record.fingerprint != plan.fingerprint for record in records):
+            return False
+        made = summarise(plan, records, rows)
+        if not made.train_samples:
             shutil.rmtree(plan.work)  # so that a later run looks at the media again
-            reasons = ", ".join(f"{number:,} {reason}" for reason, number in list(summary["dropped"].items())[:4])
+            reasons = ", ".join(f"{number:,} {reason}" for reason, number in list(made.dropped.items())[:4])
             raise ValueError(f"{plan.name} has no training sample: {reasons or 'there are no rows'}.")
         folder = plan.work / "shards"
-        written = [record["shard"] for record in records if record["samples"]]
+        written = [record.shard for record in records if record.samples]
         shutil.rmtree(folder / ".nv-meta", ignore_errors=True)
         for path in folder.iterdir():
             if path.name not in written:
                 path.unlink()
         write_index(folder, written, [s for s in ("train", VAL) if any(name.startswith(s) for name in written)])
         # Energon draws its identity at random; this one is the same for the same shards.
-        identity = uuid.uuid5(uuid.NAMESPACE_OID, "".join(record["sha256"] or "" for record in records))
+        identity = uuid.uuid5(uuid.NAMESPACE_OID, "".join(record.sha256 or "" for record in records))
         (folder / ".nv-meta" / "index.uuid").write_text(str(identity))
-        shards = [{k: v for k, v in record.items() if k not in ("fingerprint", "source")} for record in records]
-        made = {"fingerprint": plan.fingerprint, "source": source_of(plan), **summary, "shards": shards}
-        write_json(folder / "provenance.json", made)
+        made.write(folder / PROVENANCE)
         old = plan.final.with_name(f".{plan.name}.old")
         if plan.final.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -145,44 +140,42 @@ def finish(plan: ShardPlan) -> bool:
     return True
 
 
-def summarise(plan: ShardPlan, records: list[dict], rows: dict) -> dict:
-    """Counts of a whole set against the catalogue's."""
-    dropped = Counter(rows["dropped"])
+def summarise(plan: ShardPlan, records: list[ShardRecord], rows: RowCounts) -> Provenance:
+    """What is in a whole set, beside the numbers of the catalogue."""
+    dropped = Counter(rows.dropped)
     for record in records:
-        dropped.update(record["dropped"])
-    totals = {key: sum(record[key] for record in records) for key in (*TOTALS, "bytes")}
+        dropped.update(record.dropped)
     lost, counts = sum(dropped.values()), plan.entry.get("counts") or {}
-    return {
-        "rows": rows["rows"],
-        "train_samples": sum(r["samples"] for r in records if r["shard"].startswith("train")),
-        "val_samples": sum(r["samples"] for r in records if r["shard"].startswith(VAL)),
-        **{key: totals[key] for key in ("branches", "images", "videos", "bytes", "moved_points")},
-        "catalogue_samples": counts.get("paper_examples"),
-        "catalogue_annotations": counts.get("paper_annotations"),
-        "catalogue_rows": counts.get("released_rows"),
-        "dropped": dict(dropped.most_common()),
-        "dropped_share": round(lost / max(1, lost + totals["branches"]), 6),
-    }
+    branches = sum(record.branches for record in records)
+    return Provenance(
+        fingerprint=plan.fingerprint,
+        source=source_of(plan),
+        rows=rows.rows,
+        train_samples=sum(record.samples for record in records if record.shard.startswith("train")),
+        val_samples=sum(record.samples for record in records if record.shard.startswith(VAL)),
+        branches=branches,
+        images=sum(record.images for record in records),
+        videos=sum(record.videos for record in records),
+        bytes=sum(record.bytes for record in records),
+        moved_points=sum(record.moved_points for record in records),
+        catalogue_samples=counts.get("paper_examples"),
+        catalogue_annotations=counts.get("paper_annotations"),
+        catalogue_rows=counts.get("released_rows"),
+        dropped=dict(dropped.most_common()),
+        dropped_share=round(lost / max(1, lost + branches), 6),
+        shards=[ShardCounts(**record.model_dump(exclude={"fingerprint"})) for record in records],
+    )
 
 
-def finished(plan: ShardPlan, verify: bool = False) -> dict | None:
-    """provenance.json of a finished set whose shards have the sizes it says; None: it is not finished."""
-    try:
-        made = json.loads((plan.final / "provenance.json").read_text())
-        for record in made["shards"]:
-            file = plan.final / record["shard"]
-            if record["samples"] and (
-                file.stat().st_size != record["bytes"] or (verify and sha256_of(file) != record["sha256"])
-            ):
-                return None
-        return made
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def finished(plan: ShardPlan, verify: bool = False) -> Provenance | None:
+    """The provenance of a finished set whose shards have the sizes it says; None: it is not finished.
+
+    verify: read all bytes and compare checksums, too.
+    """
+    made = read_provenance(plan.final)
+    return made if made and all(_is_whole(plan.final, shard, verify) for shard in made.shards) else None
 
 
-def read_provenance(folder: Path) -> dict | None:
-    """provenance.json of a folder; None: it has none."""
-    try:
-        return json.loads((folder / "provenance.json").read_text())
-    except (OSError, ValueError):
-        return None
+def read_provenance(folder: Path) -> Provenance | None:
+    """The provenance of a prepared data set; None: the folder holds none."""
+    return Provenance.read(folder / PROVENANCE)

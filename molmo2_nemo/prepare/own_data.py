@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.prepare.annotations import UNITS, check_answers, check_rates, use_fractions, without_nothing
@@ -20,8 +23,32 @@ MAX_LINE = 16 * 2**20  # bytes
 MAX_ID = 64  # characters; --repeat appends to it
 MEDIA = ("image", "images", "video")
 OF_VIDEO = ("clip", "annotation_fps", "subtitles")
-# Keys of a line that are not those of its task.
-OF_LINE = ("id", *MEDIA, *OF_VIDEO, "unit", "style", "multi_turn")
+
+
+class _LineDocument(BaseModel):
+    """The keys of a line beside those of its task, its messages or its branches.
+
+    A key that is left out is None; null is refused. A field's description says what is wrong with a refused value.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    id: Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = Field(
+        None,
+        pattern=f"^{KEY.pattern}$",
+        max_length=MAX_ID,
+        description=f"is not up to {MAX_ID} letters, digits, - and _",
+    )
+    image: str = Field(None, min_length=1, description="names no file")
+    images: list[Annotated[str, Field(min_length=1)]] = Field(None, description="is not a list of files")
+    video: str = Field(None, min_length=1, description="names no file")
+    unit: Literal[UNITS] = Field(None, description=f"is not one of {', '.join(UNITS)}")
+    # The schema of samples checks these.
+    clip: Any = None
+    annotation_fps: Any = None
+    subtitles: Any = None
+    style: Any = None
+    multi_turn: Any = None
 
 
 @dataclass
@@ -44,24 +71,24 @@ def read_line(text: bytes, number: int, folder: Path, unit: str) -> OwnSample:
         raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError("it is not a JSON object")
-    key = record.get("id", f"{number:08d}")
-    if type(key) not in (str, int) or len(str(key)) > MAX_ID or not KEY.fullmatch(str(key)):
-        raise ValueError(f"id={key!r} is not up to {MAX_ID} letters, digits, - and _")
-    line_unit = record.get("unit", unit)
-    if line_unit not in UNITS:
-        raise ValueError(f"unit={line_unit!r} is not one of {', '.join(UNITS)}")
+    try:
+        line = _LineDocument.model_validate(record)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = problem["loc"][0]
+        raise ValueError(f"{key}={record[key]!r} {_LineDocument.model_fields[key].description}") from None
     media, files = _media(record, folder)
     sample = media | {name: record[name] for name in ("style", "multi_turn") if name in record}
     sample["branches"] = _branches(record)
     if "task" in record:
         sample.pop("style", None)  # it is the task's, where it may be a list
     example = read_example(json.dumps(sample))
-    use_fractions(example, line_unit)
+    use_fractions(example, line.unit or unit)
     if example.video:
         check_rates(example)
     check_answers(example)
     tasks = ["chat" if isinstance(branch, list) else branch.task for branch in example.branches]
-    return OwnSample(str(key), json.dumps(without_nothing(asdict(example))).encode(), files, tasks)
+    return OwnSample(line.id or f"{number:08d}", json.dumps(without_nothing(asdict(example))).encode(), files, tasks)
 
 
 def _media(record: dict, folder: Path) -> tuple[dict, list[tuple[str, Path]]]:
@@ -79,8 +106,6 @@ def _media(record: dict, folder: Path) -> tuple[dict, list[tuple[str, Path]]]:
         given = {name: record[name] for name in OF_VIDEO if name in record}
         return {"video": {"part": part, **_facts(record["video"], data, video_facts), **given}}, [(part, file)]
     names = record["images"] if "images" in record else [record["image"]]
-    if not isinstance(names, list):
-        raise ValueError("images is not a list")
     images, files = [], []
     for index, name in enumerate(names):
         file, data = _read(folder, name)
@@ -91,7 +116,7 @@ def _media(record: dict, folder: Path) -> tuple[dict, list[tuple[str, Path]]]:
 
 def _branches(record: dict) -> list:
     """The branches of the sample: those of the line, its one conversation, or the task written into it."""
-    keys = record.keys() - set(OF_LINE)
+    keys = record.keys() - set(_LineDocument.model_fields)
     if "task" in record:
         task = {name: record[name] for name in record if name in keys or name == "style"}
         return [_with_groups(task, record)]
@@ -121,10 +146,8 @@ def _is_pair(value) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
 
 
-def _read(folder: Path, name) -> tuple[Path, bytes]:
+def _read(folder: Path, name: str) -> tuple[Path, bytes]:
     """A file of the folder. ValueError: it is elsewhere, not there, or too large."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{name!r} names no file")
     file = (folder / name).resolve()
     if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_relative_to(folder):
         raise ValueError(f"{name} leads out of {folder}")

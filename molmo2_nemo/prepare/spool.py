@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.data.schema import check_branch
-from molmo2_nemo.files import sha256_of_text, sync, write_json
+from molmo2_nemo.files import sha256_of_text, sync
 from molmo2_nemo.prepare.converters import converter_of
 from molmo2_nemo.prepare.converters.common import Clip, Draft, Drop
 from molmo2_nemo.prepare.draft_to_sample import general
+from molmo2_nemo.prepare.records import RowCounts, SpoolMark
 from molmo2_nemo.prepare.shard_plan import VAL, ShardPlan, bucket_of
 
 # Of a small set, at least this many pictures or videos are held out, if that is no more than a tenth of them.
@@ -104,25 +105,24 @@ def write_spool(plan: ShardPlan, folder: Path, shards: list[str], progress: tqdm
     """
     marker = folder / "spool.json"
     wanted = {bucket for shard in shards for bucket in plan.buckets(shard)}
-    mark = {"fingerprint": plan.fingerprint, "buckets": sorted(wanted)}
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads(marker.read_text()) == mark and (plan.work / "rows.json").exists():
-            return
+    mark = SpoolMark(fingerprint=plan.fingerprint, buckets=sorted(wanted))
+    if SpoolMark.read(marker) == mark and RowCounts.read(plan.work / "rows.json"):
+        return
     bound = int(plan.val_share * 2**64)
     rows, lowest = _write_drafts(plan, folder, wanted, bound, progress)
-    least = min(LEAST_VAL, rows["drafts"] // 10, len(lowest) - 1)
+    least = min(LEAST_VAL, rows.drafts // 10, len(lowest) - 1)
     if least > 0 and lowest[least - 1] >= bound:
         # A small set may have too few below the bound: in a second pass those with the lowest hashes are held out.
         rows, _ = _write_drafts(plan, folder, wanted, lowest[least - 1] + 1, progress)
     for path in folder.iterdir():
         sync(path)
-    write_json(plan.work / "rows.json", rows)
-    write_json(marker, mark)
+    rows.write(plan.work / "rows.json")
+    mark.write(marker)
 
 
 def _write_drafts(
     plan: ShardPlan, folder: Path, wanted: set[str], bound: int, progress: tqdm | None
-) -> tuple[dict, list[int]]:
+) -> tuple[RowCounts, list[int]]:
     """One pass over all rows. What has a hash below `bound` is held out.
 
     Returns the numbers of rows, of drafts, and of dropped annotations by reason, and the lowest hashes.
@@ -152,7 +152,7 @@ def _write_drafts(
                 "are its files what conf/datasets.yaml describes?"
             )
     files.flush()
-    return {"rows": num_rows, "drafts": num_drafts, "dropped": dropped}, lowest
+    return RowCounts(rows=num_rows, drafts=num_drafts, dropped=dict(dropped)), lowest
 
 
 def converted(plan: ShardPlan) -> Iterator[list[Draft | Drop]]:

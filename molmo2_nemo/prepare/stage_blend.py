@@ -57,15 +57,16 @@ def licences(catalogue: Catalogue, names: list[str], out: Path) -> str:
     entries = {entry.name: entry.model_dump() for entry in catalogue.sets}
     lines = ["Licences of the data sets in this blend, as their catalogue and the Hub state them. No legal advice.\n"]
     for name in names:
-        entry, made = entries.get(name, {}), read_provenance(out / name) or {}
-        source = made.get("source", {})
+        entry, made = entries.get(name, {}), read_provenance(out / name)
+        source = made.source if made else {}
+        train, val = (made.train_samples, made.val_samples) if made else (0, 0)
         lines.append(
             f"{name}\n"
             f"  licence:  {source.get('license') or entry.get('license') or 'unknown: read the terms at the source'}\n"
             f"  terms:    {entry.get('terms') or '-'}\n"
             f"  from:     {source.get('from') or '-'}\n"
             f"  revision: {source.get('revision') or '-'}\n"
-            f"  samples:  {made.get('train_samples', 0):,} and {made.get('val_samples', 0):,} held out\n"
+            f"  samples:  {train:,} and {val:,} held out\n"
         )
     return "\n".join(lines)
 

@@ -24,6 +24,7 @@ from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.fetch.inventory import with_license
 from molmo2_nemo.files import LockHeld, locked, write_json
 from molmo2_nemo.prepare.dataset_shards import finish, finished, missing_shards, read_provenance, write_shard
+from molmo2_nemo.prepare.records import Provenance
 from molmo2_nemo.prepare.shard_plan import ShardPlan, make_plan
 from molmo2_nemo.prepare.spool import write_spool
 from molmo2_nemo.prepare.stage_blend import write_blends
@@ -67,7 +68,7 @@ class DatasetState:
     entry: dict  # of the catalogue
     optional: bool = False  # no program can fetch it, so that it may be missing
     plan: ShardPlan | None = None  # None: there is nothing to do
-    made: dict | None = None  # provenance.json of the finished set
+    made: Provenance | None = None  # of the finished set
     problem: str | None = None  # why it cannot be prepared
     fetched: bool = True
     note: str | None = None  # what the user should know besides
@@ -150,8 +151,8 @@ def prepare_stage(options: StageOptions) -> PreparedStage:
 def result_of(state: DatasetState) -> dict:
     """What the report says of a set, as JSON."""
     status = "prepared" if state.made else "waiting" if state.note else "not prepared"
-    made = {key: value for key, value in (state.made or {}).items() if key not in ("shards", "fingerprint")}
-    shards = sum(record["samples"] > 0 for record in (state.made or {}).get("shards", []))
+    made = state.made.model_dump(exclude={"shards", "fingerprint"}) if state.made else {}
+    shards = sum(shard.samples > 0 for shard in state.made.shards) if state.made else 0
     return {
         "name": state.name,
         "status": status,
@@ -196,7 +197,7 @@ def examine(state: DatasetState, root: Path, out: Path, options: StageOptions) -
         state.note = f"{state.name}: shards were lost or damaged, and it was prepared again"
     elif made and not options.redo:
         state.made = made
-        if made["fingerprint"] == plan.fingerprint:
+        if made.fingerprint == plan.fingerprint:
             shutil.rmtree(plan.work, ignore_errors=True)  # left by a run that was stopped just before its end
         else:
             state.note = f"{state.name}: its raw data, the code or --shards changed since; --redo prepares it again"

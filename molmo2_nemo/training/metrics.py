@@ -134,7 +134,7 @@ class DataReport:
                 last = f" (the last one: {last})" if last else ""
                 return (
                     f"source {source}: {broken:,} of {seen:,} samples are broken, more than data.max_error_rate="
-                    f"{max_error_rate} allows{last}; mend the source, take it out of data.blend={blend}, or raise "
+                    f"{max_error_rate} allows{last}; fix the source, take it out of data.blend={blend}, or raise "
                     "data.max_error_rate."
                 )
         return None

@@ -232,7 +232,7 @@ def test_a_broken_source_stops_all_ranks_and_another_number_of_them_goes_on(samp
     assert result.returncode != 0 and len(errors) == 1, result.stderr
     assert re.search(
         r"source image_qa: 2\d of 2\d samples are broken, more than data.max_error_rate=0.01 allows \(the last one: "
-        r"train-00000.tar\[\d+\]: .+\); mend",
+        r"train-00000.tar\[\d+\]: .+\); fix",
         errors[0],
     )
     assert result.stdout.count("broken sample: image_qa: train-00000.tar[") == 5

@@ -4,7 +4,8 @@ import ast
 
 import pytest
 
-from molmo2_nemo.prepare.code_hash import CONTENT_MODULES, OTHER_MODULES, PACKAGE, code_hash, hash_of_code
+from molmo2_nemo.paths import PACKAGE
+from molmo2_nemo.prepare.code_hash import CONTENT_MODULES, OTHER_MODULES, code_hash, hash_of_code
 
 SCHEMA = (PACKAGE / "data" / "schema.py").read_text()
 

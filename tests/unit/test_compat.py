@@ -10,9 +10,9 @@ import sys
 
 import pytest
 import torch
+from programs import REPOSITORY
 
 from molmo2_nemo import compat
-from molmo2_nemo.paths import REPOSITORY
 
 LIBRARIES = "torch|numpy|megatron|huggingface_hub|transformers|nemo|av|pydantic|hydra|omegaconf"
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from programs import REPOSITORY
 from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
 
 from molmo2_nemo.config.errors import ConfigError
@@ -26,7 +27,6 @@ from molmo2_nemo.data.processor import build_processor, read_image
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.video import frame_times
 from molmo2_nemo.model.mask import dense_mask
-from molmo2_nemo.paths import REPOSITORY
 
 TOKENIZER_FOLDER = str(REPOSITORY / "molmo2_nemo" / "data" / "tokenizer")
 TOKENIZER = AutoTokenizer.from_pretrained(TOKENIZER_FOLDER)

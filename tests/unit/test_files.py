@@ -10,10 +10,10 @@ import sys
 import tracemalloc
 
 import pytest
+from programs import REPOSITORY
 
 from molmo2_nemo.catalogue.raw import json_items, json_values, read_rows
 from molmo2_nemo.files import LockHeld, locked, publish, sha256_of, sha256_of_text, write_atomically, write_json
-from molmo2_nemo.paths import REPOSITORY
 
 # Takes the lock, forks a process that goes on alone, prints the other's id, and waits to be killed.
 HOLDER = """

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import REPOSITORY
 
 from molmo2_nemo.config.schema import VisionConfig
 from molmo2_nemo.data.encode import ROOT_SEGMENT, SamplePlan, dropped
 from molmo2_nemo.data.packing import RESOLUTION, ROWS_WITHOUT_OLDEST, Row, collate, enough_wait, make_row, select
 from molmo2_nemo.data.processor import VisualInputs, build_processor
-from molmo2_nemo.paths import REPOSITORY
 
 _spec = importlib.util.spec_from_file_location("bench_packing", REPOSITORY / "tools" / "bench" / "packing.py")
 bench = importlib.util.module_from_spec(_spec)

@@ -21,12 +21,12 @@ from megatron.energon import (
     stateless,
 )
 from PIL import Image
+from programs import REPOSITORY
 
 from molmo2_nemo.data.points import Points, Tracks, parse, render_content
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.tasks import converse
 from molmo2_nemo.files import published
-from molmo2_nemo.paths import REPOSITORY
 from molmo2_nemo.prepare.sample_world import write
 from molmo2_nemo.prepare.sample_world.drawing import render
 from molmo2_nemo.prepare.sample_world.scenes import BACKGROUNDS, COLOURS, DIRECTIONS, FPS, SHAPES

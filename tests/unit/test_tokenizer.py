@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from programs import REPOSITORY
 from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
 
 from molmo2_nemo.config.schema import EXTRA_TOKENS
-from molmo2_nemo.paths import REPOSITORY
 
 ROOT = REPOSITORY
 FOLDER = ROOT / "molmo2_nemo" / "data" / "tokenizer"

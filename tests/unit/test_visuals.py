@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from programs import REPOSITORY
 from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
 from transformers.video_utils import load_video
 
@@ -21,7 +22,6 @@ from molmo2_nemo import limits
 from molmo2_nemo.config.schema import VisionConfig
 from molmo2_nemo.data.processor import VisualInputs, build_processor, read_image
 from molmo2_nemo.data.video import pick_frames
-from molmo2_nemo.paths import REPOSITORY
 
 TOKENIZER_FOLDER = str(REPOSITORY / "molmo2_nemo" / "data" / "tokenizer")
 TOKENIZER = AutoTokenizer.from_pretrained(TOKENIZER_FOLDER)

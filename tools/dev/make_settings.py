@@ -18,9 +18,9 @@ import typing
 import yaml
 
 from molmo2_nemo.config import schema
-from molmo2_nemo.paths import CONF_DIR, REPOSITORY
+from molmo2_nemo.paths import CONF_DIR, ROOT
 
-PAGE = REPOSITORY / "docs" / "settings.md"
+PAGE = ROOT / "docs" / "settings.md"
 INTRODUCTION = """\
 # All settings
 
@@ -158,12 +158,12 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if PAGE.is_file() and PAGE.read_text() == text:
-        print(f"{PAGE.relative_to(REPOSITORY)} is up to date")
+        print(f"{PAGE.relative_to(ROOT)} is up to date")
     elif arguments.check:
-        sys.exit(f"error: {PAGE.relative_to(REPOSITORY)} is out of date: run python tools/dev/make_settings.py.")
+        sys.exit(f"error: {PAGE.relative_to(ROOT)} is out of date: run python tools/dev/make_settings.py.")
     else:
         PAGE.write_text(text)
-        print(f"wrote {PAGE.relative_to(REPOSITORY)}")
+        print(f"wrote {PAGE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from molmo2_nemo.data.tasks import COUNT_ONLY, COUNT_THEN_POINTS, POINTS_ONLY, POINTS_THEN_COUNT
+from molmo2_nemo.prepare.annotations import UNITS
 from molmo2_nemo.prepare.converters.common import (
     Clip,
     Converter,
@@ -37,7 +38,6 @@ from molmo2_nemo.prepare.converters.common import (
     question,
     xy,
 )
-from molmo2_nemo.prepare.media import UNITS
 
 # Kind -> columns that it needs, the most specific kind first.
 KINDS = {
