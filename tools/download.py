@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from molmo2_nemo.catalogue.datasets import CATEGORIES, CONF_FILE, load_catalogue
+from molmo2_nemo.fetch.rules import Rules
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -70,26 +71,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--speed", type=size, metavar="BYTES/S", help="such as 50MB (default: as measured by earlier fetches)"
     )
     fetching = commands.add_parser("fetch", parents=both, help="download data sets")
-    fetching.add_argument("--jobs", type=positive, default=32, help="files to download at once (default 32)")
     fetching.add_argument(
-        "--per-host", type=positive, default=4, help="files to download at once from one host (default 4)"
+        "--jobs", type=positive, default=Rules.jobs, help="files to download at once (default %(default)s)"
+    )
+    fetching.add_argument(
+        "--per-host", type=positive, default=Rules.per_host, help="of these from one host (default %(default)s)"
     )
     fetching.add_argument("--limit", type=positive, metavar="N", help="download a sample: media of the first N rows")
     fetching.add_argument(
         "--max-bytes", type=size, metavar="BYTES", help="stop after downloading this much, such as 50GB"
     )
     fetching.add_argument(
-        "--max-file-bytes", type=size, default=64 * 2**20, help="largest picture or video of a list (default 64 MiB)"
+        "--max-file-bytes",
+        type=size,
+        default=Rules.max_file_bytes,
+        help="largest picture or video of a list (default 64 MiB)",
     )
-    fetching.add_argument("--tries", type=positive, default=3, help="attempts for each file in a run (default 3)")
+    fetching.add_argument(
+        "--tries", type=positive, default=Rules.tries, help="attempts for each file in a run (default %(default)s)"
+    )
     fetching.add_argument(
         "--timeout",
         type=seconds,
-        default=20.0,
-        help="seconds to connect, to get an answer, and over which --min-rate is measured (default 20)",
+        default=Rules.timeout,
+        help="seconds to connect, to get an answer, and over which --min-rate is measured (default %(default)s)",
     )
     fetching.add_argument(
-        "--min-rate", type=size, default=1024, metavar="BYTES/S", help="drop slower connections (default 1024)"
+        "--min-rate",
+        type=size,
+        default=Rules.min_rate,
+        metavar="BYTES/S",
+        help="drop slower connections (default %(default)s)",
     )
     fetching.add_argument("--retry-lost", action="store_true", help="try lost addresses again before their date")
     fetching.add_argument(
@@ -215,7 +227,7 @@ def show_plan(catalogue, entries, options) -> int:
 def fetch(catalogue, entries, options) -> int:
     from molmo2_nemo.fetch.data_set import FetchOptions, FetchResult, Meter, fetch_set
     from molmo2_nemo.fetch.inventory import root_trouble
-    from molmo2_nemo.fetch.web import OutOfBytes, Rules
+    from molmo2_nemo.fetch.web import OutOfBytes
     from molmo2_nemo.files import is_disk_error
 
     trouble = root_trouble(options.root)

@@ -47,8 +47,9 @@ from molmo2_nemo.fetch.on_disk import (
     shared_homes,
     unpacked_as,
 )
+from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.fetch.url_list import DownloadProgress, NoNetwork, Wanted, fetch_list, remove_duplicates
-from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, download, publish, session
+from molmo2_nemo.fetch.web import Lost, OutOfBytes, download, publish, session
 from molmo2_nemo.fetch.youtube import fetch_videos
 from molmo2_nemo.files import LockHeld, is_disk_error, locked, sha256_of, sha256_of_text, write_json
 

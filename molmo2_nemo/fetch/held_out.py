@@ -6,7 +6,7 @@ from pathlib import Path
 from molmo2_nemo.catalogue.datasets import HeldOut, HubFiles
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, column_values
 from molmo2_nemo.fetch import hub
-from molmo2_nemo.fetch.web import Rules
+from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.files import locked
 
 

@@ -28,7 +28,8 @@ from molmo2_nemo import compat
 from molmo2_nemo.catalogue.datasets import HubFiles
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES
 from molmo2_nemo.fetch.media_check import instead_of_file
-from molmo2_nemo.fetch.web import USER_AGENT, Lost, OutOfBytes, Rules, check_address, retry_after
+from molmo2_nemo.fetch.rules import Rules
+from molmo2_nemo.fetch.web import USER_AGENT, Lost, OutOfBytes, check_address, retry_after
 from molmo2_nemo.files import is_disk_error, locked, publish, sha256_of_text, write_json
 
 SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test")

@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 from molmo2_nemo.catalogue.raw import MEDIA_SUFFIXES, media_name
 from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.media_check import BadContent, check_image, check_video, dhash
-from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, Unreachable, download, publish, session
+from molmo2_nemo.fetch.rules import Rules
+from molmo2_nemo.fetch.web import Lost, OutOfBytes, Unreachable, download, publish, session
 from molmo2_nemo.files import locked, sha256_of
 
 # Days until an address is tried again, by the kind of failure. For `later` they grow with the number of failed runs.

@@ -12,7 +12,6 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -20,6 +19,7 @@ import yarl
 from pydantic import BaseModel, ConfigDict
 
 from molmo2_nemo import __version__, files
+from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.files import is_disk_error
 
 USER_AGENT = f"molmo2-nemo/{__version__} (research data set download)"
@@ -30,23 +30,6 @@ FORBIDDEN = {401, 402, 403, 407}
 RESUMABLE_BYTES = 2**20
 CHUNK = 2**18
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Limits of a download."""
-
-    jobs: int = 32  # files at once
-    per_host: int = 4  # of them from one host
-    tries: int = 3  # of one file in a run
-    timeout: float = 20.0  # s to connect, to get an answer, and over which `min_rate` is measured
-    min_rate: float = 1024.0  # bytes/s
-    max_seconds: float = 900.0  # s for one file; a large one is resumed by the next run
-    max_file_bytes: int = 64 * 2**20
-    max_redirects: int = 6
-    max_wait: float = 60.0  # s that a Retry-After header may delay a host's files
-    backoff: float = 1.0  # s before the second try, doubled for each further one
-    allow_private: bool = False  # addresses of this machine and its network
 
 
 class Lost(Exception):

@@ -28,8 +28,9 @@ from molmo2_nemo.fetch.inventory import doctor, plan_downloads, state_of
 from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.media_check import BadContent, check_image
 from molmo2_nemo.fetch.on_disk import broken_files
+from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.fetch.url_list import DownloadProgress, NoNetwork, Wanted, fetch_list, remove_duplicates
-from molmo2_nemo.fetch.web import Lost, Rules, check_address, is_private
+from molmo2_nemo.fetch.web import Lost, check_address, is_private
 
 # Short, so that what hangs is given up soon; 127.0.0.1 must be allowed.
 RULES = Rules(jobs=16, per_host=16, tries=3, timeout=0.6, backoff=0.01, allow_private=True)

@@ -19,8 +19,8 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.fetch.url_list import Wanted, fetch_list
-from molmo2_nemo.fetch.web import Rules
 
 
 def picture(kilobytes: int) -> bytes:
