@@ -1,13 +1,13 @@
-"""Get the raw data sets of conf/datasets.yaml. docs/datasets.md says more.
+"""Download the raw data sets of conf/datasets.yaml; docs/datasets.md describes how.
 
     python tools/download.py list --stage 1                       # what there is, its licence, its state on the disk
     python tools/download.py plan --stage 2 --budget 1TB          # what fits, in which order, how long
     python tools/download.py fetch pixmo-cap chartqa --jobs 32    # or --stage 1; --limit 1000 gets a sample
-    python tools/download.py how docvqa                           # what is for you to get, and where it goes
-    python tools/download.py doctor                               # what is broken or missing, and what mends it
+    python tools/download.py how docvqa                           # what you have to provide, and where it goes
+    python tools/download.py doctor                               # what is broken or missing, and how to fix it
 
-They go to raw/NAME under --root (DATA_ROOT, else data). Everything can be stopped at any time and run again. Exit
-status of fetch: 0 all is there, 1 something is not, 3 the disk is full, 4 --max-bytes is used up, 130 interrupted.
+Files go to raw/NAME under --root (default: DATA_ROOT, else data). A command can be stopped at any time and run again.
+Exit status of fetch: 0 complete, 1 something is missing, 3 the disk is full, 4 --max-bytes is used up, 130 interrupted.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from molmo2_nemo.catalogue.datasets import CATEGORIES, CONF_FILE, load_catalogue
+from molmo2_nemo.fetch.rules import Rules
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; run the same command again to continue", file=sys.stderr)
         return 130
 
 
@@ -53,49 +54,72 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     shared.add_argument("--catalogue", type=Path, default=CONF_FILE, help="another catalogue than conf/datasets.yaml")
     shared.add_argument("--json", action="store_true", help="print JSON")
     choice = argparse.ArgumentParser(add_help=False)
-    choice.add_argument("names", nargs="*", metavar="NAME", help="data sets; none: all of the stage, or all")
-    choice.add_argument("--stage", type=int, choices=(1, 2, 3), help="those of a stage")
-    choice.add_argument("--category", choices=CATEGORIES, help="those of a category")
+    choice.add_argument("names", nargs="*", metavar="NAME", help="data sets (default: all of the stage, or all)")
+    choice.add_argument("--stage", type=int, choices=(1, 2, 3), help="data sets of a stage")
+    choice.add_argument("--category", choices=CATEGORIES, help="data sets of a category")
     choice.add_argument(
-        "--only-license", nargs="+", metavar="LICENSE", help="those under one of these, e.g. odc-by cc-by"
+        "--only-license",
+        nargs="+",
+        metavar="LICENSE",
+        help="data sets under one of these licences, such as odc-by cc-by",
     )
     both = [shared, choice]
     commands.add_parser("list", parents=both, help="data sets and their state")
     planning = commands.add_parser("plan", parents=both, help="what fits in a budget, in which order, how long")
-    planning.add_argument("--budget", type=size, help="bytes, as 500GB or 1TB (default: what is free)")
-    planning.add_argument("--speed", type=size, metavar="BYTES/S", help="as 50MB (default: as measured before)")
-    fetching = commands.add_parser("fetch", parents=both, help="get data sets")
-    fetching.add_argument("--jobs", type=positive, default=32, help="files at once (default 32)")
-    fetching.add_argument("--per-host", type=positive, default=4, help="of them from one host (default 4)")
-    fetching.add_argument("--limit", type=positive, metavar="N", help="a sample: media of the first N rows")
+    planning.add_argument("--budget", type=size, help="bytes, such as 500GB or 1TB (default: the free space)")
+    planning.add_argument(
+        "--speed", type=size, metavar="BYTES/S", help="such as 50MB (default: as measured by earlier fetches)"
+    )
+    fetching = commands.add_parser("fetch", parents=both, help="download data sets")
     fetching.add_argument(
-        "--max-bytes", type=size, metavar="BYTES", help="stop after so many from the network, as 50GB"
+        "--jobs", type=positive, default=Rules.jobs, help="files to download at once (default %(default)s)"
     )
     fetching.add_argument(
-        "--max-file-bytes", type=size, default=64 * 2**20, help="of a picture or video (default 64 MiB)"
+        "--per-host", type=positive, default=Rules.per_host, help="of these from one host (default %(default)s)"
     )
-    fetching.add_argument("--tries", type=positive, default=3, help="of a file in a run (default 3)")
+    fetching.add_argument("--limit", type=positive, metavar="N", help="download a sample: media of the first N rows")
     fetching.add_argument(
-        "--timeout", type=seconds, default=20.0, help="s to connect, to answer, to keep --min-rate (20)"
-    )
-    fetching.add_argument(
-        "--min-rate", type=size, default=1024, metavar="BYTES/S", help="slower is dropped (default 1024)"
-    )
-    fetching.add_argument("--retry-lost", action="store_true", help="ask dead addresses again before their date")
-    fetching.add_argument(
-        "--verify", action="store_true", help="read all that is there, and get again what has changed"
+        "--max-bytes", type=size, metavar="BYTES", help="stop after downloading this much, such as 50GB"
     )
     fetching.add_argument(
-        "--deduplicate", action="store_true", help="drop pictures that look like another of their set"
+        "--max-file-bytes",
+        type=size,
+        default=Rules.max_file_bytes,
+        help="largest picture or video of a list (default 64 MiB)",
     )
-    fetching.add_argument("--remove-archives", action="store_true", help="once they are unpacked")
-    fetching.add_argument("--allow-private", action="store_true", help="follow addresses of this machine and network")
-    fetching.add_argument("--quiet", action="store_true", help="no progress, one line for each set")
-    commands.add_parser("how", parents=both, help="what is for the user to get, and where it goes")
-    checking = commands.add_parser("doctor", parents=both, help="what is broken or missing, and what mends it")
+    fetching.add_argument(
+        "--tries", type=positive, default=Rules.tries, help="attempts for each file in a run (default %(default)s)"
+    )
+    fetching.add_argument(
+        "--timeout",
+        type=seconds,
+        default=Rules.timeout,
+        help="seconds to connect, to get an answer, and over which --min-rate is measured (default %(default)s)",
+    )
+    fetching.add_argument(
+        "--min-rate",
+        type=size,
+        default=Rules.min_rate,
+        metavar="BYTES/S",
+        help="drop slower connections (default %(default)s)",
+    )
+    fetching.add_argument("--retry-lost", action="store_true", help="try lost addresses again before their date")
+    fetching.add_argument(
+        "--verify", action="store_true", help="read all files that are there, and download changed ones again"
+    )
+    fetching.add_argument(
+        "--deduplicate", action="store_true", help="remove pictures that look like another of their set"
+    )
+    fetching.add_argument("--remove-archives", action="store_true", help="remove archives once they are unpacked")
+    fetching.add_argument(
+        "--allow-private", action="store_true", help="allow addresses of this machine and its network"
+    )
+    fetching.add_argument("--quiet", action="store_true", help="print no progress, only one line for each set")
+    commands.add_parser("how", parents=both, help="what you have to provide, and where it goes")
+    checking = commands.add_parser("doctor", parents=both, help="what is broken or missing, and how to fix it")
     checking.add_argument("--deep", action="store_true", help="read every byte")
     options = parser.parse_args(arguments)
-    # What a command must say again to mean the same files.
+    # Options that a suggested command must repeat to mean the same files.
     said = [("--root", options.root), ("--catalogue", options.catalogue if options.catalogue != CONF_FILE else None)]
     options.again = "".join(f" {name} {shlex.quote(str(value))}" for name, value in said if value is not None)
     options.root = (options.root or Path(os.environ.get("DATA_ROOT") or "data")).expanduser()
@@ -129,7 +153,7 @@ def seconds(text: str) -> float:
 
 
 def chosen(catalogue, options) -> list:
-    """The sets that the command is about, in the catalogue's order or in that of the names."""
+    """The data sets that the options select, in the catalogue's order or in that of the names."""
     entries = catalogue.find(options.names) if options.names else catalogue.sets
     if options.stage:
         entries = [entry for entry in entries if options.stage in entry.stages]
@@ -140,7 +164,7 @@ def chosen(catalogue, options) -> list:
 
         entries = with_license(entries, options.only_license, options.root)
     if not entries:
-        raise ValueError("no data set is meant: loosen --stage, --category or --only-license.")
+        raise ValueError("no data set is selected: loosen --stage, --category or --only-license.")
     return entries
 
 
@@ -203,12 +227,12 @@ def show_plan(catalogue, entries, options) -> int:
 def fetch(catalogue, entries, options) -> int:
     from molmo2_nemo.fetch.data_set import FetchOptions, FetchResult, Meter, fetch_set
     from molmo2_nemo.fetch.inventory import root_trouble
-    from molmo2_nemo.fetch.web import OutOfBytes, Rules
+    from molmo2_nemo.fetch.web import OutOfBytes
     from molmo2_nemo.files import is_disk_error
 
     trouble = root_trouble(options.root)
     if trouble and options.root.exists() | options.root.is_symlink():
-        raise ValueError(f"{trouble.what}: {trouble.mend}.")
+        raise ValueError(f"{trouble.what}: {trouble.fix}.")
     rules = Rules(
         jobs=options.jobs,
         per_host=options.per_host,
@@ -238,11 +262,15 @@ def fetch(catalogue, entries, options) -> int:
             except OutOfBytes as error:
                 result, status = FetchResult(entry.name, "part", f"{error}; run it again for more"), 4
             except OSError as error:
-                if isinstance(error, PermissionError):  # maybe of this set's folder alone
-                    reason = f"no right to write {error.filename or options.root}: doctor says what mends it"
+                if isinstance(error, PermissionError):  # perhaps only of this set's folder
+                    reason = (
+                        f"no right to write {error.filename or options.root}: run doctor for the command that fixes it"
+                    )
                     result = FetchResult(entry.name, "failed", reason)
                 elif is_disk_error(error):
-                    room = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend it"
+                    room = (
+                        "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "repair the disk"
+                    )
                     reason = f"cannot write under {options.root} ({error.strerror}); {room} and run it again"
                     result, status = FetchResult(entry.name, "part", reason), 3
                 else:
@@ -256,11 +284,11 @@ def fetch(catalogue, entries, options) -> int:
             break
     if options.json:
         print(json.dumps([asdict(result) for result in results], indent=1))
-    # Sets by hand are no failure of a stage; of names they are.
+    # A set that the user must provide is no failure of a whole stage, but it is one if it was named.
     fine = {"complete", "sample"} | (set() if options.names else {"by hand", "refused"})
     open_sets = [result.name for result in results if result.state not in fine]
     if open_sets and not options.json and len(entries) > 1:
-        print(f"not there yet: {', '.join(open_sets)}", file=sys.stderr)
+        print(f"not complete: {', '.join(open_sets)}", file=sys.stderr)
     return status or (1 if open_sets else 0)
 
 
@@ -280,10 +308,12 @@ def diagnose(catalogue, entries, options) -> int:
         print(as_json(problems))
         return 1 if problems else 0
     for problem in problems:
-        print(f"{problem.name}: {problem.what}\n    {problem.mend}")
+        print(f"{problem.name}: {problem.what}\n    {problem.fix}")
     states = [state_of(entry, options.root) for entry in entries]
     there = len(states) - states.count("-") - states.count("refused")
-    print(f"{len(problems)} problem(s); {states.count('complete')} complete, {there} begun of {len(entries)} data sets")
+    print(
+        f"{len(problems)} problem(s); {states.count('complete')} complete, {there} started, of {len(entries)} data sets"
+    )
     return 1 if problems else 0
 
 

@@ -1,4 +1,4 @@
-"""Get the raw data sets of stage 1: tools/download.py fetch --stage 1, and its options.
+"""Download the raw data sets of stage 1: the same as tools/download.py fetch --stage 1, with its options.
 
 python tools/download_stage1_pretraining.py [--limit 1000] [--jobs 32] [--max-bytes 500GB] ...
 """

@@ -1,4 +1,4 @@
-"""Get the raw data sets of stage 2: tools/download.py fetch --stage 2, and its options.
+"""Download the raw data sets of stage 2: the same as tools/download.py fetch --stage 2, with its options.
 
 python tools/download_stage2_sft.py [--limit 1000] [--jobs 32] [--max-bytes 500GB] ...
 """

@@ -1,6 +1,6 @@
 """The catalogue of data sets, conf/datasets.yaml, typed and checked.
 
-One entry is all that a data set needs when its raw form is a known one; the least that an entry says is
+A data set whose raw form is a known one needs nothing but an entry here. The shortest entry is
 
     - name: my-set
       source: {kind: hf, hf: {repo: me/my-set, split: train}}
@@ -35,7 +35,7 @@ CATEGORIES = (
     "text",
     "own",
 )
-# Media that no program can get: somebody puts them into manual/.
+# Media that no program can download: the user puts them into manual/.
 BY_HAND = ("manual", "youtube-ids", "render", "unknown")
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -46,7 +46,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class _Strict(BaseModel):
-    """No unknown keys, no conversions: "3" is not a number."""
+    """Refuses unknown keys, and converts nothing: "3" is not a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -116,7 +116,7 @@ class MediaSource(_Strict):
 
 
 class HeldOut(_Strict):
-    """A list of pictures that training must not see; no list of addresses gets them."""
+    """A list of evaluation pictures: training must not see them, so they are not downloaded."""
 
     repo: Repo
     revision: Revision | None = None
@@ -165,7 +165,7 @@ class DataSet(_Strict):
 
     @property
     def unsure(self) -> str | None:
-        """Why nothing of this set is fetched: what it holds would be guessed. None: it is known."""
+        """Why nothing of this set is fetched: its source or its columns are uncertain. None: both are known."""
         if self.confidence == "unsure":
             return f"which data set this is, is not certain ({self.note})" if self.note else "its source is not certain"
         if self.fields is None:
@@ -174,7 +174,7 @@ class DataSet(_Strict):
 
     @property
     def by_hand(self) -> bool:
-        """Something of this set must be got by the user."""
+        """Whether the user must provide some of this set's files."""
         return self.source.kind == "manual" or self.media.kind in BY_HAND
 
     @property
@@ -223,7 +223,7 @@ class Catalogue(_Strict):
 
     @cached_property
     def sets(self) -> list[DataSet]:
-        """Entries without those that stand for others."""
+        """Entries, except those that stand for a group of others."""
         return [entry for entry in self.datasets if not entry.group_of]
 
     def of_stage(self, stage: int) -> list[DataSet]:
@@ -247,7 +247,7 @@ class Catalogue(_Strict):
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Refuses a key that is given twice; the last would silently win."""
+    """Refuses a key that is given twice; YAML would silently take the last."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
@@ -272,16 +272,16 @@ def load_catalogue(path: Path = CONF_FILE) -> Catalogue:
 
 
 def _sentence(error: dict, values: dict) -> str:
-    """The first mistake that pydantic found, for a person."""
+    """A sentence about the first mistake that pydantic found."""
     where, place = "the catalogue", list(error["loc"])
     if place[:1] == ["datasets"] and len(place) > 1:
         entry = values["datasets"][place[1]]
         name = entry.get("name") if isinstance(entry, dict) else None
         where, place = f"data set {name}" if name else f"entry {place[1] + 1} of datasets", place[2:]
-    # Parts of a union are named by their type, which says nothing to a person.
+    # Pydantic names the members of a union by their type, which does not help the user.
     key = ".".join(str(part) for part in place if not re.match(r"^(list|dict|constrained|str$|int$)", str(part)))
     if error["type"] == "extra_forbidden":
-        return f"{where} has the unknown key {key}: remove it or mend its spelling"
+        return f"{where} has the unknown key {key}: remove it or correct its spelling"
     if error["type"] == "missing":
         return f"{where} lacks the key {key}: add it"
     if error["type"] == "value_error":

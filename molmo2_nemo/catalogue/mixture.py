@@ -15,7 +15,7 @@ from molmo2_nemo.catalogue.datasets import Catalogue, DataSet
 
 
 def blends(catalogue: Catalogue) -> dict[str, tuple[str, dict]]:
-    """Name -> (what it is, the blend) of each blend."""
+    """Name of each blend -> (its description, the blend)."""
     later = catalogue.of_stage(2)
     ratios = {e.name: {"path": e.name, "weight": rounded(100 * e.ratio)} for e in catalogue.of_stage(1)}
     return {
@@ -35,7 +35,7 @@ def blends(catalogue: Catalogue) -> dict[str, tuple[str, dict]]:
 
 
 def options(entry: DataSet) -> dict:
-    """How samples of an entry are treated after stage 1."""
+    """Options of an entry's samples in stages 2 and 3."""
     values = {}
     if entry.loss_weight not in (None, "default"):
         values["token_weight"] = float(entry.loss_weight.split("-")[1])
@@ -71,7 +71,7 @@ def flat_weights(members: list[DataSet]) -> dict[str, dict]:
 
 
 def roots(members: list[DataSet]) -> dict[str, dict]:
-    """Sizes in the place of the true ones, and factors of the square roots, where the code has them."""
+    """Sizes that replace the true ones, and factors of the square roots, where the public code has them."""
     known = [entry for entry in members if entry.sft["code_datasets"]]
     values = {entry.name: root(entry) for entry in known}
     for entry in members:

@@ -1,13 +1,13 @@
-"""A data set as it was fetched: rows of its annotations, and the files that they name.
+"""Read a data set as it was fetched: the rows of its annotations, and the media files that they name.
 
     $DATA_ROOT/raw/NAME/
       hub/            annotation files as they were published (those of the Hub's repository, or of plain addresses)
       media/          pictures and videos of a list of addresses: sha256(url)[:2]/sha256(url).EXT
       extracted/      a folder for each archive, with its contents
-      manual/         what only the user could get, in the layout of `tools/download.py how NAME`
+      manual/         what the user provides, in the layout of `tools/download.py how NAME`
       fetched.json    written last: name, revision, license, splits, counts, bytes, time, complete
 
-tools/download.py writes it. This module only reads, keeps one batch of rows in memory, and may be used by many
+tools/download.py writes this folder. This module only reads, holds one batch of rows in memory, and may be used by many
 processes at once.
 """
 
@@ -30,7 +30,7 @@ from molmo2_nemo.files import sha256_of_text
 MEDIA_SUFFIXES = tuple(dict.fromkeys((*limits.DOWNLOADED_IMAGES.values(), *limits.DOWNLOADED_VIDEOS.values())))
 ROW_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
 SPLITS = ("train", "validation", "val", "test")
-# More folders in extracted/ or manual/ are not looked through one by one.
+# With more folders than this in extracted/ or manual/, they are not searched one by one.
 MAX_FOLDERS = 64
 # Rows held at once; a row may hold pictures.
 BATCH_ROWS = 64
@@ -47,7 +47,7 @@ class UnreadableFile(ValueError):
 
 
 def media_name(url: str) -> str:
-    """Path, relative to media/ and without its suffix, of what the address holds."""
+    """Path, relative to media/ and without suffix, of the file from this address."""
     digest = sha256_of_text(url)
     return f"{digest[:2]}/{digest}"
 
@@ -88,7 +88,7 @@ class RawSource:
 
     @cached_property
     def info(self) -> FetchNote:
-        """fetched.json. ValueError: it is not there, so that nothing of this set is known to be whole."""
+        """What fetched.json says. ValueError, one sentence: it is missing or broken, so the set is not fetched."""
         try:
             return _NOTE.validate_json((self.folder / "fetched.json").read_bytes())
         except (OSError, ValueError) as error:
@@ -109,9 +109,9 @@ class RawSource:
         return [self.folder / name for name in dict.fromkeys(chosen)]
 
     def rows(self, split: str | None = None) -> Iterator[dict]:
-        """Rows of parquet, JSON lines, JSON (a list's items, or one object), CSV and TSV files with a head line.
+        """Rows of parquet, JSON lines, JSON (a list's items, or one object), CSV and TSV files with a header line.
 
-        Rows that the catalogue's filter does not mean are left out; a sample (`fetch --limit N`) ends after N rows.
+        Rows that the catalogue's filter does not select are left out; a sample (`fetch --limit N`) ends after N rows.
         ValueError, one sentence: a file cannot be read.
         """
         left, condition = self.info.get("limit"), self.info.get("filter")
@@ -130,7 +130,7 @@ class RawSource:
     def media(self, key: str) -> Path | None:
         """The file of an address or of a relative name in a row; None: it was lost, held out, or never fetched.
 
-        A name is looked for in media/, extracted/, each archive's folder, manual/ and hub/. One that is not there is
+        A name is searched for in media/, extracted/, each archive's folder, manual/ and hub/. One that is not there is
         tried again without its first folders, as long as a folder is left.
         """
         if "://" in key:
@@ -155,12 +155,12 @@ class RawSource:
             folder = self.folder / name
             inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
             inside = [path for path in inside if not path.name.startswith(".")]
-            # Where each of thousands of videos came as an archive, names begin with the archive's.
+            # If each of thousands of videos has an archive of its own, names begin with the archive's name.
             roots += [folder, *(inside if len(inside) <= MAX_FOLDERS else [])]
         return [root for root in (*roots, self.folder / "hub") if root.is_dir()]
 
     def _guessed_splits(self) -> dict[str, list[str]]:
-        """Of files that were put there without fetched.json's list: by the first word of a file or its folder."""
+        """Splits of files in hub/ that fetched.json does not list: by the first word of a file or its folder."""
         splits: dict[str, list[str]] = {}
         for path in sorted((self.folder / "hub").rglob("*")):
             relative = path.relative_to(self.folder)
@@ -280,7 +280,7 @@ def column_values(path: Path, columns: list[str]) -> Iterator[dict]:
 
 
 def matches(row: dict, condition: str | None) -> bool:
-    """Does a row meet "COLUMN == VALUE"?"""
+    """Whether a row meets a condition "COLUMN == VALUE"; without a condition, every row does."""
     column, _, value = (condition or "").partition("==")
     return not condition or str(row.get(column.strip())) == value.strip()
 
@@ -313,7 +313,7 @@ def _parquet(path: Path):
 
 
 def _arrow_rows(path: Path) -> Iterator[dict]:
-    """Of a file that the library `datasets` saved (save_to_disk: Arrow's stream format)."""
+    """Rows of a file that `datasets.save_to_disk` wrote, in Arrow's stream format."""
     try:
         from pyarrow import ipc, memory_map
     except ImportError as error:

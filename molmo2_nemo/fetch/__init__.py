@@ -1,1 +1,1 @@
-"""Getting the raw data: Hub repositories, lists of addresses, archives, and what the user puts there by hand."""
+"""Downloading raw data: Hub repositories, lists of addresses, archives, and files that the user provides by hand."""

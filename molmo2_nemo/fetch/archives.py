@@ -1,8 +1,8 @@
-"""Unpacking archives from strangers: nothing leaves its folder, nothing explodes, and what was stopped goes on.
+"""Unpack untrusted archives: no member leaves the folder, sizes are limited, and an interrupted unpacking is resumed.
 
-extracted/.part-NAME-SHA/         members so far, each written aside and renamed
-extracted/.part-NAME-SHA.inside/  the same of archives inside, each of which becomes a folder of its name
-extracted/NAME/                   all of them: renamed in one step
+extracted/.part-NAME-SHA/         members so far, each written to a temporary file and renamed
+extracted/.part-NAME-SHA.inside/  the same for archives inside the archive, each of which becomes a folder of its name
+extracted/NAME/                   all members; the folder gets this name when they are complete
 """
 
 import bz2
@@ -27,10 +27,11 @@ from molmo2_nemo import compat
 from molmo2_nemo.files import is_disk_error, sha256_of, write_json
 
 CHUNK = 2**20
-# Archives in an archive are unpacked, and those in them; deeper ones stay as they are.
+# Archives inside an archive are unpacked, and those inside these; deeper ones stay packed.
 MAX_DEPTH = 2
 SUFFIXES = (".tar.gz", ".tar.bz2", ".tar.xz", ".tgz", ".tbz2", ".txz", ".tar", ".zip")
-BROKEN = (
+# What Python's readers raise for a broken archive.
+READ_ERRORS = (
     OSError,
     EOFError,
     ValueError,
@@ -46,12 +47,12 @@ BROKEN = (
 
 @dataclass(frozen=True)
 class Bounds:
-    """What an archive may grow to, with all that is in archives inside."""
+    """What an archive may grow to, including the archives inside."""
 
     max_files: int = 5_000_000
     max_bytes: int = 4 * 10**12
     max_ratio: float = 200.0  # of the archive's size; pictures and videos hardly shrink, texts by 3 to 20
-    free_ratio_bytes: int = 256 * 2**20  # up to which the ratio does not count
+    free_ratio_bytes: int = 256 * 2**20  # the ratio counts only above this
     keep_free: int = 2**30  # bytes of the disk, at most a hundredth of it
 
 
@@ -61,11 +62,11 @@ class Extracted:
 
     files: int = 0
     bytes: int = 0
-    content: str = ""  # of names and bytes, see `content_of`
+    content: str = ""  # hash of all names and bytes, see `content_of`
     links: int = 0  # left out
-    repeated: int = 0  # of a name that was there already, left out
+    repeated: int = 0  # left out, since their name was there already
     inside: int = 0  # archives inside, unpacked
-    packed: int = 0  # archives inside that stay as they are: broken, locked, too deep, of a kind that is not unpacked
+    packed: int = 0  # archives inside that stay packed: broken, encrypted, too deep, or of an unsupported kind
 
 
 COUNTS = ("files", "bytes", "links", "repeated", "inside", "packed")
@@ -92,12 +93,12 @@ class _Work:
     bytes: int = 0
 
     def grow(self, length: int) -> None:
-        """BadArchive: with one more file of this length it is too much."""
+        """Count one more file of `length` bytes. BadArchive: that exceeds the bounds."""
         self.files, self.bytes = self.files + 1, self.bytes + length
         if self.files > self.bounds.max_files:
             raise BadArchive(f"more than {self.bounds.max_files:,} files")
         if self.bytes > self.allowed:
-            raise BadArchive(f"more than {self.allowed:,} bytes from {self.size:,}: it explodes")
+            raise BadArchive(f"more than {self.allowed:,} bytes from {self.size:,}: refused as a decompression bomb")
 
     @property
     def allowed(self) -> int:
@@ -105,11 +106,11 @@ class _Work:
 
 
 class BadArchive(Exception):
-    """It cannot be unpacked, or must not be; the message says why."""
+    """An archive cannot be unpacked, or must not be; the message says why."""
 
 
 class Unreadable(BadArchive):
-    """Broken or locked, in contrast to hostile."""
+    """An archive is broken, encrypted or of an unsupported kind, in contrast to a hostile one."""
 
 
 def folder_name(archive: str) -> str:
@@ -120,7 +121,7 @@ def folder_name(archive: str) -> str:
 
 
 def archive_kind(path: Path) -> str | None:
-    """zip, tar, rar or 7z by content; None: no archive."""
+    """zip, tar, rar or 7z, by the file's content; None: it is no archive."""
     with path.open("rb") as file:
         head = file.read(8)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -132,9 +133,9 @@ def archive_kind(path: Path) -> str | None:
     try:
         with _open_tar(path, CHUNK):
             return "tar"
-    except BadArchive:  # which `extract` says
+    except BadArchive:  # `extract` will refuse it and say why
         return "tar"
-    except BROKEN as error:
+    except READ_ERRORS as error:
         if is_disk_error(error):
             raise
         return None
@@ -147,7 +148,7 @@ def extract(
     bounds: Bounds | None = None,
     add_bytes: Callable[[int], None] = lambda count: None,
 ) -> Extracted:
-    """Unpack `archive`, whose sha256 is `digest`, as `folder`. BadArchive: it is broken or hostile; nothing is left."""
+    """Unpack `archive`, whose SHA-256 is `digest`, as `folder`. BadArchive: it is broken or hostile; no file stays."""
     kind = archive_kind(archive)
     if kind not in ("zip", "tar"):
         raise Unreadable(f"{kind} archives cannot be unpacked here, unpack it by hand" if kind else "no archive")
@@ -172,7 +173,7 @@ def extract(
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     partial.rename(folder)
-    # This one's, and what runs left that were stopped with another archive of this name.
+    # What is left of this archive, and of interrupted runs with other archives of this name.
     stale = re.compile(rf"\.part-{re.escape(folder.name)}-[0-9a-f]{{12}}(\.inside)?|\.old-{re.escape(folder.name)}")
     for path in folder.parent.iterdir():
         if stale.fullmatch(path.name):
@@ -181,9 +182,9 @@ def extract(
 
 
 def content_of(folder: Path, read: bool = True) -> tuple[int, int, str]:
-    """Files below a folder, their bytes, and, if they are to be read, the sum of the hashes of all names and bytes.
+    """Number of files below a folder, their bytes, and, if `read`, the sum of the hashes of all names and contents.
 
-    The sum does not depend on the order; links count as they are.
+    The sum does not depend on the order of the files. Links are not followed.
     """
     files = size = total = 0
     for directory, _, names in os.walk(folder):
@@ -198,10 +199,10 @@ def content_of(folder: Path, read: bool = True) -> tuple[int, int, str]:
 
 
 def _unpack(archive: Path, kind: str, into: Path, work: _Work, depth: int) -> None:
-    """Members of one archive into a folder. BadArchive: it is broken or hostile."""
+    """Write the members of one archive to a folder. BadArchive: it is broken or hostile."""
     try:
         _members(archive, kind, into, work, depth)
-    except BROKEN as error:
+    except READ_ERRORS as error:
         if is_disk_error(error):
             raise
         split = re.search(r"\.(\d{2,3}|z\d\d|part\d+|part\d*\.\w+|[a-z][a-z])$", archive.name)
@@ -223,7 +224,7 @@ def _members(archive: Path, kind: str, into: Path, work: _Work, depth: int) -> N
             continue
         above = ["/".join(parts[:n]) for n in range(1, len(parts))]
         if place in folders or not names.isdisjoint(above):
-            raise BadArchive(f"the name {name[:100]!r} is a file and a folder")
+            raise BadArchive(f"the name {name[:100]!r} is both a file and a folder")
         names.add(place)
         folders.update(above)
         work.grow(length)
@@ -231,10 +232,12 @@ def _members(archive: Path, kind: str, into: Path, work: _Work, depth: int) -> N
         note = work.inside / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
         if path.is_dir() and _is_noted(note, work):
             continue
-        if not (path.is_file() and path.stat().st_size == length):  # else renamed by an earlier run, so it was whole
+        if not (
+            path.is_file() and path.stat().st_size == length
+        ):  # else an earlier run has renamed it, so it is complete
             left -= length
             if left < keep_free and (left := shutil.disk_usage(into).free - length) < keep_free:
-                raise OSError(28, f"no room for {length:,} bytes and {keep_free:,} to spare", str(path))
+                raise OSError(28, f"no room for {length:,} bytes, since {keep_free:,} must stay free", str(path))
             if path.is_dir():
                 shutil.rmtree(path)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -259,7 +262,7 @@ def _copy(open_member: Callable, target: Path, name: str, length: int, chunk: in
 
 
 def _inside(path: Path, note: Path, work: _Work, depth: int) -> None:
-    """An archive that came out of another becomes a folder of its name, or stays a file."""
+    """Unpack an archive that came out of another to a folder of its name; if that fails, it stays a file."""
     kind = archive_kind(path)
     if kind is None:
         return
@@ -284,7 +287,7 @@ def _inside(path: Path, note: Path, work: _Work, depth: int) -> None:
 
 
 def _is_noted(note: Path, work: _Work) -> bool:
-    """An archive inside that an earlier run unpacked is counted as it was then."""
+    """Whether an earlier run has unpacked an archive inside; its files are then counted as that run noted them."""
     try:
         gained = InnerArchive.model_validate_json(note.read_bytes())
     except (OSError, ValueError):
@@ -296,7 +299,7 @@ def _is_noted(note: Path, work: _Work) -> bool:
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    """The parts of a member's path. BadArchive: it leads out of its folder."""
+    """The parts of a member's path. BadArchive: it leads out of the folder, or is too long."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or parts[0] == "/" or ".." in parts or "\0" in name or re.match("[A-Za-z]:", parts[0]):
         raise BadArchive(f"the name {name[:100]!r} leads out of its folder: refused")
@@ -306,7 +309,7 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def _zip_members(archive: Path, work: _Work) -> Iterator[tuple[str, int, int, Callable[[], BinaryIO]]]:
-    """(name, bytes, bytes to read at once, open) of each file."""
+    """(name, bytes, bytes to read at once, function that opens it) of each file."""
     with zipfile.ZipFile(archive) as file:
         for info in file.infolist():
             mode = info.external_attr >> 16
@@ -324,17 +327,17 @@ def _zip_members(archive: Path, work: _Work) -> Iterator[tuple[str, int, int, Ca
                 continue
             if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
                 raise BadArchive(f"{info.filename[:100]!r} is a device: refused")
-            # Others than deflate give all that a chunk holds in one piece.
+            # Compressions other than deflate return all that a chunk unpacks to in one piece.
             chunk = CHUNK if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 4096
             yield info.filename, info.file_size, chunk, lambda info=info: file.open(info)
 
 
 def _tar_members(archive: Path, work: _Work) -> Iterator[tuple[str, int, int, Callable[[], BinaryIO]]]:
-    # Heads, and members that are left out, take room in the stream, too.
+    # Headers, and members that are left out, take room in the stream, too.
     with _open_tar(archive, 4 * work.allowed) as file:
         members = 0
         for member in file:
-            # Or it would keep every member's head in memory.
+            # Otherwise it keeps every member's header in memory.
             file.members = []
             members += 1
             if members > 2 * work.bounds.max_files:
@@ -349,7 +352,7 @@ def _tar_members(archive: Path, work: _Work) -> Iterator[tuple[str, int, int, Ca
                 work.found.links += 1
             elif member.isreg():
                 yield member.name, member.size, CHUNK, lambda member=member: file.extractfile(member)
-        # tarfile takes a damaged head, and the end of the file, for the end of the archive.
+        # tarfile takes a damaged header, or the end of the file, for the end of the archive.
         file.fileobj.seek(file.offset)
         if file.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise Unreadable(f"broken (no member and no end at byte {file.offset:,})")
@@ -357,7 +360,7 @@ def _tar_members(archive: Path, work: _Work) -> Iterator[tuple[str, int, int, Ca
 
 
 def _read_to_end(stream: "_Bounded") -> None:
-    """The checksum of what was packed comes last."""
+    """Read what follows the last member: the checksum of the compressed data comes last."""
     try:
         while stream.read(CHUNK):
             stream.seek(stream.tell())
@@ -367,20 +370,19 @@ def _read_to_end(stream: "_Bounded") -> None:
 
 
 class _Bounded:
-    """A tar's bytes, unpacked. tarfile reads heads in one piece and skips what is left out, however long they claim
-    to be."""
+    """The decompressed bytes of a tar, with limits: tarfile reads headers, and skips members, of any claimed length."""
 
     def __init__(self, file: BinaryIO, most: int):
         self._file, self._most = file, most
 
     def read(self, count: int = -1) -> bytes:
         if not 0 <= count <= CHUNK:
-            raise BadArchive(f"a head of {count:,} bytes: refused")
+            raise BadArchive(f"a header of {count:,} bytes: refused")
         return self._file.read(count)
 
     def seek(self, position: int, whence: int = 0) -> int:
         if position > self._most:
-            raise BadArchive(f"more than {self._most:,} bytes when unpacked: it explodes")
+            raise BadArchive(f"more than {self._most:,} bytes when unpacked: refused as a decompression bomb")
         return self._file.seek(position, whence)
 
     def tell(self) -> int:
@@ -391,7 +393,7 @@ class _Bounded:
 
 
 class _Tar(tarfile.TarFile):
-    """Closes what it reads from."""
+    """A tar file that closes the stream it reads from."""
 
     def close(self) -> None:
         super().close()

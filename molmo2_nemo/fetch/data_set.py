@@ -1,7 +1,7 @@
-"""Fetching one data set: its annotations, then what they name, then the note that it is whole.
+"""Fetch one data set: its annotations, then the media that they name, and last fetched.json, which says what is there.
 
-Beside the folders that `molmo2_nemo.catalogue.raw` describes, raw/NAME holds files.jsonl (each file with its size,
-hash and address) and archives/ (those of plain addresses). An address that several sets share is fetched once, into
+Beside the folders that `molmo2_nemo.catalogue.raw` describes, raw/NAME holds files.jsonl (size, checksum and address of
+each file) and archives/ (archives from plain addresses). An address that several sets share is fetched once, into
 raw/.shared.
 """
 
@@ -47,24 +47,25 @@ from molmo2_nemo.fetch.on_disk import (
     shared_homes,
     unpacked_as,
 )
+from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.fetch.url_list import DownloadProgress, NoNetwork, Wanted, fetch_list, remove_duplicates
-from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, download, publish, session
+from molmo2_nemo.fetch.web import Lost, OutOfBytes, download, publish, session
 from molmo2_nemo.fetch.youtube import fetch_videos
 from molmo2_nemo.files import LockHeld, is_disk_error, locked, sha256_of, sha256_of_text, write_json
 
-# Of the addresses may give no file for now, or the set is not whole before they were asked in another fetch, too.
+# Share of a list's addresses that may fail temporarily in a first fetch; with more, the set counts as incomplete.
 MAX_LATER = 0.25
 MAX_ARCHIVE = 4 * 10**12  # bytes
 
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """How to fetch."""
+    """Options of a fetch, as `tools/download.py fetch --help` describes them."""
 
     root: Path
     rules: Rules = field(default_factory=Rules)
     limit: int | None = None  # rows
-    verify: bool = False  # read what is there again
+    verify: bool = False  # check what is there by reading it
     retry_lost: bool = False
     deduplicate: bool = False
     remove_archives: bool = False
@@ -73,7 +74,7 @@ class FetchOptions:
 
 @dataclass
 class Meter:
-    """Bytes from the network, of all sets of a run."""
+    """Counts the bytes that all data sets of a run download. OutOfBytes: they exceed `max_bytes`."""
 
     max_bytes: int | None = None
     bytes: int = 0
@@ -90,12 +91,12 @@ class Meter:
 
 @dataclass
 class FetchResult:
-    """How it ended. state: complete | sample | by hand | part | refused | failed."""
+    """How the fetch of a data set ended. state: complete | sample | by hand | part | refused | failed."""
 
     name: str
     state: str
     reason: str = ""
-    bytes: int = 0  # that came now
+    bytes: int = 0  # downloaded by this run
     seconds: float = 0.0
     counts: dict = field(default_factory=dict)
 
@@ -103,7 +104,7 @@ class FetchResult:
 def fetch_set(
     entry: DataSet, catalogue: Catalogue, options: FetchOptions, meter: Meter, progress: DownloadProgress
 ) -> FetchResult:
-    """Fetch what can be fetched of a set. OSError of the disk and OutOfBytes pass through: the run is over."""
+    """Fetch what can be downloaded of a set. OSError of the disk and OutOfBytes pass through: they end the run."""
     if entry.unsure:
         return FetchResult(entry.name, "refused", f"not fetched: {entry.unsure}")
     folder = options.root / "raw" / entry.name
@@ -136,7 +137,7 @@ def fetch_set(
 
 
 def _ends_the_run(error: OSError) -> bool:
-    """Is it the disk's fault, and not that of one file or folder?"""
+    """Whether the disk is at fault, and not one file or folder."""
     return is_disk_error(error) and not isinstance(error, PermissionError)
 
 
@@ -145,7 +146,7 @@ def _sentence(error: OSError) -> str:
 
 
 class _Fetch:
-    """One set while it is fetched."""
+    """A data set while it is fetched."""
 
     def __init__(
         self, entry: DataSet, catalogue: Catalogue, options: FetchOptions, meter: Meter, progress: DownloadProgress
@@ -155,7 +156,7 @@ class _Fetch:
         self.folder = options.root / "raw" / entry.name
         self.files = Journal(self.folder / "files.jsonl", "file")
         self.splits: dict[str, list[str]] = {}
-        self.waiting: list[str] = []  # what is missing, in words
+        self.waiting: list[str] = []  # sentences about what is missing
         self.counts: dict[str, int] = {}
         self.revisions: dict[str, str] = {}  # of its repositories
         self.facts: dict = {"revision": None, "repo": None, "license": entry.license, "held_out": None}
@@ -164,8 +165,8 @@ class _Fetch:
     def run(self) -> FetchResult:
         entry = self.entry
         if not self.options.verify and self._is_whole():
-            return FetchResult(entry.name, "complete", "was there already")
-        # Before anything of it is removed.
+            return FetchResult(entry.name, "complete", "is already complete")
+        # Before any file is removed, so that an interrupted run is recognised.
         if (self.folder / "fetched.json").exists():
             self.note(complete=False, stopped="being fetched")
         if self.options.verify:
@@ -193,7 +194,7 @@ class _Fetch:
         except ValueError:
             return False
         source, root = self.entry.source.hf, self.options.root
-        # Without its line in revisions.json the user wants a newer one.
+        # A user who removes its line from revisions.json wants the newest commit.
         moved = source and (source.revision or hub.pinned(root, source.repo)) != info.get("revision")
         again = (info.get("media") or {}).get("later", 0) or self.options.retry_lost or self.options.deduplicate
         if not info.get("complete") or again or moved:
@@ -208,7 +209,7 @@ class _Fetch:
         if media.get("held_out"):
             text += f", {media['held_out']:,} held out"
         if media.get("later"):
-            text += f", {media['later']:,} may still come: run it again"
+            text += f", {media['later']:,} failed temporarily: run it again"
         return text
 
     # Annotations
@@ -227,7 +228,7 @@ class _Fetch:
             self.splits[split] = [f"hub/{name}" for name in names]
 
     def _enough(self, repository: hub.Repository, names: list[str], condition: str | None) -> list[str]:
-        """The first files with enough rows for a sample, fetched."""
+        """Fetch the first files that have enough rows for a sample, and return their names."""
         rows, chosen = 0, []
         for name in names:
             chosen.append(name)
@@ -302,7 +303,7 @@ class _Fetch:
         self.counts |= counts
         fresh = counts.pop("fresh")
         if fresh > MAX_LATER * counts["urls"]:
-            self.waiting.append(f"{fresh:,} of {counts['urls']:,} addresses gave no file in time: run it again")
+            self.waiting.append(f"{fresh:,} of {counts['urls']:,} addresses failed temporarily: run it again")
 
     def _wanted(self) -> Iterator[Wanted]:
         media = self.entry.media
@@ -319,12 +320,12 @@ class _Fetch:
         if row and not found:
             value = next((str(row.get(column))[:60] for column in media.columns), "")
             raise ValueError(
-                f"{self.entry.name} has no address in the column {', '.join(media.columns)} (it has {value}): mend its "
-                "entry in the catalogue."
+                f"{self.entry.name} has no address in the column {', '.join(media.columns)} (it has {value}): correct "
+                "its entry in the catalogue."
             )
 
     def _columns(self, columns: list[str]) -> Iterator[dict]:
-        """Columns of the rows that are meant. ValueError: a column is not there."""
+        """These columns of the rows that filter and limit select. ValueError: a column is not there."""
         wanted = self.entry.source.hf.filter if self.entry.source.hf else None
         left, seen = self.options.limit, set()
         names = [name for names in self.splits.values() for name in names]
@@ -345,7 +346,7 @@ class _Fetch:
         if missing and names:
             raise ValueError(
                 f"{self.entry.name} has no column {', '.join(missing)}: it has {', '.join(sorted(seen)) or 'no rows'}; "
-                "mend its entry in the catalogue."
+                "correct its entry in the catalogue."
             )
 
     def _youtube(self) -> None:
@@ -375,9 +376,9 @@ class _Fetch:
     # Files of plain addresses
 
     def _from_url(self, url: str, into: str, archive: bool | None) -> list[str]:
-        """Get a file or an archive, which is unpacked; names of files that are none, relative to the set's folder.
+        """Download a file, or an archive, which is unpacked; return names of plain files, relative to the set's folder.
 
-        archive: it must be one (True), or may (None).
+        archive: it must be one (True), or may be one (None).
         """
         shared = is_shared(self.catalogue, url)
         home = self.options.root / "raw" / ".shared" / sha256_of_text(url)[:16] if shared else self.folder
@@ -403,8 +404,10 @@ class _Fetch:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         aim = os.path.relpath(target, path.parent)
-        if path.exists() and not (path.is_symlink() and os.readlink(path) == aim):  # of another address
-            name = _apart(name, aim)
+        if path.exists() and not (
+            path.is_symlink() and os.readlink(path) == aim
+        ):  # the name belongs to another address
+            name = _other_name(name, aim)
             path = self.folder / name
         if not path.is_symlink() or os.readlink(path) != aim:
             path.unlink(missing_ok=True)
@@ -432,34 +435,34 @@ class _Fetch:
             if not kind and suffix in ROW_SUFFIXES:
                 _check_rows(part, suffix)
         except Lost as error:
-            raise ValueError(f"{url} cannot be had: {error.reason}.") from error
+            raise ValueError(f"{url} cannot be downloaded: {error.reason}.") from error
         except BadContent as error:
             part.unlink(missing_ok=True)
             raise ValueError(
-                f"{url} gave {error} in place of the file: try again later or look at the page."
+                f"{url} gave {error} instead of the file: try again later or look at its web page."
             ) from error
         name = f"{'archives' if kind else into}/{file_name(url, reply['file_name'], kind)}"
-        if files.records.get(name, {}).get("from", url) != url:  # two addresses that end alike
-            name = _apart(name, url)
+        if files.records.get(name, {}).get("from", url) != url:  # two addresses end with the same name
+            name = _other_name(name, url)
         record = {"file": name, "from": url, "bytes": part.stat().st_size, "sha256": sha256_of(part)}
         publish(part, home / name)
         files.append(record | ({"archive": kind} if kind else {}))
         return files.records[name]
 
     def _unpack(self, home: Path, files: Journal, name: str, only_if_archive: bool = False) -> str:
-        """Unpack an archive of `home` once; the folder, relative to it."""
+        """Unpack an archive of `home`, if that is not done yet; return the folder, relative to `home`."""
         record, path = files.records[name], home / name
         unpacked = unpacked_as(record)
         if is_unpacked(home, files, record):
             return unpacked
         if only_if_archive and archive_kind(path) is None:
             if name.lower().endswith(SUFFIXES):
-                raise ValueError(f"{path} is no archive, in spite of its name.")
+                raise ValueError(f"{path} is not an archive, although its name says so.")
             return unpacked
         other = files.records.get(unpacked, {}).get("of", name)
         if other != name or (home / unpacked).is_symlink():
-            # train/images.zip and val/images.zip, or one that several sets name.
-            unpacked = _apart(unpacked, name)
+            # Two archives have the same name, such as train/images.zip and val/images.zip.
+            unpacked = _other_name(unpacked, name)
             files.append(record | {"folder": unpacked})
         try:
             found = extract(path, home / unpacked, record["sha256"], self.options.bounds)
@@ -473,10 +476,10 @@ class _Fetch:
     # Notes
 
     def _tidy(self) -> None:
-        """Nothing half-done is left of a set that has everything."""
+        """Remove partial and outdated files of a set that has everything."""
         for part in [self.folder / ".part", *(self.folder / "hub").rglob(".part")]:
             shutil.rmtree(part, ignore_errors=True)
-        # Files that a repository had at an earlier commit alone.
+        # Files that the repository had only at an earlier commit.
         for name, record in list(self.files.records.items()):
             repo, _, rest = str(record.get("from", "")).removeprefix("hf://datasets/").partition("@")
             if name.startswith("hub/") and not rest.startswith(self.revisions.get(repo, "")):
@@ -518,7 +521,7 @@ def is_shared(catalogue: Catalogue, url: str) -> bool:
 
 
 def _check_rows(path: Path, suffix: str) -> None:
-    """BadContent: a file of rows is cut off, or something else."""
+    """Read all rows of a file. BadContent: it is cut off, or something else."""
     try:
         collections.deque(read_rows(path, suffix), maxlen=0)
     except UnreadableFile as error:
@@ -526,13 +529,13 @@ def _check_rows(path: Path, suffix: str) -> None:
 
 
 def direct(url: str) -> str:
-    """The address of the file behind a Google Drive page; others as they are."""
+    """The download address of a Google Drive page; other addresses unchanged."""
     match = re.fullmatch(r"https://drive\.google\.com/file/d/([\w-]+)/view.*", url)
     return f"https://drive.usercontent.google.com/download?id={match[1]}&export=download&confirm=t" if match else url
 
 
 def file_name(url: str, named: str | None, kind: str | None) -> str:
-    """A safe name of what an address gave."""
+    """A safe file name for what an address gave."""
     name = named or urllib.parse.unquote(urllib.parse.urlsplit(url).path).rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name).lstrip(".")[-100:]
     if not Path(name).suffix or name in ("view", "download", "main"):
@@ -547,7 +550,7 @@ def _is_there(home: Path, record: dict) -> bool:
     return False
 
 
-def _apart(name: str, what: str) -> str:
-    """A name beside one that is taken, always the same for the same `what`."""
+def _other_name(name: str, what: str) -> str:
+    """Another name for a file whose name is taken, always the same for the same `what`."""
     folder, _, name = name.rpartition("/")
     return f"{folder}/{sha256_of_text(what)[:8]}-{name}"

@@ -1,4 +1,4 @@
-"""The pictures of evaluations, which no list of addresses gets."""
+"""Pictures of evaluation sets, which must not be downloaded for training."""
 
 from functools import cache
 from pathlib import Path
@@ -6,15 +6,15 @@ from pathlib import Path
 from molmo2_nemo.catalogue.datasets import HeldOut, HubFiles
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, column_values
 from molmo2_nemo.fetch import hub
-from molmo2_nemo.fetch.web import Rules
+from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.files import locked
 
 
 @cache
 def held_out_lists(lists: tuple[HeldOut, ...], root: Path, rules: Rules) -> tuple[tuple[set[str], set[str]], bool]:
-    """Addresses and hashes of pictures that training must not see; False: a list is not on the Hub.
+    """Addresses and checksums of pictures that training must not see, and whether every list of them was on the Hub.
 
-    ValueError: a list cannot be read for now.
+    ValueError: a list is there and cannot be read now.
     """
     urls: set[str] = set()
     hashes: set[str] = set()
@@ -31,7 +31,7 @@ def held_out_lists(lists: tuple[HeldOut, ...], root: Path, rules: Rules) -> tupl
             raise ValueError(f"the pictures held out for evaluation are not known: {error}") from error
         try:
             names = [name for names in hub.choose_files(repository, wanted).values() for name in names]
-        except ValueError:  # all of its splits, then
+        except ValueError:  # without such a split, all of them
             names = [name for name in repository.files if name.lower().endswith(ROW_SUFFIXES)]
         with locked(folder / ".lock", wait=True):
             hub.fetch_files(

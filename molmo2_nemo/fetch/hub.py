@@ -1,8 +1,8 @@
-"""Files of data set repositories on the Hugging Face Hub, by the Hub's own client.
+"""Download files of data set repositories from the Hugging Face Hub, with the Hub's own client.
 
-A commit is pinned: by the catalogue, or by raw/revisions.json under the data root, where the first fetch of a
-repository writes the commit that it got. Every file is checked against the hash that the Hub lists for it, and goes on
-where it ended before (`hf_hub_download` of huggingface_hub 2.4 would start it anew).
+The commit is pinned: by the catalogue, or by raw/revisions.json under the data root, where the first fetch of a
+repository writes the commit that it got. Every file is checked against the checksum that the Hub lists for it, and an
+interrupted download is resumed (`hf_hub_download` of huggingface_hub 2.4 would start it from the beginning).
 """
 
 import contextlib
@@ -28,11 +28,13 @@ from molmo2_nemo import compat
 from molmo2_nemo.catalogue.datasets import HubFiles
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES
 from molmo2_nemo.fetch.media_check import instead_of_file
-from molmo2_nemo.fetch.web import USER_AGENT, Lost, OutOfBytes, Rules, check_address, retry_after
+from molmo2_nemo.fetch.rules import Rules
+from molmo2_nemo.fetch.web import USER_AGENT, Lost, OutOfBytes, check_address, retry_after
 from molmo2_nemo.files import is_disk_error, locked, publish, sha256_of_text, write_json
 
 SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test")
-# Larger files come through the Hub's own storage protocol alone (huggingface_hub, constants.MAX_HTTP_DOWNLOAD_SIZE).
+# Bytes; the Hub serves larger files only through its own storage protocol (huggingface_hub,
+# constants.MAX_HTTP_DOWNLOAD_SIZE).
 MAX_HTTP_BYTES = 50_000_000_000
 FILES_AT_ONCE = 8
 
@@ -58,7 +60,7 @@ class Repository:
     repo: str
     revision: str
     files: dict[str, HubFile]
-    card: dict  # the head of its README.md
+    card: dict  # the YAML header of its README.md
 
     @property
     def license(self) -> str | None:
@@ -85,14 +87,17 @@ def _revisions(path: Path) -> dict[str, str]:
 
 
 def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
-    """What a repository holds at its commit, which is pinned now if it was not. ValueError: it cannot be read."""
+    """List a repository at its pinned commit; one that is not pinned yet is pinned to its newest commit.
+
+    NotOnHub: there is no such repository. ValueError, one sentence: it cannot be read.
+    """
     from huggingface_hub import HfApi
 
     wanted = files.revision or pinned(root, files.repo)
     asked = wanted or "main"
-    _use_steady_client(rules)
+    _configure_client(rules)
     api = HfApi(endpoint=_endpoint(), user_agent=USER_AGENT)
-    info = _asked(
+    info = _with_retries(
         files.repo,
         wanted,
         rules,
@@ -101,7 +106,7 @@ def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
     revision = info.sha
     found = [(sibling.rfilename, sibling) for sibling in info.siblings or []]
     if not found:
-        tree = _asked(
+        tree = _with_retries(
             files.repo,
             wanted,
             rules,
@@ -133,7 +138,7 @@ def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
 def choose_files(repository: Repository, wanted: HubFiles) -> dict[str, list[str]]:
     """Files of each split that the catalogue asks for: by its patterns, by the card's configs, or by their names.
 
-    ValueError, one sentence: they cannot be told, or a pattern matches nothing.
+    ValueError, one sentence: no file is of this config or split, or a pattern matches no file.
     """
     names = sorted(repository.files)
     split = wanted.split or "train"
@@ -155,7 +160,7 @@ def choose_files(repository: Repository, wanted: HubFiles) -> dict[str, list[str
 
 
 def _by_card(repository: Repository, config: str | None, split: str) -> list[str]:
-    """From `configs` in the card (https://huggingface.co/docs/hub/datasets-manual-configuration)."""
+    """By `configs` in the dataset card (https://huggingface.co/docs/hub/datasets-manual-configuration)."""
     configs = [entry for entry in repository.card.get("configs") or [] if isinstance(entry, dict)]
     if config is None:
         named = [entry for entry in configs if entry.get("default") or entry.get("config_name") == "default"]
@@ -181,7 +186,7 @@ def _by_card(repository: Repository, config: str | None, split: str) -> list[str
 
 
 def _by_name(repo: str, names: list[str], config: str | None, split: str) -> list[str]:
-    """From folders and words in file names, as the library `datasets` finds splits without a card."""
+    """By folders and words in file names, as the library `datasets` finds splits without a card."""
     rows = [name for name in names if name.lower().endswith(ROW_SUFFIXES) and not name.startswith(".")]
     if config is not None:
         rows = [name for name in rows if config in PurePosixPath(name).parts[:-1] or _words(name)[:1] == [config]]
@@ -199,7 +204,7 @@ def _by_name(repo: str, names: list[str], config: str | None, split: str) -> lis
 
 
 def _words(name: str) -> list[str]:
-    """Parts of a path, and what stands between its marks: data/train-0-of-2.parquet -> data, train, 0, of, ..."""
+    """Parts of a path, and the words of each part: data/train-0.parquet -> data, train-0.parquet, train, 0, parquet."""
     words = []
     for part in PurePosixPath(name.lower()).parts:
         words += [part, *part.replace("_", "-").replace(".", "-").split("-")]
@@ -216,11 +221,11 @@ def fetch_files(
     done: Callable[[str, dict], None],
     expect: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Get files into `folder`. `done`(name, record) is called for each, from one thread at a time.
+    """Download files to `folder`.
 
-    `expect` is told how many bytes will come, before they do.
-
-    known: records of files that are there, by name; those of the right hash and size are left as they are.
+    known: records of files that are there, by name; those with the right checksum and size are not downloaded again.
+    add_bytes: called with the bytes of each piece. done: called with (name, record) of each file, by one thread at a
+    time. expect: called with the number of bytes to download, before the first comes.
     """
     open_files = []
     for name in names:
@@ -235,7 +240,7 @@ def fetch_files(
     parts = [part for file in open_files if (part := _part(folder / file.name, file, repository.revision)).exists()]
     needed = sum(file.size or 0 for file in open_files) - sum(part.stat().st_size for part in parts)
     if needed > (free := shutil.disk_usage(folder).free):
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are to come, {free:,} are free", str(folder))
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", str(folder))
     stop = threading.Event()
 
     def counted(count: int) -> None:
@@ -256,7 +261,7 @@ def fetch_files(
             stop.set()
             for future in futures:
                 future.cancel()
-            # What is whole is recorded; the others' parts stay.
+            # Complete files are recorded; the parts of the others stay and are resumed by the next run.
             for future in futures:
                 with contextlib.suppress(BaseException):
                     done(*future.result())
@@ -272,7 +277,7 @@ def _agrees(record: dict, file: HubFile) -> bool:
 def download_file(
     repo: str, revision: str, file: HubFile, path: Path, rules: Rules, add_bytes: Callable[[int], None]
 ) -> str:
-    """Get one file, checked and under its name; its sha256. ValueError, one sentence: it cannot be had."""
+    """Download and check one file; return its SHA-256. ValueError, one sentence: it cannot be downloaded."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers, get_token
@@ -284,8 +289,8 @@ def download_file(
     url = hf_hub_url(repo, file.name, repo_type="dataset", revision=revision, endpoint=_endpoint())
     headers = build_hf_headers(token=get_token(), user_agent=USER_AGENT) | {"Accept-Encoding": "identity"}
     if not file.sha256 and not file.git_sha1:
-        # The listing has names alone: the file's own head says more.
-        head = _asked(
+        # The listing has names only; the headers of the file itself have size and checksum.
+        head = _with_retries(
             repo,
             revision,
             rules,
@@ -324,7 +329,7 @@ def download_file(
                         _nb_retries=2,
                     )
 
-            _asked(repo, revision, rules, get, file.name)
+            _with_retries(repo, revision, rules, get, file.name)
         digest = _verified(part, file)
         if digest is not None:
             publish(part, path)
@@ -332,17 +337,18 @@ def download_file(
         size = part.stat().st_size
         part.unlink()
     raise ValueError(
-        f"{file.name} of {repo} came with {size:,} bytes of other content than the Hub lists, twice: try again later."
+        f"{file.name} of {repo} came twice with {size:,} bytes that do not match the checksum on the Hub: "
+        "try again later."
     )
 
 
 def _part(path: Path, file: HubFile, revision: str) -> Path:
-    """Where a file is until it is whole."""
+    """Where a file is kept until it is complete."""
     return path.parent / ".part" / f"{sha256_of_text(file.name)[:16]}-{revision[:12]}"
 
 
 class _Counted:
-    """A file that reports what is written to it, and takes no more than is to come."""
+    """A file that reports the bytes written to it, and refuses more than the size that the Hub lists."""
 
     def __init__(self, stream, add_bytes: Callable[[int], None], size: int | None):
         self._stream, self._add_bytes, self._size = stream, add_bytes, size or MAX_HTTP_BYTES
@@ -350,7 +356,7 @@ class _Counted:
     def write(self, data: bytes) -> int:
         if self._stream.tell() + len(data) > self._size:
             self._stream.truncate(0)
-            raise ValueError(f"more than the {self._size:,} bytes that the Hub lists came")
+            raise ValueError(f"the server sent more than the {self._size:,} bytes that the Hub lists")
         self._add_bytes(len(data))
         written = self._stream.write(data)
         self._stream.flush()
@@ -361,7 +367,7 @@ class _Counted:
 
 
 def _large_file(repo: str, revision: str, file: HubFile, part: Path) -> None:
-    """Through hf_xet, which the Hub asks for. It starts anew when it was stopped."""
+    """Download with hf_xet, which the Hub requires for large files. An interrupted download is not resumed."""
     from huggingface_hub import hf_hub_download
 
     folder = part.with_name(f"{part.name}.hub")
@@ -372,7 +378,7 @@ def _large_file(repo: str, revision: str, file: HubFile, part: Path) -> None:
 
 
 def _verified(path: Path, file: HubFile) -> str | None:
-    """sha256 of a file that is what the Hub lists; None: it is not."""
+    """SHA-256 of a file that has the size and checksum that the Hub lists; None: it does not."""
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         return None
@@ -389,14 +395,14 @@ def _verified(path: Path, file: HubFile) -> str | None:
                 plain.update(chunk)
     if file.sha256 and sha256.hexdigest() != file.sha256:
         return None
-    # Mirrors that keep files by their own SHA-1 say that one in place of git's.
+    # Some mirrors list the SHA-1 of the plain file in place of git's.
     if file.git_sha1 and not file.sha256 and file.git_sha1 not in (blob.hexdigest(), plain.hexdigest()):
         return None
     return sha256.hexdigest()
 
 
-def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: str | None = None):
-    """The answer of the Hub, after more tries. ValueError, one sentence: it has none."""
+def _with_retries(repo: str, revision: str | None, rules: Rules, ask: Callable, what: str | None = None):
+    """Ask the Hub, with retries, and return its answer. ValueError, one sentence: there is none."""
     import httpx2
     from huggingface_hub.errors import (
         DisabledRepoError,
@@ -419,24 +425,24 @@ def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: s
             ) from error
         except RevisionNotFoundError as error:
             raise ValueError(
-                f"{repo} has no commit {revision} any more: remove its line from raw/revisions.json or mend the "
-                "catalogue."
+                f"{repo} has no commit {revision} any more: remove its line from raw/revisions.json or correct "
+                "the catalogue."
             ) from error
         except (RepositoryNotFoundError, DisabledRepoError) as error:
             raise NotOnHub(
-                f"{repo} is not on the Hub, or not for you: look at {page(repo)}, and log in with "
+                f"{repo} is not on the Hub, or not visible to you: see {page(repo)}, and log in with "
                 "`hf auth login` if it is private."
             ) from error
         except RemoteEntryNotFoundError as error:
-            raise NotOnHub(f"{name} is not on the Hub at the commit {revision}: look at {page(repo)}.") from error
+            raise NotOnHub(f"{name} is not on the Hub at the commit {revision}: see {page(repo)}.") from error
         except OfflineModeIsEnabled as error:
-            raise ValueError(f"{name} cannot be asked for: HF_HUB_OFFLINE is set.") from error
+            raise ValueError(f"{name} cannot be downloaded while HF_HUB_OFFLINE is set: unset it.") from error
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status in (401, 403):
-                raise ValueError(f"{name} is not for this account (status {status}): look at {page(repo)}.") from error
+                raise ValueError(f"{name} is not open to this account (status {status}): see {page(repo)}.") from error
             if status < 500 and status not in (408, 429):
-                raise ValueError(f"{name}: the Hub says {' '.join(str(error).split())[:200]}.") from error
+                raise ValueError(f"{name}: the Hub answered {' '.join(str(error).split())[:200]}.") from error
             last = error
         except (
             httpx2.HTTPError,
@@ -456,17 +462,17 @@ def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: s
         if attempt + 1 < rules.tries:
             time.sleep(rules.backoff * 2**attempt)
     raise ValueError(
-        f"{name} cannot be had from {_endpoint()} now ({' '.join(str(last).split())[:200]}): run it again."
+        f"{name} cannot be downloaded from {_endpoint()} now ({' '.join(str(last).split())[:200]}): run it again."
     )
 
 
-def _use_steady_client(rules: Rules) -> None:
-    """The Hub's client, which drops a connection that only drips, and does not follow the Hub to private addresses."""
+def _configure_client(rules: Rules) -> None:
+    """Have the Hub's client drop connections below the minimum rate, and refuse to be sent to private addresses."""
     import httpx2
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars
 
-    class Steady(httpx2.SyncByteStream):
+    class RateChecked(httpx2.SyncByteStream):
         def __init__(self, stream):
             self._stream = stream
 
@@ -489,9 +495,9 @@ def _use_steady_client(rules: Rules) -> None:
         except Lost as error:
             raise httpx2.UnsupportedProtocol(error.reason) from error
 
-    def steady(response) -> None:
-        response.stream = Steady(response.stream)
-        # The client waits as long as it is asked to, were it until next year.
+    def limit(response) -> None:
+        response.stream = RateChecked(response.stream)
+        # The client would wait as long as a server asks for, without a limit.
         response.headers.pop("ratelimit", None)
         if (seconds := retry_after(response.headers.get("Retry-After"))) and seconds > rules.max_wait:
             response.headers["Retry-After"] = str(int(rules.max_wait))
@@ -499,7 +505,7 @@ def _use_steady_client(rules: Rules) -> None:
     def factory():
         client = compat.hub_client()
         hooks = client.event_hooks
-        client.event_hooks = {"request": [*hooks["request"], check], "response": [*hooks["response"], steady]}
+        client.event_hooks = {"request": [*hooks["request"], check], "response": [*hooks["response"], limit]}
         client.timeout = httpx2.Timeout(rules.timeout)
         return client
 
@@ -534,7 +540,7 @@ def _is_safe(name: str) -> bool:
 
 
 def _card(readme: Path) -> dict:
-    """The YAML head of a README.md; {}: it has none."""
+    """The YAML header of a README.md; {}: it has none."""
     text = readme.read_text(errors="replace")
     if not text.startswith("---"):
         return {}

@@ -1,4 +1,7 @@
-"""What is on the disk, what is missing, what it would cost, and what mends it. Reads, and changes nothing."""
+"""Which data sets are on the disk, what is missing or broken, how to fix it, and what a download would take.
+
+This module only reads.
+"""
 
 import importlib.util
 import json
@@ -16,17 +19,17 @@ from molmo2_nemo.fetch.hub import page, pinned
 from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.on_disk import broken_files, fault, lacking, missing_layout
 
-# Where a set's size is not known: bytes of a picture (mean of public mirrors of PixMo's pictures) and of a video
-# (FunQA: 24.5 GB for about 4,300 videos).
+# For sets of unknown size: bytes of a picture (mean of public mirrors of PixMo's pictures), of a video (FunQA: 24.5 GB
+# for about 4,300 videos), and of a row of annotations.
 IMAGE_BYTES, VIDEO_BYTES, ROW_BYTES = 250_000, 5_700_000, 5_000
 GB = 10**9
-# Larger files of rows that the user put there are not read by doctor.
+# Bytes above which `doctor` does not read annotation files that the user provided.
 READ_BYTES = 10**8
 
 
 @dataclass(frozen=True)
 class ListedSet:
-    """A set in `list`."""
+    """A data set's row in `list`."""
 
     name: str
     stages: list[int]
@@ -46,7 +49,7 @@ class ListedSet:
 
 @dataclass(frozen=True)
 class PlannedDownload:
-    """A set in `plan`."""
+    """A data set's row in `plan`."""
 
     name: str
     action: str  # fetch | there | by hand | refused | no room
@@ -58,11 +61,11 @@ class PlannedDownload:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that `doctor` found."""
+    """Something that `doctor` found, and the command that fixes it."""
 
     name: str
     what: str
-    mend: str
+    fix: str  # a command
 
 
 def read_note(root: Path, name: str) -> FetchNote | None:
@@ -73,7 +76,7 @@ def read_note(root: Path, name: str) -> FetchNote | None:
 
 
 def state_of(entry: DataSet, root: Path) -> str:
-    """complete | sample | part | by hand | refused | -"""
+    """State of a data set on the disk: complete | sample | part | by hand | refused | -."""
     folder = root / "raw" / entry.name
     if entry.unsure:
         return "refused"
@@ -121,7 +124,7 @@ def listed(entries: list[DataSet], root: Path) -> list[ListedSet]:
 def with_license(entries: list[DataSet], allowed: list[str], root: Path) -> list[DataSet]:
     """Entries under one of the licences, by name or by its beginning ("cc-by" has "cc-by-4.0", not "cc-by-nc-4.0").
 
-    A licence that nobody knows is none of them.
+    A data set of unknown licence is left out.
     """
 
     def fits(license: str | None) -> bool:
@@ -137,7 +140,7 @@ def _same_license(license: str, wanted: str) -> bool:
 
 
 def size_of(entry: DataSet) -> tuple[int, bool]:
-    """Bytes that a fetch takes, and whether they are an estimate from the numbers of pictures and videos."""
+    """Bytes that a fetch downloads, and whether they are estimated from the numbers of pictures and videos."""
     known = entry.disk_gb or entry.size_gb
     if known:
         return int(known * GB), False
@@ -146,12 +149,12 @@ def size_of(entry: DataSet) -> tuple[int, bool]:
     if entry.modality == "text":
         return rows, True
     if entry.source.kind == "manual" or entry.media.kind in ("manual", "youtube-ids", "render", "unknown"):
-        return rows, True  # what a fetch gets of it
+        return rows, True  # a fetch downloads only these
     return rows + visuals * (VIDEO_BYTES if entry.modality == "video" else IMAGE_BYTES), True
 
 
 def measured_speed(root: Path) -> float | None:
-    """Bytes/s of the fetches under this root, over all that took a second or more; None: there was none."""
+    """Mean bytes/s of earlier fetches under this root that took a second or more; None: there was none."""
     total = seconds = 0.0
     for path in sorted((root / "raw").glob("*/fetched.json")):
         info = read_note(root, path.parent.name) or {}
@@ -163,13 +166,13 @@ def measured_speed(root: Path) -> float | None:
 def plan_downloads(
     entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, speed: float | None
 ) -> list[PlannedDownload]:
-    """What to fetch, in order, within `budget` bytes, and what not and why.
+    """What to fetch, in order, within `budget` bytes, and why the rest is left out.
 
-    What is there counts as paid for. The rest goes by its share of the mixture for a byte: a stage's ratio, or the
-    square root of its size. `speed`: bytes/s.
+    What is there costs nothing. The rest is ordered by share of the mixture per byte: a stage's ratio, or the square
+    root of its size. speed: bytes/s, None: unknown.
     """
     ready, planned = [], []
-    archives: set[str] = set()  # that are there or come before; several sets may name one
+    archives: set[str] = set()  # that are there or are fetched before; several sets may use the same
     for entry in entries:
         size, estimated = size_of(entry)
         state = state_of(entry, root)
@@ -194,8 +197,8 @@ def plan_downloads(
         seconds = size / speed if speed else None
         if size <= left:
             left -= size
-            why = "annotations; its media by hand" if entry.by_hand else ""
-            why = "annotations; its archives are another set's, too" if shared else why
+            why = "annotations only; its media by hand" if entry.by_hand else ""
+            why = "annotations only; another set brings its archives" if shared else why
             archives.update(entry.media.urls)
             chosen.append(PlannedDownload(entry.name, "fetch", size / GB, estimated, seconds, why))
         else:
@@ -211,7 +214,7 @@ def _worth(entry: DataSet) -> float:
 
 
 def _bytes_there(root: Path, entry: DataSet) -> int:
-    """What a fetch does not get again; of one that was stopped, too."""
+    """Bytes that a fetch need not download again, also after one that was stopped."""
     info = read_note(root, entry.name) or {}
     if isinstance(info.get("bytes"), int):
         return info["bytes"]
@@ -223,15 +226,13 @@ def _bytes_there(root: Path, entry: DataSet) -> int:
 
 
 def doctor(entries: list[DataSet], root: Path, deep: bool = False, options: str = "") -> Iterator[Problem]:
-    """What is broken or missing of the sets that are there, in part or whole; `deep` reads every byte.
+    """What is broken or missing of the data sets that are there, complete or in part.
 
-    options: what the commands that mend need beside the set's name, as "--root /data".
+    deep: read every byte. options: what the commands of fixes need beside the set's name, such as "--root /data".
     """
-    for package, mend in (("pyarrow", "pip install pyarrow"), ("aiohttp", "pip install aiohttp")):
+    for package, fix in (("pyarrow", "pip install pyarrow"), ("aiohttp", "pip install aiohttp")):
         if importlib.util.find_spec(package) is None:
-            yield Problem(
-                "-", f"the package {package} is missing, without which parquet or addresses cannot be read", mend
-            )
+            yield Problem("-", f"the package {package} is missing, which reading parquet or downloading needs", fix)
     trouble = root_trouble(root)
     if trouble:
         yield trouble
@@ -251,30 +252,30 @@ def doctor(entries: list[DataSet], root: Path, deep: bool = False, options: str 
 
 
 def root_trouble(root: Path) -> Problem | None:
-    """Nothing can be fetched to this root."""
+    """Why nothing can be fetched to this root; None: something can."""
     there = shlex.quote(str(root))
     for path, what in ((root, "the data root"), (root / "raw", "the folder of raw data")):
         if path.is_symlink() and not path.exists():
             aim = root / os.readlink(path) if path != root else path.parent / os.readlink(path)
-            mend = f"mkdir -p {shlex.quote(str(aim))}"
-            return Problem("-", f"{what} {path} leads to {aim}, which is not there", mend)
+            fix = f"mkdir -p {shlex.quote(str(aim))}"
+            return Problem("-", f"{what} {path} is a link to {aim}, which does not exist", fix)
         if path.exists() and not path.is_dir():
             return Problem("-", f"{what} {path} is a file", f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}")
         if path.is_dir() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
             if os.statvfs(path).f_flag & os.ST_RDONLY:
-                said = f"{what} {path} is on a disk that is only to be read"
+                said = f"{what} {path} is on a read-only disk"
                 return Problem("-", said, "export DATA_ROOT=/another/disk")
-            return Problem("-", f"{what} {path} is not writable for you", _own(path))
+            return Problem("-", f"{what} {path} is not writable by you", _own(path))
     if not root.exists():
-        return Problem("-", f"the data root {root} (--root, or DATA_ROOT) is not there", f"mkdir -p {there}")
+        return Problem("-", f"the data root {root} (--root, or DATA_ROOT) does not exist", f"mkdir -p {there}")
     return None
 
 
 def _own(path: Path) -> str:
     """A command that gives a folder to the user."""
     there = shlex.quote(str(path))
-    mend = f"chmod -R u+rwX {there}"
-    return mend if path.stat().st_uid == os.getuid() else f"sudo chown -R $(id -u) {there} && {mend}"
+    fix = f"chmod -R u+rwX {there}"
+    return fix if path.stat().st_uid == os.getuid() else f"sudo chown -R $(id -u) {there} && {fix}"
 
 
 def _move_away(path: Path) -> str:
@@ -287,25 +288,25 @@ def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Pr
     fetch, how = (f"python tools/download.py {verb} {entry.name}{options}" for verb in ("fetch", "how"))
     if not folder.is_dir():
         if folder.is_symlink() or folder.exists():
-            yield Problem(entry.name, f"{folder} is no folder, but a file or a link to nothing", _move_away(folder))
+            yield Problem(entry.name, f"{folder} is not a folder but a file or a broken link", _move_away(folder))
         return
     if not os.access(folder, os.R_OK | os.X_OK):
         raise PermissionError(13, "no right to read", str(folder))
     if not os.access(folder, os.W_OK) and os.access(root / "raw", os.W_OK):
-        yield Problem(entry.name, f"{folder} is not writable for you", _own(folder))
+        yield Problem(entry.name, f"{folder} is not writable by you", _own(folder))
     if entry.unsure:
         if any(folder.iterdir()):
             yield Problem(entry.name, f"is not fetched: {entry.unsure}", _move_away(folder))
         return
     manual = folder / "manual"
     if manual.is_symlink() | manual.exists() and not manual.is_dir():
-        yield Problem(entry.name, f"{manual} is no folder, but a file or a link to nothing", _move_away(manual))
+        yield Problem(entry.name, f"{manual} is not a folder but a file or a broken link", _move_away(manual))
         return
     info = read_note(root, entry.name)
     if info is None:
         if any(path.name not in ("manual", ".lock") for path in folder.iterdir()):
             noted = (folder / "fetched.json").exists()
-            what = "its fetched.json cannot be read" if noted else "was started and is not whole"
+            what = "its fetched.json cannot be read" if noted else "was started and is not complete"
             broken = next(broken_files(folder, deep), None)
             yield Problem(entry.name, what, f"{fetch} --verify" if broken else fetch)
         elif (folder / "manual").is_dir():
@@ -324,7 +325,7 @@ def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Pr
         yield Problem(entry.name, f"{len(broken) - 5} more files are missing or changed", f"{fetch} --verify")
     missing = missing_layout(entry, folder)
     if stopped:
-        yield Problem(entry.name, f"is not whole: {stopped}", f"{fetch} --verify" if broken else fetch)
+        yield Problem(entry.name, f"is not complete: {stopped}", f"{fetch} --verify" if broken else fetch)
     elif missing and (not info.get("complete") or entry.source.kind == "manual"):
         yield Problem(entry.name, f"manual/ lacks {', '.join(missing)}", how)
     elif info.get("waiting") and not faults:
@@ -345,7 +346,7 @@ def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Pr
 
 
 def _bad_manual(entry: DataSet, folder: Path, how: str) -> Iterator[Problem]:
-    """Files of the user that are empty, or pages in the place of files."""
+    """Files provided by the user that are empty, broken, or web pages."""
     shown = 0
     for pattern in entry.layout:
         for path in (folder / "manual").glob(pattern):
@@ -355,7 +356,7 @@ def _bad_manual(entry: DataSet, folder: Path, how: str) -> Iterator[Problem]:
 
 
 def how(entry: DataSet, root: Path) -> str:
-    """The page of a set: where it comes from, what is fetched, what is for the user, where that goes."""
+    """A data set's page: where it comes from, what is downloaded, what the user must provide, and where to put it."""
     source, media, folder = entry.source, entry.media, root / "raw" / entry.name
     lines = [f"# {entry.name}", ""]
     lines += [

@@ -1,7 +1,7 @@
-"""What has been done, one JSON object a line, appended as it happens.
+"""Records of finished work: a file of JSON lines, to which one is appended whenever a file is complete or lost.
 
-A line that a kill or a full disk cut off is dropped when the file is opened again. The last record of a key counts. No
-database: a plain file that is only appended to works on any file system, and a person can read it.
+The last record of a key counts. A line that a kill or a full disk has cut off is dropped when the file is opened again.
+A plain file that is only appended to works on any file system, unlike a database, and people can read it.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ class Journal:
             self.records[record[self.key]] = record
 
     def append(self, record: dict) -> None:
-        """Add or replace a record; it is with the operating system when this returns."""
+        """Add or replace a record. It survives a kill of this process once this returns, but not a power failure."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)
@@ -89,7 +89,7 @@ class Journal:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         except OSError:
-            # Half a line would spoil the next one.
+            # Half a line would make the next one unreadable.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file.fileno(), position)
             raise
@@ -101,7 +101,7 @@ class Journal:
             self.append({self.key: key, "removed": True})
 
     def tidy(self) -> None:
-        """One line for each key, sorted: the same records give the same bytes, whatever happened on the way."""
+        """Rewrite the file with one line for each key, sorted, so that the same records give the same bytes."""
         self.close()
         if not self.path.exists():
             return

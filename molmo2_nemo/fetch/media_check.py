@@ -1,11 +1,11 @@
-"""Is a file what it should be? A picture or video is decoded; what a header or a suffix says counts for nothing."""
+"""Whether a downloaded file is what it should be. Pictures and videos are decoded: no header or suffix is trusted."""
 
 import warnings
 from pathlib import Path
 
 from molmo2_nemo import limits
 
-# Smaller ones are tracking pixels and placeholders.
+# Pixels; pictures with a shorter side are tracking pixels and placeholders.
 MIN_SIDE = 10
 
 
@@ -14,9 +14,10 @@ class BadContent(Exception):
 
 
 def check_image(path: Path, published: bool = False) -> dict:
-    """Decode all of a picture; its suffix, width and height as stored. BadContent: it is none, cut, or out of bounds.
+    """Decode all of a picture and return its suffix, and its width and height in pixels as stored.
 
-    published: its hash is known to be right, so that a missing end was missing from the beginning.
+    published: its checksum is the data set's, so that a missing end is how it was published, and no fault.
+    BadContent: it is no picture, is cut off, or is too small or too large.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -38,16 +39,16 @@ def check_image(path: Path, published: bool = False) -> dict:
     except Image.DecompressionBombError as error:  # before its size can be asked for
         raise BadContent(f"a picture of more than {limits.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
-        raise BadContent(instead_of_file(path) or "no picture of a kind that is read here") from error
+        raise BadContent(instead_of_file(path) or "no picture of a format that is read here") from error
     except Exception as error:  # Pillow raises a dozen types for broken files
         raise BadContent(instead_of_file(path) or f"a broken picture ({' '.join(str(error).split())[:120]})") from error
 
 
 def _is_cut(path: Path, form: str) -> bool:
-    """Is the mark at a picture's end missing? Pillow decodes a JPEG without it, and a GIF of which the first frame is
-    there; of other forms it needs all. What follows the mark does not matter.
+    """Whether the marker at a picture's end is missing. What follows the marker does not matter.
 
-    Marks of JPEG (ITU-T T.81, B.1.1.3) do not occur among coded pixels, those of a thumbnail come before the last scan.
+    Pillow decodes a JPEG without it, and a GIF whose first frame is complete; of other formats it needs the whole file.
+    JPEG markers (ITU-T T.81, B.1.1.3) do not occur among coded pixels; those of a thumbnail come before the last scan.
     """
     content = path.read_bytes()
     match form:
@@ -61,7 +62,10 @@ def _is_cut(path: Path, form: str) -> bool:
 
 
 def check_video(path: Path) -> dict:
-    """Decode the first frame and read all packets; suffix, width, height. BadContent: it is no video, or cut off."""
+    """Decode the first frame and read all packets; return suffix, and width and height in pixels.
+
+    BadContent: it is no video, is cut off, or has too many pixels.
+    """
     import av
 
     try:
@@ -89,7 +93,7 @@ def check_video(path: Path) -> dict:
 
 
 def check_file(path: Path) -> dict:
-    """An annotation file or an archive: anything but an error page."""
+    """Accept an annotation file or an archive. BadContent: it is empty, or an error page in its place."""
     web_page = instead_of_file(path)
     if web_page:
         raise BadContent(web_page)
@@ -97,7 +101,7 @@ def check_file(path: Path) -> dict:
 
 
 def dhash(path: Path) -> int:
-    """64 bits of a picture's look: is each of 8 x 8 grey pixels brighter than its right neighbour?"""
+    """Difference hash of a picture, 64 bits: is each of 8 x 8 grey pixels brighter than its right neighbour?"""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -107,7 +111,7 @@ def dhash(path: Path) -> int:
 
 
 def instead_of_file(path: Path) -> str | None:
-    """What was sent in place of a file, if it can be named."""
+    """What a server sent in place of the file ("a web page", ...); None: nothing of the known kinds."""
     with path.open("rb") as file:
         head = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
@@ -119,5 +123,5 @@ def instead_of_file(path: Path) -> str | None:
     if head.startswith((b"<svg", b"<?xml")) and b"<svg" in head:
         return "an SVG drawing"
     if head[4:12] in (b"ftypavif", b"ftypavis", b"ftypheic", b"ftypmif1"):
-        return f"an {head[8:12].decode()} picture, a kind that is not read here"
+        return f"an {head[8:12].decode()} picture, a format that is not read here"
     return None

@@ -1,4 +1,4 @@
-"""What is there of a set that was fetched, whether it is as it was, and what the user put beside it."""
+"""Which files of a fetched data set are on the disk, whether they are unchanged, and what the user provided by hand."""
 
 import collections
 import contextlib
@@ -16,13 +16,13 @@ from molmo2_nemo.files import sha256_of
 
 
 def missing_layout(entry: DataSet, folder: Path) -> list[str]:
-    """Patterns of what the user has to put into manual/ that match no file with content."""
+    """Patterns of files that the user has to put into manual/ and that match no file with content."""
     manual = folder / "manual"
     return [pattern for pattern in entry.layout if not any(_has_content(path) for path in manual.glob(pattern))]
 
 
 def manual_annotations(entry: DataSet, folder: Path) -> list[Path]:
-    """Files with rows among what the user put there."""
+    """Annotation files among what the user put into manual/."""
     found = []
     for pattern in entry.source.layout or ["**/*"]:
         if pattern.lower().endswith(ROW_SUFFIXES) or pattern == "**/*":
@@ -31,7 +31,10 @@ def manual_annotations(entry: DataSet, folder: Path) -> list[Path]:
 
 
 def fault(path: Path, read: bool = True) -> str | None:
-    """What is wrong with a file that the user put there, as far as that is to be seen without knowing its form."""
+    """What is wrong with a file that the user provided, as far as its suffix tells; None: nothing.
+
+    read: also read all rows of files whose suffix says that they have some.
+    """
     if what := instead_of_file(path):
         return "empty" if what == "an empty file" else what
     try:
@@ -48,9 +51,9 @@ def fault(path: Path, read: bool = True) -> str | None:
 
 
 def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong) of those that are recorded; `deep` reads all bytes.
+    """(file, what is wrong) of each recorded file that is missing or changed.
 
-    Of contents of archives, numbers and bytes are compared, and with `deep` what their files hold.
+    Sizes are compared, of an archive's contents the number of files and their bytes; with `deep`, checksums too.
     """
     for journal_file, key, base in (("files.jsonl", "file", folder), ("media/index.jsonl", "url", folder / "media")):
         journal = Journal(folder / journal_file, key)
@@ -95,7 +98,7 @@ def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
 
 
 def remove_broken(folder: Path) -> int:
-    """Read everything that is recorded and forget what is not as it was; the number of files."""
+    """Read every recorded file, remove those that changed together with their records, and return their number."""
     broken = dict(broken_files(folder, deep=True))
     for journal_file, base in (("files.jsonl", ""), ("media/index.jsonl", "media/")):
         if broken and (folder / journal_file).exists():
@@ -110,10 +113,10 @@ def remove_broken(folder: Path) -> int:
 
 
 def lacking(folder: Path, info: dict) -> list[tuple[str, str]]:
-    """(file, what is wrong) where the notes of a set that was fetched know of less than its fetch did."""
+    """(file, what is wrong) where the records of a fetched set list fewer files than its fetched.json."""
     files, found = Journal(folder / "files.jsonl", "file").records, []
     if any(info.get(key) is None for key in ("splits", "counts", "media")):
-        found.append(("fetched.json", "is not the note of a fetch"))
+        found.append(("fetched.json", "was not written by a complete fetch"))
     expected = (info.get("counts") or {}).get("files")
     if isinstance(expected, int) and len(files) < expected:
         found.append(("files.jsonl", f"lists {len(files):,} files instead of {expected:,}"))
@@ -128,7 +131,7 @@ def lacking(folder: Path, info: dict) -> list[tuple[str, str]]:
 
 
 def shared_homes(folder: Path) -> list[Path]:
-    """Folders in raw/.shared that a set's links lead to."""
+    """Folders in raw/.shared that links of a data set point to."""
     return sorted({Path(os.path.normpath(path.parent / os.readlink(path))).parents[1] for path in _links(folder)})
 
 
@@ -138,12 +141,12 @@ def _links(folder: Path) -> list[Path]:
 
 
 def unpacked_as(record: dict) -> str:
-    """Folder of an archive's contents."""
+    """Folder that an archive is unpacked to, relative to its home."""
     return record.get("folder") or f"extracted/{folder_name(record['file'])}"
 
 
 def is_unpacked(home: Path, files: Journal, record: dict) -> bool:
-    """Are an archive's contents there? Itself, it may be removed."""
+    """Whether an archive's contents are there. The archive itself may have been removed."""
     unpacked = unpacked_as(record)
     done = files.records.get(unpacked)
     return bool(done) and done.get("archive") == record.get("sha256") and (home / unpacked).is_dir()

@@ -1,11 +1,11 @@
-"""Pictures or videos from a list of addresses on other people's servers.
+"""Download pictures or videos from a list of addresses on many servers.
 
     media/ab/abcd....jpg   one file for each address (raw.media_name)
     media/index.jsonl      address, file, bytes, sha256, width, height of each that is there
-    media/lost.jsonl       address, reason, status, date before which it is not asked again, of each that is not
-    media/.part/           what has come of the others
+    media/lost.jsonl       address, reason, status, date of the next attempt, of each that is not
+    media/.part/           unfinished downloads
 
-A file gets its name only after its bytes were decoded, so that a name is a promise.
+A file gets its final name only after it was decoded without error.
 """
 
 import asyncio
@@ -22,16 +22,17 @@ from urllib.parse import urlsplit
 from molmo2_nemo.catalogue.raw import MEDIA_SUFFIXES, media_name
 from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.media_check import BadContent, check_image, check_video, dhash
-from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, Unreachable, download, publish, session
+from molmo2_nemo.fetch.rules import Rules
+from molmo2_nemo.fetch.web import Lost, OutOfBytes, Unreachable, download, publish, session
 from molmo2_nemo.files import locked, sha256_of
 
-# Days before an address is asked again, by why it was lost. `later` grows with the rounds that asked in vain.
+# Days until an address is tried again, by the kind of failure. For `later` they grow with the number of failed runs.
 DAYS = {"gone": 180, "forbidden": 30, "content": 90, "held out": 36500, "duplicate": 36500}
 LATER_DAYS = (0, 0, 0, 1, 1, 7)
-# So many failures without one answer from anybody: the fault is here.
-DARK = 64
-# So many answers in a row that ask to wait longer than a run does, and the host is left alone until the next.
-FAR = 4
+# After so many failures without a single answer, this machine has no network.
+MAX_UNANSWERED = 64
+# After so many answers in a row that ask to wait longer than `max_wait`, a host is not asked again in this run.
+MAX_LONG_WAITS = 4
 ACCEPT = {"image": "image/jpeg,image/png,image/webp,image/*;q=0.8", "video": "video/mp4,video/*;q=0.8"}
 
 
@@ -40,20 +41,20 @@ class Wanted:
     """An address of the list."""
 
     url: str
-    sha256: str | None = None  # of the bytes, where the set has it
+    sha256: str | None = None  # of the file, if the data set lists it
 
 
 class NoNetwork(Exception):
-    """Nobody answers; nothing was written down as lost."""
+    """No server answers, so nothing was recorded as lost."""
 
 
 @dataclass
 class DownloadProgress:
-    """What a fetch reports while it runs. Bytes are counted as they come."""
+    """Functions that a download calls to report its progress."""
 
     add_bytes: Callable[[int], None] = lambda count: None
     add_files: Callable[[int], None] = lambda count: None
-    start: Callable[[int, int], None] = lambda total, done: None  # files of a list, and those there before
+    start: Callable[[int, int], None] = lambda total, done: None  # files of a list, and how many were there before
     expect: Callable[[int], None] = lambda count: None  # bytes of files that come next
 
 
@@ -67,10 +68,11 @@ def fetch_list(
     retry_lost: bool = False,
     today: date | None = None,
 ) -> dict[str, int]:
-    """Get all that can be had into `media`; counts: urls, fetched, lost, held_out, "lost: KIND", and
-    fresh, of those lost for now, which were asked in one call alone.
+    """Download everything that is available to `media` and return counts: urls, fetched, lost, held_out, "lost: KIND",
+    and fresh: those lost for now that were tried in this call only.
 
-    held_out: addresses, and hashes of bytes. NoNetwork, OutOfBytes, OSError of the disk: the next call goes on.
+    held_out: addresses and checksums that must not be downloaded. NoNetwork, OutOfBytes and OSError of the disk pass
+    through; the next call continues.
     """
     today = today or datetime.now(UTC).date()
     unique = {item.url: item for item in wanted}
@@ -80,7 +82,7 @@ def fetch_list(
             job.take_stock()
             if job.open:
                 asyncio.run(job.run())
-                # Once more, later and in short, what may have passed.
+                # Try temporary failures once more, with a single attempt each.
                 job.again()
                 if job.open:
                     asyncio.run(job.run())
@@ -107,16 +109,16 @@ class _ListDownload:
         self.index = Journal(media / "index.jsonl", "url")
         self.lost = Journal(media / "lost.jsonl", "url")
         self.open: list[Wanted] = []
-        self.dark: list[tuple[Wanted, Lost]] = []  # failures since the last answer
+        self.unanswered: list[tuple[Wanted, Lost]] = []  # failures since the last answer of any server
         self.answered = False
         self.rounds = 1
-        self.paused: dict[str, float] = {}  # host -> loop time until which it is left alone
-        self.far: Counter[str] = Counter()  # host -> answers in a row that ask to wait longer than a run does
-        self.deferred: dict[str, str] = {}  # hosts that are left alone for this run, with what they said
+        self.paused: dict[str, float] = {}  # host -> event loop time until which it is not asked
+        self.long_waits: Counter[str] = Counter()  # host -> answers in a row that ask to wait longer than `max_wait`
+        self.deferred: dict[str, str] = {}  # host that is not asked again in this run -> its answer
         self.stopped: BaseException | None = None
 
     def take_stock(self) -> None:
-        """Which addresses are open; files that are not what the index says are open again."""
+        """Find the addresses to download; those whose file differs from its record are downloaded again."""
         for url, item in self.wanted.items():
             record, lost = self.index.records.get(url), self.lost.records.get(url)
             if record is not None and record["sha256"] in self.held_out[1] or url in self.held_out[0]:
@@ -144,7 +146,7 @@ class _ListDownload:
             return False
 
     def again(self) -> None:
-        """A second round for those that may pass."""
+        """Prepare a second round for temporary failures."""
         asked = {item.url for item in self.open}
         self.open = [
             self.wanted[url] for url, record in self.lost.records.items() if record["kind"] == "later" and url in asked
@@ -153,7 +155,7 @@ class _ListDownload:
         self.rounds = 2
 
     async def run(self) -> None:
-        """Deal the addresses to workers. A host has as many tokens as files may come from it at once."""
+        """Distribute the addresses to workers. A host has a token for each file that may come from it at once."""
         hosts: dict[str, deque[Wanted]] = {}
         for item in self.open:
             try:
@@ -162,14 +164,14 @@ class _ListDownload:
                 host = ""
             hosts.setdefault(host, deque()).append(item)
         tokens: asyncio.Queue[str] = asyncio.Queue()
-        # A round of first tokens before any host's second: many hosts are busy from the start.
+        # First tokens of all hosts come before second ones, so that many hosts are busy from the start.
         for turn in range(self.rules.per_host):
             for host, items in hosts.items():
                 if len(items) > turn:
                     tokens.put_nowait(host)
         left = len(self.open)
         threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-        names = ThreadPoolExecutor(self.rules.jobs)  # resolving blocks a thread each
+        names = ThreadPoolExecutor(self.rules.jobs)  # resolving a name blocks a thread
         asyncio.get_running_loop().set_default_executor(names)
 
         async def work(client) -> None:
@@ -204,13 +206,12 @@ class _ListDownload:
             threads.shutdown()
         if self.stopped is not None:
             raise self.stopped
-        if self.dark:
-            # The last ones; somebody answered before, or the list is short.
-            if not self.answered and len(self.dark) == len(self.open) and len(self.open) > 1:
-                raise NoNetwork(
-                    f"none of {len(self.dark)} addresses answered, the last said: {self.dark[-1][1].reason}"
-                )
-            self._settle()
+        if self.unanswered:
+            # The last failures: some server answered before, or the list is short.
+            if not self.answered and len(self.unanswered) == len(self.open) and len(self.open) > 1:
+                reason = self.unanswered[-1][1].reason
+                raise NoNetwork(f"none of {len(self.unanswered)} addresses answered, the last error was: {reason}")
+            self._lose_unanswered()
 
     async def _one(self, client, item: Wanted, host: str, threads) -> None:
         stem = media_name(item.url)
@@ -218,7 +219,7 @@ class _ListDownload:
         loop = asyncio.get_running_loop()
 
         async def wait(seconds: float, busy: bool) -> None:
-            if busy:  # The whole host is left alone.
+            if busy:  # The whole host has to wait.
                 self.paused[host] = max(self.paused.get(host, 0), loop.time() + seconds)
             await asyncio.sleep(seconds)
 
@@ -229,7 +230,7 @@ class _ListDownload:
                 await asyncio.sleep(seconds)
             there = next((p for s in MEDIA_SUFFIXES if (p := self.media / f"{stem}{s}").is_file()), None)
             if there is not None:
-                # Published, but the kill came before its line in the index.
+                # An earlier run was killed between renaming the file and recording it.
                 part.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(there, part)
             if there is None or not part.is_file():
@@ -242,45 +243,45 @@ class _ListDownload:
                 raise Lost("content", str(error)) from error
             suffix = record.pop("suffix")
             publish(part, self.media / f"{stem}{suffix}")
-            self._light()
+            self._note_answer()
             self.index.append({"url": item.url, "file": f"{stem}{suffix}", **record})
             self.lost.remove(item.url)
-            self.far.pop(host, None)
+            self.long_waits.pop(host, None)
         except Unreachable as error:
-            self.dark.append((item, error))
-            if len(self.dark) >= DARK and not self.answered:
+            self.unanswered.append((item, error))
+            if len(self.unanswered) >= MAX_UNANSWERED and not self.answered:
                 raise NoNetwork(
-                    f"none of {len(self.dark)} addresses answered, the last said: {error.reason}"
+                    f"none of {len(self.unanswered)} addresses answered, the last error was: {error.reason}"
                 ) from error
-            if self.answered and len(self.dark) >= DARK:
-                self._settle()
+            if self.answered and len(self.unanswered) >= MAX_UNANSWERED:
+                self._lose_unanswered()
         except Lost as error:
-            self._light()
+            self._note_answer()
             if error.wait_too_long:
-                self.far[host] += 1
-                if self.far[host] >= FAR:
+                self.long_waits[host] += 1
+                if self.long_waits[host] >= MAX_LONG_WAITS:
                     self.deferred[host] = error.reason
             if error.kind in ("gone", "forbidden", "content", "held out"):
                 part.unlink(missing_ok=True)
             self._lose(item, error)
 
-    def _light(self) -> None:
-        """Somebody answered."""
+    def _note_answer(self) -> None:
+        """Remember that a server answered, so the network works and earlier failures are real."""
         self.answered = True
-        if self.dark:
-            self._settle()
+        if self.unanswered:
+            self._lose_unanswered()
 
-    def _settle(self) -> None:
-        for item, error in self.dark:
+    def _lose_unanswered(self) -> None:
+        for item, error in self.unanswered:
             self._lose(item, error)
-        self.dark.clear()
+        self.unanswered.clear()
 
     def _checked(self, item: Wanted, part: Path) -> dict:
         digest = sha256_of(part)
         if digest in self.held_out[1]:
             raise Lost("held out", "held out for evaluation")
         if item.sha256 and digest != item.sha256.lower():
-            what = (check_image if self.kind == "image" else check_video)(part)  # says "a web page", if it is one
+            what = (check_image if self.kind == "image" else check_video)(part)  # which says so if it is a web page
             raise BadContent(f"another {self.kind} than the set's ({what['width']} x {what['height']}, other sha256)")
         found = check_image(part, published=bool(item.sha256)) if self.kind == "image" else check_video(part)
         return {**found, "bytes": part.stat().st_size, "sha256": digest}
@@ -302,16 +303,17 @@ class _ListDownload:
         )
 
     def finish(self) -> None:
-        """All addresses have an answer."""
+        """Remove partial files and sort the records, once every address has a result."""
         shutil.rmtree(self.media / ".part", ignore_errors=True)
         self.index.tidy()
         self.lost.tidy()
 
 
 def remove_duplicates(media: Path, max_bits: int = 2, today: date | None = None) -> int:
-    """Remove pictures that look like one with a smaller address; their number.
+    """Remove pictures that look like one whose address sorts before theirs, and return their number.
 
-    Hashes that differ in up to 3 of 64 bits share one of four quarters, so that few are compared.
+    max_bits: by which the 64-bit difference hashes of two alike pictures may differ, at most 3. Such hashes have at
+    least one of their four 16-bit quarters in common, so only those are compared.
     """
     today = today or datetime.now(UTC).date()
     index, lost = Journal(media / "index.jsonl", "url"), Journal(media / "lost.jsonl", "url")

@@ -1,4 +1,4 @@
-"""One file from the web, mistrusted: where it leads, how fast and how long it is, and what to do when it stops."""
+"""Download one file over HTTP: checks of addresses, redirects, time and size limits, retries, and resuming."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,6 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -20,48 +19,32 @@ import yarl
 from pydantic import BaseModel, ConfigDict
 
 from molmo2_nemo import __version__, files
+from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.files import is_disk_error
 
 USER_AGENT = f"molmo2-nemo/{__version__} (research data set download)"
-# Statuses after which asking again makes sense.
+# HTTP status codes after which a retry makes sense.
 PASSING = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524}
 FORBIDDEN = {401, 402, 403, 407}
-# Validators for resuming are kept beside files from this size on; smaller ones start anew.
+# Bytes from which on an interrupted download is resumed; smaller files start from the beginning.
 RESUMABLE_BYTES = 2**20
 CHUNK = 2**18
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
-@dataclass(frozen=True)
-class Rules:
-    """Bounds of a download."""
-
-    jobs: int = 32  # files at once
-    per_host: int = 4  # of them from one host
-    tries: int = 3  # of one file in a run
-    timeout: float = 20.0  # s to connect, to answer, and in which `min_rate` must hold
-    min_rate: float = 1024.0  # bytes/s
-    max_seconds: float = 900.0  # for one file; what came of a large one stays for the next run
-    max_file_bytes: int = 64 * 2**20
-    max_redirects: int = 6
-    max_wait: float = 60.0  # s that a server's Retry-After may hold up a host
-    backoff: float = 1.0  # s before the second try, doubled for each further one
-    allow_private: bool = False  # addresses of this machine and its network
-
-
 class Lost(Exception):
-    """The file cannot be had. kind: gone, forbidden and content stay so; later may pass."""
+    """The file cannot be downloaded. kind: "gone", "forbidden" and "content" are permanent, "later" is temporary."""
 
     def __init__(
         self, kind: str, reason: str, code: int | None = None, wait_too_long: bool = False, again: bool = True
     ):
         super().__init__(reason)
         self.kind, self.reason, self.code, self.wait_too_long = kind, reason, code, wait_too_long
-        self.again = again and kind == "later"  # may pass within the minute
+        self.again = again and kind == "later"  # worth a retry within the minute
 
 
 class Unreachable(Lost):
-    """No answer at all, so that the fault may be on this side."""
+    """The server did not answer at all, so the fault may be in this machine's network."""
 
     def __init__(self, reason: str):
         super().__init__("later", reason)
@@ -76,7 +59,7 @@ class OutOfBytes(Exception):
 
 
 class Busy(Exception):
-    """The host asks to wait so many seconds; there is still a try left."""
+    """The server asks to wait for `seconds` (Retry-After), and retries are left."""
 
     def __init__(self, seconds: float):
         super().__init__(f"asked to wait {seconds:.0f} s")
@@ -84,20 +67,20 @@ class Busy(Exception):
 
 
 def is_private(address: str) -> bool:
-    """Is it an address of this machine, its network, a cloud's metadata service, or none of a host?"""
+    """Whether an IP address belongs to this machine, its network, a cloud's metadata service, or to no single host."""
     ip = ipaddress.ip_address(address.split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
     return not ip.is_global or ip.is_multicast
 
 
 def trusted_hosts() -> set[str]:
-    """Hosts that the user named: proxies, and the endpoint of the Hub."""
+    """Hosts that the user configured: proxies, and the endpoint of the Hub (HF_ENDPOINT)."""
     named = [os.environ.get("HF_ENDPOINT", ""), *urllib.request.getproxies().values()]
     return {host for url in named if (host := urllib.parse.urlsplit(url).hostname)}
 
 
 def is_trusted(host: str, address: str | None = None) -> bool:
-    """Did the user name this host? A Hub on this machine stands for the machine."""
+    """Whether the user configured this host. A Hub on this machine makes all of the machine's addresses trusted."""
     named = trusted_hosts()
     if host in named:
         return True
@@ -105,7 +88,7 @@ def is_trusted(host: str, address: str | None = None) -> bool:
 
 
 def check_address(url: str, rules: Rules) -> str:
-    """The address as it is asked for. Lost: another scheme than http(s), or a private address in figures."""
+    """Return an address that may be requested. Lost: it is not http(s), or its host is a private IP address."""
     try:
         parts = urllib.parse.urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -113,13 +96,13 @@ def check_address(url: str, rules: Rules) -> str:
         raise Lost("gone", "not an address") from None
     if parts.scheme.lower() not in ("http", "https") or not host:
         raise Lost("gone", f"an address of the type {parts.scheme or 'none'}:, only http and https are followed")
-    if not rules.allow_private and not is_trusted(host) and (figures := _in_figures(host)) and is_private(figures):
+    if not rules.allow_private and not is_trusted(host) and (address := _numeric_address(host)) and is_private(address):
         raise Lost("gone", f"leads to the private address {host} (--allow-private follows it)")
     return url
 
 
-def _in_figures(host: str) -> str | None:
-    """The IP address that a host is written as, in any form that connecting takes: 127.0.0.1, 127.1, 2130706433."""
+def _numeric_address(host: str) -> str | None:
+    """The IP address that a host is written as, in any form that sockets accept: 127.0.0.1, 127.1, 2130706433."""
     with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(host.split("%")[0]))
     with contextlib.suppress(OSError):
@@ -128,7 +111,7 @@ def _in_figures(host: str) -> str | None:
 
 
 class _Resolver(aiohttp.ThreadedResolver):
-    """Names to addresses, without private ones."""
+    """Resolves host names, and drops private addresses. PrivateAddress: no other is left."""
 
     def __init__(self, rules: Rules):
         super().__init__()
@@ -145,7 +128,7 @@ class _Resolver(aiohttp.ThreadedResolver):
 
 
 def session(rules: Rules) -> aiohttp.ClientSession:
-    """For use inside a running event loop."""
+    """An HTTP session with these limits, for use inside a running event loop."""
     connector = aiohttp.TCPConnector(
         limit=rules.jobs, resolver=_Resolver(rules), ttl_dns_cache=600, family=socket.AF_UNSPEC
     )
@@ -168,10 +151,10 @@ async def download(
     accept: str = "*/*",
     wait: Callable | None = None,
 ) -> dict:
-    """Get `url` into the file `part`, from where it ended before if the server can; its content type and file name.
+    """Download `url` to the file `part`, resuming it if the server can; return its content type and file name.
 
-    `count` is called with each number of bytes; `wait`(seconds, the server asked for it) sleeps between tries.
-    Lost: it cannot be had. OSError of the disk and OutOfBytes pass through, and `part` stays for the next run.
+    `count` is called with the bytes of each piece; `wait`(seconds, whether the server asked for it) sleeps before a
+    retry. Lost: it cannot be downloaded. OSError of the disk and OutOfBytes pass through; the next run resumes `part`.
     """
     lost = Lost("later", "not tried")
     for attempt in range(rules.tries):
@@ -208,7 +191,7 @@ async def download(
 
 
 async def _once(client, url: str, part: Path, rules: Rules, count, accept: str) -> dict:
-    """One try of `download`."""
+    """One attempt of `download`."""
     have, known = _so_far(part)
     headers = {"Accept": accept}
     if have:
@@ -231,7 +214,7 @@ async def _once(client, url: str, part: Path, rules: Rules, count, accept: str) 
         if status not in (200, 206):
             raise Lost("gone", f"status {status}", status)
         if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
-            raise Lost("content", f"packed as {response.headers['Content-Encoding'][:40]}, which was not asked for")
+            raise Lost("content", f"compressed as {response.headers['Content-Encoding'][:40]}, which was not asked for")
         length = response.content_length
         total = None if length is None else length
         if status == 206:
@@ -268,12 +251,12 @@ async def _once(client, url: str, part: Path, rules: Rules, count, accept: str) 
 
 
 async def _open(client, url: str, headers: dict, rules: Rules) -> aiohttp.ClientResponse:
-    """The answer after redirects, each of which is checked."""
+    """The response after all redirects, each of which is checked."""
     url = url.strip()
     for _ in range(rules.max_redirects + 1):
         check_address(url, rules)
         try:
-            # As it is written, so that signed addresses stay what they are.
+            # Unchanged, so that signed addresses stay valid.
             asked = yarl.URL(url, encoded=url.isascii() and url.isprintable() and " " not in url)
             (asked.host or "").encode("idna")
         except ValueError:
@@ -286,16 +269,16 @@ async def _open(client, url: str, headers: dict, rules: Rules) -> aiohttp.Client
         target = response.headers.get("Location", "")
         response.close()
         if not target:
-            raise Lost("gone", f"status {response.status} without a place to go", response.status)
+            raise Lost("gone", f"status {response.status} without a Location header", response.status)
         try:
             url = urllib.parse.urljoin(str(response.url), target)
         except ValueError:
-            raise Lost("gone", "redirected to what is no address", response.status) from None
+            raise Lost("gone", "redirected to something that is not an address", response.status) from None
     raise Lost("gone", f"more than {rules.max_redirects} redirects")
 
 
 async def _copy(response, file, have: int, rules: Rules, count) -> int:
-    """Body to file; its bytes. Lost: it comes too slowly, or does not end where it may."""
+    """Write the body to a file and return its bytes. Lost: it is too slow, takes too long, or is too large."""
     got = in_window = 0
     loop = asyncio.get_running_loop()
     window_ends, ends = loop.time() + rules.timeout, loop.time() + rules.max_seconds
@@ -317,7 +300,7 @@ async def _copy(response, file, have: int, rules: Rules, count) -> int:
                 raise Lost("later", f"slower than {rules.min_rate:.0f} bytes/s for {rules.timeout:.0f} s", again=False)
             in_window, window_ends = 0, loop.time() + rules.timeout
             if loop.time() >= ends:
-                raise Lost("later", f"not whole after {rules.max_seconds:.0f} s", again=False)
+                raise Lost("later", f"not complete after {rules.max_seconds:.0f} s", again=False)
 
 
 def _notes(part: Path) -> Path:
@@ -349,13 +332,13 @@ def _forget(part: Path) -> None:
 
 
 def publish(part: Path, path: Path) -> None:
-    """A whole and checked part gets its name."""
+    """Give a complete and checked part its final name. Small files are not flushed: they are checked again anyway."""
     files.publish(part, path, durable=part.stat().st_size >= RESUMABLE_BYTES)
     _notes(part).unlink(missing_ok=True)
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds, from a number or a date."""
+    """Seconds of a Retry-After header, which is a number or a date; None: it is neither."""
     if not value:
         return None
     if value.strip().isdecimal() and value.isascii():

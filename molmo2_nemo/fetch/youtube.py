@@ -1,4 +1,4 @@
-"""Videos by their YouTube ids, through yt-dlp, which only the user installs."""
+"""Download videos by their YouTube ids with yt-dlp, if the user has installed it."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from molmo2_nemo.fetch.media_check import BadContent, check_video
 from molmo2_nemo.fetch.url_list import DAYS, DownloadProgress
 
 YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
-# What yt-dlp says of a video that does not come back.
+# What yt-dlp prints about a video that is permanently gone.
 GONE = re.compile(
     "unavailable|private video|removed|terminated|not available|does not exist|members-only|copyright|confirm your age",
     re.IGNORECASE,
@@ -22,9 +22,9 @@ GONE = re.compile(
 def fetch_videos(
     ids: set[str], media: Path, add_bytes: Callable[[int], None], progress: DownloadProgress, retry_lost: bool = False
 ) -> dict[str, int]:
-    """Get media/ID.mp4 of each id; counts: videos, fetched, lost, and later, of those that may come another time.
+    """Download media/ID.mp4 of each id and return counts: videos, fetched, lost, and later: those to try again.
 
-    What is no id is left out. A video that is gone is not asked for again before its date in media/lost.jsonl.
+    Anything that is not an id is left out. A video that is gone is not tried again before its date in media/lost.jsonl.
     """
     wanted, today = {video for video in ids if YOUTUBE_ID.fullmatch(video)}, datetime.now(UTC).date()
     lost = Journal(media / "lost.jsonl", "url")
@@ -61,7 +61,7 @@ class _Lost(Exception):
 
 
 def _get(video: str, media: Path) -> int:
-    """Its bytes, checked and under their name; their number. _Lost: there are none."""
+    """Download and check one video; return its bytes. _Lost: there is none."""
     part = media / ".part" / video
     part.mkdir(parents=True, exist_ok=True)
     command = [
@@ -83,7 +83,7 @@ def _get(video: str, media: Path) -> int:
     try:
         if ended.returncode != 0 or not (part / "video.mp4").is_file():
             reason = (ended.stderr.strip().splitlines() or ["no file"])[-1][:200]
-            # Anything else may pass: no network, too many requests, an old yt-dlp.
+            # Anything else may be temporary: no network, too many requests, an old yt-dlp.
             raise _Lost("gone" if GONE.search(reason) else "later", reason)
         check_video(part / "video.mp4")
         size = (part / "video.mp4").stat().st_size

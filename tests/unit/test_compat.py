@@ -1,8 +1,10 @@
 """Private names of libraries: each one that is used is there, and none is used outside of molmo2_nemo/compat.py."""
 
 import ast
+import gzip
 import importlib
 import inspect
+import io
 import queue
 import re
 import subprocess
@@ -163,6 +165,16 @@ def test_run_exit_functions():
         [sys.executable, "-c", f"{code}; print(2)"], capture_output=True, text=True, check=True, cwd=REPOSITORY
     )
     assert ended.stdout.split() == ["1", "2"]
+
+
+def test_is_after_gzip():
+    packed = gzip.compress(b"x" * 1000)
+    with pytest.raises(gzip.BadGzipFile) as rest:
+        gzip.GzipFile(fileobj=io.BytesIO(packed + b"rest")).read()
+    assert compat.is_after_gzip(rest.value)
+    with pytest.raises(gzip.BadGzipFile) as wrong:
+        gzip.GzipFile(fileobj=io.BytesIO(packed[:-8] + bytes(8))).read()
+    assert not compat.is_after_gzip(wrong.value)
 
 
 # Of what is overridden: the parameters, or the value's type.

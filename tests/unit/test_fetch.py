@@ -28,8 +28,9 @@ from molmo2_nemo.fetch.inventory import doctor, plan_downloads, state_of
 from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.media_check import BadContent, check_image
 from molmo2_nemo.fetch.on_disk import broken_files
+from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.fetch.url_list import DownloadProgress, NoNetwork, Wanted, fetch_list, remove_duplicates
-from molmo2_nemo.fetch.web import Lost, Rules, check_address, is_private
+from molmo2_nemo.fetch.web import Lost, check_address, is_private
 
 # Short, so that what hangs is given up soon; 127.0.0.1 must be allowed.
 RULES = Rules(jobs=16, per_host=16, tries=3, timeout=0.6, backoff=0.01, allow_private=True)
@@ -131,7 +132,7 @@ def test_a_repository_comes_whole_at_a_commit_that_stays_pinned(hub, tmp_path):
     assert not list((tmp_path / "raw/mine").rglob(".part"))
     # A second fetch asks for nothing; a repaired one for what is broken, at the old commit.
     asked = hub.asked.total()
-    assert fetched(tmp_path, entry()).reason == "was there already" and hub.asked.total() == asked
+    assert fetched(tmp_path, entry()).reason == "is already complete" and hub.asked.total() == asked
     (tmp_path / "raw/mine/hub/rows/part-0.jsonl").write_bytes(lines([{"a": 9}]))
     assert [what for _, what in broken_files(tmp_path / "raw/mine", deep=True)] == ["has changed"]
     assert fetched(tmp_path, entry(), verify=True).state == "complete"
@@ -154,7 +155,7 @@ def test_a_file_that_comes_wrong_is_never_taken(hub, tmp_path):
     hub.repos["me/mine"].faults = {"data/train-other.jsonl": ["other"] * 99}
     (tmp_path / "raw/mine/hub/data/train-other.jsonl").unlink()
     result = fetched(tmp_path, entry())
-    assert result.state == "failed" and "of other content than the Hub lists" in result.reason
+    assert result.state == "failed" and "bytes that do not match the checksum on the Hub" in result.reason
     assert not (tmp_path / "raw/mine/hub/data/train-other.jsonl").exists()
     assert RawSource(tmp_path, "mine").info["complete"] is False
 
@@ -209,7 +210,7 @@ def test_without_its_line_in_revisions_a_set_moves_on_and_old_files_go(hub, tmp_
     hub.repos["me/mine"] = Repo(old)
     assert fetched(tmp_path, entry()).state == "complete"
     hub.repos["me/mine"] = Repo({"train-0.jsonl": new}, sha="b" * 40)
-    assert fetched(tmp_path, entry()).reason == "was there already"
+    assert fetched(tmp_path, entry()).reason == "is already complete"
     (tmp_path / "raw/revisions.json").write_text("{}")
     sets = load_catalogue(tmp_path / "datasets.yaml").sets
     assert [problem.what for problem in doctor(sets, tmp_path)] == [
@@ -248,7 +249,7 @@ BAD = {
     "error": ("later", "status 500"),
     "bomb": ("content", "pixels"),
     "tiny": ("content", "placeholder"),
-    "gzip": ("content", "packed as gzip"),
+    "gzip": ("content", "compressed as gzip"),
     "broken": ("content", "broken picture"),
 }
 # Given up when their time is over, and nothing else is: short for these, long for the others.
@@ -502,7 +503,7 @@ def test_a_set_by_hand_waits_for_its_files_and_doctor_looks_at_them(tmp_path):
     assert result.state == "by hand" and "train.json, videos/*.mp4 must be put into" in result.reason
     sets = load_catalogue(tmp_path / "datasets.yaml").sets
     problem = list(doctor(sets, tmp_path))[0]
-    assert "manual/ lacks train.json, videos/*.mp4" in problem.what and problem.mend.endswith("download.py how mine")
+    assert "manual/ lacks train.json, videos/*.mp4" in problem.what and problem.fix.endswith("download.py how mine")
     manual = tmp_path / "raw/mine/manual"
     (manual / "videos").mkdir(parents=True)
     (manual / "train.json").write_text('[{"q": 1}]')
@@ -711,7 +712,7 @@ DAMAGES = {
 }
 
 
-def test_the_command_that_doctor_prints_mends_what_it_found(hub, media, tmp_path, capsys, monkeypatch):
+def test_the_command_that_doctor_prints_fixes_what_it_found(hub, media, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
     from download import main
 
@@ -731,7 +732,7 @@ def test_the_command_that_doctor_prints_mends_what_it_found(hub, media, tmp_path
         damage(root / "raw/mine")
         found = problems()
         assert found, name
-        words = shlex.split(found[0]["mend"])
+        words = shlex.split(found[0]["fix"])
         assert words[:4] == ["python", "tools/download.py", "fetch", "mine"]
         assert main([*words[2:], "--quiet"]) == 0, name
         assert problems() == [] and tree(root / "raw") == whole, name
@@ -745,7 +746,7 @@ def test_doctor_names_a_root_and_folders_that_cannot_be_used(hub, tmp_path, monk
     for name, said in (("none", "is not there"), ("link", "which is not there"), ("file", "is a file")):
         problems = list(doctor(sets, tmp_path / name))
         assert len(problems) == 1 and said in problems[0].what
-        assert run(["bash", "-c", problems[0].mend]).returncode == 0
+        assert run(["bash", "-c", problems[0].fix]).returncode == 0
         (tmp_path / name).mkdir(exist_ok=True)
         assert not list(doctor(sets, tmp_path / name))
     (tmp_path / "raw").mkdir()
@@ -755,7 +756,7 @@ def test_doctor_names_a_root_and_folders_that_cannot_be_used(hub, tmp_path, monk
     (tmp_path / "raw/mine").unlink()
     (tmp_path / "raw/mine/files.jsonl").mkdir(parents=True)
     problem = list(doctor(sets, tmp_path))[0]
-    assert "cannot be read (Is a directory)" in problem.what and problem.mend.startswith("mv ")
+    assert "cannot be read (Is a directory)" in problem.what and problem.fix.startswith("mv ")
     assert fetched(tmp_path, entry()).state == "failed"
 
 

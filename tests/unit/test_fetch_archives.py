@@ -92,7 +92,7 @@ def test_what_explodes_is_stopped_before_it_does(tmp_path):
     zeros = make_zip(tmp_path / "zeros.zip", {"zeros": bytes(20 * 2**20)}, zipfile.ZIP_DEFLATED)
     tar = make_tar(tmp_path / "zeros.tar.gz", {"zeros": bytes(20 * 2**20)})
     many = make_zip(tmp_path / "many.zip", {str(n): b"" for n in range(51)})
-    for archive, said in ((zeros, "explodes"), (tar, "explodes"), (many, "more than 50 files")):
+    for archive, said in ((zeros, "decompression bomb"), (tar, "decompression bomb"), (many, "more than 50 files")):
         with pytest.raises(BadArchive, match=said):
             extract(archive, tmp_path / "out", sha256_of(archive), bounds)
     # A head that lies about the length of a member.
@@ -159,7 +159,7 @@ def test_archives_in_a_repository_are_unpacked_and_may_be_removed(hub, media, tm
     assert RawSource(tmp_path, "mine").media("v/1.mp4").read_bytes() == b"mp4"
     assert not (tmp_path / "raw/mine/hub/videos.zip").exists()
     asked = hub.asked.total()
-    assert fetched(tmp_path, videos).reason == "was there already" and hub.asked.total() == asked
+    assert fetched(tmp_path, videos).reason == "is already complete" and hub.asked.total() == asked
 
 
 def test_files_of_plain_addresses_are_checked(hub, media, tmp_path):  # noqa: F811
@@ -222,7 +222,7 @@ def test_bounds_hold_across_levels(tmp_path):
     bomb = make_zip(tmp_path / "bomb", {f"{n}.zip": zeros for n in range(2)}, zipfile.ZIP_DEFLATED)
     many = packed(make_zip, tmp_path, {str(n): b"" for n in range(12)})
     crowd = make_zip(tmp_path / "crowd", {"a.zip": many, "b.zip": many})
-    for archive, said in ((bomb, "explodes"), (crowd, "more than 20 files")):
+    for archive, said in ((bomb, "decompression bomb"), (crowd, "more than 20 files")):
         with pytest.raises(BadArchive, match=said):
             extract(archive, tmp_path / "out/x", sha256_of(archive), bounds)
     hostile = make_zip(tmp_path / "h", {"a": b"1", "b.zip": packed(make_zip, tmp_path, {"../up": b"1"})})
@@ -272,10 +272,10 @@ def tar_head(name: bytes, size: int, kind: bytes = b"0") -> bytes:
 
 
 ODD_TARS = {
-    "a name of 10 GB": (tar_head(b"x", 10 * 2**30, b"L") + bytes(9000), "a head of"),
-    "a pax head of 10 GB": (tar_head(b"x", 10 * 2**30, b"x") + bytes(9000), "a head of"),
+    "a name of 10 GB": (tar_head(b"x", 10 * 2**30, b"L") + bytes(9000), "a header of"),
+    "a pax header of 10 GB": (tar_head(b"x", 10 * 2**30, b"x") + bytes(9000), "a header of"),
     "a size below 0": (tar_head(b"x", -512) + bytes(9000), "below 0"),
-    "a petabyte": (tar_head(b"x", 10**15) + bytes(9000), "explodes"),
+    "a petabyte": (tar_head(b"x", 10**15) + bytes(9000), "decompression bomb"),
     "no end": (tar_head(b"x", 3) + bytes(512), "no end at byte 1,024"),
     "damaged amid": (tar_head(b"x", 3) + bytes(512) + b"G" * 512 + tar_head(b"y", 3) + bytes(2000), "no end at"),
     "nothing": (bytes(1024), "empty"),

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tables import parser, print_json, print_table
 
+from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.fetch.url_list import Wanted, fetch_list
-from molmo2_nemo.fetch.web import Rules
 
 
 def picture(kilobytes: int) -> bytes:
