@@ -2,7 +2,7 @@
 
 Torch, Megatron and NeMo take 8 seconds of a core to import; most of what the tests start works for less. A program is
 run as `python script.py ...` would run it, in a process of its own, with its own environment; several ranks get what
-torchrun would give them. test_readme.py, test_quickstart.py, test_slurm.py, test_survive.py and test_stage_pass.py
+torchrun would give them. test_quickstart.py, test_slurm.py, test_survive.py and test_stage_pass.py
 start real commands from nothing.
 
 What is already imported has read its environment variables (HF_ENDPOINT, ...), and the ranks share one hash seed: where

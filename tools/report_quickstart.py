@@ -95,7 +95,7 @@ loss curves                     {folder}/loss.png
 answers while it trained        {folder}/stage2/samples/
 answers of the exported model   {folder}/answers.json
 Hugging Face model              {folder}/hf
-each stage's run                {folder}/stage1, stage2, stage3 (checkpoints/, tensorboard/, metrics.jsonl, report.html)
+each stage's run                {folder}/stage1, stage2, stage3 (checkpoints/, metrics.jsonl, report.html, ...)
 
 Next: ask the model yourself, or train on pictures of your own (docs/own_data.md).
   .venv/bin/python tools/ask.py {folder}/hf --image data/sample/quiz/image0.png "What colour is the star?"

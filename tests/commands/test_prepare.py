@@ -339,7 +339,7 @@ def test_the_document_shows_lines_of_its_example_and_names_every_field():
 def test_commands_of_the_document(sample, tmp_path):
     """From the lines to the exported model's answer, as the document has it but in other folders.
 
-    The sample world is that of other tests; test_readme.py runs the command that makes it.
+    The sample world is that of other tests; the fixture `sample` runs the command that makes it.
     """
     blocks = re.findall(r"<!-- tested -->\n```\n(.*?)```", DOCUMENT, re.DOTALL)
     commands = [line for block in blocks for line in block.strip().splitlines()]
