@@ -1,13 +1,13 @@
 """Programs that start warm: forked from a server that has already imported what our programs import.
 
-Importing torch, Megatron, NeMo and transformers takes many seconds of a core, and most of what the tests start works for
-less. One server does it once for all of pytest's processes. A request to it carries arguments, environment, working
-folder and the three standard streams; the server forks, and the new process runs the program as `python script.py ...`,
-`python -m module ...` or `python -c code ...` would run it.
+Importing torch, Megatron, NeMo and transformers takes many seconds of a core, and most of what the tests start works
+for less. One server does it once for all of pytest's processes. A request to it carries arguments, environment,
+working folder and the three standard streams; the server forks, and the new process runs the program as
+`python script.py ...`, `python -m module ...` or `python -c code ...` would run it.
 
-There are two ways to use it. `start` runs programs and returns their output; programs.py builds on it. The script that
-`executable` writes can stand wherever a command line expects `python`: it passes on the signals it gets, and ends as the
-program ends.
+There are two ways to use it. `start` runs programs and returns their output; programs.py builds on it. The script
+that `executable` writes can stand wherever a command line expects `python`: it passes on the signals it gets, and
+ends as the program ends.
 
 What is already imported has read its environment variables (HF_ENDPOINT, ...), and the forked processes share one hash
 seed. Where a test is about such a thing, `programs.run` starts a real process.
@@ -21,6 +21,7 @@ import runpy
 import select
 import signal
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,8 @@ PRELOAD = [
     "transformers.models.molmo2.modeling_molmo2",
     "transformers.models.molmo2.processing_molmo2",
 ]
-FOLDER = "MOLMO2_NEMO_WARM"  # names the folder of the server's socket, one for all of pytest's processes: see conftest.py
+FOLDER = "MOLMO2_NEMO_WARM"  # names the folder of the server's socket; conftest.py sets it
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # by the stand-in
 # Below the ports that the system hands out; a range for each of pytest's workers, gw0, gw1, ...
 worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 ports = itertools.count(12000 + worker % 5 * 3500 + os.getpid() % 30 * 100)
@@ -45,7 +47,7 @@ ports = itertools.count(12000 + worker % 5 * 3500 + os.getpid() % 30 * 100)
 
 
 def serve(listener: socket.socket, owner: int) -> dict:
-    """Fork twice for each request, a process that watches and the program's. Returns, in the program's only, the request.
+    """Fork twice for each request: a process that watches, and the program's, in which alone this returns the request.
 
     Ends when the process `owner` has ended.
     """
@@ -68,12 +70,16 @@ def watch(connection: socket.socket) -> dict:
     """Answer with the id of the program's process and, once it has ended, its status. Kill it if nobody listens."""
     _, streams, _, _ = socket.recv_fds(connection, 1, 3)
     line = connection.makefile("rb").readline()
+    client, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     pid = os.fork() if line else os._exit(0)
     if not pid:
         connection.close()
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
+        # On a node of the Slurm tests: with the node's host name and hosts file.
+        if os.readlink(f"/proc/{client}/ns/uts") != os.readlink("/proc/self/ns/uts"):
+            os.setns(os.pidfd_open(client), os.CLONE_NEWUTS | os.CLONE_NEWNS)
         return json.loads(line)
     for stream in streams:
         os.close(stream)
@@ -88,8 +94,10 @@ def watch(connection: socket.socket) -> dict:
     os._exit(0)
 
 
-def run(arguments: list[str], environment: dict[str, str], folder: str) -> None:
+def run(arguments: list[str], environment: dict[str, str], folder: str, ignored: list[int]) -> None:
     """In the program's process."""
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -122,7 +130,8 @@ class Program:
         self.connection = socket.socket(socket.AF_UNIX)
         self.connection.connect(os.path.join(os.environ[FOLDER], "socket"))
         socket.send_fds(self.connection, [b"\0"], streams)
-        request = {"arguments": arguments, "environment": environment, "folder": str(folder)}
+        ignored = [number for number in PASSED_ON if signal.getsignal(number) is signal.SIG_IGN]
+        request = {"arguments": arguments, "environment": environment, "folder": str(folder), "ignored": ignored}
         self.connection.sendall(json.dumps(request).encode() + b"\n")
         self.answers = self.connection.makefile("rb", buffering=0)
         line = self.answers.readline()
@@ -132,6 +141,12 @@ class Program:
 
     def fileno(self) -> int:
         return self.connection.fileno()
+
+    def poll(self) -> int | None:
+        """Its exit status, or None if it still runs."""
+        if self.status is None and select.select([self], [], [], 0)[0]:
+            self.wait()
+        return self.status
 
     def wait(self) -> int:
         """Its exit status, negative if a signal ended it."""
@@ -241,7 +256,7 @@ def executable() -> Path:
 def stand_in(arguments: list[str]) -> None:
     """What that script does."""
     program = Program(arguments, dict(os.environ), Path.cwd(), [0, 1, 2])
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
+    for number in PASSED_ON:
         signal.signal(number, lambda number, _: program.send_signal(number))
     status = program.wait()
     if status >= 0:

@@ -22,7 +22,6 @@ def as_installed(command: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_commands_of_the_readme(tmp_path_factory):
     assert len(commands()) >= 12
     run(["rm", "-rf", "runs/readme"])

@@ -5,6 +5,5 @@ from programs import run_ranks, succeeded
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_overlap_changes_nothing():
     assert succeeded(run_ranks(2, "tests/ranks/overlap_check.py")).stdout.count("same") == 2

@@ -1,0 +1,31 @@
+"""What is said and recorded when a run ends in trouble."""
+
+import os
+
+from molmo2_nemo.training.shutdown import describe
+
+
+def test_what_errors_are_called():
+    assert describe(RuntimeError("[gloo/tcp] Connection closed by peer [127.0.0.1]:2")) is None
+    assert "lower data.num_workers" in describe(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."))
+    assert describe(ValueError("no")) == "ValueError: no" and describe(KeyboardInterrupt()) == "interrupted"
+
+
+def test_what_the_user_set_of_the_flight_recorder_stays(monkeypatch, tmp_path):
+    from molmo2_nemo.training.shutdown import record_collectives
+
+    for name in list(os.environ):
+        if name.startswith(("TORCH_FR_", "TORCH_NCCL_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
+    before = set(os.environ)
+    record_collectives(tmp_path)
+    added = {name: os.environ[name] for name in set(os.environ) - before}
+    for name in added:
+        monkeypatch.delenv(name)
+    prefix = str(tmp_path / "errors" / "collectives_rank")
+    assert added == {
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
+    }
