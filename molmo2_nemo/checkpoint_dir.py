@@ -1,4 +1,4 @@
-"""A checkpoint as a directory: written aside, published by rename, known complete by its marker.
+"""A checkpoint as a directory: written under a temporary name, renamed when complete, and marked as complete.
 
     step_00001000/
         complete.json        marker, written last: step, stage, size of every other file
@@ -11,7 +11,6 @@ Nothing here needs a process group.
 """
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import ModelConfig, model_config_from_json, model_config_to_json
+from molmo2_nemo.files import sync
 
 MARKER = "complete.json"
 MODEL = "model.json"
@@ -36,7 +36,7 @@ def step_of(path: Path) -> int:
 
 
 def aside(final: Path) -> Path:
-    """Where a checkpoint is written before it is whole; whatever an interrupted save left there is removed."""
+    """The temporary folder of a checkpoint that is being written; what an interrupted save left there is removed."""
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -44,14 +44,12 @@ def aside(final: Path) -> Path:
 
 
 def publish(temporary: Path, final: Path, model: ModelConfig, info: dict) -> None:
-    """Write architecture and marker, make all of it durable, and give the checkpoint its name."""
+    """Write architecture and marker, flush everything to disk, and give the checkpoint its name."""
     (temporary / MODEL).write_text(model_config_to_json(model))
     sizes = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.rglob("*")) if p.is_file()}
     (temporary / MARKER).write_text(json.dumps({**info, "files": sizes}, indent=2) + "\n")
     for path in [*temporary.rglob("*"), temporary]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(path)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
@@ -104,7 +102,6 @@ class _MetadataUnpickler(pickle.Unpickler):
             "strided",
             "contiguous_format",
             "preserve_format",
-            "serialization._get_layout",
         }:
             raise pickle.UnpicklingError(f"{module}.{name}")
         return super().find_class(module, name)

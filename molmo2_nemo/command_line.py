@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.environment import quiet_libraries, set_cpu_environment, set_gpu_environment
-from molmo2_nemo.paths import CONF_DIR, REPOSITORY
+from molmo2_nemo.paths import CONF_DIR, PACKAGE
 
 
 def prepare(arguments: list[str]) -> None:
@@ -109,8 +109,8 @@ def to_dataclass(cfg: DictConfig) -> Config:
 
 
 def tokenizer_location(name: str) -> str:
-    """A tokenizer that ships with this package may be named from the repository's root wherever the user stands."""
-    shipped = REPOSITORY / name
+    """The path of a tokenizer. The one in molmo2_nemo/data/tokenizer is found from any working directory."""
+    shipped = PACKAGE.parent / name
     return str(shipped) if not Path(name).exists() and shipped.is_dir() else name
 
 

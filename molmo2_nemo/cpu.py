@@ -2,14 +2,15 @@
 
 megatron-core 0.19 asks for the current CUDA device in about ninety places and has no CPU switch. `install()`
 redirects those calls. It is called by the entry points when the accelerator is `cpu` and never on a GPU.
-`torch.cuda.is_available()` stays honest: torch.compile, data loaders and transformers trust it.
+`torch.cuda.is_available()` still returns False: torch.compile, data loaders and transformers rely on it.
 """
 
 import contextlib
 
 import torch
-import torch._dynamo
 from torch.overrides import TorchFunctionMode
+
+from molmo2_nemo import compat
 
 _CPU = torch.device("cpu")
 
@@ -81,12 +82,12 @@ def install() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     # A CUDA build of torch without a driver raises inside every optimizer step.
-    torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None
+    setattr(torch.optim.Optimizer, compat.OPTIMIZER_HEALTH_CHECK, lambda self: None)
     # Megatron compiles small functions with torch.compile: seconds of C++ on a CPU, nothing gained.
-    torch._dynamo.config.disable = True
+    compat.dynamo_config().disable = True
     from megatron.core.tensor_parallel import random as megatron_random
 
     # With a CUDA build of torch the original queues the state for a driver that never comes.
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.random.set_rng_state(state)
+    setattr(megatron_random, compat.SET_CUDA_RNG_STATE, lambda state, *_, **__: torch.random.set_rng_state(state))
     _mode = _CudaMeansCpu()
     _mode.__enter__()

@@ -22,6 +22,7 @@ _NOISY_WARNINGS = (
     ".*argument order of load has been changed.*",
     ".*torch.distributed is disabled.*",
     ".*pin_memory.*",
+    ".*invalid escape sequence.*",  # when Python compiles a library's file for the first time
     # Megatron's distributed optimizer of float32 weights holds views of them.
     ".*grad attribute of a Tensor that is not a leaf.*",
 )

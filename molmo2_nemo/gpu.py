@@ -1,4 +1,4 @@
-"""What a run asks of a GPU and of the libraries there: checks, defaults, Transformer Engine's communication buffers."""
+"""What a run needs of a GPU and its libraries: checks, defaults, Transformer Engine's communication buffers."""
 
 import importlib.util
 
@@ -30,7 +30,11 @@ def check_device(config: Config, device: str) -> None:
     precision, spec = parallel.resolve_precision(train, device), parallel.layer_spec(config.parallel, device)
     if precision == "fp8":
         recipe = transformer.get("fp8_recipe", FP8_RECIPE)
-        _need(spec == "transformer_engine", "train.precision=fp8", "transformer_engine installed (pip install .[gpu])")
+        _need(
+            spec == "transformer_engine",
+            "train.precision=fp8",
+            f'Transformer Engine installed: pip install "{parallel.TRANSFORMER_ENGINE}"',
+        )
         capability, cuda, words = _FP8_NEEDS[recipe]
         here = torch.cuda.get_device_capability(parallel.local_rank())
         version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
@@ -86,7 +90,7 @@ def ddp_settings(config: Config, device: str) -> dict:
 
 
 def description(config: Config, precision: str, device: str) -> str:
-    """One line for the log: layers, Adam, FP8 and what a row's tokens are a multiple of."""
+    """One line for the log: which layers, which Adam, FP8, and what the length of a row must be a multiple of."""
     library = {"transformer_engine": "Transformer Engine's fused", "apex": "apex's fused"}.get(
         Adam.__module__.split(".")[0]
     )

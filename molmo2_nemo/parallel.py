@@ -20,6 +20,8 @@ from molmo2_nemo.config.schema import FP8_RECIPE, ModelConfig, ParallelConfig, T
 from molmo2_nemo.environment import local_rank, rank_from_environment, world_size_from_environment
 from molmo2_nemo.model.layers import gelu_tanh
 
+# What the extra `gpu` of pyproject.toml installs; so named, it can be installed beside a checkout and beside a wheel.
+TRANSFORMER_ENGINE = "transformer-engine[pytorch,core_cu13]"
 # Fields of TransformerConfig that say how FP8 is done: the same for the decoder and for the ViT, if that is in FP8.
 FP8_FIELDS = (
     "fp8_recipe",
@@ -50,7 +52,10 @@ def resolve_precision(train: TrainConfig, device: str) -> str:
 
 
 def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, seed: int) -> None:
-    """Start torch.distributed from torchrun's or srun's environment, or alone, then Megatron's groups and seeds."""
+    """Start torch.distributed, as the environment of torchrun or srun says or with one rank, then Megatron's groups.
+
+    Sets the seeds, too. Raises ConfigError when the environment has no address for the ranks to meet at.
+    """
     rank = rank_from_environment()
     world_size = world_size_from_environment()
     alone = world_size == 1
@@ -80,7 +85,7 @@ def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, se
 
 
 def set_rendezvous() -> None:
-    """MASTER_ADDR and MASTER_PORT where the launcher gave none: the first host of a Slurm job, a port by its id.
+    """Set MASTER_ADDR and MASTER_PORT if the launcher has not: the first host of a Slurm job, a port made of its id.
 
     Raises ConfigError when there is no Slurm job either.
     """
@@ -147,8 +152,8 @@ def layer_spec(parallel: ParallelConfig, device: str) -> str:
     """`local` or `transformer_engine`. Raises ConfigError when the latter is asked for and not there."""
     if parallel.layer_spec == "transformer_engine" and not (device == "cuda" and has_transformer_engine()):
         raise ConfigError(
-            "parallel.layer_spec=transformer_engine needs a GPU and transformer_engine installed (pip install "
-            ".[gpu]): use parallel.layer_spec=local."
+            "parallel.layer_spec=transformer_engine needs a GPU and Transformer Engine installed: "
+            f'pip install "{TRANSFORMER_ENGINE}", or use parallel.layer_spec=local.'
         )
     if parallel.layer_spec != "auto":
         return parallel.layer_spec
@@ -212,7 +217,7 @@ def transformer_configs(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
     )
     if parallel.virtual_pipeline_model_parallel_size is not None:
-        # In a batch, the messages of two stages that are each other's next and previous one would be mixed up.
+        # With two stages, each is the other's next and previous one: batched messages would be mixed up.
         decoder.update(overlap_p2p_comm=True, batch_p2p_comm=False)
     if precision == "fp8":
         overrides = {"fp8_recipe": FP8_RECIPE, **overrides}

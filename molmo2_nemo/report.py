@@ -26,8 +26,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-# Counters of samples that were broken, as in training/metrics.py, which needs torch.
-BROKEN = ("dropped_malformed", "dropped_undecodable", "dropped_unreadable")
+from molmo2_nemo.data.counters import BROKEN
+from molmo2_nemo.files import write_atomically
+
 COLOURS = ["#1f6fb4", "#d9641e", "#2a9d5c", "#8a56b8", "#c23b4b", "#7a5a3a", "#d05fa5", "#555555", "#a8a32a", "#20a5b5"]
 # (heading, figures of training intervals with their title and the lowest value on their axis)
 SECTIONS = (
@@ -130,10 +131,7 @@ def write_report(runs: list[Path], out: Path) -> None:
     )
     if out.is_dir():
         raise ValueError(f"{out} is a folder: name the file to write the report to.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    temporary.rename(out)
+    write_atomically(out, page.encode(errors="replace"))
 
 
 # Reading

@@ -27,11 +27,10 @@ import time
 from pathlib import Path
 
 PRELOAD = [
-    "nemo.core.config",
-    "molmo2_nemo.training.train",
+    "molmo2_nemo.training.run",
     "molmo2_nemo.report",
     "molmo2_nemo.hf.convert",
-    "molmo2_nemo.prepare.stage",
+    "molmo2_nemo.prepare.stage_datasets",
     "torchvision.transforms.v2",
     "transformers.models.molmo2.modeling_molmo2",
     "transformers.models.molmo2.processing_molmo2",
@@ -275,5 +274,6 @@ if __name__ == "__main__":
 
         for name in PRELOAD:
             importlib.import_module(name)
+        importlib.import_module("molmo2_nemo.recipe").nemo_hydra_runner()  # imports Hydra
         gc.freeze()  # a collection in a forked process would copy what is shared
         run(**serve(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3])))

@@ -169,12 +169,12 @@ def show(catalogue, entries, options) -> int:
 
 
 def show_plan(catalogue, entries, options) -> int:
-    from molmo2_nemo.fetch.inventory import as_json, free_bytes, measured_speed, plan
+    from molmo2_nemo.fetch.inventory import as_json, free_bytes, measured_speed, plan_downloads
 
     free = free_bytes(options.root)
     budget = options.budget or free
     speed = options.speed or measured_speed(options.root)
-    rows = plan(entries, catalogue, options.root, budget, speed)
+    rows = plan_downloads(entries, catalogue, options.root, budget, speed)
     get = [row for row in rows if row.action == "fetch"]
     total, seconds = sum(row.gigabytes for row in get), sum(row.seconds or 0 for row in get) if speed else None
     if options.json:
@@ -201,10 +201,10 @@ def show_plan(catalogue, entries, options) -> int:
 
 
 def fetch(catalogue, entries, options) -> int:
+    from molmo2_nemo.fetch.data_set import FetchOptions, FetchResult, Meter, fetch_set
     from molmo2_nemo.fetch.inventory import root_trouble
-    from molmo2_nemo.fetch.journal import is_disk_error
-    from molmo2_nemo.fetch.sources import Meter, Options, Result, fetch_set
     from molmo2_nemo.fetch.web import OutOfBytes, Rules
+    from molmo2_nemo.files import is_disk_error
 
     trouble = root_trouble(options.root)
     if trouble and options.root.exists() | options.root.is_symlink():
@@ -219,7 +219,7 @@ def fetch(catalogue, entries, options) -> int:
         allow_private=options.allow_private,
         backoff=min(1.0, options.timeout / 10),
     )
-    settings = Options(
+    settings = FetchOptions(
         options.root,
         rules,
         options.limit,
@@ -236,17 +236,17 @@ def fetch(catalogue, entries, options) -> int:
             try:
                 result = fetch_set(entry, catalogue, settings, meter, bar.progress)
             except OutOfBytes as error:
-                result, status = Result(entry.name, "part", f"{error}; run it again for more"), 4
+                result, status = FetchResult(entry.name, "part", f"{error}; run it again for more"), 4
             except OSError as error:
                 if isinstance(error, PermissionError):  # maybe of this set's folder alone
                     reason = f"no right to write {error.filename or options.root}: doctor says what mends it"
-                    result = Result(entry.name, "failed", reason)
+                    result = FetchResult(entry.name, "failed", reason)
                 elif is_disk_error(error):
                     room = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend it"
                     reason = f"cannot write under {options.root} ({error.strerror}); {room} and run it again"
-                    result, status = Result(entry.name, "part", reason), 3
+                    result, status = FetchResult(entry.name, "part", reason), 3
                 else:
-                    result = Result(entry.name, "failed", " ".join(str(error).split()))
+                    result = FetchResult(entry.name, "failed", " ".join(str(error).split()))
         results.append(result)
         if not options.json:
             rate = f", {result.bytes / 1e6:,.1f} MB in {duration(result.seconds)}" if result.bytes else ""
@@ -291,11 +291,11 @@ class Bar:
     """Progress of a set on the standard error: files or bytes, rate, time left; a line a minute without a terminal."""
 
     def __init__(self, name: str, quiet: bool):
-        from molmo2_nemo.fetch.url_list import Progress
+        from molmo2_nemo.fetch.url_list import DownloadProgress
 
         self._name, self._quiet, self._bar, self._files = name, quiet, None, False
         self._bytes, self._since, self._shown = 0, time.monotonic(), 0.0
-        self.progress = Progress(self.add_bytes, self._add_files, self._start, self._expect)
+        self.progress = DownloadProgress(self.add_bytes, self._add_files, self._start, self._expect)
 
     def add_bytes(self, count: int) -> None:
         self._bytes += count

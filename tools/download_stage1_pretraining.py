@@ -4,6 +4,9 @@ python tools/download_stage1_pretraining.py [--limit 1000] [--jobs 32] [--max-by
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # for python -m, too
 
 from download import main
 

@@ -37,9 +37,18 @@ from molmo2_nemo.config.checks import check
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.environment import rank_from_environment, world_size_from_environment
-from molmo2_nemo.paths import REPOSITORY
+from molmo2_nemo.paths import CHECKOUT, ROOT
 
-PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "nemo_toolkit", "transformer-engine", "apex")
+PACKAGES = (
+    "molmo2-nemo",
+    "torch",
+    "megatron-core",
+    "megatron-energon",
+    "transformers",
+    "nemo_toolkit",
+    "transformer-engine",
+    "apex",
+)
 # Bytes of a parameter in a checkpoint: float32 master weight and two Adam moments, and the weight of the model.
 CHECKPOINT_BYTES = 16
 # GB/s of the all-reduce below which the network is not what the job needs. A GPU job whose NCCL found no InfiniBand or
@@ -99,8 +108,18 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "none"
-    commit = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found | {"commit": commit.stdout.strip() or "unknown"}
+    if CHECKOUT is not None:
+        found["commit"] = commit(CHECKOUT)
+    return found
+
+
+def commit(checkout: Path) -> str:
+    """The commit of a checkout; `unknown` where git is not installed, as in a container, or fails."""
+    try:
+        asked = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return asked.stdout.strip() or "unknown"
 
 
 def data_fault(config: Config) -> str | None:
@@ -238,7 +257,7 @@ def plan(stage: str, overrides: list[str], ranks: int, memory_gib: float, second
     """tools/plan.py's verdict for GPUs of so much memory. Fault: it does not fit."""
     command = [
         sys.executable,
-        str(REPOSITORY / "tools" / "plan.py"),
+        str(ROOT / "tools" / "plan.py"),
         "--config-name",
         stage,
         "--gpu-memory",

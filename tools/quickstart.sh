@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # From nothing to a Hugging Face model on a CPU: sample data, three chained stages on two ranks, export, questions.
-# Arguments are overrides for all three stages: tools/quickstart.sh train.max_steps=20
+# Arguments are overrides for all three stages:
+#
+#     tools/quickstart.sh
+#     tools/quickstart.sh train.max_steps=20
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh
@@ -12,7 +15,7 @@ export OMP_NUM_THREADS=1
 
 say() { printf '\n== %s\n' "$*"; }
 
-# A finished stage is kept when this is run again with the same overrides; anything else starts over.
+# A second run with the same overrides keeps the stages that are finished; with others it starts over.
 overrides="$* $(cat conf/schedule/quickstart.yaml conf/model/tiny.yaml | cksum)"
 if [[ "$(cat $runs/overrides 2>/dev/null)" != "$overrides" ]]; then
   rm -rf "$runs"
@@ -23,7 +26,8 @@ fi
 say "sample data"
 $python tools/make_sample_data.py --out "$data"
 
-stage() {  # stage NUMBER RECIPE LAYOUT [OVERRIDE...]
+# stage NUMBER RECIPE LAYOUT [OVERRIDE...]: one stage of training; nothing if it is finished.
+stage() {
   local number=$1 recipe=$2 layout=$3
   shift 3
   if [[ -f "$runs/stage$number/seconds" ]]; then
@@ -33,15 +37,18 @@ stage() {  # stage NUMBER RECIPE LAYOUT [OVERRIDE...]
   say "stage $number: $recipe on 2 CPU ranks, parallel=$layout"
   local started=$SECONDS
   .venv/bin/torchrun --standalone --nproc-per-node 2 "recipes/$recipe.py" model=tiny data=sample schedule=quickstart \
-    optim=from_scratch parallel="$layout" name=quickstart run_dir="$runs/stage$number" train.log_every=50 \
+    optim=from_scratch parallel="$layout" name=quickstart run_dir="$runs/stage$number" \
     train.generate_every=1000 train.generate_examples=15 "$@" \
-    2> >(tee "$runs/stage$number.err" >&2) || { echo "stage $number failed; its own error is above and in $runs/stage$number.err" >&2; exit 1; }
+    2> >(tee "$runs/stage$number.err" >&2) || {
+      echo "stage $number failed. Its error is above and in $runs/stage$number.err; docs/troubleshooting.md explains it." >&2
+      exit 1
+    }
   echo $((SECONDS - started)) > "$runs/stage$number/seconds"
 }
 
-stage 1 stage1_pretrain tp2 "$@"
-stage 2 stage2_sft tp2 train.init_from="$runs/stage1" "$@"
-stage 3 stage3_long_context cp2 train.init_from="$runs/stage2" "$@"
+stage 1 stage1_pretrain tp2 train.log_every=50 "$@"
+stage 2 stage2_sft tp2 train.log_every=50 train.init_from="$runs/stage1" "$@"
+stage 3 stage3_long_context cp2 train.log_every=10 train.init_from="$runs/stage2" "$@"
 
 say "export"
 rm -rf "$runs/hf"

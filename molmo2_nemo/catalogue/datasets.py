@@ -19,7 +19,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-CONF_FILE = Path(__file__).resolve().parents[2] / "conf" / "datasets.yaml"
+from molmo2_nemo.paths import CONF_DIR
+
+CONF_FILE = CONF_DIR / "datasets.yaml"
 CATEGORIES = (
     "dense-caption",
     "image-pointing",
@@ -69,7 +71,7 @@ class HubFiles(_Strict):
         return self.config if isinstance(self.config, list) else [self.config]
 
 
-class Source(_Strict):
+class DownloadSource(_Strict):
     """Where the annotations are."""
 
     kind: Literal["hf", "url", "manual"]
@@ -92,7 +94,7 @@ class Source(_Strict):
         return self
 
 
-class Media(_Strict):
+class MediaSource(_Strict):
     """Where the pictures and videos are."""
 
     kind: Literal["in-parquet", "archive", "url-list", "youtube-ids", "manual", "render", "none", "unknown"]
@@ -127,8 +129,8 @@ class DataSet(_Strict):
     """One entry. What a fetch and a plan read is typed; the rest is kept as it is."""
 
     name: Name
-    source: Source
-    media: Media
+    source: DownloadSource
+    media: MediaSource
     stages: list[Literal[1, 2, 3]] = [2, 3]
     category: Literal[CATEGORIES] = "own"
     stage2_category: Literal[CATEGORIES] | None = None

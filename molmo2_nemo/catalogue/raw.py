@@ -11,40 +11,72 @@ tools/download.py writes it. This module only reads, keeps one batch of rows in 
 processes at once.
 """
 
+import codecs
 import csv
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict
+
+import ijson
+from pydantic import ConfigDict, TypeAdapter, with_config
+
+from molmo2_nemo import limits
+from molmo2_nemo.files import sha256_of_text
 
 # Suffixes of files in media/; the writer chooses by content.
-MEDIA_SUFFIXES = (".jpg", ".png", ".webp", ".gif", ".bmp", ".tiff", ".mp4", ".webm", ".mkv", ".avi", ".mov")
+MEDIA_SUFFIXES = tuple(dict.fromkeys((*limits.DOWNLOADED_IMAGES.values(), *limits.DOWNLOADED_VIDEOS.values())))
 ROW_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
-# Types of what fetched.json says.
-NOTE = {
-    "splits": dict,
-    "media": dict,
-    "counts": dict,
-    "waiting": list,
-    "limit": int,
-    "bytes": int,
-    "revision": str,
-    "stopped": str,
-    "license": str,
-}
 SPLITS = ("train", "validation", "val", "test")
 # More folders in extracted/ or manual/ are not looked through one by one.
 MAX_FOLDERS = 64
 # Rows held at once; a row may hold pictures.
 BATCH_ROWS = 64
+# Bytes of a JSON file that may be held as a whole where reading its array item by item fails.
+MAX_WHOLE = 2**30
+
+
+class UnreadableFile(ValueError):
+    """A file of rows is broken, or of another form than its suffix says; `reason` says so without naming the file."""
+
+    def __init__(self, path: Path, error: Exception):
+        self.reason = " ".join(str(error).split())
+        super().__init__(f"{path} cannot be read: {self.reason}.")
 
 
 def media_name(url: str) -> str:
     """Path, relative to media/ and without its suffix, of what the address holds."""
-    digest = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+    digest = sha256_of_text(url)
     return f"{digest[:2]}/{digest}"
+
+
+@with_config(ConfigDict(extra="allow", strict=True))
+class FetchNote(TypedDict, total=False):
+    """fetched.json, which a fetch writes last. Notes written by hand may leave out anything."""
+
+    name: str | None
+    complete: bool | None
+    stopped: str | None  # why the fetch ended before its end
+    waiting: list[str] | None  # what is missing, in words
+    limit: int | None  # rows of a sample (fetch --limit)
+    filter: str | None  # of the catalogue: rows that are meant
+    splits: dict[str, list[str]] | None  # split -> annotation files, relative to the data set's folder
+    revision: str | None  # commit of the repository on the Hub
+    repo: str | None
+    license: str | None
+    terms: str | None
+    held_out: str | None  # "checked" or "not checked" against the pictures of evaluations
+    counts: dict[str, Any] | None  # files, rows
+    media: dict[str, Any] | None  # kind, and what became of the addresses of a list
+    bytes: int | None  # on the disk
+    fetched_bytes: int | None
+    seconds: float | None
+    time: str | None
+
+
+_NOTE = TypeAdapter(FetchNote)
 
 
 class RawSource:
@@ -55,15 +87,10 @@ class RawSource:
         self.folder = Path(root).expanduser() / "raw" / name
 
     @cached_property
-    def info(self) -> dict:
+    def info(self) -> FetchNote:
         """fetched.json. ValueError: it is not there, so that nothing of this set is known to be whole."""
         try:
-            info = json.loads((self.folder / "fetched.json").read_text())
-            if not isinstance(info, dict) or not all(
-                info.get(key) is None or isinstance(info[key], kind) for key, kind in NOTE.items()
-            ):
-                raise ValueError("not the note of a fetch")
-            return info
+            return _NOTE.validate_json((self.folder / "fetched.json").read_bytes())
         except (OSError, ValueError) as error:
             note = self.folder / "fetched.json"
             why = f" ({note} cannot be read)" if note.exists() else ""
@@ -167,17 +194,61 @@ def read_rows(path: Path, suffix: str | None = None) -> Iterator[dict]:
         else:
             raise ValueError(f"its suffix is none of {', '.join(ROW_SUFFIXES)}")
     except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+        raise UnreadableFile(path, error) from error
 
 
-def json_values(path: Path) -> list:
-    """Items of a JSON file's list, its one value, or, as is common, the values of JSON lines. ValueError: neither."""
+def json_values(path: Path) -> Iterator:
+    """Items of a JSON file's array, its one value, or, as is common, the values of JSON lines. ValueError: neither."""
+    with path.open("rb") as file:
+        start = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"["):
+        yield from json_items(path)
+        return
     content = path.read_bytes()
     try:
         values = json.loads(content)
     except ValueError:
         values = [json.loads(line) for line in content.splitlines() if line.strip()]
-    return values if isinstance(values, list) else [values]
+    yield from values if isinstance(values, list) else [values]
+
+
+def json_items(path: Path, key: str | None = None) -> Iterator:
+    """Items of the JSON array, or of the array under `key` of the JSON object, of which one is held at a time.
+
+    NaN, Infinity and integers of more than 64 bits, which Python writes but no standard allows, are read too: such a
+    file is then held as a whole. Half of a surrogate pair becomes a question mark.
+    ValueError: there is no such array, or the file is broken.
+    """
+    number, where = 0, f" under {key}" if key else ""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
+            for item in ijson.items(file, f"{key}.item" if key else "item", use_float=True):
+                yield item
+                number += 1
+            if number:
+                return
+            reason = f"it has no JSON array{where}"
+    except ijson.JSONError as error:
+        reason = f"it is broken after item {number}{where} ({_first_line(error)})"
+    if path.stat().st_size > MAX_WHOLE:
+        raise ValueError(reason)
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"it is broken after item {number}{where} ({error})") from error
+    if key is not None:
+        values = values.get(key) if isinstance(values, dict) else None
+    if not isinstance(values, list):
+        raise ValueError(f"it has no JSON array{where}")
+    yield from values[number:]
+
+
+def _first_line(error: Exception) -> str:
+    """Of what ijson says, without its drawing of the place; some of it is in bytes."""
+    text = error.args[0] if error.args else ""
+    return (text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)).split("\n")[0]
 
 
 def num_rows(path: Path) -> int:
@@ -186,7 +257,7 @@ def num_rows(path: Path) -> int:
         try:
             return _parquet(path).metadata.num_rows
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+            raise UnreadableFile(path, error) from error
     return sum(1 for _ in read_rows(path))
 
 
@@ -205,7 +276,7 @@ def column_values(path: Path, columns: list[str]) -> Iterator[dict]:
         for batch in file.iter_batches(batch_size=4096, columns=[column for column in columns if column in known]):
             yield from batch.to_pylist()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+        raise UnreadableFile(path, error) from error
 
 
 def matches(row: dict, condition: str | None) -> bool:

@@ -25,7 +25,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_settings(cfg: Config, world_size: int) -> None:
-    """Those of `check` that do not import Megatron."""
+    """The checks of `check` that do not import Megatron."""
     check_choice("stage", cfg.stage, ("stage1", "stage2", "stage3"))
     check_model(cfg.model)
     check_parallel(cfg.parallel, cfg.model, world_size)
@@ -182,7 +182,7 @@ def check_parallel(p: ParallelConfig, m: ModelConfig, world_size: int) -> None:
 
 
 def layers_per_stage(p: ParallelConfig, m: ModelConfig) -> list[int]:
-    """Decoder layers on each pipeline stage. Raises ConfigError when they cannot be dealt out."""
+    """Decoder layers on each pipeline stage. Raises ConfigError when they cannot be distributed."""
     pp = p.pipeline_model_parallel_size
     first, last = p.num_layers_in_first_pipeline_stage, p.num_layers_in_last_pipeline_stage
     if pp == 1:
@@ -216,7 +216,7 @@ def row_multiple(p: ParallelConfig, precision: str = "auto", fp8_recipe: str = F
 
 
 def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig, multiple: tuple[int, str] | None = None) -> None:
-    """Refuse budgets that hold nothing. multiple: of a row's tokens, see row_multiple. Raises ConfigError."""
+    """Refuse rows that are too short to hold any sample. multiple: see row_multiple. Raises ConfigError."""
     check_choice("data.loss_weighting", d.loss_weighting, ("flat", "root", "root_report"))
     check_choice("data.style_prefix", d.style_prefix, ("length", "demo"))
     check_choice("data.prompts", d.prompts, ("templates", "none"))

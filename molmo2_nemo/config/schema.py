@@ -1,7 +1,11 @@
-"""The dataclasses behind conf/: every key, its type and its default. Nothing here imports torch.
+"""The dataclasses behind conf/: every key, its type, its default and its meaning. Nothing here imports torch.
 
 YAML in conf/ is for people, these dataclasses are for the program. Hydra merges the first into the second
 (`command_line.register`), so that a misspelt key or a wrong type is refused by name.
+
+The string after a field says what it means; a last sentence "Source: ..." says where its default comes from.
+tools/dev/make_settings.py writes docs/settings.md from them. "allenai/molmo2" is the public training code of Ai2,
+github.com/allenai/molmo2; arXiv 2601.10611 is the technical report of Molmo2.
 """
 
 import dataclasses
@@ -30,23 +34,26 @@ EXTRA_TOKENS = (
 )
 
 
-# With precision=fp8, unless transformer.fp8_recipe says otherwise: it keeps no state, so a resumed run goes on
-# exactly and ranks need not agree on maxima, and it has a bf16 form of the first and last layers.
+# The recipe of train.precision=fp8 unless transformer.fp8_recipe is set. It keeps no state between steps, so a resumed
+# run continues exactly and ranks need not agree on maxima, and it allows the first and last layers to stay in bf16.
 FP8_RECIPE = "tensorwise"
 
 
 @dataclass
 class VisionConfig:
-    """Geometry of crops and pooling windows: what the processors and the model must agree on.
+    """Geometry of crops and pooling windows, which the image processor and the model must agree on."""
 
-    Defaults are the released models' (public `olmo/preprocessing/multicrop_preprocessor.py`).
-    """
-
-    image_size: int = 378  # pixels, square crops
-    patch_size: int = 14  # pixels
-    image_pooling: int = 2  # patches on a side of an image token's window
-    video_pooling: int = 3  # patches on a side of a video token's window
-    overlap_margin: int = 4  # patches dropped on each inner side of a tile
+    image_size: int = 378
+    """Side of a square crop in pixels. Source: allenai/molmo2, `olmo/preprocessing/multicrop_preprocessor.py`."""
+    patch_size: int = 14
+    """Side of a patch in pixels. Source: SigLIP 2 so400m/14."""
+    image_pooling: int = 2
+    """Patches on each side of the window that becomes one image token. Source: arXiv 2601.10611, section 3."""
+    video_pooling: int = 3
+    """Patches on each side of the window that becomes one video token. Source: arXiv 2601.10611, section 3."""
+    overlap_margin: int = 4
+    """Patches by which neighbouring crops overlap; they are dropped on each inner side of a crop.
+    Source: allenai/molmo2, `olmo/preprocessing/multicrop_preprocessor.py`."""
 
     @property
     def patches_per_crop(self) -> int:
@@ -59,194 +66,358 @@ class VisionConfig:
 
 @dataclass
 class VitConfig:
-    """Vision transformer (SigLIP 2 so400m/14 in the released models)."""
+    """Vision transformer. The defaults are SigLIP 2 so400m/14, which the released models use."""
 
-    num_layers: int = 25  # of SigLIP's 27: deeper ones are never read
+    num_layers: int = 25
+    """Layers that are built. SigLIP has 27; nothing reads the last two.
+    Source: allenai/molmo2, `olmo/model_configs.py`."""
     hidden_size: int = 1152
+    """Width of a patch's hidden state. Source: SigLIP 2 so400m/14."""
     num_attention_heads: int = 16
+    """Attention heads. Source: SigLIP 2 so400m/14."""
     head_dim: int = 72
+    """Width of an attention head. Source: SigLIP 2 so400m/14."""
     ffn_hidden_size: int = 4304
+    """Width of the MLP's hidden layer. Source: SigLIP 2 so400m/14."""
     layernorm_epsilon: float = 1e-6
-    feature_layers: list[int] = field(default_factory=lambda: [24, 18])  # concatenated in this order
+    """Epsilon of the layer norms. Source: SigLIP 2 so400m/14."""
+    feature_layers: list[int] = field(default_factory=lambda: [24, 18])
+    """Layers, counted from 0, whose outputs are concatenated in this order and go to the connector; negative numbers
+    count from the last one. Source: allenai/molmo2, `olmo/model_configs.py` (-3 and -9 of 27)."""
 
 
 @dataclass
 class ConnectorConfig:
-    """Attention pooling over a window of patches, then a SwiGLU projector."""
+    """Attention pooling over a window of patches, then a SwiGLU projector into the language model's width."""
 
     hidden_size: int = 1152
+    """Width of the pooling attention. Source: allenai/molmo2, `olmo/model_configs.py`."""
     num_attention_heads: int = 16
+    """Heads of the pooling attention. Source: allenai/molmo2, `olmo/model_configs.py`."""
     head_dim: int = 72
+    """Width of a head of the pooling attention. Source: allenai/molmo2, `olmo/model_configs.py`."""
     ffn_hidden_size: int = MISSING
+    """Width of the projector's hidden layer; in the released models that of the language model's MLP.
+    Source: allenai/molmo2, `olmo/model_configs.py`."""
 
 
 @dataclass
 class ModelConfig:
-    """Architecture. `hf_path` set: all of it is read from that Hugging Face folder's config.json."""
+    """Architecture. With `hf_path`, all of it is read from that Hugging Face folder's config.json."""
 
     name: str = MISSING
+    """What the log and the planner call the model."""
     hf_path: str | None = None
-    tokenizer: str = MISSING  # folder or hub name
+    """Folder of a Hugging Face Molmo2 whose config.json gives the architecture; goes with `model=hf`."""
+    tokenizer: str = MISSING
+    """Tokenizer: a folder, or a repository on the Hugging Face Hub."""
     vision: VisionConfig = field(default_factory=VisionConfig)
+    """Geometry of crops and pooling windows."""
     vit: VitConfig = field(default_factory=VitConfig)
+    """The vision transformer."""
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    """Pooling and projector between vision transformer and language model."""
     num_layers: int = MISSING
+    """Decoder layers."""
     hidden_size: int = MISSING
+    """Width of the decoder's hidden states."""
     num_attention_heads: int = MISSING
-    num_query_groups: int = MISSING  # key/value heads
+    """Query heads of the decoder's attention."""
+    num_query_groups: int = MISSING
+    """Key and value heads of the decoder's attention."""
     head_dim: int = MISSING
+    """Width of an attention head of the decoder."""
     ffn_hidden_size: int = MISSING
-    vocab_size: int = MISSING  # base vocabulary, also the width of the logits
+    """Width of the decoder MLP's hidden layer."""
+    vocab_size: int = MISSING
+    """Size of the base vocabulary, which is also the width of the logits."""
     additional_vocab_size: int = 128
+    """Rows of the extra vocabulary (image, video and point tokens). Source: allenai/molmo2, `olmo/tokenizer.py`."""
     max_position_embeddings: int = 36864
+    """Positions that an exported config.json declares. Source: row length of stage 3, arXiv 2601.10611."""
     layernorm_epsilon: float = 1e-6
-    qk_norm: str = "per_head"  # per_head (Qwen3) | full_width (OLMo 3)
-    norm_after: bool = False  # OLMo 3: norm on each sublayer's output
+    """Epsilon of the decoder's norms. Source: Qwen3 and OLMo 3."""
+    qk_norm: str = "per_head"
+    """Norm of queries and keys: `per_head` as in Qwen3, or `full_width` over all heads as in OLMo 3."""
+    norm_after: bool = False
+    """Normalise the output of each sublayer, as OLMo 3 does, instead of its input."""
     tie_embeddings: bool = False
+    """The output head is the base embedding table."""
     rope_theta: float = 1e6
-    rope_scaling: dict[str, Any] | None = None  # transformers' rope_parameters without rope_theta
-    rope_scaling_layers: list[int] | None = None  # None: all layers, when rope_scaling is set
+    """Base of the rotary position embedding. Source: Qwen3-8B; the other models set their own."""
+    rope_scaling: dict[str, Any] | None = None
+    """Scaling of the rotary position embedding, as transformers' `rope_parameters` without `rope_theta`."""
+    rope_scaling_layers: list[int] | None = None
+    """Decoder layers to which `rope_scaling` applies; null: all of them."""
     init_std: float = 0.02
-    # Ids under their names in transformers' Molmo2Config; None: the base vocabulary's size plus EXTRA_TOKENS' offsets.
+    """Standard deviation of weights that are drawn. Source: allenai/molmo2, `olmo/model_configs.py`."""
     vision_token_ids: dict[str, int] | None = None
+    """Ids of the vision tokens under their names in transformers' Molmo2Config; null: `vocab_size` plus the offsets of
+    `EXTRA_TOKENS`."""
 
 
 @dataclass
 class ParallelConfig:
+    """How the model and the rows are split over ranks. The data-parallel size is what is left of the ranks."""
+
     tensor_model_parallel_size: int = 1
+    """Ranks that share each weight matrix (TP)."""
     pipeline_model_parallel_size: int = 1
+    """Pipeline stages over which the decoder layers are split (PP); the vision tower is on the first."""
     context_parallel_size: int = 1
+    """Ranks that share each row of tokens (CP)."""
     sequence_parallel: bool = False
-    cp_comm_type: str = "a2a"  # a2a (Ulysses) | all_gather (keys and values)
+    """Split activations outside of matrix products over the tensor parallel ranks, too. Needs TP above 1."""
+    cp_comm_type: str = "a2a"
+    """How attention works across context parallel ranks: `a2a` exchanges sequence for heads (Ulysses), `all_gather`
+    gathers keys and values."""
     num_layers_in_first_pipeline_stage: int | None = None
+    """Decoder layers on the first pipeline stage, which also has the vision tower; null: an equal share."""
     num_layers_in_last_pipeline_stage: int | None = None
-    # Each pipeline rank holds so many separate pieces of the decoder (interleaved schedule); null: one.
+    """Decoder layers on the last pipeline stage, which also has the output head; null: an equal share."""
     virtual_pipeline_model_parallel_size: int | None = None
-    layer_spec: str = "auto"  # auto | local | transformer_engine
+    """Separate pieces of the decoder that each pipeline rank holds (interleaved schedule); null: one."""
+    layer_spec: str = "auto"
+    """Whose layers are used: `transformer_engine`, `local` (Megatron-Core's own), or `auto`, which is Transformer
+    Engine where it is installed and there is a GPU."""
 
 
 @dataclass
 class DataConfig:
-    blend: str = MISSING  # conf/blend/NAME.yaml, or a path to a YAML file
-    root: str = MISSING  # folder that holds the blend's sources
+    """What is read, how samples become rows, and what is done about broken ones."""
+
+    blend: str = MISSING
+    """The mixture of sources: a name in conf/blend, or the path of a YAML file."""
+    root: str = MISSING
+    """Folder that holds the blend's sources; the environment variable DATA_ROOT, else data/shards."""
     tokenizer: str = MISSING
-    seq_length: int = MISSING  # tokens of a packed row
-    max_crops: int = MISSING  # crops of a packed row
+    """Tokenizer of the data; that of the model unless set."""
+    seq_length: int = MISSING
+    """Tokens of a packed row."""
+    max_crops: int = MISSING
+    """Image crops and video frames of a packed row, together."""
     max_crops_per_image: int = 8
+    """Crops of one image beside its overview. Source: allenai/molmo2, `max_crops` in pre-training and SFT."""
     max_frames: int = MISSING
+    """Frames of one video at most."""
     max_fps: float = 2.0
+    """Frames taken per second of video, while `max_frames` allows. Source: arXiv 2601.10611, section 3."""
     packing_buffer_size: int = 48
+    """Examples that wait to be packed into rows, per loader worker. Source: allenai/molmo2 and arXiv 2601.10611, where
+    more than 48 gained nothing."""
     shuffle_buffer_size: int = 100
+    """Samples among which Energon draws at random, per loader worker."""
     num_workers: int = 2
+    """Loader processes per data-parallel rank; 0 loads in the training process. Source: allenai/molmo2, stage 1."""
     seed: int = 1
+    """Seed of the order of samples and of what is drawn for each (prompts, crops, branch order)."""
     point_separator: str = ";"
-    # flat: 1 everywhere | root: 2/sqrt(tokens) and the flat overrides | root_report: 4/sqrt(tokens) instead
+    """What separates the frames or images in a list of points: a tab in stage 1, a semicolon in stages 2 and 3.
+    Source: allenai/molmo2."""
     loss_weighting: str = "root"
-    style_prefix: str = "demo"  # length: "style n:" | demo: none for demo styles, "style: " for the rest
-    prompts: str = "templates"  # templates: questions of tasks are drawn from sets | none: the label alone, or nothing
-    max_images: int = 5  # of a sample
-    high_res_crops: int = 24  # crops of a single image of sources with high_res_probability, that often
-    skip_missing: bool = False  # leave out sources of the blend that are not on disk
-    max_error_rate: float = 0.01  # of a source's samples that are broken; above it the run stops
+    """Weight of answer tokens: `flat` is 1 everywhere, `root` is 2 / sqrt(answer tokens) with fixed weights for
+    pointing, tracking and video captions, `root_report` has 4 in place of 2. Source: allenai/molmo2 (2) and
+    arXiv 2601.10611 (4)."""
+    style_prefix: str = "demo"
+    """What precedes a question: `length` is "style n:" as in stage 1, `demo` is nothing for styles that people use and
+    "style: " for the others. Source: allenai/molmo2."""
+    prompts: str = "templates"
+    """Wording of a task's question: `templates` draws it from a set of sentences, `none` gives the label alone or
+    nothing. Source: allenai/molmo2 (none in stage 1)."""
+    max_images: int = 5
+    """Images of one sample; samples with more are dropped and counted. Source: allenai/molmo2."""
+    high_res_crops: int = 24
+    """Crops of a single image of a source with `high_res_probability`, that often. Source: allenai/molmo2."""
+    skip_missing: bool = False
+    """Leave out sources of the blend that are not on disk, and give their share to the rest of their group."""
+    max_error_rate: float = 0.01
+    """Share of a source's samples that may be broken; above it the run stops and names the source."""
 
 
 @dataclass
 class ComponentOptim:
-    lr: float = MISSING  # peak
+    """Learning rate of one of the three components."""
+
+    lr: float = MISSING
+    """Peak learning rate."""
     warmup_steps: int = MISSING
+    """Steps over which the rate rises linearly from 0 to its peak."""
     freeze: bool = False
+    """Do not train this component: no gradient, no optimizer state."""
 
 
 @dataclass
 class OptimConfig:
+    """AdamW with a rate, a warm-up and gradient clipping for each component."""
+
     vit: ComponentOptim = field(default_factory=ComponentOptim)
-    connector: ComponentOptim = field(default_factory=ComponentOptim)  # and the extra vocabulary's rows
+    """The vision transformer."""
+    connector: ComponentOptim = field(default_factory=ComponentOptim)
+    """The connector, and the rows of the extra vocabulary. Source: allenai/molmo2."""
     llm: ComponentOptim = field(default_factory=ComponentOptim)
-    freeze_embedding: bool = True  # the base table, and with it a tied head
-    freeze_patterns: list[str] = field(default_factory=list)  # regular expressions searched for in parameter names
+    """The language model."""
+    freeze_embedding: bool = True
+    """Do not train the base embedding table, nor a head tied to it. Source: allenai/molmo2."""
+    freeze_patterns: list[str] = field(default_factory=list)
+    """Regular expressions; a parameter whose name one of them matches somewhere is not trained."""
     min_lr_ratio: float = 0.1
-    decay: str = "cosine"  # cosine | linear | constant
-    clip_grad: float = 1.0  # largest norm of a component's gradient; 0 clips nothing
-    z_loss: float = 1e-4  # factor of the squared log-partition (PaLM, arXiv 2204.02311, section 5)
+    """Learning rate at the last step, as a share of the peak. Source: allenai/molmo2."""
+    decay: str = "cosine"
+    """How the rate falls after the warm-up: `cosine`, `linear` or `constant`. Source: allenai/molmo2 (cosine)."""
+    clip_grad: float = 1.0
+    """Largest norm of each component's gradient, which is scaled down to it; 0 clips nothing.
+    Source: allenai/molmo2."""
+    z_loss: float = 1e-4
+    """Factor of the squared log-partition function in the loss. Source: PaLM, arXiv 2204.02311, section 5; the value is
+    allenai/molmo2's."""
     weight_decay: float = 0.0
+    """Decoupled weight decay. Source: allenai/molmo2."""
     adam_beta1: float = 0.9
+    """Decay of Adam's first moment. Source: allenai/molmo2."""
     adam_beta2: float = 0.95
+    """Decay of Adam's second moment. Source: allenai/molmo2."""
     adam_eps: float = 1e-6
+    """Adam's epsilon. Source: allenai/molmo2."""
 
 
 @dataclass
 class StageSchedule:
-    """What a schedule (conf/schedule/*.yaml) says of one stage."""
+    """What a schedule (conf/schedule/*.yaml) says about one stage. Other keys take their values from here."""
 
     max_steps: int = MISSING
+    """Value of `train.max_steps`."""
     global_batch_size: int = MISSING
+    """Value of `train.global_batch_size`."""
     micro_batch_size: int = 1
+    """Value of `train.micro_batch_size`."""
     seq_length: int = MISSING
+    """Value of `data.seq_length`."""
     max_frames: int = MISSING
+    """Value of `data.max_frames`."""
     max_crops: int = MISSING
+    """Value of `data.max_crops`."""
     context_parallel_size: int = 1
+    """Value of `parallel.context_parallel_size`."""
     lr_vit: float = MISSING
+    """Value of `optim.vit.lr`."""
     lr_connector: float = MISSING
+    """Value of `optim.connector.lr`."""
     lr_llm: float = MISSING
+    """Value of `optim.llm.lr`."""
     warmup_vit: int = MISSING
+    """Value of `optim.vit.warmup_steps`."""
     warmup_connector: int = MISSING
+    """Value of `optim.connector.warmup_steps`."""
     warmup_llm: int = MISSING
+    """Value of `optim.llm.warmup_steps`."""
     hidden_dropout: float = 0.0
-    response_dropout: bool = False  # hidden_dropout at positions that carry loss alone
+    """Dropout on the output of each decoder sublayer, before it is added to the residual stream."""
+    response_dropout: bool = False
+    """Apply `hidden_dropout` only at positions that carry loss."""
 
 
 @dataclass
 class ScheduleConfig:
+    """Lengths, batch sizes and rates of the three stages."""
+
     stage1: StageSchedule = field(default_factory=StageSchedule)
+    """Pre-training."""
     stage2: StageSchedule = field(default_factory=StageSchedule)
+    """Supervised fine-tuning."""
     stage3: StageSchedule = field(default_factory=StageSchedule)
+    """Long-context fine-tuning."""
 
 
 @dataclass
 class TrainConfig:
+    """The training loop: steps, checkpoints, logging, how a run ends."""
+
     max_steps: int = MISSING
-    micro_batch_size: int = MISSING  # packed rows per rank and micro-batch
-    global_batch_size: int = MISSING  # packed rows per step over all data-parallel ranks
+    """Optimizer steps of the stage; the learning rates reach their end there."""
+    micro_batch_size: int = MISSING
+    """Packed rows that a rank works on at a time."""
+    global_batch_size: int = MISSING
+    """Packed rows of a step, over all data-parallel ranks and micro-batches."""
     seed: int = 6198
-    device: str = "auto"  # auto | cpu | cuda
-    precision: str = "auto"  # auto (fp32 on cpu, bf16 on cuda) | fp32 | bf16 | fp8
-    # Whose weights start this stage: a checkpoint, a run, a Hugging Face Molmo2, or [Qwen3 or OLMo 3, SigLIP 2].
+    """Seed of drawn weights and of dropout; the random numbers of a step depend on it and on the step alone.
+    Source: allenai/molmo2."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`, which takes a GPU where there is one."""
+    precision: str = "auto"
+    """`fp32`, `bf16`, `fp8`, or `auto`, which is fp32 on a CPU and bf16 on a GPU."""
     init_from: Any = None
+    """Weights that the stage starts from: a checkpoint, a run (its newest checkpoint), a Hugging Face Molmo2, or two
+    folders, `'train.init_from=[LLM_DIR,SIGLIP2_DIR]'`; null: random weights. Optimizer and step start fresh."""
     save_every: int = 1000
+    """Steps between checkpoints; one is always written at the end."""
     keep_last: int = 3
-    keep_every: int = 0  # checkpoints of steps that are multiples of this stay; 0: none but the last
-    async_checkpoint: str = "auto"  # written while training goes on: auto (on cuda) | true | false
-    stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1"])  # save, then end
-    stop_after_minutes: float | None = None  # the same after so long, counted from the start of the process
-    max_skipped_steps: int = 10  # in a row with a loss or gradient that is not finite; then the run ends
+    """Checkpoints that are kept; older ones are removed."""
+    keep_every: int = 0
+    """Keep checkpoints of steps that are multiples of this, however old; 0: none of them."""
+    async_checkpoint: str = "auto"
+    """Write checkpoints while training goes on: `true`, `false`, or `auto`, which does on a GPU."""
+    stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1"])
+    """Signals on which the run finishes its step, saves a checkpoint and ends."""
+    stop_after_minutes: float | None = None
+    """Minutes after the start of the process at which the run saves and ends; null: no limit."""
+    max_skipped_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite, after which the run ends."""
     log_every: int = 10
+    """Steps between lines of the log; losses are means over the steps in between."""
     validate_every: int = 1000
-    validation_batches: int = 8  # micro-batches per data-parallel rank
-    generate_every: int = 0  # steps between answers to held-out questions; 0: none
-    generate_examples: int = 8  # questions answered each time
-    generate_max_tokens: int = 64  # of an answer
-    wandb_project: str | None = None  # log to Weights & Biases, too
-    timeout_minutes: float = 20.0  # of a collective
-    vision_chunk_crops: int = 32  # crops encoded at a time; 0: all at once
-    vision_recompute: bool = True  # encode again in the backward pass instead of keeping activations
-    vit_fp8: bool = False  # with precision=fp8, the vision transformer's matrix products too
+    """Steps between measurements of the loss on held-out samples; also at the last step."""
+    validation_batches: int = 8
+    """Held-out micro-batches per data-parallel rank in each measurement; 0: no validation."""
+    generate_every: int = 0
+    """Steps between the model's answers to held-out questions; 0: none."""
+    generate_examples: int = 8
+    """Held-out questions that are answered each time, the same ones."""
+    generate_max_tokens: int = 64
+    """Tokens of an answer at most."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases to log to as well; null: none."""
+    timeout_minutes: float = 20.0
+    """Minutes that a collective operation may take before the job ends; before that, ranks write their stacks."""
+    vision_chunk_crops: int = 32
+    """Crops that a rank encodes at a time, which bounds the vision tower's memory; 0: all at once."""
+    vision_recompute: bool = True
+    """Encode each chunk again in the backward pass instead of keeping its activations."""
+    vit_fp8: bool = False
+    """With `precision=fp8`, run the vision transformer's matrix products in FP8, too."""
 
 
 @dataclass
 class Config:
+    """All settings of a run."""
+
     stage: str = MISSING
+    """`stage1`, `stage2` or `stage3`; set by the recipe."""
     name: str = MISSING
+    """Name of the run, a folder below runs/ unless `run_dir` is set."""
     run_dir: str = MISSING
+    """Folder of the run: checkpoints, metrics, report. A run that is there is continued."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """Architecture."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over ranks."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Training data."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Lengths, batch sizes and rates by stage."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    # Any field of Megatron's own dataclasses: transformer.recompute_granularity=full, ...
-    transformer: dict[str, Any] = field(default_factory=dict)  # TransformerConfig
-    optimizer: dict[str, Any] = field(default_factory=dict)  # OptimizerConfig
-    ddp: dict[str, Any] = field(default_factory=dict)  # DistributedDataParallelConfig
+    """Training loop."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Any field of Megatron-Core's TransformerConfig, such as `transformer.recompute_granularity=full`."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Any field of Megatron-Core's OptimizerConfig, such as `optimizer.optimizer_cpu_offload=true`."""
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """Any field of Megatron-Core's DistributedDataParallelConfig, such as `ddp.grad_reduce_in_fp32=false`."""
+
+
+# float32 logits that the losses hold at a time (model/loss.py): 256 MiB, and up to three tensors of this size.
+LOGITS_PER_CHUNK = 2**26
 
 
 def padded_vocab_size(vocab_size: int) -> int:

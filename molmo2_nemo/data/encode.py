@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data.blend import SourceOptions
 from molmo2_nemo.data.points import render_content
@@ -29,35 +30,12 @@ from molmo2_nemo.data.processor import VisualInputs, build_processor, read_image
 from molmo2_nemo.data.schema import Example, Image, Message, Video
 from molmo2_nemo.data.tasks import Conversation, converse
 from molmo2_nemo.data.video import annotation_times, frame_times, pick_frames
+from molmo2_nemo.model.mask import ROOT_SEGMENT
 
-# Segment id of what all branches of a tree see; branch m has segment m, a plain example segment 0.
-ROOT_SEGMENT = 10_000
 # Seconds: a subtitle is shown if a frame is seen while it lasts, or this long before or after.
 SUBTITLE_REACH = 1.0
 
 PLAIN = SourceOptions()
-
-# What is counted of a source's samples. Every sample ends up in `examples` or in one of `dropped_*`.
-COUNTERS = (
-    "examples",
-    "branches",
-    "tokens",
-    "loss_tokens",
-    "images",
-    "frames",
-    "crops",
-    "truncated",  # branches whose end was cut off
-    "dropped_branches",  # branches without room for a single loss token
-    "frames_thinned",
-    "videos_thinned",  # frames left out because they did not fit beside the text, or into a row
-    "images_shrunk",  # images that got fewer crops than data.max_crops_per_image for the same reason
-    "dropped_malformed",
-    "dropped_undecodable",
-    "dropped_unreadable",  # broken
-    "dropped_too_long",
-    "dropped_too_many_crops",
-    "dropped_too_many_images",
-)
 
 # Styles without a prefix in stages 2 and 3: what a demo's user asks for, and multiple choice, which explains itself;
 # the variants of video_multiple_choice are among them.
@@ -69,6 +47,9 @@ DEMO_STYLES = frozenset(
     multi_image_count_then_point a_okvqa_mc ai2_diagram ai2_diagram_no_letter science_qa eval_multiple_choice
     multi_image_mc multi_image_mc_exp mantis_instruct_mc eval_multi_image_mc video_multiple_choice""".split()
 )
+# In stage 1, how often the prefix tells the length of the answer; the noise on it, a standard deviation, and its unit,
+# both in characters.
+LENGTH_SHARE, LENGTH_NOISE, LENGTH_UNIT = 0.9, 25, 15
 POINTING_WORDS = frozenset("point pointing count counting track tracking".split())
 # Captions of videos as Molmo2-Cap has them; those of other sets weigh as any answer.
 VIDEO_CAPTIONS = frozenset(
@@ -77,7 +58,7 @@ VIDEO_CAPTIONS = frozenset(
 
 
 @dataclass
-class Plan:
+class SamplePlan:
     """An example without its pixels. Arrays have one entry for each of its n tokens.
 
     labels are shifted: labels[t] is the target at position t, 0 where loss_weights[t] is 0. A plan without tokens is a
@@ -105,10 +86,10 @@ class Plan:
         return sum(crops for crops, _ in self.vision_units)
 
 
-def dropped(reason: str) -> Plan:
+def dropped(reason: str) -> SamplePlan:
     """A sample that is only counted, as `dropped_{reason}`."""
     none = np.zeros(0, dtype=np.int32)
-    return Plan(none, none, none.astype(np.float32), none, none, [], Counter({f"dropped_{reason}": 1}))
+    return SamplePlan(none, none, none.astype(np.float32), none, none, [], Counter({f"dropped_{reason}": 1}))
 
 
 @dataclass
@@ -143,7 +124,7 @@ class _Fitted:
 
 
 class Encoder:
-    """Encodes samples for one data configuration and model geometry. ValueError: no usable tokenizer."""
+    """Encodes samples for one data configuration and model geometry. ConfigError: no usable tokenizer."""
 
     def __init__(self, data: DataConfig, vision: VisionConfig):
         self.data = data
@@ -152,7 +133,7 @@ class Encoder:
         self.visual = VisualInputs(self.processor)
         eos, bos, pad = (getattr(self.tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad"))
         if eos is None:
-            raise ValueError(f"data.tokenizer={data.tokenizer} has no end-of-sequence token: set its eos_token.")
+            raise ConfigError(f"data.tokenizer={data.tokenizer} has no end-of-sequence token: set its eos_token.")
         self.eos_id, self.bos_id, self.pad_id = eos, eos if bos is None else bos, eos if pad is None else pad
         self.visual_ids = frozenset(self.visual.token_ids.tolist())
         self.im_start, im_end = self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
@@ -160,7 +141,7 @@ class Encoder:
         self.assistant = [self.im_start, *self._text("assistant\n")]
         self.frame_patches = self._count_patches(self.visual.frame)
 
-    def plan(self, example: Example, rng: np.random.Generator, options: SourceOptions = PLAIN) -> Plan:
+    def plan(self, example: Example, rng: np.random.Generator, options: SourceOptions = PLAIN) -> SamplePlan:
         """Everything but pixels. A sample that does not fit comes back as `dropped`.
 
         rng: decides what tasks ask, the order of branches, the lengths in style prefixes, and the resolution.
@@ -179,7 +160,7 @@ class Encoder:
         conversations: list[Conversation],
         rng: np.random.Generator,
         options: SourceOptions = PLAIN,
-    ) -> Plan:
+    ) -> SamplePlan:
         """The same with conversations that are written already."""
         if len(conversations) > 1:
             conversations = [conversations[i] for i in rng.permutation(len(conversations))]
@@ -208,7 +189,7 @@ class Encoder:
         )
         return plan
 
-    def pixels(self, plan: Plan, media: Mapping[str, bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def pixels(self, plan: SamplePlan, media: Mapping[str, bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Crops uint8 [C, P, patch_dim] and pooling int64 [T, W] of a plan; `media`: the sample's parts by name.
 
         ValueError: a part is missing, cannot be decoded, or has another size than the JSON says.
@@ -379,7 +360,9 @@ class Encoder:
             room -= min(room, branch.num_inputs)
         return kept
 
-    def _assemble(self, root: np.ndarray, branches: list[_Branch], options: SourceOptions, counters: Counter) -> Plan:
+    def _assemble(
+        self, root: np.ndarray, branches: list[_Branch], options: SourceOptions, counters: Counter
+    ) -> SamplePlan:
         """Concatenate root and branches; only the last branch may be longer than what is left of the row."""
         tree = len(branches) > 1
         room = self.data.seq_length - len(root)
@@ -401,7 +384,7 @@ class Encoder:
             positions.append(np.arange(len(root), len(root) + length, dtype=np.int32))
             segments.append(np.full(length, number if tree else 0, dtype=np.int32))
         arrays = [np.concatenate(parts) for parts in (ids, labels, weights, positions, segments)]
-        return Plan(*arrays, vision_units=[], counters=counters)
+        return SamplePlan(*arrays, vision_units=[], counters=counters)
 
 
 def loss_weight(style: str, num_targets: int, num_branches: int, weighting: str) -> float:
@@ -429,9 +412,9 @@ def style_prefix(style: str, answer_length: int, rule: str, rng: np.random.Gener
     """
     if rule == "demo":
         return "" if style in DEMO_STYLES or style.startswith("video_multiple_choice") else f"{style}:"
-    if style in ("pointing", "point_count", "cosyn_point") or rng.random() >= 0.9:
+    if style in ("pointing", "point_count", "cosyn_point") or rng.random() >= LENGTH_SHARE:
         return f"{style}:"
-    return f"{style} {max(0, (answer_length + int(rng.normal(0, 25))) // 15)}:"
+    return f"{style} {max(0, (answer_length + int(rng.normal(0, LENGTH_NOISE))) // LENGTH_UNIT)}:"
 
 
 def _depends_on_times(conversation: Conversation) -> bool:

@@ -13,12 +13,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from molmo2_nemo.data.blend import Source
+from molmo2_nemo.data.counters import BROKEN, DROPPED
 from molmo2_nemo.data.encode import ROOT_SEGMENT, Encoder
 from molmo2_nemo.data.packing import Batch
 from molmo2_nemo.data.points import Points, parse
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE, dense_mask
 
-BROKEN = ("malformed", "undecodable", "unreadable")
 # RGB of objects by number: Okabe and Ito's colours, which the colour-blind can tell apart, without black and grey.
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 MARK_RADIUS = 5  # pixels
@@ -41,7 +41,7 @@ class Visual:
 class Mark:
     """A point of an answer, where it is drawn. x, y: fractions of width and height."""
 
-    visual: int  # index into Example.visuals
+    visual: int  # index into ShownExample.visuals
     x: float
     y: float
     object: int  # index into Answer.objects
@@ -69,7 +69,7 @@ class Segment:
 
 
 @dataclass
-class Example:
+class ShownExample:
     """An example of a row. Arrays have an entry for each of its n tokens; see packing.Batch."""
 
     source: str
@@ -93,7 +93,7 @@ class Example:
         return sum(len(visual.crops) for visual in self.visuals)
 
 
-def examples_of(batch: Batch, sources: list[Source], encoder: Encoder) -> Iterator[Example]:
+def examples_of(batch: Batch, sources: list[Source], encoder: Encoder) -> Iterator[ShownExample]:
     """The examples of a batch of one row, in order."""
     (ids,) = batch.input_ids.numpy()
     numbers = batch.segment_ids[0].numpy() // SEGMENTS_PER_EXAMPLE  # padding: -1
@@ -111,7 +111,7 @@ def examples_of(batch: Batch, sources: list[Source], encoder: Encoder) -> Iterat
             first_crop, windows = first_crop + num_crops, windows + num_windows
         for visual, seconds in zip(visuals, _frame_times(ids[part], encoder)):
             visual.seconds = seconds
-        example = Example(
+        example = ShownExample(
             name,
             key,
             int(part.start),
@@ -169,7 +169,7 @@ def _is_target(labels: np.ndarray, loss_weights: np.ndarray) -> np.ndarray:
     return (loss_weights > 0) | (labels != 0)
 
 
-def _segments(example: Example, encoder: Encoder) -> Iterator[Segment]:
+def _segments(example: ShownExample, encoder: Encoder) -> Iterator[Segment]:
     """The root and the branches of a tree; an example without a tree is one segment."""
     edges = np.flatnonzero(np.diff(example.segment_ids)) + 1
     for start, end in zip([0, *edges], [*edges, len(example.segment_ids)]):
@@ -182,7 +182,7 @@ def _segments(example: Example, encoder: Encoder) -> Iterator[Segment]:
         yield Segment(name, tokens, turns, bool(is_cut))
 
 
-def _turns(example: Example, tokens: slice, encoder: Encoder) -> Iterator[tuple[str, Answer | str]]:
+def _turns(example: ShownExample, tokens: slice, encoder: Encoder) -> Iterator[tuple[str, Answer | str]]:
     """Prompts and answers. A prompt is the inputs up to the one whose label begins an answer."""
     ids, labels, is_target = example.input_ids[tokens], example.labels[tokens], example.is_target[tokens]
     edges = [0, *(np.flatnonzero(np.diff(is_target)) + 1), len(ids)]
@@ -268,7 +268,7 @@ def draw_marks(
     return image
 
 
-def draw_mask(example: Example) -> tuple[Image.Image, int]:
+def draw_mask(example: ShownExample) -> tuple[Image.Image, int]:
     """Which token (rows) sees which (columns), and n, if only every n-th token is shown."""
     step = -(-len(example.input_ids) // MASK_SIDE)
     # The rule knows tokens by their order and segments alone: what is left out changes nothing for the rest.
@@ -380,18 +380,14 @@ def num_samples(counts: Counter) -> int:
 
 
 def num_dropped(counts: Counter) -> int:
-    return sum(number for name, number in counts.items() if _reason(name))
+    return sum(counts[name] for name in DROPPED)
 
 
 def num_broken(counts: Counter) -> int:
-    return sum(counts[f"dropped_{reason}"] for reason in BROKEN)
-
-
-def _reason(counter: str) -> str:
-    """Why samples are dropped that this counts, "" if it counts something else."""
-    return counter.removeprefix("dropped_") if counter.startswith("dropped_") and counter != "dropped_branches" else ""
+    return sum(counts[name] for name in BROKEN)
 
 
 def _reasons(counts: Counter) -> str:
-    found = {_reason(name).replace("_", " "): number for name, number in counts.items() if _reason(name) and number}
+    """Why samples were dropped, with their numbers, in alphabetical order."""
+    found = {name.removeprefix("dropped_").replace("_", " "): counts[name] for name in DROPPED if counts[name]}
     return ", ".join(f"{reason} {number:,}" for reason, number in sorted(found.items()))

@@ -1,7 +1,7 @@
 """Loaders of packed micro-batches: Energon reads, blends and shuffles shards, `Encoder` and `PackedRows` do the rest.
 
-Samples travel as raw bytes until their row is chosen. All that is random for a sample comes from a hash of the seed
-and the sample's place in the stream, never from a global generator, so that a restored stream continues exactly.
+Samples stay raw bytes until their row is chosen. Every random choice about a sample comes from a hash of the seed and
+the sample's place in the stream, never from a global generator, so that a restored stream continues exactly.
 """
 
 import atexit
@@ -44,34 +44,36 @@ from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLo
 from megatron.energon.savable_loader import SavableDataLoader, SavableDataLoaderState
 from megatron.energon.wrappers.base import BaseWrapperDataset
 
+from molmo2_nemo import compat
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data import progress
 from molmo2_nemo.data.blend import Source, check_blend, write_metadataset
 from molmo2_nemo.data.encode import Encoder, dropped
-from molmo2_nemo.data.packing import Batch, PackedRows, Planned, Row, collate, make_row
-from molmo2_nemo.data.progress import Progress
+from molmo2_nemo.data.packing import Batch, PackedRows, Row, WaitingSample, collate, make_row
+from molmo2_nemo.data.progress import StreamPosition
 from molmo2_nemo.data.schema import Example, read_example
 
-# Shards of one source that a worker reads at a time: two open files each, and a blend has a hundred sources.
+# Shards of one source that a worker reads at a time. Each takes two open files, and a blend has a hundred sources.
 PARALLEL_SHARDS = 4
-# Consecutive samples of a shard read in one go; smaller mixes better, larger keeps the state small.
+# Consecutive samples of a shard that are read at once. Fewer mix the samples better, more keep the saved state small.
 SAMPLES_PER_SLICE = 16
-# A worker's state is a snapshot this old at most, plus batches to replay.
+# A worker's saved state is a snapshot that is at most this old, and the batches to replay since then.
 SNAPSHOT_SECONDS = 15
-# Bytes of a sample's JSON: reading takes 35 times that in memory.
+# Bytes of a sample's JSON at most: parsing it takes 35 times as much memory.
 MAX_JSON = 2**24
-# Characters of the report on a broken sample, which may quote it.
+# Characters of the report on a broken sample at most, since it may quote the sample.
 MAX_REPORT = 300
-# At the worker processes, while their states are waited for.
+# Interval at which the worker processes are checked for life while their states are collected.
 SECONDS_BETWEEN_LOOKS = 0.01
-# The blend as Energon reads it, in the run's folder.
+# The blend in Energon's format, in the run's folder.
 METADATASET = "energon_blend.yaml"
 HELD_OUT_METADATASET = "energon_questions.yaml"  # the sources that questions are taken from
 
 
 @edataclass
 class RawSample(Sample):
-    """A sample as it lies in the shard: its parts by name, undecoded. error: why it could not be read, else ""."""
+    """A sample as it is stored in the shard: its parts by name, undecoded. error: why it could not be read, else ""."""
 
     parts: dict[str, bytes]
     error: str
@@ -85,10 +87,10 @@ def cook(sample: dict) -> RawSample:
 
 
 class ShardReader:
-    """Samples of one source by index, in the place of Energon's reader, which ends the stream at an unreadable one.
+    """Samples of one source by index. It replaces Energon's reader, which ends the stream at an unreadable sample.
 
-    What cannot be read becomes a sample without parts that says why: it keeps its place in the stream. Samples that
-    are ahead (progress.py) are passed over unread in the first passes of the stream.
+    What cannot be read becomes a sample without parts whose `error` says why, so that it keeps its place in the stream.
+    Samples that are ahead (see progress.py) are skipped unread in the first passes of the stream.
     """
 
     ERROR = "__error__"
@@ -97,14 +99,14 @@ class ShardReader:
         self.reader, self.stream, self.ahead = reader, stream, ahead
 
     def __getitem__(self, index: int) -> dict | None:
-        if self.stream._epoch_count < self.ahead[index]:
+        if compat.passes_made(self.stream) < self.ahead[index]:
             return None
         try:
             sample = self.reader[index]
         except MemoryError:
             raise
-        except Exception as error:  # tarfile and the file system raise what they like
-            self.reader.close()  # a file that is back may be read again
+        except Exception as error:  # tarfile and the file system raise errors of many types
+            self.reader.close()  # or the file would stay unreadable after it is back
             number = bisect_right(self.reader.shard_count_cumsum, index) - 1
             shard, first = self.reader.shard_infos[number].name, self.reader.shard_count_cumsum[number]
             sample = {
@@ -115,7 +117,7 @@ class ShardReader:
                 self.ERROR: f"{type(error).__name__}: {error}",
             }
         for tar in self.reader.itar_files_cache.values():
-            tar.members.clear()  # tarfile keeps the headers of all that it has read
+            tar.members.clear()  # tarfile would keep the header of every file that it has read
         return sample
 
 
@@ -145,8 +147,8 @@ class RoundRobin(BaseWrapperDataset):
 class Molmo2TaskEncoder(TaskEncoder):
     """The steps of Energon's pipeline: cook, plan (before the pool), pack, batch.
 
-    progress: of a training stream. Without it the data are held out: plans depend on the sample alone, not on its place
-    in the stream, and iterations are finite; `shard` and `micro_batch_size` are PackedRows' then.
+    position: of a training stream. Without it the data are held out: plans depend on the sample alone, not on its place
+    in the stream, and iterations are finite; `shard` and `micro_batch_size` are then those of PackedRows.
     """
 
     decoder = None  # Energon would decode every part on reading
@@ -157,35 +159,35 @@ class Molmo2TaskEncoder(TaskEncoder):
         data: DataConfig,
         encoder: Encoder,
         sources: list[Source],
-        progress: Progress | None = None,
+        position: StreamPosition | None = None,
         *,
         shard: tuple[int, int] = (0, 1),
         micro_batch_size: int = 1,
     ):
-        self.data, self.encoder, self.sources, self.progress = data, encoder, sources, progress
+        self.data, self.encoder, self.sources, self.position = data, encoder, sources, position
         self.source_index = {source.name: index for index, source in enumerate(sources)}
         self.shard, self.micro_batch_size = shard, micro_batch_size
 
     def _load_dataset(self, dataset, worker_rotation_offset, worker_config):
         """One source, read through a ShardReader."""
         samples = super()._load_dataset(dataset, worker_rotation_offset, worker_config)
-        if self.progress:
-            ahead = self.progress.ahead_in(self.source_index[dataset.dataset.subflavors["source"]])
+        if self.position:
+            ahead = self.position.ahead_in(self.source_index[dataset.dataset.subflavors["source"]])
         else:
             ahead = np.zeros(len(dataset.dataset), dtype=np.uint16)
-        stream = samples._find_wrapped_dataset(WebdatasetSampleLoaderDataset)
+        stream = compat.wrapped_dataset(samples, WebdatasetSampleLoaderDataset)
         stream.join_readers = [ShardReader(reader, stream, ahead) for reader in stream.join_readers]
         return samples
 
     @stateless
-    def preencode_sample(self, sample: RawSample) -> Planned:
+    def preencode_sample(self, sample: RawSample) -> WaitingSample:
         """Plan a sample; one that cannot be used becomes a plan without tokens, to be counted."""
         source = self.source_index[sample.__subflavors__["source"]]
         name = self.sources[source].name
-        place = (self.progress.times_dealt, sample.__restore_key__) if self.progress else ()
+        place = (self.position.times_dealt, sample.__restore_key__) if self.position else ()
         rng = np.random.default_rng(list(_digest(self.data.seed, name, sample.__key__, place)))
         options = self.sources[source].options
-        if not self.progress:  # higher resolution is for training (molmo2: only there)
+        if not self.position:  # higher resolution is for training (molmo2: only there)
             options = replace(options, high_res_probability=0.0)
         try:
             if sample.error:
@@ -194,11 +196,11 @@ class Molmo2TaskEncoder(TaskEncoder):
                 plan, error = self.encoder.plan(_example(sample.parts), rng, options), ""
         except MemoryError:
             raise
-        except Exception as problem:  # beyond ValueError, whatever the parsers of hostile data may raise
+        except Exception as problem:  # parsers of damaged data raise more than ValueError
             plan, error = dropped("malformed"), _reason(problem)
         wanted = [entry.part for entry in [*plan.images, plan.video] if entry]
         media = {part: sample.parts[part] for part in wanted if part in sample.parts}
-        return Planned.derive_from(
+        return WaitingSample.derive_from(
             sample,
             plan=plan,
             media=media,
@@ -207,7 +209,7 @@ class Molmo2TaskEncoder(TaskEncoder):
             error=error and _report(name, sample.__key__, error),
         )
 
-    def make_row(self, samples: list[Planned]) -> Row:
+    def make_row(self, samples: list[WaitingSample]) -> Row:
         """Decode the pixels of the chosen samples and concatenate; samples that cannot be decoded are counted."""
         counters, errors, decoded = defaultdict(Counter), [], []
         for sample in samples:
@@ -243,7 +245,7 @@ class Molmo2TaskEncoder(TaskEncoder):
         return collate(samples, self.encoder.visual.token_ids)
 
     def build_batch(self, dataset, *, batch_size, worker_config, batch_drop_last=False, packing_buffer_size=None):
-        """PackedRows in the place of Energon's packing, then its batching."""
+        """PackedRows instead of Energon's packing, then Energon's batching."""
         rows = PackedRows(
             dataset,
             packing_buffer_size,
@@ -251,14 +253,16 @@ class Molmo2TaskEncoder(TaskEncoder):
             self.data.max_crops,
             self.make_row,
             worker_config=worker_config,
-            finite=self.progress is None,
+            finite=self.position is None,
             shard=self.shard,
             multiple=self.micro_batch_size,
         )
-        return super().build_batch(rows, batch_size=batch_size, worker_config=worker_config)
+        return super().build_batch(
+            rows, batch_size=batch_size, batch_drop_last=batch_drop_last, worker_config=worker_config
+        )
 
     def build_val_datasets(self, *, datasets, worker_config, batch_size, packing_buffer_size, **_):
-        """All sources in turn, so that the first rows hold something of each."""
+        """All sources in turn, so that the first rows hold samples of each."""
         sources = RoundRobin([self._load_dataset(d, 0, worker_config) for d in datasets], worker_config=worker_config)
         planned = self.build_encode_sample(sources, worker_config=worker_config)
         return self.build_batch(
@@ -267,10 +271,17 @@ class Molmo2TaskEncoder(TaskEncoder):
 
 
 class HeldOutSamples(Molmo2TaskEncoder):
-    """Stops after the first step: samples of all sources in turn, as they lie in the shards."""
+    """Stops after the first step: samples of all sources in turn, as they are stored in the shards."""
 
     def build_val_datasets(self, *, datasets, worker_config, **_):
         return RoundRobin([self._load_dataset(d, 0, worker_config) for d in datasets], worker_config=worker_config)
+
+
+class WorkerDied(RuntimeError):
+    """A worker process of a loader has ended, most likely killed by the system for lack of memory."""
+
+    def __init__(self, pid: int):
+        super().__init__(f"process {pid}")
 
 
 class Loader:
@@ -285,18 +296,25 @@ class Loader:
     def close(self) -> None:
         """Stop the worker processes. Safe to call again."""
         atexit.unregister(self.close)
-        workers, self._loader._iterator = self._loader._iterator, None
-        if workers is not None:
-            workers._shutdown_workers()
+        compat.stop_loader_processes(self._loader)
+
+    @property
+    def workers(self) -> list:
+        """The worker processes; none before the first batch or with data.num_workers=0."""
+        return compat.loader_processes(self._loader)
+
+    def dead_worker(self) -> int | None:
+        """The process id of a worker that has ended, None if there is none."""
+        return next((worker.pid for worker in self.workers if not worker.is_alive()), None)
 
 
 class TrainLoader(Loader):
     """An endless iterator of Batch whose state can be saved at any time."""
 
-    def __init__(self, loader, manifest: dict, progress: Progress, note: str | None = None):
+    def __init__(self, loader, manifest: dict, position: StreamPosition, note: str | None = None):
         super().__init__(loader)
-        self.manifest, self.progress = manifest, progress
-        self.note = note  # what a user should hear of the configuration, once
+        self.manifest, self.position = manifest, position
+        self.note = note  # a sentence about the configuration for the user, to be logged once
         self._batches = None
 
     def __iter__(self) -> "TrainLoader":
@@ -304,25 +322,20 @@ class TrainLoader(Loader):
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            # Not before the first batch is wanted: Energon's save would hang between the two.
+            # Not before the first batch is asked for: Energon's save_state_rank would hang between iter() and next().
             self._batches = iter(self._loader)
             batch = next(self._batches)
-            # Last registered is first called: before torch and multiprocessing wait for the workers.
+            # What is registered last is called first: before torch and multiprocessing wait for the workers.
             atexit.register(self.close)
         else:
             batch = next(self._batches)
-        self.progress.add(batch.examples)
+        self.position.add(batch.examples)
         return batch
-
-    @property
-    def workers(self) -> list:
-        """The worker processes; none before the first batch or with data.num_workers=0."""
-        return getattr(self._loader._iterator, "_workers", [])
 
     @property
     def dealt_anew(self) -> bool:
         """Whether it continues a run with other numbers of ranks or workers, and so in another order."""
-        return self.progress.times_dealt > 0 and self.progress.energon is None
+        return self.position.times_dealt > 0 and self.position.energon is None
 
     def can_restore_sample(self) -> bool:
         """Whether the state can be restored: every step between shard and pool is repeatable."""
@@ -357,7 +370,7 @@ def train_loader(
     another order, with what had not been handed out first (progress.py).
 
     Writes METADATASET to run_dir. Workers are forked at the first batch: ask for one before large allocations. With
-    data.num_workers=0 all is done in this process, for debugging. ValueError: a source is too small for so many
+    data.num_workers=0 all is done in this process, for debugging. ConfigError: a source is too small for so many
     workers, there is no usable tokenizer, a process may not open enough files, or `saved` is damaged or of a stream
     made from something else. Broken samples raise nothing: they are in the batches' counters and errors.
     """
@@ -388,7 +401,7 @@ def train_loader(
 
 
 def frames_note(data: DataConfig, encoder: Encoder) -> str | None:
-    """One sentence if a row is too short for data.max_frames frames, even beside no text."""
+    """One sentence if a row is too short for data.max_frames frames, even without any text; None otherwise."""
     most = encoder.frames_that_fit()
     if most >= data.max_frames:
         return None
@@ -404,18 +417,17 @@ def validation_loader(
     sources: list[Source],
     rank: int,
     world_size: int,
-    data_parallel_group: torch.distributed.ProcessGroup | None,
     micro_batch_size: int,
     run_dir: Path,
 ) -> ValidationLoader:
     """The held-out split of all sources in turn, packed; finite, and the same in every iteration.
 
     Rows are made of the whole split and dealt to the data-parallel ranks, so that they do not depend on world_size,
-    and every rank gets the same number of micro-batches (the last may hold empty rows). ValueError: nothing is held
+    and every rank gets the same number of micro-batches (the last may hold empty rows). ConfigError: nothing is held
     out.
     """
     if not any(source.num_validation_samples for source in sources):
-        raise ValueError(
+        raise ConfigError(
             f"nothing is held out in data.blend={data.blend}: prepare a source with a split part val, or set "
             "train.validation_batches=0."
         )
@@ -460,10 +472,10 @@ def held_out_samples(data: DataConfig, encoder: Encoder, sources: list[Source], 
 def save_state(loader: TrainLoader) -> bytes:
     """Where the stream of this rank is, to be continued by `train_loader`.
 
-    RuntimeError: a worker process is dead. Energon would wait for its answer for ever.
+    WorkerDied: a worker process is dead; Energon would wait for its answer for ever.
     """
     if not loader.workers:
-        return progress.write(loader.progress, loader.manifest, loader._loader.save_state_rank())
+        return progress.write(loader.position, loader.manifest, loader._loader.save_state_rank())
     answer = queue.SimpleQueue()
 
     def ask():
@@ -474,14 +486,14 @@ def save_state(loader: TrainLoader) -> bytes:
 
     threading.Thread(target=ask, daemon=True).start()
     while answer.empty():
-        dead = [worker.pid for worker in loader.workers if not worker.is_alive()]
-        if dead:
-            raise RuntimeError(f"DataLoader worker (pid {dead[0]}) died before it said where it was.")
+        dead = loader.dead_worker()
+        if dead is not None:
+            raise WorkerDied(dead)
         time.sleep(SECONDS_BETWEEN_LOOKS)
     state, error = answer.get()
     if error is not None:
         raise error
-    return progress.write(loader.progress, loader.manifest, state)
+    return progress.write(loader.position, loader.manifest, state)
 
 
 def _manifest(
@@ -493,7 +505,7 @@ def _manifest(
     micro_batch_size: int,
     encoder: Encoder,
 ) -> dict:
-    """All that decides the stream. Folders may move, so the sources count by all but their paths."""
+    """Everything that decides the stream. Folders may move, so that paths are left out."""
     free = ("root", "blend", "tokenizer", "skip_missing", "max_error_rate")
     return {
         **{f"data.{key}": value for key, value in asdict(data).items() if key not in free},
@@ -509,7 +521,7 @@ def _manifest(
 
 
 def _worker_config(rank: int, world_size: int, num_workers: int, group, seed: int) -> WorkerConfig:
-    # Whatever is wrong with a sample or a shard is counted on the way; what still raises is a broken program.
+    # Faults of a sample or a shard are counted before Energon sees them; an error that still reaches it is a bug.
     return WorkerConfig(
         rank=rank,
         world_size=world_size,
@@ -521,29 +533,30 @@ def _worker_config(rank: int, world_size: int, num_workers: int, group, seed: in
 
 
 def _restore(loader: SavableDataLoader, state: SavableDataLoaderState | None) -> None:
-    """Energon's restore, exact also for states that are saved before every worker has had its next turn."""
+    """Energon's restore, made exact also when the state is saved again before every worker has had its next turn."""
     loader.restore_state_rank(state)
     if state is not None and loader.num_workers:
-        # Energon leaves out the batches that a worker has to replay, and would hand them out again after such a save.
-        loader._worker_sample_counters = [
+        # Energon does not count batches that a worker has to replay: such a save would hand them out again.
+        counters = [
             (worker.state.sample_index if worker.state else 0) + worker.offset - 1 for worker in state.worker_states
         ]
+        compat.set_worker_sample_counters(loader, counters)
 
 
 def _init_worker(init: Callable[[int], None], worker_id: int) -> None:
     """First thing in the process of a loader worker; `init`: Energon's own."""
-    # A cluster sends these to every process of a job. The trainer finishes its step and then stops its workers
-    # itself; handlers inherited from it are not theirs to run.
+    # A cluster sends these signals to every process of a job. The trainer finishes its step and then stops its workers
+    # itself, so workers ignore them instead of running the handlers that they inherit.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     init(worker_id)
 
 
 def _allow_open_files(needed: int) -> None:
-    """Raise this process' and its workers' limit of open files. ValueError: the system does not allow so many."""
+    """Raise this process' and its workers' limit of open files. ConfigError: the system does not allow so many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ValueError(f"the blend needs {needed} open files, the limit is {hard}: raise it (ulimit -n {needed}).")
+        raise ConfigError(f"the blend needs {needed} open files, the limit is {hard}: raise it (ulimit -n {needed}).")
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
@@ -572,6 +585,6 @@ def _report(source: str, key: str, reason: str) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-    """Energon prints while it builds; stdout is the trainer's."""
+    """Send to stderr what Energon prints while it builds datasets; stdout belongs to the trainer."""
     with contextlib.redirect_stdout(sys.stderr):
         yield

@@ -16,17 +16,18 @@ from megatron.energon.flavors.base_dataset import set_sample_restore_key
 from megatron.energon.wrappers.base import BaseWrapperDataset, get_sample_restore_key
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
-from molmo2_nemo.data.encode import Plan
+from molmo2_nemo import compat
+from molmo2_nemo.data.encode import SamplePlan
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
 
-# Rows are planned in units of this part of their length: finer costs time, and wins nothing that can be seen.
+# Lengths are rounded up to 1/RESOLUTION of a row when it is planned. A finer unit costs time and fills rows no better.
 RESOLUTION = 4096
-# At the latest the third row after the oldest example became the oldest takes it. Waiting for a row that it fits well
+# The oldest example may be passed over this many times before a row has to take it. Waiting for a row that it fits well
 # fills rows better, and no example waits for more than three times the number of those before it.
 ROWS_WITHOUT_OLDEST = 2
-# Examples wait until there are packing_buffer_size of them and so many rows' worth: of short ones more are needed.
+# A row is made when packing_buffer_size examples wait and they would fill this many rows: more are needed if short.
 ROWS_WAITING = 2
-# After so many samples in a row that give nothing, a row is made of what there is, so that the trainer hears of them.
+# After this many dropped samples in a row, a row is made of what waits, since rows carry the counts to the trainer.
 MAX_DROPPED_IN_A_ROW = 200
 
 
@@ -84,15 +85,15 @@ def select(
 
 
 def enough_wait(count: int, tokens: int, crops: int, max_tokens: int, max_crops: int, buffer_size: int) -> bool:
-    """Whether a row can be made of so many examples with so many tokens and crops, or more should be read first."""
+    """Whether a row can be made of `count` examples with these tokens and crops, or more should be read first."""
     return count >= buffer_size and (tokens >= ROWS_WAITING * max_tokens or crops >= ROWS_WAITING * max_crops)
 
 
 @edataclass
-class Planned(Sample):
+class WaitingSample(Sample):
     """A sample waiting for its row: the plan and the bytes of its media parts."""
 
-    plan: Plan
+    plan: SamplePlan
     media: dict[str, bytes]
     source: int  # index into the blend's sources
     index: int  # of the sample in its source's training (or held-out) split
@@ -135,12 +136,12 @@ class Batch(EnergonBatch):
     pooling: torch.Tensor  # int64 [T, W], indices into the flattened (C, P); -1 invalid
     vision_units: torch.Tensor  # int64 [U, 2], (crops, pooling windows) of each image or frame
     examples: torch.Tensor  # int64 [N, 2], (source, index in its split) of every sample used up, dropped ones included
-    counters: dict[str, dict[str, int]]  # source name -> counts of encode.COUNTERS that are not 0
+    counters: dict[str, dict[str, int]]  # source name -> counts of counters.COUNTERS that are not 0
     errors: list[str]  # "source: key: reason" of each broken sample
 
 
 def make_row(
-    plans: Sequence[Plan],
+    plans: Sequence[SamplePlan],
     sources: Sequence[int],
     pixels: Sequence[tuple[np.ndarray, np.ndarray]],
     seq_length: int,
@@ -211,16 +212,16 @@ def _joined(pixels: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray
     return np.concatenate([crops for crops, _ in pixels]), np.concatenate(pooling)
 
 
-class PackedRows(BaseWrapperDataset[Planned, Row]):
+class PackedRows(BaseWrapperDataset[WaitingSample, Row]):
     """Energon dataset of packed rows out of a dataset of planned samples.
 
     The pool is saved as its samples' restore keys and rebuilt from them; nothing random happens here, so a restored
     stream continues exactly. Dropped samples (plans without tokens) leave with the next row, to be counted; where all
     are dropped, that row is empty.
 
-    finite: for held-out data. Every iteration starts anew, and only the rows `shard[0]`, `shard[0] + shard[1]`, ... are
-    decoded and emitted, so that the rows do not depend on the number of ranks; empty rows at the end give every rank
-    the same number, a multiple of `multiple`.
+    finite: for held-out data. Every iteration starts from the beginning, and only the rows `shard[0]`,
+    `shard[0] + shard[1]`, ... are decoded and emitted, so that the rows do not depend on the number of ranks. Empty
+    rows at the end give every rank the same number of rows, a multiple of `multiple`.
     """
 
     _savable_fields = ("_pool", "_passed_over")
@@ -231,7 +232,7 @@ class PackedRows(BaseWrapperDataset[Planned, Row]):
         buffer_size: int,
         max_tokens: int,
         max_crops: int,
-        make: Callable[[list[Planned]], Row],
+        make: Callable[[list[WaitingSample]], Row],
         *,
         worker_config,
         finite: bool = False,
@@ -265,7 +266,7 @@ class PackedRows(BaseWrapperDataset[Planned, Row]):
             for _ in range(per_shard - len(range(index, rows, count))):
                 yield self._row([])
 
-    def _packs(self) -> Iterator[list[Planned]]:
+    def _packs(self) -> Iterator[list[WaitingSample]]:
         pool = self._pool
         pool.worker_start()
         source = iter(self.dataset)
@@ -288,7 +289,7 @@ class PackedRows(BaseWrapperDataset[Planned, Row]):
                 pool.pop(index)
             yield samples
 
-    def _fill(self, source: Iterator[Planned]) -> None:
+    def _fill(self, source: Iterator[WaitingSample]) -> None:
         waiting = [sample.plan for sample in self._pool.buffer if sample.plan.num_tokens]
         count, tokens = len(waiting), sum(plan.num_tokens for plan in waiting)
         crops, useless = sum(plan.num_crops for plan in waiting), 0
@@ -302,7 +303,7 @@ class PackedRows(BaseWrapperDataset[Planned, Row]):
             tokens, crops = tokens + sample.plan.num_tokens, crops + sample.plan.num_crops
             useless = 0 if sample.plan.num_tokens else useless + 1
 
-    def _row(self, samples: list[Planned]) -> Row:
+    def _row(self, samples: list[WaitingSample]) -> Row:
         keys = [get_sample_restore_key(sample) for sample in samples]
         return set_sample_restore_key(self.make(samples), *keys, src=self)
 
@@ -317,6 +318,6 @@ class PackedRows(BaseWrapperDataset[Planned, Row]):
             "buffer_size": self.buffer_size,
             "max_tokens": self.max_tokens,
             "max_crops": self.max_crops,
-            "make": self._function_config(self.make),
+            "make": compat.function_config(self.make),
             "dataset": self.dataset.config(),
         }

@@ -5,7 +5,7 @@
     pickle             Energon's own state of the rank's workers
 
 With the same numbers of data-parallel ranks and loader workers, Energon's state continues exactly. With others it
-cannot, since every worker owns a part of each source. Then the stream starts anew, in another order, and leaves out
+cannot, since every worker owns a part of each source. Then the stream starts again in another order, and leaves out
 what is ahead: of a sample that was handed out n times, in a source whose samples were handed out m times or more, the
 first n - m appearances. So nothing is lost, and a sample comes again only when all others of its worker's part have
 been read as often. Samples that were read but not handed out yet count as unread.
@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from megatron.energon.savable_loader import SavableDataLoaderState
 
+from molmo2_nemo import compat
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.data.blend import Source
 
 # The keys of a manifest that a run may change on resuming. Without them it is the same stream, dealt out otherwise.
@@ -35,7 +37,7 @@ MAX_HEADER = 2**24
 
 
 @dataclass
-class Progress:
+class StreamPosition:
     """How often each training sample of the blend was handed out, in uint16 arrays over all sources' samples.
 
     consumed: by this rank, since the stream was last dealt out. ahead: by all ranks before that, less the least of the
@@ -59,13 +61,13 @@ class Progress:
         return self.ahead[self.starts[source] : self.starts[source + 1]]
 
 
-def beginning(sources: Sequence[Source]) -> Progress:
+def beginning(sources: Sequence[Source]) -> StreamPosition:
     """Nothing handed out yet."""
     starts = [0, *accumulate(source.num_samples for source in sources)]
-    return Progress(np.zeros(starts[-1], np.uint16), np.zeros(starts[-1], np.uint16), starts)
+    return StreamPosition(np.zeros(starts[-1], np.uint16), np.zeros(starts[-1], np.uint16), starts)
 
 
-def write(progress: Progress, manifest: dict, energon) -> bytes:
+def write(progress: StreamPosition, manifest: dict, energon) -> bytes:
     """The state file. energon: Energon's state of this rank now."""
     arrays = [zlib.compress(array, level=1) for array in (progress.consumed, progress.ahead)]
     header = {"manifest": manifest, "times_dealt": progress.times_dealt, "sizes": [len(array) for array in arrays]}
@@ -74,15 +76,15 @@ def write(progress: Progress, manifest: dict, energon) -> bytes:
     return b"".join([json.dumps(header).encode(), b"\n", *arrays, pickled.getvalue()])
 
 
-def read(saved: Sequence[Path], manifest: dict, sources: Sequence[Source]) -> Progress:
+def read(saved: Sequence[Path], manifest: dict, sources: Sequence[Source]) -> StreamPosition:
     """Continue from the state files of all data-parallel ranks, in order, as the rank that `manifest` says.
 
-    ValueError, one sentence: the stream was made from something else, or a file is missing or damaged.
+    ConfigError, one sentence: the stream was made from something else, or a file is missing or damaged.
     """
     rank = min(manifest[RANK], len(saved) - 1)
     old, progress = _read_file(saved[rank], rank, manifest, sources)
     if len(saved) != old[RANKS]:
-        raise ValueError(
+        raise ConfigError(
             f"the checkpoint holds the data state of {len(saved)} of {old[RANKS]} data-parallel ranks: use another "
             "checkpoint, or start a new run from its weights."
         )
@@ -99,7 +101,7 @@ def read(saved: Sequence[Path], manifest: dict, sources: Sequence[Source]) -> Pr
     return dealt
 
 
-def _read_file(path: Path, rank: int, manifest: dict, sources: Sequence[Source]) -> tuple[dict, Progress]:
+def _read_file(path: Path, rank: int, manifest: dict, sources: Sequence[Source]) -> tuple[dict, StreamPosition]:
     """The state file of data-parallel rank `rank`: its own manifest, and what it holds."""
     progress = beginning(sources)
     try:
@@ -116,22 +118,18 @@ def _read_file(path: Path, rank: int, manifest: dict, sources: Sequence[Source])
             progress.energon = _StateUnpickler(file).load()
             if not isinstance(progress.energon, SavableDataLoaderState | None):
                 raise ValueError("it holds no loader's state")
-    except (MemoryError, _AnotherStream):
+    except (MemoryError, ConfigError):  # the latter: the state is whole, but of another stream
         raise
-    except Exception as error:  # a damaged pickle raises whatever it likes
-        raise ValueError(f"the saved data state is damaged ({error}): start a new run from the weights.") from error
+    except Exception as error:  # a damaged pickle raises errors of any type
+        raise ConfigError(f"the saved data state is damaged ({error}): start a new run from the weights.") from error
     return old, progress
-
-
-class _AnotherStream(ValueError):
-    """The state is whole, but of another stream."""
 
 
 def _refuse_another_stream(old: dict, manifest: dict) -> None:
     for key in sorted((old.keys() | manifest.keys()) - {RANK, RANKS, WORKERS}):
         before, now = old.get(key), json.loads(json.dumps(manifest.get(key)))
         if before != now:
-            raise _AnotherStream(
+            raise ConfigError(
                 f"the data state was saved with {key}={before}, this run has {key}={now}: set the old value, or start "
                 "a new run from the checkpoint's weights."
             )
@@ -171,8 +169,7 @@ class _StateUnpickler(pickle.Unpickler):
         "megatron.energon.flavors.webdataset.sample_loader": {"SliceState"},
         __name__: {"_tensor"},
         "numpy": {"dtype", "ndarray"},
-        "numpy._core.multiarray": {"_reconstruct"},
-        "numpy._core.numeric": {"_frombuffer"},
+        **compat.PICKLED_ARRAYS,
     }
 
     def find_class(self, module: str, name: str):

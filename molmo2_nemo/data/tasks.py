@@ -1,4 +1,7 @@
-"""Tasks become conversations here, anew each time a sample is drawn (arXiv 2601.10611; public allenai/molmo2)."""
+"""How tasks become conversations, which are drawn again each time a sample is used.
+
+Source: arXiv 2601.10611 and public allenai/molmo2.
+"""
 
 import re
 from collections import Counter
@@ -31,11 +34,25 @@ TRACK_ALL = frozenset(["video_point_track_per_frame"])
 TRACK_ENDS = frozenset(["video_point_ground_start_end", "video_point_track_start_end"])
 TRACK_ONE = frozenset(["video_single_point_track_per_frame", "video_single_point_track_start_end"])
 
+# How often a task about all of several images does not say that it means all of them.
+IMAGES_UNNAMED_SHARE = 0.5
+# How often tracking one object starts at its first point instead of at any of its points.
+FIRST_POINT_SHARE = 0.8
+# How often a task of tracking at 2 fps, the usual rate, does not name the rate.
+NO_RATE_SHARE = 0.5
+# How often the times in a question are written as seconds instead of HH:MM:SS.s.
+SECONDS_SHARE = 0.5
+
 EVALUATION_LAYOUT = "Only return the correct answer option."
+# How often a multiple choice question is asked as evaluations ask it.
+EVALUATION_LAYOUT_SHARE = 0.1
+# Otherwise: how often the options have labels (A, b, 1, iv), the answer is the label alone, the options stand on one
+# line, the question says to choose, and the label is marked in a common way.
+LABELLED_SHARE, LABEL_ONLY_SHARE, ONE_LINE_SHARE, INSTRUCTION_SHARE, COMMON_MARKER_SHARE = 0.8, 0.25, 0.1, 0.5, 0.8
 COMMON_MARKERS = ("{}. ", "{}) ", "({}) ")
 UNUSUAL_MARKERS = ("{}: ", "[{}] ", "{} - ", "<{}> ", "{} | ", "Option {}: ")
 ROMAN = "i ii iii iv v vi vii viii ix x xi xii xiii xiv xv xvi xvii xviii xix xx xxi xxii xxiii xxiv xxv xxvi".split()
-# Styles of human questions, which leave open whether "how many" asks for points.
+# Styles of questions by people: "how many" in them may or may not ask for points.
 OPEN_STYLES = frozenset(["user_qa", "correction_qa"])
 COUNTING = re.compile(r"\b(how many|count (the|all|each|every)|number of|total (of|number))\b", re.IGNORECASE)
 TIME = re.compile(r"<time ([0-9]{1,7}(?:\.[0-9]{1,6})?)/>")
@@ -128,19 +145,23 @@ def _multiple_choice(task: MultipleChoice, style: str, example: Example, rng: np
     right, asked = task.options[task.answer], task.question
     if task.explanation is not None and templates:
         asked = f"{asked} {_draw(rng, sets.EXPLAIN)}"
-    # The layout of evaluations wants the option alone.
-    if not templates or (rng.random() < 0.1 and task.explanation is None):
+    # In the layout of evaluations the answer is the option alone.
+    if not templates or (rng.random() < EVALUATION_LAYOUT_SHARE and task.explanation is None):
         lines = [f"{_label('A', i)}. {option}" for i, option in enumerate(task.options)]
         question = "\n".join([asked, *([EVALUATION_LAYOUT] if task.explanation is None else []), *lines])
         answer = lines[task.answer]
     else:
-        labelled, label_only, inline, instruct, common = rng.random(5) < (0.8, 0.25, 0.1, 0.5, 0.8)
-        marker, kind = _draw(rng, COMMON_MARKERS if common else UNUSUAL_MARKERS), _draw(rng, "Aa1i")
+        has_labels = rng.random() < LABELLED_SHARE
+        answer_is_label = rng.random() < LABEL_ONLY_SHARE
+        on_one_line = rng.random() < ONE_LINE_SHARE
+        has_instruction = rng.random() < INSTRUCTION_SHARE
+        markers = COMMON_MARKERS if rng.random() < COMMON_MARKER_SHARE else UNUSUAL_MARKERS
+        marker, kind = _draw(rng, markers), _draw(rng, "Aa1i")
         labels = [_label(kind, i) for i in range(len(task.options))]
-        options = [marker.format(x) + o for x, o in zip(labels, task.options)] if labelled else task.options
-        question = f"{asked} {_draw(rng, sets.CHOOSE)}" if instruct and task.explanation is None else asked
-        question = f"{question} {', '.join(options)}" if inline else "\n".join([question, *options])
-        answer = (labels[task.answer] if label_only else options[task.answer]) if labelled else right
+        options = [marker.format(x) + o for x, o in zip(labels, task.options)] if has_labels else task.options
+        question = f"{asked} {_draw(rng, sets.CHOOSE)}" if has_instruction and task.explanation is None else asked
+        question = f"{question} {', '.join(options)}" if on_one_line else "\n".join([question, *options])
+        answer = (labels[task.answer] if answer_is_label else options[task.answer]) if has_labels else right
     return _turn(question, answer if task.explanation is None else f"{task.explanation} Answer: {answer}")
 
 
@@ -180,7 +201,8 @@ def _pointing(task: Pointing, style: str, example: Example, rng: np.random.Gener
         question = task.label.lower()
     else:
         everywhere = chosen == set(range(1, len(example.images) + 1))
-        plain = len(example.images) < 2 or (everywhere and style in POINTS_ONLY and rng.random() < 0.5)
+        # Without a word about which images are meant.
+        plain = len(example.images) < 2 or (everywhere and style in POINTS_ONLY and rng.random() < IMAGES_UNNAMED_SHARE)
         images = "all images" if everywhere else ", ".join(f"image_{k}" for k in sorted(chosen))
         question = sets.fill(_draw(rng, choices if plain else several), task.label, images=images)
     if task.unanswerable is not None:
@@ -202,7 +224,8 @@ def _tracking(task: Tracking, style: str, example: Example, rng: np.random.Gener
             raise ValueError("A task tracks one object, and there is none.")
         name = _draw(rng, list(dict.fromkeys(thing[1] for thing in seen)))
         visible = [thing for thing in seen if thing[1] == name]
-        start, _, x, y = visible[0] if rng.random() < 0.8 else _draw(rng, visible)
+        from_first_point = rng.random() < FIRST_POINT_SHARE
+        start, _, x, y = visible[0] if from_first_point else _draw(rng, visible)
         point = format_points(Points(task.label, [(start, [(x, y)])], "video"))
         frames = [(t, [o for o in objects if o[0] == name]) for t, objects in frames if t >= start]
         question = _draw(rng, sets.TRACK_POINT) if templates else "{point}"
@@ -211,7 +234,7 @@ def _tracking(task: Tracking, style: str, example: Example, rng: np.random.Gener
         if style in TRACK_ENDS:
             choices = sets.TRACK_ENDS
         else:
-            choices = sets.TRACK if task.fps == 2 and rng.random() < 0.5 else sets.TRACK_FPS
+            choices = sets.TRACK if task.fps == 2 and rng.random() < NO_RATE_SHARE else sets.TRACK_FPS
         question = sets.fill(_draw(rng, choices), task.label, fps=fps) if templates else task.label
         question = task.question or question
     else:
@@ -247,7 +270,7 @@ def _spell_times(message: Message, rng: np.random.Generator) -> str:
 
     if "<time " not in message.content:
         return message.content
-    seconds = rng.random() < 0.5
+    seconds = rng.random() < SECONDS_SHARE
     return TIME.sub(spell, message.content)
 
 

@@ -8,10 +8,10 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from molmo2_nemo import limits
+
 # Seconds: a frame counts as on screen this long before its time stamp (stamps are rounded to the stream's time base).
 TOLERANCE = 1e-6
-# Of a frame; 8K has 33,177,600.
-MAX_PIXELS = 2**25
 # Frames a second of videos with tracks (molmo2: the cap of the sampler's candidates).
 MAX_TRACKING_FPS = 10
 
@@ -141,7 +141,7 @@ def _decode(video: bytes, needed: np.ndarray, picked: np.ndarray) -> Iterator[av
         # Workers are many and forked: a threaded decoder or scaler would oversubscribe, or hang after a fork.
         stream.thread_type = "NONE"
         codec = stream.codec_context
-        codec.options = {"max_pixels": str(MAX_PIXELS)}
+        codec.options = {"max_pixels": str(limits.MAX_FRAME_PIXELS)}
         try:
             codec.open()  # libdav1d heeds what skip_frame says at this moment, and ever after
         except av.FFmpegError as error:
@@ -195,8 +195,9 @@ def _open(video: bytes) -> av.container.InputContainer:
         problem = "The file holds no video stream."
     elif stream.codec_context is None:
         problem = "The video's codec is unknown."
-    elif stream.width * stream.height > MAX_PIXELS:
-        problem = f"The video's frames are {stream.width} x {stream.height} pixels, more than {MAX_PIXELS}."
+    elif stream.width * stream.height > limits.MAX_FRAME_PIXELS:
+        size = f"{stream.width} x {stream.height}"
+        problem = f"The video's frames are {size} pixels, more than {limits.MAX_FRAME_PIXELS:,}."
     if problem:
         container.close()
         raise ValueError(problem)

@@ -8,7 +8,6 @@ extracted/NAME/                   all of them: renamed in one step
 import bz2
 import gzip
 import hashlib
-import json
 import lzma
 import os
 import re
@@ -22,8 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from molmo2_nemo.fetch.check import sha256_of
-from molmo2_nemo.fetch.journal import is_disk_error, write_json
+from pydantic import BaseModel
+
+from molmo2_nemo import compat
+from molmo2_nemo.files import is_disk_error, sha256_of, write_json
 
 CHUNK = 2**20
 # Archives in an archive are unpacked, and those in them; deeper ones stay as they are.
@@ -65,6 +66,17 @@ class Extracted:
     repeated: int = 0  # of a name that was there already, left out
     inside: int = 0  # archives inside, unpacked
     packed: int = 0  # archives inside that stay as they are: broken, locked, too deep, of a kind that is not unpacked
+
+
+COUNTS = ("files", "bytes", "links", "repeated", "inside", "packed")
+
+
+class InnerArchive(BaseModel):
+    """What is noted of an archive inside of another that was unpacked, so that another run need not do it again."""
+
+    found: Extracted  # in it, by COUNTS
+    files: int  # by which the work grew
+    bytes: int
 
 
 @dataclass
@@ -264,8 +276,9 @@ def _inside(path: Path, note: Path, work: _Work, depth: int) -> None:
         work.found.packed += 1
         return
     work.found.inside += 1
-    gained = {key: value - before[0][key] for key, value in asdict(work.found).items() if isinstance(value, int)}
-    write_json(note, {"found": gained, "files": work.files - before[1], "bytes": work.bytes - before[2]})
+    gained = Extracted(**{key: getattr(work.found, key) - before[0][key] for key in COUNTS})
+    inner = InnerArchive(found=gained, files=work.files - before[1], bytes=work.bytes - before[2])
+    write_json(note, inner.model_dump())
     path.unlink()
     folder.rename(path)
 
@@ -273,12 +286,12 @@ def _inside(path: Path, note: Path, work: _Work, depth: int) -> None:
 def _is_noted(note: Path, work: _Work) -> bool:
     """An archive inside that an earlier run unpacked is counted as it was then."""
     try:
-        gained = json.loads(note.read_text())
-    except OSError:
+        gained = InnerArchive.model_validate_json(note.read_bytes())
+    except (OSError, ValueError):
         return False
-    for key, value in gained["found"].items():
-        setattr(work.found, key, getattr(work.found, key) + value)
-    work.files, work.bytes = work.files + gained["files"], work.bytes + gained["bytes"]
+    for key in COUNTS:
+        setattr(work.found, key, getattr(work.found, key) + getattr(gained.found, key))
+    work.files, work.bytes = work.files + gained.files, work.bytes + gained.bytes
     return True
 
 
@@ -349,7 +362,7 @@ def _read_to_end(stream: "_Bounded") -> None:
         while stream.read(CHUNK):
             stream.seek(stream.tell())
     except gzip.BadGzipFile as error:
-        if "Not a gzipped file" not in str(error):  # or something else follows, which does not matter
+        if not compat.is_after_gzip(error):
             raise
 
 

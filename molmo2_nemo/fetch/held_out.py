@@ -6,8 +6,8 @@ from pathlib import Path
 from molmo2_nemo.catalogue.datasets import HeldOut, HubFiles
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, column_values
 from molmo2_nemo.fetch import hub
-from molmo2_nemo.fetch.journal import locked
 from molmo2_nemo.fetch.web import Rules
+from molmo2_nemo.files import locked
 
 
 @cache
@@ -24,11 +24,11 @@ def held_out_lists(lists: tuple[HeldOut, ...], root: Path, rules: Rules) -> tupl
         folder = root / "raw" / ".held_out" / held.repo.replace("/", "--")
         try:
             repository = hub.open_repository(wanted, root, rules)
-        except ValueError as error:
-            if "is not on the Hub" not in str(error):
-                raise ValueError(f"the pictures held out for evaluation are not known: {error}") from error
+        except hub.NotOnHub:
             whole = False
             continue
+        except ValueError as error:
+            raise ValueError(f"the pictures held out for evaluation are not known: {error}") from error
         try:
             names = [name for names in hub.choose_files(repository, wanted).values() for name in names]
         except ValueError:  # all of its splits, then

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import fnmatch
 import hashlib
-import json
 import logging
 import os
 import re
@@ -20,19 +19,26 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
+from molmo2_nemo import compat
 from molmo2_nemo.catalogue.datasets import HubFiles
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES
-from molmo2_nemo.fetch.check import instead_of_file
-from molmo2_nemo.fetch.journal import is_disk_error, locked, write_json
+from molmo2_nemo.fetch.media_check import instead_of_file
 from molmo2_nemo.fetch.web import USER_AGENT, Lost, OutOfBytes, Rules, check_address, retry_after
+from molmo2_nemo.files import is_disk_error, locked, publish, sha256_of_text, write_json
 
 SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test")
 # Larger files come through the Hub's own storage protocol alone (huggingface_hub, constants.MAX_HTTP_DOWNLOAD_SIZE).
 MAX_HTTP_BYTES = 50_000_000_000
 FILES_AT_ONCE = 8
+
+
+class NotOnHub(ValueError):
+    """The Hub has no such repository or file, or none that this account may see."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,16 @@ def page(repo: str) -> str:
 
 def pinned(root: Path, repo: str) -> str | None:
     """The commit of a repository that an earlier fetch recorded."""
+    return _revisions(root / "raw" / "revisions.json").get(repo)
+
+
+def _revisions(path: Path) -> dict[str, str]:
+    """Repository -> commit. What is no such pair is left out; of a file that is no JSON object, everything."""
     try:
-        revision = json.loads((root / "raw" / "revisions.json").read_text()).get(repo)
-    except (OSError, ValueError, AttributeError):
-        return None
-    return revision if isinstance(revision, str) else None
+        values = TypeAdapter(dict[str, Any]).validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {repo: revision for repo, revision in values.items() if isinstance(revision, str)}
 
 
 def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
@@ -316,10 +327,7 @@ def download_file(
             _asked(repo, revision, rules, get, file.name)
         digest = _verified(part, file)
         if digest is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("rb") as stream:
-                os.fsync(stream.fileno())
-            part.replace(path)
+            publish(part, path)
             return digest
         size = part.stat().st_size
         part.unlink()
@@ -330,7 +338,7 @@ def download_file(
 
 def _part(path: Path, file: HubFile, revision: str) -> Path:
     """Where a file is until it is whole."""
-    return path.parent / ".part" / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}-{revision[:12]}"
+    return path.parent / ".part" / f"{sha256_of_text(file.name)[:16]}-{revision[:12]}"
 
 
 class _Counted:
@@ -360,7 +368,7 @@ def _large_file(repo: str, revision: str, file: HubFile, part: Path) -> None:
     got = hf_hub_download(
         repo, file.name, repo_type="dataset", revision=revision, local_dir=folder, endpoint=_endpoint()
     )
-    os.replace(got, part)
+    Path(got).replace(part)
 
 
 def _verified(path: Path, file: HubFile) -> str | None:
@@ -415,12 +423,12 @@ def _asked(repo: str, revision: str | None, rules: Rules, ask: Callable, what: s
                 "catalogue."
             ) from error
         except (RepositoryNotFoundError, DisabledRepoError) as error:
-            raise ValueError(
+            raise NotOnHub(
                 f"{repo} is not on the Hub, or not for you: look at {page(repo)}, and log in with "
                 "`hf auth login` if it is private."
             ) from error
         except RemoteEntryNotFoundError as error:
-            raise ValueError(f"{name} is not on the Hub at the commit {revision}: look at {page(repo)}.") from error
+            raise NotOnHub(f"{name} is not on the Hub at the commit {revision}: look at {page(repo)}.") from error
         except OfflineModeIsEnabled as error:
             raise ValueError(f"{name} cannot be asked for: HF_HUB_OFFLINE is set.") from error
         except HfHubHTTPError as error:
@@ -457,7 +465,6 @@ def _use_steady_client(rules: Rules) -> None:
     import httpx2
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars
-    from huggingface_hub.utils._http import default_client_factory
 
     class Steady(httpx2.SyncByteStream):
         def __init__(self, stream):
@@ -490,7 +497,7 @@ def _use_steady_client(rules: Rules) -> None:
             response.headers["Retry-After"] = str(int(rules.max_wait))
 
     def factory():
-        client = default_client_factory()
+        client = compat.hub_client()
         hooks = client.event_hooks
         client.event_hooks = {"request": [*hooks["request"], check], "response": [*hooks["response"], steady]}
         client.timeout = httpx2.Timeout(rules.timeout)
@@ -508,13 +515,9 @@ def _endpoint() -> str:
 def _pin(root: Path, repo: str, revision: str) -> None:
     path = root / "raw" / "revisions.json"
     with locked(path.with_name(".revisions.lock"), wait=True):
-        try:
-            values = json.loads(path.read_text())
-        except (OSError, ValueError):
-            values = {}
-        values = values if isinstance(values, dict) else {}
+        values = _revisions(path)
         if values.get(repo) != revision:
-            write_json(path, values | {repo: revision})
+            write_json(path, values | {repo: revision}, sort_keys=True)
 
 
 def _is_safe(name: str) -> bool:

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from molmo2_nemo.catalogue.datasets import Catalogue, DataSet
-from molmo2_nemo.catalogue.raw import RawSource, size_on_disk
+from molmo2_nemo.catalogue.raw import FetchNote, RawSource, size_on_disk
 from molmo2_nemo.fetch.hub import page, pinned
 from molmo2_nemo.fetch.journal import Journal
-from molmo2_nemo.fetch.state import broken_files, fault, lacking, missing_layout
+from molmo2_nemo.fetch.on_disk import broken_files, fault, lacking, missing_layout
 
 # Where a set's size is not known: bytes of a picture (mean of public mirrors of PixMo's pictures) and of a video
 # (FunQA: 24.5 GB for about 4,300 videos).
@@ -25,7 +25,7 @@ READ_BYTES = 10**8
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedSet:
     """A set in `list`."""
 
     name: str
@@ -45,7 +45,7 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedDownload:
     """A set in `plan`."""
 
     name: str
@@ -65,7 +65,7 @@ class Problem:
     mend: str
 
 
-def read_note(root: Path, name: str) -> dict | None:
+def read_note(root: Path, name: str) -> FetchNote | None:
     try:
         return RawSource(root, name).info
     except ValueError:
@@ -93,12 +93,12 @@ def page_of(entry: DataSet) -> str | None:
     return entry.source.page or (page(entry.source.hf.repo) if entry.source.hf else None) or entry.media.page
 
 
-def listed(entries: list[DataSet], root: Path) -> list[Listed]:
+def listed(entries: list[DataSet], root: Path) -> list[ListedSet]:
     rows = []
     for entry in entries:
         info = read_note(root, entry.name) or {}
         rows.append(
-            Listed(
+            ListedSet(
                 entry.name,
                 list(entry.stages),
                 entry.category,
@@ -154,16 +154,15 @@ def measured_speed(root: Path) -> float | None:
     """Bytes/s of the fetches under this root, over all that took a second or more; None: there was none."""
     total = seconds = 0.0
     for path in sorted((root / "raw").glob("*/fetched.json")):
-        try:
-            info = json.loads(path.read_text())
-            if info["seconds"] >= 1 and info["fetched_bytes"]:
-                total, seconds = total + info["fetched_bytes"], seconds + info["seconds"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        info = read_note(root, path.parent.name) or {}
+        if (info.get("seconds") or 0) >= 1 and info.get("fetched_bytes"):
+            total, seconds = total + info["fetched_bytes"], seconds + info["seconds"]
     return total / seconds if seconds else None
 
 
-def plan(entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, speed: float | None) -> list[Planned]:
+def plan_downloads(
+    entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, speed: float | None
+) -> list[PlannedDownload]:
     """What to fetch, in order, within `budget` bytes, and what not and why.
 
     What is there counts as paid for. The rest goes by its share of the mixture for a byte: a stage's ratio, or the
@@ -175,13 +174,15 @@ def plan(entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, 
         size, estimated = size_of(entry)
         state = state_of(entry, root)
         if entry.unsure:
-            planned.append(Planned(entry.name, "refused", 0, False, None, entry.unsure))
+            planned.append(PlannedDownload(entry.name, "refused", 0, False, None, entry.unsure))
         elif state == "complete":
-            planned.append(Planned(entry.name, "there", _bytes_there(root, entry) / GB, False, None, "complete"))
+            planned.append(
+                PlannedDownload(entry.name, "there", _bytes_there(root, entry) / GB, False, None, "complete")
+            )
             archives.update(entry.media.urls)
         elif entry.source.kind == "manual":
             why = f"python tools/download.py how {entry.name}"
-            planned.append(Planned(entry.name, "by hand", size / GB, estimated, None, why))
+            planned.append(PlannedDownload(entry.name, "by hand", size / GB, estimated, None, why))
         else:
             ready.append((entry, max(0, size - _bytes_there(root, entry)), estimated))
     ready.sort(key=lambda item: (-_worth(item[0]) / max(item[1], 1e6), item[0].name))
@@ -196,10 +197,10 @@ def plan(entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, 
             why = "annotations; its media by hand" if entry.by_hand else ""
             why = "annotations; its archives are another set's, too" if shared else why
             archives.update(entry.media.urls)
-            chosen.append(Planned(entry.name, "fetch", size / GB, estimated, seconds, why))
+            chosen.append(PlannedDownload(entry.name, "fetch", size / GB, estimated, seconds, why))
         else:
             why = f"{size / GB:,.1f} GB, {left / GB:,.1f} left"
-            planned.append(Planned(entry.name, "no room", size / GB, estimated, seconds, why))
+            planned.append(PlannedDownload(entry.name, "no room", size / GB, estimated, seconds, why))
     order = {"no room": 0, "by hand": 1, "refused": 2, "there": 3}
     return chosen + sorted(planned, key=lambda item: (order[item.action], item.name))
 

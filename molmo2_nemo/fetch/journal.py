@@ -6,29 +6,57 @@ database: a plain file that is only appended to works on any file system, and a 
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypedDict
 
-# The disk's answers, in contrast to those of the network: they end a run instead of counting as a lost file.
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+from pydantic import ConfigDict, TypeAdapter, with_config
+
+from molmo2_nemo.files import write_atomically
+
+# What a line of each file must say; it may say more.
+_MORE = ConfigDict(extra="allow", strict=True)
+
+
+@with_config(_MORE)
+class RecordedFile(TypedDict):
+    """A line of files.jsonl: a file of a data set, or the folder of an archive's contents."""
+
+    file: str  # relative to the data set's folder
+    bytes: int
+
+
+@with_config(_MORE)
+class FetchedMedia(TypedDict):
+    """A line of media/index.jsonl: what an address gave."""
+
+    url: str
+    file: str  # relative to media/
+    bytes: int
+    sha256: str
+
+
+@with_config(_MORE)
+class LostAddress(TypedDict):
+    """A line of media/lost.jsonl: why an address gave nothing."""
+
+    url: str  # or the id of a YouTube video
+    kind: str  # as that of molmo2_nemo.fetch.web.Lost, or "held out", or "duplicate"
+    reason: str
+    runs: int  # that asked for it
+    not_before: str  # ISO date before which it is not asked for again
+
+
+RECORDS = {"files.jsonl": RecordedFile, "index.jsonl": FetchedMedia, "lost.jsonl": LostAddress}
 
 
 class Journal:
-    """Records of a file by their field `key`. Lines that are no record of these fields are left out."""
-
-    # What a record of each file must say: a type for each field.
-    FIELDS = {
-        "index.jsonl": {"file": str, "bytes": int, "sha256": str},
-        "lost.jsonl": {"kind": str, "reason": str, "runs": int, "not_before": str},
-        "files.jsonl": {"bytes": int},
-    }
+    """Records of a file by their field `key`. Lines that are no such record (see RECORDS) are left out."""
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
-        self._fields = self.FIELDS.get(path.name, {}) | {key: str}
+        self._record = TypeAdapter(RECORDS.get(path.name, dict[str, Any]))
         self.records: dict[str, dict] = {}
         self._file = None
         self._lines = 0
@@ -38,18 +66,15 @@ class Journal:
             for line in whole.splitlines():
                 with contextlib.suppress(ValueError, RecursionError):
                     record = json.loads(line)
-                    if isinstance(record, dict) and (record.get("removed") or self._is_whole(record)):
-                        self._put(record)
+                    if isinstance(record, dict) and isinstance(record.get(key), str):
+                        self._put(record if record.get("removed") else self._record.validate_python(record))
                 self._lines += 1
             if len(whole) < len(content):
                 os.truncate(path, len(whole))
 
-    def _is_whole(self, record: dict) -> bool:
-        return all(isinstance(record.get(field), kind) for field, kind in self._fields.items())
-
     def _put(self, record: dict) -> None:
         if record.get("removed"):
-            self.records.pop(str(record.get(self.key)), None)
+            self.records.pop(record[self.key], None)
         else:
             self.records[record[self.key]] = record
 
@@ -82,7 +107,7 @@ class Journal:
             return
         text = "".join(json.dumps(self.records[key], sort_keys=True) + "\n" for key in sorted(self.records))
         if text:
-            write_aside(self.path, text.encode())
+            write_atomically(self.path, text)
         else:
             self.path.unlink()
         self._lines = len(self.records)
@@ -91,43 +116,3 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value) -> None:
-    write_aside(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
-
-
-def is_disk_error(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in DISK_ERRORS
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a lock file. BlockingIOError: another process does, and `wait` is off.
-
-    A file system without locks is taken as it is; its users see to it themselves.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                raise
-        yield

@@ -20,9 +20,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from molmo2_nemo.catalogue.raw import MEDIA_SUFFIXES, media_name
-from molmo2_nemo.fetch.check import BadContent, check_image, check_video, dhash, sha256_of
-from molmo2_nemo.fetch.journal import Journal, locked
+from molmo2_nemo.fetch.journal import Journal
+from molmo2_nemo.fetch.media_check import BadContent, check_image, check_video, dhash
 from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, Unreachable, download, publish, session
+from molmo2_nemo.files import locked, sha256_of
 
 # Days before an address is asked again, by why it was lost. `later` grows with the rounds that asked in vain.
 DAYS = {"gone": 180, "forbidden": 30, "content": 90, "held out": 36500, "duplicate": 36500}
@@ -47,7 +48,7 @@ class NoNetwork(Exception):
 
 
 @dataclass
-class Progress:
+class DownloadProgress:
     """What a fetch reports while it runs. Bytes are counted as they come."""
 
     add_bytes: Callable[[int], None] = lambda count: None
@@ -61,7 +62,7 @@ def fetch_list(
     media: Path,
     rules: Rules,
     kind: str = "image",
-    progress: Progress | None = None,
+    progress: DownloadProgress | None = None,
     held_out: tuple[set[str], set[str]] = (set(), set()),
     retry_lost: bool = False,
     today: date | None = None,
@@ -74,7 +75,7 @@ def fetch_list(
     today = today or datetime.now(UTC).date()
     unique = {item.url: item for item in wanted}
     with locked(media / ".lock"):
-        job = _Job(unique, media, rules, kind, progress or Progress(), held_out, retry_lost, today)
+        job = _ListDownload(unique, media, rules, kind, progress or DownloadProgress(), held_out, retry_lost, today)
         try:
             job.take_stock()
             if job.open:
@@ -99,7 +100,7 @@ def fetch_list(
     return counts | {f"lost: {reason}": number for reason, number in sorted(reasons.items())}
 
 
-class _Job:
+class _ListDownload:
     def __init__(self, wanted, media, rules, kind, progress, held_out, retry_lost, today):
         self.wanted, self.media, self.rules, self.kind, self.progress = wanted, media, rules, kind, progress
         self.held_out, self.retry_lost, self.today = held_out, retry_lost, today

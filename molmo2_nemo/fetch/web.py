@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import email.utils
 import ipaddress
-import json
 import os
 import random
 import re
@@ -18,9 +17,10 @@ from pathlib import Path
 
 import aiohttp
 import yarl
+from pydantic import BaseModel, ConfigDict
 
-from molmo2_nemo import __version__
-from molmo2_nemo.fetch.journal import is_disk_error
+from molmo2_nemo import __version__, files
+from molmo2_nemo.files import is_disk_error
 
 USER_AGENT = f"molmo2-nemo/{__version__} (research data set download)"
 # Statuses after which asking again makes sense.
@@ -65,6 +65,10 @@ class Unreachable(Lost):
 
     def __init__(self, reason: str):
         super().__init__("later", reason)
+
+
+class PrivateAddress(OSError):
+    """A host's name stands for addresses of this machine or its network alone."""
 
 
 class OutOfBytes(Exception):
@@ -136,7 +140,7 @@ class _Resolver(aiohttp.ThreadedResolver):
             return found
         public = [entry for entry in found if not is_private(entry["host"]) or is_trusted(host, entry["host"])]
         if not public:
-            raise OSError(None, f"{host} is a private address (--allow-private follows it)")
+            raise PrivateAddress(None, f"{host} is a private address (--allow-private follows it)")
         return public
 
 
@@ -191,7 +195,7 @@ async def download(
         except (aiohttp.ClientError, OSError, ValueError, asyncio.IncompleteReadError) as error:
             if is_disk_error(error) and not isinstance(error, aiohttp.ClientError):
                 raise
-            if "private address" in str(error):
+            if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, PrivateAddress):
                 raise Lost("gone", " ".join(str(error).split())) from error
             text = " ".join(str(error).split())[:200] or type(error).__name__
             connected = isinstance(error, (aiohttp.ClientPayloadError, aiohttp.ClientResponseError))
@@ -209,8 +213,8 @@ async def _once(client, url: str, part: Path, rules: Rules, count, accept: str) 
     headers = {"Accept": accept}
     if have:
         headers["Range"] = f"bytes={have}-"
-        if known.get("validator"):
-            headers["If-Range"] = known["validator"]
+        if known.validator:
+            headers["If-Range"] = known.validator
     response = await _open(client, url, headers, rules)
     try:
         status = response.status
@@ -233,10 +237,10 @@ async def _once(client, url: str, part: Path, rules: Rules, count, accept: str) 
         if status == 206:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
             whole = int(match[2]) if match and match[2] != "*" else None
-            validator = known.get("validator")
+            validator = known.validator
             now = (response.headers.get("ETag"), response.headers.get("Last-Modified"))
             changed = validator is not None and any(now) and validator not in now
-            if not have or not match or int(match[1]) != have or whole != known.get("total") or changed:
+            if not have or not match or int(match[1]) != have or whole != known.total or changed:
                 _forget(part)
                 raise Lost("later", "the server sent another part of the file than was asked for")
             total = whole
@@ -250,7 +254,7 @@ async def _once(client, url: str, part: Path, rules: Rules, count, accept: str) 
             if total and total >= RESUMABLE_BYTES:
                 validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
                 validator = None if validator is None or validator.startswith("W/") else validator
-                _notes(part).write_text(json.dumps({"total": total, "validator": validator}))
+                _notes(part).write_text(PartialFile(total=total, validator=validator).model_dump_json())
         with part.open("ab" if status == 206 else "wb") as file:
             got = have + await _copy(response, file, have, rules, count)
         if total is not None and got != total:
@@ -320,14 +324,23 @@ def _notes(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-def _so_far(part: Path) -> tuple[int, dict]:
-    """Bytes of a part that may be continued, and what is known of the whole; (0, {}): start anew."""
+class PartialFile(BaseModel):
+    """What is noted beside a large file that has come in part."""
+
+    model_config = ConfigDict(strict=True)
+
+    total: int = 0  # bytes of the whole file
+    validator: str | None = None  # ETag or Last-Modified, with which a server says that the file is still the same
+
+
+def _so_far(part: Path) -> tuple[int, PartialFile]:
+    """Bytes of a part that may be continued, and what is known of the whole; 0 bytes: start anew."""
     try:
-        known = json.loads(_notes(part).read_text())
+        known = PartialFile.model_validate_json(_notes(part).read_bytes())
         have = part.stat().st_size
-        return (have, known) if 0 < have < known["total"] else (0, {})
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0, {}
+        return (have, known) if 0 < have < known.total else (0, PartialFile())
+    except (OSError, ValueError):
+        return 0, PartialFile()
 
 
 def _forget(part: Path) -> None:
@@ -337,11 +350,7 @@ def _forget(part: Path) -> None:
 
 def publish(part: Path, path: Path) -> None:
     """A whole and checked part gets its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if part.stat().st_size >= RESUMABLE_BYTES:
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-    os.replace(part, path)
+    files.publish(part, path, durable=part.stat().st_size >= RESUMABLE_BYTES)
     _notes(part).unlink(missing_ok=True)
 
 

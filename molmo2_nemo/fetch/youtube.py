@@ -1,6 +1,5 @@
 """Videos by their YouTube ids, through yt-dlp, which only the user installs."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -8,9 +7,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from molmo2_nemo.fetch.check import BadContent, check_video
 from molmo2_nemo.fetch.journal import Journal
-from molmo2_nemo.fetch.url_list import DAYS, Progress
+from molmo2_nemo.fetch.media_check import BadContent, check_video
+from molmo2_nemo.fetch.url_list import DAYS, DownloadProgress
 
 YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 # What yt-dlp says of a video that does not come back.
@@ -21,7 +20,7 @@ GONE = re.compile(
 
 
 def fetch_videos(
-    ids: set[str], media: Path, add_bytes: Callable[[int], None], progress: Progress, retry_lost: bool = False
+    ids: set[str], media: Path, add_bytes: Callable[[int], None], progress: DownloadProgress, retry_lost: bool = False
 ) -> dict[str, int]:
     """Get media/ID.mp4 of each id; counts: videos, fetched, lost, and later, of those that may come another time.
 
@@ -88,7 +87,7 @@ def _get(video: str, media: Path) -> int:
             raise _Lost("gone" if GONE.search(reason) else "later", reason)
         check_video(part / "video.mp4")
         size = (part / "video.mp4").stat().st_size
-        os.replace(part / "video.mp4", media / f"{video}.mp4")
+        (part / "video.mp4").replace(media / f"{video}.mp4")
         return size
     except BadContent as error:
         raise _Lost("content", str(error)) from error

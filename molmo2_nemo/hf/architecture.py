@@ -11,7 +11,7 @@ from molmo2_nemo.config.schema import ConnectorConfig, ModelConfig, VisionConfig
 def model_config_from_hf(path: Path) -> ModelConfig:
     """The architecture in a Hugging Face folder's config.json (native or released layout), its processor's geometry.
 
-    Raises ConfigError for a folder that is no Molmo2 or uses what these modules do not build.
+    Raises ConfigError for a folder that is no Molmo2 or needs a feature that is not supported.
     """
     from transformers import Molmo2Config
 

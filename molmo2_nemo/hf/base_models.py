@@ -1,4 +1,4 @@
-"""A checkpoint of a language model and a vision tower that have not met: Qwen3 or OLMo 3, and SigLIP 2.
+"""A checkpoint made of a language model (Qwen3 or OLMo 3) and a vision tower (SigLIP 2) that were trained apart.
 
 The connector and the extra vocabulary's rows are drawn, normal with `model.init_std` (biases 0), as the public
 trainer does. Layouts: transformers' own folders, safetensors only, one tensor in memory at a time.
@@ -23,7 +23,7 @@ _FEATURES_FROM_THE_END = (3, 9)
 
 
 def model_type(folder: Path) -> str | None:
-    """What a Hugging Face folder's config.json calls its model; None: no such file. ConfigError: not readable."""
+    """`model_type` in a Hugging Face folder's config.json; None without that file. ConfigError: it is not readable."""
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -34,7 +34,7 @@ def model_type(folder: Path) -> str | None:
 
 
 def base_model_config(llm: Path, vision: Path) -> ModelConfig:
-    """The Molmo2 that two folders make. Raises ConfigError for models of other kinds, or with what is not built."""
+    """The architecture that two folders make together. Raises ConfigError for models that are not supported."""
     from transformers import AutoConfig
 
     for folder, known, what in ((llm, LANGUAGE_MODELS, "a language model"), (vision, VISION_MODELS, "a vision tower")):
@@ -190,7 +190,7 @@ def import_base_models(
         return torch.randn(entry.shape, generator=generator) * model.init_std
 
     state, make = {}, {}
-    # Everything is looked at before anything is written.
+    # Every tensor is checked before anything is written.
     for entry in tensor_table(model):
         if entry.key.startswith("vision.connector.") or entry.key == "embedding.extra_embedding":
             shape, dtype, build = entry.shape, torch.float32, lambda entry=entry: fresh(entry)

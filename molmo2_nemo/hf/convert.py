@@ -53,7 +53,7 @@ class HuggingFaceWeights:
             return file.get_tensor(name)
 
     def shape_of(self, name: str) -> Tensor:
-        """A tensor of the right shape and type without memory."""
+        """A meta tensor of the right shape and type: it takes no memory."""
         with self._open(name) as file:
             part = file.get_slice(name)
             return torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.float32), device="meta")
@@ -98,7 +98,7 @@ def import_hf(
     model = model_config_from_hf(folder)
     weights = HuggingFaceWeights(folder)
 
-    # Everything is looked at before anything is written.
+    # Every tensor is checked before anything is written.
     for entry in tensor_table(model):
         try:
             shape = entry.join([read_released(name, model, weights, weights.shape_of) for name in entry.released]).shape

@@ -1,4 +1,4 @@
-"""One table: each checkpoint tensor, the released Hugging Face tensors it is made of, and how to go both ways.
+"""A table of each checkpoint tensor, the released Hugging Face tensors that it is made of, and both conversions.
 
 Released names are those of the checkpoints on the Hub (and of transformers' `save_pretrained`); native names are
 the module names of transformers' Molmo2ForConditionalGeneration. Sources: public `olmo/hf_model/` of
@@ -14,6 +14,10 @@ from torch import Tensor
 
 from molmo2_nemo.config.schema import ModelConfig, padded_vocab_size
 
+# The norms of a decoder layer's attention and MLP: on a sublayer's input, or on its output (OLMo 3).
+NORMS_BEFORE = ("input_layernorm", "pre_mlp_layernorm")
+NORMS_AFTER = ("post_attention_norm", "post_mlp_norm")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -27,7 +31,7 @@ class Entry:
 
 
 def interleave_qkv(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
-    """Megatron's fused projection: per key/value head its query heads, its key, its value. Rows first."""
+    """Megatron's fused projection. Its rows are, for each key/value head, those of its query heads, key and value."""
     parts = [x.reshape(groups, -1, *x.shape[1:]) for x in (q, k, v)]
     return torch.cat(parts, dim=1).reshape(-1, *q.shape[1:])
 
@@ -54,10 +58,6 @@ def tensor_table(model: ModelConfig) -> list[Entry]:
         add(f"{key}.weight", (width,), f"{name}.weight")
         if bias:
             add(f"{key}.bias", (width,), f"{name}.bias")
-
-    def stacked(parts, shape):
-        """Released tensors one above the other in ours."""
-        return dict(join=torch.cat, split=lambda x: list(x.chunk(parts)))
 
     # Vision transformer.
     vit, vision, backbone = model.vit, model.vision, "model.vision_backbone"
@@ -87,16 +87,17 @@ def tensor_table(model: ModelConfig) -> list[Entry]:
     for ours, theirs in (("query", "wq"), ("key", "wk"), ("value", "wv")):
         linear(f"vision.connector.{ours}", f"{pooling}.{theirs}", inner, features)
     linear("vision.connector.output", f"{pooling}.wo", connector.hidden_size, inner)
-    ffn = connector.ffn_hidden_size
     # w1 is the gate, w3 the other factor: ours is [gate; up].
     add(
         "vision.connector.projector.linear_fc1.weight",
-        (2 * ffn, connector.hidden_size),
+        (2 * connector.ffn_hidden_size, connector.hidden_size),
         f"{projector}.w1.weight",
         f"{projector}.w3.weight",
-        **stacked(2, None),
+        join=torch.cat,
+        split=lambda x: list(x.chunk(2)),
     )
-    add("vision.connector.projector.linear_fc2.weight", (model.hidden_size, ffn), f"{projector}.w2.weight")
+    shape = (model.hidden_size, connector.ffn_hidden_size)
+    add("vision.connector.projector.linear_fc2.weight", shape, f"{projector}.w2.weight")
 
     # Language model.
     H, D, groups = model.hidden_size, model.head_dim, model.num_query_groups
@@ -115,9 +116,7 @@ def tensor_table(model: ModelConfig) -> list[Entry]:
     add("embedding.extra_embedding", (model.additional_vocab_size, H), "model.transformer.wte.new_embedding")
     for i in range(model.num_layers):
         key, name = f"decoder.layers.{i}", f"model.transformer.blocks.{i}"
-        attention_norm, mlp_norm = (
-            ("post_attention_norm", "post_mlp_norm") if model.norm_after else ("input_layernorm", "pre_mlp_layernorm")
-        )
+        attention_norm, mlp_norm = NORMS_AFTER if model.norm_after else NORMS_BEFORE
         norm(f"{key}.{attention_norm}", f"{name}.attn_norm", H)
         norm(f"{key}.{mlp_norm}", f"{name}.ff_norm", H)
         add(

@@ -20,8 +20,10 @@ from molmo2_nemo.model.collectives import all_reduce
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm computed in float32. Megatron's torch norm refuses sequence parallelism; marking the weight is all it
-    takes."""
+    """RMSNorm computed in float32.
+
+    Megatron's torch norm refuses sequence parallelism, for which marking the weight is enough.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__()
@@ -119,7 +121,7 @@ class PostNormDecoderLayer(DecoderLayer):
 
 
 def layer_backend(config: TransformerConfig) -> BackendSpecProvider:
-    """Local torch modules, or Transformer Engine's; the latter is imported only when asked for."""
+    """Local torch modules, or Transformer Engine's, which is imported only if it is used."""
     return get_backend(config.transformer_impl)
 
 

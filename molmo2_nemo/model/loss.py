@@ -1,11 +1,13 @@
-"""The head and the losses on its logits, without ever holding the logits of all positions."""
+"""The head and the losses on its logits, which are never held for all positions at once.
+
+N positions, H hidden size, V rows of the head with padding, t tensor parallel ranks.
+"""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# float32 logits of a chunk: 256 MiB. Three tensors of this size live at a time.
-CHUNK_ELEMENTS = 2**26
+from molmo2_nemo.config.schema import LOGITS_PER_CHUNK
 
 
 def head_losses(
@@ -75,7 +77,7 @@ class _HeadLosses(torch.autograd.Function):
 
 
 def _chunks(count: int, width: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // width)
+    size = max(1, LOGITS_PER_CHUNK // width)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 

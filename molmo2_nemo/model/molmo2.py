@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from molmo2_nemo import compat
 from molmo2_nemo.config.schema import ModelConfig, padded_vocab_size, vision_token_ids
 from molmo2_nemo.hf.architecture import rope_tables
 from molmo2_nemo.model.collectives import context_slice
@@ -143,7 +144,7 @@ class Molmo2(LanguageModule):
         if labels is None:
             logits, _ = self.output_layer(hidden, weight=tied)
             return self._mask_padding(logits.float()).transpose(0, 1)
-        # Only positions that carry loss meet the head.
+        # Logits are computed for positions that carry loss only.
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         positions = loss_weights[:, local].t() > 0
@@ -195,7 +196,7 @@ class Molmo2(LanguageModule):
         parameters = dict(self.named_parameters(prefix=prefix.rstrip(".")))
         # Layers keep FP8 scaling history as extra state; it is rebuilt within steps and would tie a checkpoint to
         # its layer spec.
-        state = {name: entry for name, entry in state.items() if "_extra_state" not in name}
+        state = {name: entry for name, entry in state.items() if compat.EXTRA_STATE not in name}
         for name, entry in state.items():
             parameter = parameters.get(name)
             if parameter is not None and not getattr(parameter, "tensor_model_parallel", False):

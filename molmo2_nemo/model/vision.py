@@ -1,8 +1,8 @@
 """Vision transformer and attention-pooling connector, data-parallel inside a tensor x context parallel group.
 
 Each rank holds the whole tower, encodes its share of a micro-batch's images and frames, pools and projects them,
-and the visual tokens are gathered. Nobody encodes the same crop twice. A rank takes its share in chunks of whole images
-and frames, which the backward pass encodes again one by one: what a chunk leaves behind are its visual tokens.
+and the visual tokens are gathered. No crop is encoded on two ranks. A rank encodes its share in chunks of whole images
+and frames, and encodes each again in the backward pass: of a chunk only its visual tokens are kept.
 """
 
 import bisect

@@ -32,7 +32,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s of a device in `bf16` or `fp8`; None for a device or precision that is not in the table: never a guess."""
+    """FLOP/s of a device in `bf16` or `fp8`; None for a device or precision that is not in the table."""
     if device_name not in PEAK_TFLOPS or precision not in ("bf16", "fp8"):
         return None
     peak = PEAK_TFLOPS[device_name][precision == "fp8"]
@@ -51,7 +51,7 @@ def forward_flops(
     """FLOPs of a forward pass by part.
 
     crops: encoded; visual_tokens: pooling windows; pooled_patches: patches in them; tokens: of the decoder, without
-    padding; attended: pairs of query and key that the mask lets through; loss_tokens: positions that meet the head.
+    padding; attended: pairs of query and key that the mask lets through; loss_tokens: positions that have logits.
     """
     vit, connector, P = model.vit, model.connector, model.vision.patches_per_crop
     vit_heads, inner = vit.num_attention_heads * vit.head_dim, connector.num_attention_heads * connector.head_dim

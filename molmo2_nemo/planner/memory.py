@@ -1,4 +1,4 @@
-"""What a run needs before anything is queued: parameters, memory of a GPU by part, and what would make it fit.
+"""How much memory a run needs on each GPU, by part, and which settings would make it fit.
 
 Pure arithmetic on the configuration: imports neither torch nor Megatron. Formulas follow what the model's code
 keeps for its backward pass (model/layers.py, model/vision.py, model/loss.py) and what Megatron-Core allocates;
@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from molmo2_nemo.config.checks import check_settings, layers_per_stage
 from molmo2_nemo.config.components import component_of, is_frozen
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import Config, ModelConfig, padded_vocab_size
+from molmo2_nemo.config.schema import LOGITS_PER_CHUNK, Config, ModelConfig, padded_vocab_size
 from molmo2_nemo.planner.work import row_work
 
 GIB = 2**30
 H100_GIB = 79.6  # of an H100 80GB HBM3, as nvidia-smi shows it
-RESERVE_GIB = 4.0  # assumed, unmeasured: CUDA context, NCCL and cuBLAS buffers, holes of the allocator
-CHUNK_ELEMENTS = 2**26  # model/loss.py
+RESERVE_GIB = 4.0  # assumed, not measured: CUDA context, NCCL and cuBLAS buffers, holes of the allocator
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
 
@@ -63,7 +62,7 @@ class Job:
         self.distributed = self.ddp("use_distributed_optimizer", self.device == "cuda")
         self.work = row_work(self.config)
         self.dropout = getattr(self.config.schedule, self.config.stage).hidden_dropout > 0
-        check_recompute(self.config.transformer, min(self.layers))
+        check_recompute(self.config.transformer)
 
     def transformer(self, key: str, default=None):
         return self.config.transformer.get(key, default)
@@ -79,7 +78,7 @@ class Job:
         return self.config.optimizer.get(key, default)
 
 
-def check_recompute(transformer: dict, layers: int) -> None:
+def check_recompute(transformer: dict) -> None:
     """Refuse what Megatron would refuse later. Raises ConfigError."""
     granularity, method = transformer.get("recompute_granularity"), transformer.get("recompute_method")
     count = transformer.get("recompute_num_layers")
@@ -415,7 +414,7 @@ def head_parts(job: Job, counts: Counts) -> list[Part]:
     """The head on the last stage: model/loss.py. All tokens of the rows are taken to carry loss."""
     m = job.config.model
     width, tokens = padded_vocab_size(m.vocab_size) / job.t, job.tokens
-    chunk = min(tokens, max(1, CHUNK_ELEMENTS // int(width))) * width
+    chunk = min(tokens, max(1, LOGITS_PER_CHUNK // int(width))) * width
     head, e = counts.trained_head, job.e
     # Beside the float32 sum of the weights' gradient: logits as they become float32, or the product of a chunk.
     logits, product = (4 if e == 4 else 6) * chunk, e * chunk + e * head
@@ -423,7 +422,7 @@ def head_parts(job: Job, counts: Counts) -> list[Part]:
     kept = tokens * m.hidden_size * job.e + (4 + job.e) * tokens / job.sequence * m.hidden_size
     return [
         Part("head's inputs", kept, "final norm, hidden states of tokens with loss", (HEAD, DECODER)),
-        Part("logits chunk", logits, "model/loss.py, CHUNK_ELEMENTS", (HEAD,)),
+        Part("logits chunk", logits, "model/loss.py, LOGITS_PER_CHUNK", (HEAD,)),
         Part("gradient of the head", gradient, "a float32 sum before it reaches the buffer", (HEAD,)),
     ]
 
@@ -517,12 +516,12 @@ def verdict(config: Config, gpus: int, gpu_memory_gib: float = H100_GIB) -> str 
     largest = ", ".join(f"{part.name} {part.bytes / GIB:.1f}" for part in at[:3])
     return (
         f"{needed / GIB:.1f} GiB are needed on a GPU of {gpu_memory_gib:.1f} GiB ({RESERVE_GIB:g} of them reserved; "
-        f"pipeline stage {stage}, {phase}; most for {largest}): {' or '.join(advice(job, parts, phase, limit))}."
+        f"pipeline stage {stage}, {phase}; most for {largest}): {' or '.join(advice(job, parts, limit))}."
     )
 
 
-def advice(job: Job, parts: list[Part], phase: str, limit: float) -> list[str]:
-    """Changes of single keys that lower the peak, those that suffice first; each is tried, not guessed."""
+def advice(job: Job, parts: list[Part], limit: float) -> list[str]:
+    """Changes of single keys that lower the peak, those that are enough first; the peak is computed for each."""
     config = job.config
     full = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     smaller = [n for n in (16, 8, 4, 2) if n < (config.train.vision_chunk_crops or 10**9)]

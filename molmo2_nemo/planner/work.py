@@ -1,4 +1,4 @@
-"""What a packed row is taken to hold when nothing has been read yet. Imports no torch."""
+"""What a packed row is assumed to hold before any data is read. Imports no torch."""
 
 from dataclasses import dataclass
 

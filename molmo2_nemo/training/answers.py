@@ -27,7 +27,7 @@ from torch import Tensor
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, DataConfig
 from molmo2_nemo.data.blend import Source
-from molmo2_nemo.data.encode import Encoder, Plan
+from molmo2_nemo.data.encode import Encoder, SamplePlan
 from molmo2_nemo.data.inspection import Visual, draw_marks, pixels_of, read_answer
 from molmo2_nemo.data.loader import RawSample, held_out_samples
 from molmo2_nemo.data.packing import Batch, Row, collate, make_row
@@ -38,7 +38,7 @@ from molmo2_nemo.training import score
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.step import iterators, model_inputs
 
-# Samples are read for a question until so many times as many as wanted were of no use.
+# No more samples are read once this many times the wanted number of questions were of no use.
 PATIENCE = 20
 # Pictures of a question that are shown: those with points first. Pixels of the longer side of each.
 MAX_PICTURES, PICTURE_SIDE = 4, 280
@@ -56,7 +56,7 @@ class Question:
     style: str
     text: str
     label: str
-    plan: Plan  # of the prompt alone
+    plan: SamplePlan  # of the prompt alone
     pixels: tuple[np.ndarray, np.ndarray]  # crops uint8 [C, P, patch_dim], pooling int64 [T, W]
     sizes: list[tuple[int, int]]  # (width, height) of each image in pixels, or of the video
     seconds: float | None  # length of the video
@@ -79,20 +79,20 @@ def prepare(config: Config, sources: list[Source], group: dist.ProcessGroup, run
     is_first = dist.get_rank() == dist.get_process_group_ranks(group)[0]
     questions, encoder, batches, shared = [], None, None, [None]
     if is_first:
-        t = config.train
+        settings = config.train
         # The free positions for an answer are kept out of what a sample is fitted into.
-        data = replace(config.data, seq_length=config.data.seq_length - t.generate_max_tokens)
+        data = replace(config.data, seq_length=config.data.seq_length - settings.generate_max_tokens)
         encoder = Encoder(data, config.model.vision)
-        questions = choose(data, encoder, sources, run_dir, t.generate_examples)
-        replicas, pp = parallel_state.get_data_parallel_world_size(), config.parallel.pipeline_model_parallel_size
-        rows = deal(questions, t.generate_max_tokens, config.data)
+        questions = choose(data, encoder, sources, run_dir, settings.generate_examples)
+        replicas, stages = parallel_state.get_data_parallel_world_size(), config.parallel.pipeline_model_parallel_size
+        rows = deal(questions, settings.generate_max_tokens, config.data)
         interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
-        per_micro_batch, multiple = t.micro_batch_size, pp if interleaved else 1
+        per_micro_batch, multiple = settings.micro_batch_size, stages if interleaved else 1
         # Every replica runs as many micro-batches, some of them with empty rows.
         each = -(-len(rows) // (replicas * per_micro_batch * multiple)) * multiple
         own = rows[parallel_state.get_data_parallel_rank() :: replicas]
         own += [[] for _ in range(each * per_micro_batch - len(own))]
-        batches, places = lay_out(questions, own, per_micro_batch, t.generate_max_tokens, config.data, encoder)
+        batches, places = lay_out(questions, own, per_micro_batch, settings.generate_max_tokens, config.data, encoder)
         shared = [(places, len(questions), encoder.eos_id)]
     if group.size() > 1:
         dist.broadcast_object_list(shared, dist.get_process_group_ranks(group)[0], group=group)
@@ -209,8 +209,8 @@ def lay_out(
 ) -> tuple[list[Batch], np.ndarray]:
     """Micro-batches, and where each question's answer begins (see Exam.places).
 
-    An answer's positions belong to their question's segment from the start: text sees only what is before it, so what
-    they hold matters to nobody before they are filled.
+    An answer's positions belong to their question's segment from the start: text sees only what is before it, so their
+    contents have no effect before they are filled.
     """
     visual, packed, places = encoder.visual, [], []
     nothing = (
@@ -235,7 +235,7 @@ def lay_out(
     return [collate(batch, visual.token_ids) for batch in batches], places
 
 
-def with_room(prompt: Plan, max_tokens: int, pad_id: int) -> Plan:
+def with_room(prompt: SamplePlan, max_tokens: int, pad_id: int) -> SamplePlan:
     """The plan with positions for an answer behind it."""
     more = np.arange(max_tokens, dtype=np.int32)
     nothing = np.zeros(max_tokens, dtype=np.int32)
@@ -290,10 +290,10 @@ def generate(
     Returns int64 [N, max_tokens], EOS included, NO_TOKEN behind it; None if `stop` said so. All ranks of all replicas
     run as many passes, on as many micro-batches.
     """
-    ranks, pp = dist.get_process_group_ranks(group), parallel_state.get_pipeline_model_parallel_world_size()
-    decides = ranks[-(len(ranks) // pp)]  # the first rank of the last pipeline stage: its ranks are the last ones
+    ranks, stages = dist.get_process_group_ranks(group), parallel_state.get_pipeline_model_parallel_world_size()
+    decides = ranks[-(len(ranks) // stages)]  # the first rank of the last pipeline stage: its ranks are the last ones
     is_last = parallel_state.is_pipeline_last_stage()  # whatever piece of it
-    multiple = pp if len(model) > 1 else 1  # of the interleaved schedule's micro-batches
+    multiple = stages if len(model) > 1 else 1  # of the interleaved schedule's micro-batches
     tokens = torch.full((len(places), max_tokens), NO_TOKEN, dtype=torch.int64, device=places.device)
     goes_on = torch.ones(len(places), dtype=torch.bool, device=places.device)
     running = list(range(len(batches)))
@@ -314,7 +314,7 @@ def generate(
             batches[number]["input_ids"][rows, at + 1] = chosen[places[asked, 0] == number]
         tokens[asked & goes_on, step] = chosen[goes_on[asked]]
         goes_on[asked] &= chosen != eos_id
-        # Micro-batches in which no replica has anything left to say are left out.
+        # Micro-batches in which the answers of all replicas have ended are left out.
         unfinished = torch.zeros(len(batches), dtype=torch.int32, device=places.device)
         unfinished[places[goes_on, 0]] = 1
         dist.all_reduce(unfinished, op=dist.ReduceOp.MAX)
@@ -363,7 +363,7 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def write(exam: Exam, tokens: Tensor, folder: Path) -> tuple[dict, str]:
-    """Score and draw the answers; on the first rank. Returns figures for the log and what is said on the console.
+    """Score and draw the answers; on the first rank. Returns figures for the log and a line for the console.
 
     OSError: the folder cannot be written.
     """

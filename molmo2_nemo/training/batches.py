@@ -5,11 +5,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from molmo2_nemo.data.encode import ROOT_SEGMENT
 from molmo2_nemo.data.packing import Batch
-from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
+from molmo2_nemo.model.mask import ROOT_SEGMENT, SEGMENTS_PER_EXAMPLE
 
-# Read on the first pipeline stage only; pixels are most of a batch.
+# Needed on the first pipeline stage only, and most of a batch's bytes.
 VISION_FIELDS = ("crops", "pooling", "vision_units")
 FIELDS = (
     "input_ids",
@@ -43,7 +42,7 @@ def work_of(batch: Batch) -> Tensor:
 
 
 def attended_pairs(segment_ids: Tensor, vision_mask: Tensor) -> int:
-    """How many keys the queries of packed rows see in all (model/mask.py's rule), padding left out.
+    """How many pairs of query and key the mask lets through in packed rows (model/mask.py), without padding.
 
     segment_ids: int64 [B, S]; vision_mask: bool [B, S], true in roots or plain conversations alone.
     """

@@ -15,12 +15,11 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
-from molmo2_nemo import checkpoint_dir
+from molmo2_nemo import checkpoint_dir, compat
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.training.optimizer import load_optimizer_state
 from molmo2_nemo.training.step import load_model_state, refuse_other_architecture, sharded_model_state
@@ -42,8 +41,8 @@ def _state(model, optimizer, is_loading: bool) -> dict:
     }
 
 
-class _Plan(TorchDistSaveShardedStrategy):
-    """Megatron's way to save, which shows what it planned: the writer, and the index on rank 0."""
+class _SaveStrategy(TorchDistSaveShardedStrategy):
+    """Megatron's strategy, which keeps what it has planned: the writer, and the index on rank 0."""
 
     def _get_save_and_finalize_callbacks(self, writer, planned, strategy):
         self.writer, self.metadata = planned[0], planned[1]
@@ -65,8 +64,8 @@ class ShardedSave:
         """
         # Megatron collects what its writer threads report in a queue of a manager process: seconds to start, and it
         # would outlive a rank that is killed. The threads are this process's own, so a plain queue will do.
-        filesystem_async._results_queue = queue.Queue()
-        self.folder, self.plan = folder, _Plan()
+        compat.use_results_queue(queue.Queue())
+        self.folder, self.plan = folder, _SaveStrategy()
         request = dist_checkpointing.save(
             state, str(folder), self.plan, async_sharded_save=True, async_strategy="mcore"
         )
@@ -126,7 +125,7 @@ def _copied(before: tuple, after: tuple) -> tuple:
     """A bucket (path, name, (bytes, tensors)) staged in host memory, where Megatron copies from GPUs alone."""
     path, name, (data, tensors) = after
     sources = [tensor for _, tensor in before[2][1]]
-    tensors = [(item, t.clone() if source.is_cpu else t) for source, (item, t) in zip(sources, tensors)]
+    tensors = [(item, x.clone() if source.is_cpu else x) for source, (item, x) in zip(sources, tensors)]
     return path, name, (data, tensors)
 
 
@@ -139,7 +138,7 @@ def save_sharded(state: dict, folder: Path) -> None:
 
 @dataclass
 class Saved:
-    """What became of a save. failure: None, or why there is no checkpoint; those before it are as they were."""
+    """The result of a save. failure: why there is no checkpoint, or None; earlier checkpoints are not touched."""
 
     step: int
     path: Path
@@ -161,7 +160,7 @@ class _Pending:
 
 
 class Saver:
-    """Writes checkpoints step_XXXXXXXX into `folder`, one at a time, aside, and publishes them by rename.
+    """Writes checkpoints step_XXXXXXXX into `folder`, one at a time, under a temporary name until they are complete.
 
     All but the last `keep_last` are removed, those of steps that are multiples of `keep_every` stay. asynchronous: the
     tensors are copied to host memory and written while training goes on. All methods are collective.
@@ -172,7 +171,7 @@ class Saver:
         self.pending = None
 
     def begin(self, step: int, model, optimizer, loader_state: bytes | None, info: dict, config_yaml: str) -> None:
-        """Begin to save; `poll` or `finish` says what becomes of it. The save before must be finished.
+        """Begin to save; `poll` or `finish` gives the result. The previous save must be finished.
 
         loader_state: this data-parallel replica's, on the rank that has the loader, else None.
         """
@@ -205,7 +204,7 @@ class Saver:
         now.publish, now.held_up = publish, time.monotonic() - now.begun
 
     def poll(self) -> Saved | None:
-        """What became of the save that was begun, or None while ranks still write it. Does not wait for them."""
+        """The result of the save that was begun, or None while ranks still write it. Does not wait for them."""
         now = self.pending
         if now is None or (now.failure is None and not now.write.written()):
             return None
@@ -230,7 +229,7 @@ class Saver:
         return Saved(now.step, now.final, now.failure, now.held_up + ends - waits, ends - now.begun)
 
     def _aside(self, final: Path) -> Path:
-        """Where to write it; what saves that were cut off have left behind goes."""
+        """The folder to write to. Removes what interrupted saves have left behind."""
         for left in self.folder.glob(".step_*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
         return checkpoint_dir.aside(final)
@@ -256,11 +255,11 @@ def _no_room(folder: Path, state: dict) -> str | None:
 
 
 def _failure(action: Callable[[], None]) -> str | None:
-    """Do it on every rank; None, or what went wrong on the first rank where something did. Collective."""
+    """Run `action` on every rank. Returns the error of the first rank that had one, or None. Collective."""
     failure = None
     try:
         action()
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
         failure = f"rank {dist.get_rank()}: {_last_line(error)}"
     failures = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
@@ -268,7 +267,7 @@ def _failure(action: Callable[[], None]) -> str | None:
 
 
 def _on_rank_0(action: Callable[[], Any]) -> tuple[str | None, Any]:
-    """(what went wrong, or None; the result), on all ranks. Collective."""
+    """Run `action` on rank 0. Returns (its error or None, its result) on all ranks. Collective."""
     outcome = [None, None]
     if dist.get_rank() == 0:
         try:

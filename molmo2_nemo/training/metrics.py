@@ -1,4 +1,4 @@
-"""What a run says of itself: sums over a logging interval, the console line, TensorBoard, metrics.jsonl."""
+"""The log of a run: sums over a logging interval, the console line, TensorBoard, metrics.jsonl."""
 
 import contextlib
 import hashlib
@@ -20,17 +20,15 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from molmo2_nemo import __version__
-from molmo2_nemo.data.encode import COUNTERS
+from molmo2_nemo.data.counters import BROKEN, COUNTERS, DROPPED
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
-from molmo2_nemo.paths import REPOSITORY
+from molmo2_nemo.paths import CHECKOUT
 from molmo2_nemo.training.speed import speed_note
 
-# A source's broken samples, all that it lost, and what it kept in part.
-BROKEN = ("dropped_malformed", "dropped_undecodable", "dropped_unreadable")
-DROPPED = tuple(name for name in COUNTERS if name.startswith("dropped_") and name != "dropped_branches")
+# What a source's samples kept in part.
 SHORTENED = ("truncated", "dropped_branches", "videos_thinned", "images_shrunk")
-# Fewer broken samples than this say nothing of a source's error rate.
+# With fewer broken samples than this, a source's error rate is not judged.
 MIN_BROKEN = 20
 # Broken samples of a source that are reported one by one; further ones are only counted.
 MAX_REPORTS = 5
@@ -88,7 +86,7 @@ class LossBySource:
 
 
 class DataReport:
-    """What became of the samples of each source, over all ranks. `saved`: what an earlier `by_source` gave."""
+    """Samples of each source that were used, dropped and shortened, over all ranks. `saved`: an earlier `by_source`."""
 
     def __init__(self, sources: list[str], device: str, saved: dict[str, dict[str, int]] | None = None):
         self.sources, self.device = sources, device
@@ -175,7 +173,7 @@ def memory_gib(device: str) -> float:
 
 
 def versions() -> dict[str, str | None]:
-    """What the run is made of: packages, Python, the device's name, and the commit of this repository."""
+    """Versions of packages and Python, the device's name, and the commit of this repository."""
     names = (
         "torch",
         "megatron-core",
@@ -205,8 +203,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package lies in, with `+changes` if files differ from it; None without git."""
-    git = ["git", "-C", str(REPOSITORY)]
+    """Of the checkout that this code is part of, with `+changes` if files differ; None if installed or without git."""
+    if CHECKOUT is None:
+        return None
+    git = ["git", "-C", str(CHECKOUT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
         changes = subprocess.run(
@@ -220,8 +220,10 @@ def _commit() -> str | None:
 class RunLog:
     """Rank 0's console, TensorBoard, metrics.jsonl, Weights & Biases if asked for; other ranks write nothing.
 
-    Leaves config.yaml and versions.json in the run directory. Writing must not end a run: where the disk is full, what
-    cannot be written is counted, and said once.
+    first_step: the first that this start of the run trains, one more than that of the checkpoint it resumes. What an
+    earlier start has logged from there on is no longer shown by TensorBoard. Leaves config.yaml and versions.json in
+    the run directory. Writing must not end a run: where the disk is full, what cannot be written is counted, and
+    reported once.
     """
 
     def __init__(self, run_dir: Path, first_step: int, name: str, config_yaml: str, wandb_project: str | None = None):

@@ -18,7 +18,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
-from molmo2_nemo.config.components import COMPONENTS, component_of, is_frozen  # noqa: F401
+from molmo2_nemo import compat
+from molmo2_nemo.config.components import COMPONENTS, component_of
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, OptimConfig
 
@@ -77,8 +78,8 @@ def _start_torch_adam(optimizer: MegatronOptimizer) -> None:
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict) -> None:
     """What was loaded into the optimizer's sharded state dict goes into the optimizer.
 
-    Megatron 0.19 stumbles over the step that torch's Adam keeps with every parameter (Transformer Engine's and apex's
-    have one for all), and gives all parameters the same tensor for it, which each of them would then count up.
+    torch's Adam keeps its step count with every parameter (Transformer Engine's and apex's keep one for all). Megatron
+    0.19 cannot load that, and would give all parameters the same tensor, which each of them would then increment.
     """
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     if not any(_is_torch_adam(part) for part in parts):
@@ -102,7 +103,7 @@ def _is_torch_adam(part: MegatronOptimizer) -> bool:
 
 
 def check_freeze_patterns(names: list[str], optim: OptimConfig) -> None:
-    """Raise ConfigError for a pattern that is in no parameter's name. names: of this rank. Collective."""
+    """Raise ConfigError for a pattern that matches no parameter's name. names: those of this rank. Collective."""
     everybodys = [None] * dist.get_world_size()
     dist.all_gather_object(everybodys, [p for p in optim.freeze_patterns if any(re.search(p, name) for name in names)])
     for pattern in optim.freeze_patterns:
@@ -124,11 +125,11 @@ def clip_and_step(
     """
     parts = _parts(optimizer)
     found_inf = any([part.prepare_grads() for part in parts])  # noqa: C419  each of them has to
-    # A rank whose part of the model is frozen has no optimizer, and takes part in the sums all the same.
+    # A rank whose part of the model is frozen has no optimizer, but must take part in the sums.
     group = parts[0].get_grad_stats_parallel_group() if parts else parallel_state.get_model_parallel_group()
     norms = {}
     for component in COMPONENTS:
-        grads = [grad for part in parts for grad in part._filter_grads_for_norm(_parameters(part, component))]
+        grads = [grad for part in parts for grad in compat.gradients_for_norm(part, _parameters(part, component))]
         norms[component] = float(get_grad_norm_fp32(grads, grad_stats_parallel_group=group))
     verdict = torch.tensor(
         finite_loss and not found_inf and all(map(math.isfinite, norms.values())), dtype=torch.int32, device=_device()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from molmo2_nemo.data.points import Points, Tracks, parse
+from molmo2_nemo.data.points import SAME_TIME, Points, Tracks, parse
 from molmo2_nemo.data.tasks import (
     COUNT_ONLY,
     COUNT_THEN_POINTS,
@@ -24,26 +24,16 @@ from molmo2_nemo.data.tasks import (
 # Of a picture's shorter side: how far from a labelled point an answer's may be. In the sample world (shorter sides of
 # 84 and 140 pixels) that is less than the radius of the smallest shape, 11 pixels.
 HIT_DISTANCE = 0.075
-# Seconds: times are written with one decimal, so equal ones are nearer than this.
-SAME_TIME = 0.05
-# Words of a label: nobody finds the very words of a longer one, which gets no score.
+# Words of a label: no exact match can be expected of a longer one, so it gets no score.
 MAX_EXACT_WORDS = 10
 
 POINTING = POINTS_ONLY | POINTS_THEN_COUNT | COUNT_THEN_POINTS
 COUNTING = COUNT_ONLY | POINTS_THEN_COUNT | COUNT_THEN_POINTS
 TRACKING = TRACK_ALL | TRACK_ENDS | TRACK_ONE
-METRICS = (
-    "point_precision",
-    "point_recall",
-    "point_f1",
-    "track_precision",
-    "track_recall",
-    "track_f1",
-    "count_exact",
-    "count_close",
-    "exact_match",
-)
-# A perfect answer has these at 1.
+POINT_METRICS = ("point_precision", "point_recall", "point_f1")
+TRACK_METRICS = ("track_precision", "track_recall", "track_f1")
+METRICS = (*POINT_METRICS, *TRACK_METRICS, "count_exact", "count_close", "exact_match")
+# An answer is right if those of these that it has are 1.
 DECISIVE = ("point_f1", "track_f1", "count_exact", "exact_match")
 
 
@@ -58,9 +48,9 @@ def score(
         return {}
     labelled, found = parse(label), {}
     if style in TRACKING or any(isinstance(entry, Tracks) for entry in labelled):
-        found |= dict(zip(METRICS[3:6], point_scores(parse(answer), labelled, sizes, seconds)))
+        found |= dict(zip(TRACK_METRICS, point_scores(parse(answer), labelled, sizes, seconds)))
     elif style in POINTING or labelled:
-        found |= dict(zip(METRICS[:3], point_scores(parse(answer), labelled, sizes, seconds)))
+        found |= dict(zip(POINT_METRICS, point_scores(parse(answer), labelled, sizes, seconds)))
     if style in COUNTING:
         said, right = count_of(answer, style), count_of(label, style)
         if right is not None:
@@ -72,7 +62,7 @@ def score(
 
 
 def is_right(scores: dict[str, float]) -> bool | None:
-    """Whether nothing is missing or wrong; None without a score."""
+    """Whether nothing is missing or wrong; None for an answer without a score."""
     decisive = [scores[name] for name in DECISIVE if name in scores]
     return min(decisive) == 1 if decisive else None
 

@@ -28,8 +28,8 @@ class Speed:
     def reduce(self, seconds: float, rows: int) -> dict:
         """Figures of the `seconds` since the last call, in which `rows` packed rows were trained on. Collective.
 
-        imbalance: work of the busiest replica over the mean, of each step, for the vision tower and the decoder; others
-        wait for it. mfu: None for an unknown device.
+        imbalance: of each step, work of the busiest replica, for which the others wait, over the mean work, for the
+        vision tower and for the decoder. mfu: None for an unknown device.
         """
         own = torch.stack(self.steps).to(self.device)
         self.steps = []

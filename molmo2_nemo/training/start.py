@@ -21,14 +21,12 @@ _CONVERSION_HOURS = 12
 
 @dataclass
 class Start:
-    """resume: a checkpoint of this run. init_from: a checkpoint whose weights start it. hugging_face: folders that are
-    to be made one first. All empty: random weights. ignored: a sentence for each checkpoint that was passed over.
-    """
+    """What a run starts from. At most one of the first three is set; without any, weights are random."""
 
-    resume: Path | None = None
-    init_from: Path | None = None
-    hugging_face: list[Path] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
+    resume: Path | None = None  # a checkpoint of this run, to be continued
+    init_from: Path | None = None  # a checkpoint of which only the weights are used
+    hugging_face: list[Path] = field(default_factory=list)  # folders whose weights are converted first
+    ignored: list[str] = field(default_factory=list)  # a sentence for each checkpoint of this run that is not usable
 
 
 def find_start(config: Config) -> Start:
@@ -68,9 +66,10 @@ def find_start(config: Config) -> Start:
 
 
 def converted(folders: list[Path], config: Config, say: Callable[[str], None]) -> tuple[Path, str | None]:
-    """The checkpoint of Hugging Face weights in the run's folder, made by rank 0 unless it is there; why it is not.
+    """The checkpoint of Hugging Face weights in the run's folder, and why it could not be made (None: it is there).
 
-    Collective. The others wait without a collective of the usual timeout.
+    Collective. Rank 0 makes it, unless an earlier start has; the others wait for up to _CONVERSION_HOURS, longer than
+    other collectives may take.
     """
     checkpoint, failure = Path(config.run_dir) / "start" / checkpoint_dir.step_name(0), [None]
     patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=_CONVERSION_HOURS))
@@ -110,7 +109,7 @@ def _convert(folders: list[Path], checkpoint: Path, config: Config, say: Callabl
 
 
 def _contents(folders: list[Path]) -> dict[str, int]:
-    """Sizes of the files that a conversion reads: another model in the same place is converted anew."""
+    """Sizes of the files that a conversion reads, by which another model in the same folder is noticed."""
     files = [
         path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")
     ]

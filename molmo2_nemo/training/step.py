@@ -20,7 +20,7 @@ from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.molmo2 import Molmo2
 from molmo2_nemo.parallel import solo_groups, transformer_configs
 
-# What the model's forward takes of a micro-batch; the rest is for the loss and the log.
+# The fields of a micro-batch that the model's forward takes; the others are for the loss and the log.
 MODEL_INPUTS = ("input_ids", "position_ids", "segment_ids", "vision_mask", "crops", "pooling", "vision_units")
 
 
@@ -77,9 +77,9 @@ def build_model(
 
 
 def _wait_for_head(chunk: DistributedDataParallel) -> None:
-    """Have the last updated weights of the head before they are used.
+    """Wait for the gathered weights of the head before they are used.
 
-    Megatron waits for a module's weights when it is called, and the losses take the head's without calling it.
+    Megatron waits for a module's weights when the module is called, but the losses read the head's without calling it.
     """
     module = chunk.module
     group = chunk.param_to_bucket_group.get(module.output_layer.weight) if module.post_process else None
@@ -118,10 +118,10 @@ def _finalize_gradients(model, num_tokens=None, **kwargs) -> None:
         if parameter.requires_grad and getattr(parameter, "vision_data_parallel", False)
     ]
     if gradients:
-        flat = torch._utils._flatten_dense_tensors(gradients)
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat, group=group)
-        for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients)):
-            gradient.copy_(summed)
+        for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(summed.view_as(gradient))
 
 
 def sharded_model_state(model: list[DistributedDataParallel]) -> dict:
@@ -130,7 +130,7 @@ def sharded_model_state(model: list[DistributedDataParallel]) -> dict:
 
 
 def load_model_state(model: list[DistributedDataParallel], state: dict) -> None:
-    """What was loaded into a `sharded_model_state` goes into the model."""
+    """Copy what was loaded into a `sharded_model_state` into the model."""
     for number, chunk in enumerate(unwrap_model(model)):
         chunk.load_state_dict(state[f"model{number}"], strict=False)
 
@@ -146,7 +146,7 @@ def load_weights(model: list[DistributedDataParallel], checkpoint: Path) -> None
 
 
 def refuse_other_architecture(saved: ModelConfig, wanted: ModelConfig, checkpoint: Path) -> None:
-    """Raise ConfigError naming the first key of the architecture that differs; names and paths may."""
+    """Raise ConfigError naming the first key of the architecture that differs. Names and paths may differ."""
     for key in vars(saved):
         if key in ("name", "hf_path", "tokenizer", "vision_token_ids", "init_std", "max_position_embeddings"):
             continue
@@ -174,7 +174,7 @@ def forward_backward(
     """One global batch. Returns, on the last pipeline stage, the weighted token losses of each micro-batch.
 
     The loss is sum(weight x (cross entropy + z_loss x log-partition^2)) / total_weight over all micro-batches and
-    ranks: it does not depend on the layout. Returned tensors are float32 [2, B, S / context parallel size], weight
+    ranks, so it does not depend on the layout. Returned tensors are float32 [2, B, S / context parallel size], weight
     x cross entropy and weight x log-partition^2, undivided. Gradients are in main_grad.
     """
     rows, seq_length = batches[0]["input_ids"].shape
@@ -207,7 +207,7 @@ def forward_backward(
 
 
 def model_inputs(batch: dict) -> dict[str, Tensor | None]:
-    """What the model's forward takes of a micro-batch, pixels on its device now."""
+    """What the model's forward takes of a micro-batch, with the pixels moved to its device."""
     inputs = {name: batch.get(name) for name in MODEL_INPUTS}
     if inputs["crops"] is not None:
         inputs["crops"] = inputs["crops"].to(batch["input_ids"].device)

@@ -9,7 +9,13 @@ from programs import run, succeeded
 @pytest.mark.slow
 def test_quickstart_from_sample_data_to_answers(tmp_path):
     """The quickstart itself, shortened: the same stages, export, questions and report; again, it keeps the stages."""
-    command = ["tools/quickstart.sh", "train.max_steps=12", "train.validation_batches=1", "train.generate_max_tokens=4"]
+    command = [
+        "tools/quickstart.sh",
+        "train.max_steps=12",
+        "train.log_every=4",
+        "train.validation_batches=1",
+        "train.generate_max_tokens=4",
+    ]
     result = succeeded(run(command, timeout=1200, QUICKSTART_RUNS=str(tmp_path / "runs")))
     rows = re.findall(r"^(stage\d) .*? +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d,]+) +(\d+)$", result.stdout, re.M)
     assert [row[0] for row in rows] == ["stage1", "stage2", "stage3"]
@@ -17,6 +23,11 @@ def test_quickstart_from_sample_data_to_answers(tmp_path):
     # Twelve steps a stage: each goes on where the one before stopped.
     assert last < 0.6 * first
     assert "held-out questions answered right" in result.stdout
+    # What the end names is there.
+    for name in ("report.html", "loss.png", "stage2/samples/", "answers.json", "hf", "stage1"):
+        assert re.search(rf" {re.escape(str(tmp_path / 'runs' / name))}(,| |$)", result.stdout, re.M), name
+        assert (tmp_path / "runs" / name).exists(), name
+    assert f"tools/ask.py {tmp_path / 'runs' / 'hf'} --image data/sample/quiz/image0.png" in result.stdout
     assert (tmp_path / "runs" / "loss.png").stat().st_size > 10_000
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "runs" / "hf" / name).exists()

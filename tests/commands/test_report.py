@@ -244,12 +244,6 @@ def test_sources_are_added_up(tmp_path):
     ]
 
 
-def test_broken_means_what_the_trainer_means():
-    from molmo2_nemo.training import metrics
-
-    assert report.BROKEN == metrics.BROKEN
-
-
 def test_facts_of_a_run(tmp_path):
     config = (
         "{stage: stage2, name: try, model: {name: tiny}, train: {max_steps: 60, device: auto}, "

@@ -183,3 +183,23 @@ def test_a_dead_rank_or_worker_ends_the_job_with_one_message(sample, tmp_path, v
         assert ended(tmp_path / "run")["reason"] == "error"
     else:
         assert line.startswith("error: rank 0 on ") and "lost contact" in line
+
+
+OUR_MISTAKE = """
+import runpy, sys
+from molmo2_nemo.training import run
+
+def broken(**settings):
+    raise ValueError("our own mistake")
+
+run.train_loader = broken
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_an_error_of_ours_is_not_taken_for_the_users(sample, tmp_path):
+    result = python("-c", OUR_MISTAKE, *TINY, f"data.root={sample}", f"run_dir={tmp_path}/run")
+    assert result.returncode == 1 and "ValueError: our own mistake" in result.stderr.splitlines()[-1]
+    assert ended(tmp_path / "run")["reason"] == "error"
+    assert 'raise ValueError("our own mistake")' in (tmp_path / "run" / "errors" / "rank_0000.txt").read_text()

@@ -8,7 +8,7 @@ from programs import REPOSITORY, python, succeeded
 
 from molmo2_nemo.catalogue.datasets import load_catalogue
 from molmo2_nemo.catalogue.raw import RawSource, media_name, read_rows
-from molmo2_nemo.fetch.inventory import listed, plan, with_license
+from molmo2_nemo.fetch.inventory import listed, plan_downloads, with_license
 
 MINE = {
     "name": "mine",
@@ -100,7 +100,7 @@ def test_plan_takes_what_is_worth_most_for_its_bytes_and_stays_within_the_budget
     entries = [{**MINE, "name": name, "disk_gb": gb, "examples": examples} for name, (gb, examples) in sizes.items()]
     by_hand = {**MINE, "name": "hand", "source": {"kind": "manual", "instructions": "ask", "page": "https://a.org/b"}}
     found = catalogue(tmp_path, *entries, by_hand, {**MINE, "name": "odd", "fields": None})
-    rows = plan(found.sets, found, tmp_path, 30 * 10**9, speed=1e6)
+    rows = plan_downloads(found.sets, found, tmp_path, 30 * 10**9, speed=1e6)
     assert [(row.name, row.action) for row in rows] == [
         ("small", "fetch"),
         ("rich", "fetch"),
@@ -113,7 +113,7 @@ def test_plan_takes_what_is_worth_most_for_its_bytes_and_stays_within_the_budget
     for name, note in (("rich", {"complete": True}), ("large", {"complete": False, "bytes": 80 * 10**9})):
         (tmp_path / "raw" / name).mkdir(parents=True)
         (tmp_path / "raw" / name / "fetched.json").write_text(json.dumps(note))
-    rows = {row.name: row for row in plan(found.sets, found, tmp_path, 12 * 10**9, speed=None)}
+    rows = {row.name: row for row in plan_downloads(found.sets, found, tmp_path, 12 * 10**9, speed=None)}
     assert rows["rich"].action == "there" and rows["large"].action == "fetch" and rows["large"].gigabytes == 10
 
 

@@ -60,6 +60,19 @@ def test_every_parallel_preset_is_accepted(parallel):
     checks.check(build("stage2", "model=molmo2_8b", f"parallel={parallel}"), 8)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("hardware", options("hardware"))
+def test_every_hardware_preset_is_accepted(hardware, stage):
+    gpus = {"any": 8}.get(hardware) or int(hardware.removeprefix("h100_"))
+    checks.check(build(stage, "model=molmo2_8b", f"hardware={hardware}"), gpus)
+
+
+def test_the_former_name_of_the_hardware_presets_is_refused_with_the_new_one():
+    with pytest.raises(ConfigError, match=r"conf/parallel has no h100_8.yaml; use hardware=h100_8\.$"):
+        command_line.refuse_unknown_overrides(["parallel=h100_8"])
+    command_line.refuse_unknown_overrides(["hardware=h100_8"])
+
+
 def test_seed_schedule_is_the_default():
     # Figures of the project's brief.
     expected = {"stage1": (100_000, 4096, 128), "stage2": (50_000, 4096, 128), "stage3": (2_000, 36_864, 384)}

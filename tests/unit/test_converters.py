@@ -821,12 +821,11 @@ def test_an_own_set_of_a_known_form_needs_only_its_entry():
         drafts({"foo": 1}, convert={"kind": "magic"})
 
 
-def test_long_arrays_are_read_item_by_item(tmp_path, monkeypatch):
+def test_long_arrays_are_read_item_by_item(tmp_path):
     items = [
         {"n": n, "text": 'a "qa_pairs": [ ] \\ ü' * (n % 7), "deep": [[n], {}]}
         for n in range(random.Random(0).randint(300, 400))
     ]
-    monkeypatch.setattr("molmo2_nemo.prepare.converters.common.CHUNK", 97)
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"info": {"x": "y" * 500}, "qa_pairs": items, "more": [1]}, indent=2))
     assert list(json_items(path, "qa_pairs")) == items

@@ -23,12 +23,12 @@ from programs import REPOSITORY, python, run
 
 from molmo2_nemo.catalogue.datasets import load_catalogue
 from molmo2_nemo.catalogue.raw import RawSource, media_name, size_on_disk
-from molmo2_nemo.fetch.check import BadContent, check_image
-from molmo2_nemo.fetch.inventory import doctor, plan, state_of
+from molmo2_nemo.fetch.data_set import FetchOptions, Meter, fetch_set
+from molmo2_nemo.fetch.inventory import doctor, plan_downloads, state_of
 from molmo2_nemo.fetch.journal import Journal
-from molmo2_nemo.fetch.sources import Meter, Options, fetch_set
-from molmo2_nemo.fetch.state import broken_files
-from molmo2_nemo.fetch.url_list import NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
+from molmo2_nemo.fetch.media_check import BadContent, check_image
+from molmo2_nemo.fetch.on_disk import broken_files
+from molmo2_nemo.fetch.url_list import DownloadProgress, NoNetwork, Wanted, fetch_list, remove_duplicates
 from molmo2_nemo.fetch.web import Lost, Rules, check_address, is_private
 
 # Short, so that what hangs is given up soon; 127.0.0.1 must be allowed.
@@ -72,8 +72,8 @@ def write_catalogue(folder: Path, *entries: dict, **more) -> Path:
 def fetched(root: Path, *entries: dict, name="mine", meter=None, held_out=(), **options):
     """Fetch one set in this process."""
     catalogue = load_catalogue(write_catalogue(root, *entries, held_out=list(held_out)))
-    options = Options(root, **{"rules": RULES, **options})
-    return fetch_set(catalogue.find([name])[0], catalogue, options, meter or Meter(), Progress())
+    options = FetchOptions(root, **{"rules": RULES, **options})
+    return fetch_set(catalogue.find([name])[0], catalogue, options, meter or Meter(), DownloadProgress())
 
 
 def lines(rows: list[dict]) -> bytes:
@@ -662,7 +662,7 @@ def test_two_fetches_of_a_set_do_not_meet(hub, media, tmp_path):
     while not (tmp_path / "raw/mine/hub/.part").exists() and first.poll() is None:
         time.sleep(0.02)
     catalogue = load_catalogue(tmp_path / "datasets.yaml")
-    second = fetch_set(catalogue.sets[0], catalogue, Options(tmp_path, RULES), Meter(), Progress())
+    second = fetch_set(catalogue.sets[0], catalogue, FetchOptions(tmp_path, RULES), Meter(), DownloadProgress())
     first.kill()
     first.wait()
     assert second.state == "failed" and second.reason == "another fetch of mine is running"
@@ -767,7 +767,7 @@ def test_plan_counts_what_a_stopped_fetch_left(hub, media, tmp_path):
     note.write_text(json.dumps(json.loads(note.read_text()) | {"complete": False, "stopped": "x", "bytes": None}))
     there = sum(path.stat().st_size for path in (tmp_path / "raw/mine").rglob("*.jpg"))
     there += (tmp_path / "raw/mine/hub/train.jsonl").stat().st_size
-    [row] = plan(catalogue.sets, catalogue, tmp_path, 10**9, None)
+    [row] = plan_downloads(catalogue.sets, catalogue, tmp_path, 10**9, None)
     assert row.action == "fetch" and row.gigabytes == pytest.approx(0.001 - there / 1e9)
 
 
@@ -775,7 +775,7 @@ def test_plan_counts_an_archive_that_sets_share_once(tmp_path):
     media = {"kind": "archive", "urls": ["http://a.org/coco.zip"]}
     write_catalogue(tmp_path, *(entry(name, media=media, disk_gb=30, examples=1000) for name in ("one", "two")))
     catalogue = load_catalogue(tmp_path / "datasets.yaml")
-    rows = plan(catalogue.sets, catalogue, tmp_path, 40 * 10**9, None)
+    rows = plan_downloads(catalogue.sets, catalogue, tmp_path, 40 * 10**9, None)
     assert [(row.name, row.action, row.gigabytes) for row in rows] == [("one", "fetch", 30), ("two", "fetch", 0.005)]
 
 

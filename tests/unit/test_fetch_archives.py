@@ -13,8 +13,8 @@ from test_fetch import entry, fetched, hub, lines, media, tree  # noqa: F401 (fi
 
 from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.fetch.archives import BadArchive, Bounds, extract
-from molmo2_nemo.fetch.check import sha256_of
-from molmo2_nemo.fetch.state import broken_files
+from molmo2_nemo.fetch.on_disk import broken_files
+from molmo2_nemo.files import sha256_of
 
 ROOMY = Bounds(keep_free=0)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from molmo2_nemo import compat
 from molmo2_nemo.model import loss
 
 
@@ -19,7 +20,7 @@ def alone():
 )
 @pytest.mark.parametrize("trained", [True, False])
 def test_losses_and_gradients_are_those_of_torch(alone, monkeypatch, count, vocab_size, rows, chunk, trained):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk * rows)
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", chunk * rows)
     generator = torch.Generator().manual_seed(count)
     hidden, weight = torch.randn(count, 24, generator=generator), torch.randn(rows, 24, generator=generator)
     labels = torch.randint(vocab_size, (count,), generator=generator)
@@ -45,11 +46,9 @@ def test_losses_and_gradients_are_those_of_torch(alone, monkeypatch, count, voca
 
 def test_logits_of_all_positions_are_never_held(alone, monkeypatch):
     """No tensor that forward and backward make is larger than a chunk of logits or the weights."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     largest = 0
 
-    class Sizes(TorchDispatchMode):
+    class Sizes(compat.dispatch_mode()):
         def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
             nonlocal largest
             out = function(*arguments, **(kwargs or {}))
@@ -58,7 +57,7 @@ def test_logits_of_all_positions_are_never_held(alone, monkeypatch):
                     largest = max(largest, tensor.numel())
             return out
 
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 16 * 4096)
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 16 * 4096)
     hidden, weight = torch.randn(2048, 8, requires_grad=True), torch.randn(4096, 8, requires_grad=True)
     with Sizes():
         cross_entropy, square = loss.head_losses(hidden, weight, torch.zeros(2048, dtype=torch.long), 4096, alone, True)

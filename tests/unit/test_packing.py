@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molmo2_nemo.config.schema import VisionConfig
-from molmo2_nemo.data.encode import ROOT_SEGMENT, Plan, dropped
+from molmo2_nemo.data.encode import ROOT_SEGMENT, SamplePlan, dropped
 from molmo2_nemo.data.packing import RESOLUTION, ROWS_WITHOUT_OLDEST, Row, collate, enough_wait, make_row, select
 from molmo2_nemo.data.processor import VisualInputs, build_processor
 from molmo2_nemo.paths import REPOSITORY
@@ -148,7 +148,7 @@ def make_plan(units, text, seed=0, tree=False):
     ids = np.array([PATCH] * windows + list(rng.integers(10, 90, text)), dtype=np.int32)
     n = len(ids)
     segments = np.where(np.arange(n) < windows, ROOT_SEGMENT, 3) if tree else np.zeros(n, dtype=np.int32)
-    plan = Plan(
+    plan = SamplePlan(
         ids,
         ids + 1,
         np.linspace(0, 1, n, dtype=np.float32),

@@ -2,12 +2,21 @@
 
 import os
 
-from molmo2_nemo.training.shutdown import describe
+import torch.distributed as dist
+
+from molmo2_nemo.data.loader import WorkerDied
+from molmo2_nemo.training.shutdown import describe, lost_contact
 
 
 def test_what_errors_are_called():
-    assert describe(RuntimeError("[gloo/tcp] Connection closed by peer [127.0.0.1]:2")) is None
-    assert "lower data.num_workers" in describe(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."))
+    gone = "[/__w/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:2"
+    for error in (RuntimeError(gone), dist.DistBackendError("NCCL communicator was aborted"), dist.DistStoreError("x")):
+        assert lost_contact(error) and str(error) in describe(error)
+    # Words alone do not make another rank's error of it.
+    for error in (RuntimeError("timed out"), ValueError(gone), WorkerDied(7)):
+        assert not lost_contact(error)
+    assert "process 7" in describe(WorkerDied(7)) and "lower data.num_workers" in describe(WorkerDied(7))
+    assert describe(RuntimeError("DataLoader worker")) == "RuntimeError: DataLoader worker"
     assert describe(ValueError("no")) == "ValueError: no" and describe(KeyboardInterrupt()) == "interrupted"
 
 

@@ -1,8 +1,8 @@
 """The rules of the Slurm scripts, without a cluster: what is started again, and what the pre-flight check refuses."""
 
 import importlib.util
-import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from programs import REPOSITORY
@@ -170,7 +170,7 @@ def test_room_for_checkpoints_is_asked_for_before_the_first_step(tmp_path, monke
     parameters = preflight.checkpoint_bytes(config) / preflight.CHECKPOINT_BYTES
     assert 0.6e6 < parameters < 0.7e6
     assert "free for checkpoints" in preflight.room(config)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(total=100, used=99, free=1))
     with pytest.raises(
         preflight.Fault, match=r"GiB free, and 4 checkpoints of about 0\.0 GiB are to come \(train\.keep_last=3\)"
     ):

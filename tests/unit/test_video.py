@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from molmo2_nemo import limits
 from molmo2_nemo.data import video as video_module
 from molmo2_nemo.data.video import annotation_times, frame_times, pick_frames
 
@@ -257,7 +258,7 @@ def test_frames_are_turned_as_displayed(rotation):
 
 def test_frames_of_an_absurd_size_are_refused(monkeypatch):
     video = write_video([0.0])
-    monkeypatch.setattr(video_module, "MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(limits, "MAX_FRAME_PIXELS", 64 * 48 - 1)
     with pytest.raises(ValueError, match="64 x 48 pixels, more than"):
         list(pick_frames(video, [0.0]))
     # The same where only the decoder notices.

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
 from transformers.video_utils import load_video
 
+from molmo2_nemo import limits
 from molmo2_nemo.config.schema import VisionConfig
-from molmo2_nemo.data import processor as processor_module
 from molmo2_nemo.data.processor import VisualInputs, build_processor, read_image
 from molmo2_nemo.data.video import pick_frames
 from molmo2_nemo.paths import REPOSITORY
@@ -269,8 +269,8 @@ def test_a_decompression_bomb_is_refused_by_its_header(side):
 
 def test_the_limit_of_pixels_is_the_last_size_allowed(monkeypatch):
     data = encoded(quadrants(40, 24))
-    monkeypatch.setattr(processor_module, "MAX_PIXELS", 40 * 24)
+    monkeypatch.setattr(limits, "MAX_IMAGE_PIXELS", 40 * 24)
     assert read_image(data).shape == (24, 40, 3)
-    monkeypatch.setattr(processor_module, "MAX_PIXELS", 40 * 24 - 1)
+    monkeypatch.setattr(limits, "MAX_IMAGE_PIXELS", 40 * 24 - 1)
     with pytest.raises(ValueError, match="40 x 24 are more than 959 pixels"):
         read_image(data)

@@ -9,19 +9,14 @@ every tensor that is made and when it goes, so figures are exact bytes of tensor
 inside is not seen. Prints a table and a JSON line. Exit status 1 if a prediction is off by more than 10 %.
 """
 
-import argparse
 import gc
-import json
 import sys
 import weakref
-from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tables import parser, print_json, print_table
 
-sys.path.insert(0, str(Path(__file__).parent))
-from gpu import print_table
+from molmo2_nemo import compat
 
 BOUND = 0.10
 SMALL = [
@@ -69,7 +64,7 @@ CASES = {
 RANKS = {name: 2 if "tp2" in name or "cp2" in name else 1 for name in CASES}
 
 
-class Storages(TorchDispatchMode):
+class Storages(compat.dispatch_mode()):
     """Bytes of the tensors that were made under this mode and still live, and their highest sum."""
 
     def __init__(self):
@@ -79,13 +74,12 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.see(tensor.untyped_storage())
+        for tensor in compat.tensors_in(result):
+            self.see(tensor.untyped_storage())
         return result
 
     def see(self, storage) -> None:
-        address = storage._cdata
+        address = compat.storage_address(storage)
         if address in self.alive:
             return
         self.alive[address] = storage.nbytes()
@@ -99,16 +93,17 @@ class Storages(TorchDispatchMode):
 
 def bytes_of(tensors) -> int:
     """Bytes of the storages of tensors, each once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({compat.storage_address(s): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
 def measure(config, precision: str) -> tuple[dict[str, int], dict]:
     """(bytes by part, micro-batch) of one optimisation step of one micro-batch on the CPU."""
-    from gpu import packed_row
     from megatron.core import parallel_state
 
     from molmo2_nemo import parallel
-    from molmo2_nemo.training.optimizer import build_optimizer, clip_and_step, is_frozen
+    from molmo2_nemo.config.components import is_frozen
+    from molmo2_nemo.random_batches import packed_row
+    from molmo2_nemo.training.optimizer import build_optimizer, clip_and_step
     from molmo2_nemo.training.step import MODEL_INPUTS, build_model
 
     optim, tied = config.optim, config.model.tie_embeddings
@@ -219,10 +214,9 @@ def compare(name: str) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=CASES, help="this case alone; may be given again")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON line here, too")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--only", action="append", choices=CASES, help="this case alone; may be given again")
+    args = arguments.parse_args()
     from molmo2_nemo.environment import quiet_libraries
 
     quiet_libraries()
@@ -240,10 +234,8 @@ def main() -> None:
         return
     print_table(rows)
     worst = max(abs(row["off_percent"]) for row in rows)
-    line = json.dumps({"bound_percent": 100 * BOUND, "worst_percent": worst, "torch": torch.__version__, "rows": rows})
-    print(line)
-    if args.out:
-        args.out.write_text(line + "\n")
+    record = {"bound_percent": 100 * BOUND, "worst_percent": worst, "torch": torch.__version__, "rows": rows}
+    print_json(record, args.out)
     sys.exit(worst > 100 * BOUND)
 
 

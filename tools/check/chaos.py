@@ -12,9 +12,9 @@ random moment and then does one of these:
     stop      SIGUSR1 to one rank, which is a request to save and end
 
 Checkpoints are written asynchronously in every other start, or in all, or in none (--async-checkpoint). After the last
-round the run goes to its end; one that is there before is compared, and another begun. Every step's loss, gradient
-norms and data must be those of the run left alone,
-to the last bit. Needs the sample data (tools/make_sample_data.py --out data/sample), or --data DIR. No GPU.
+round the run is completed; a run that ends before is compared, and another one is begun. Every step's loss, gradient
+norms and data must be those of the run left alone, to the last bit. Needs the sample data
+(tools/make_sample_data.py --out data/sample), or --data DIR. No GPU.
 """
 
 import argparse
@@ -79,7 +79,7 @@ class Run:
         return self.starts % 2 == 0 if choice == "alternate" else choice == "true"
 
     def records(self) -> dict[int, dict]:
-        """Step -> record; the last start that took a step has the say. A line cut by a kill is none."""
+        """Step -> record, of the last start that took the step. Lines that a kill has cut short are left out."""
         found = {}
         path = self.folder / "metrics.jsonl"
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -109,7 +109,7 @@ class Run:
         return any((self.folder / "checkpoints").glob(".step_*.tmp"))
 
     def wait(self) -> int | None:
-        """The exit status; None if it does not end. Nothing of it is left alive."""
+        """Wait for the end. Returns the exit status, None if it does not end; its processes are killed then."""
         try:
             return self.process.wait(self.args.patience)
         except subprocess.TimeoutExpired:
@@ -129,9 +129,9 @@ def _send(pid: int, number: int) -> None:
 
 
 def strike(run: Run, kind: str, dice: random.Random) -> str:
-    """Wait for a random moment of this start, then strike; what was done, or that the run ended before."""
+    """Wait for a random moment of this start, then kill or signal; returns what was done, or that the run has ended."""
     first = max(run.records(), default=0)
-    # The first steps are taken after some seconds of imports; some blows fall before.
+    # The first step is taken after some seconds of imports; some kills happen before.
     target, early = first + dice.randint(0, 7), dice.random() < 0.1
     deadline = time.monotonic() + run.args.patience
     while run.process.poll() is None and not early and time.monotonic() < deadline:

@@ -10,8 +10,9 @@ from pathlib import Path
 from molmo2_nemo.catalogue.datasets import DataSet
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, json_values, num_rows
 from molmo2_nemo.fetch.archives import content_of, folder_name
-from molmo2_nemo.fetch.check import instead_of_file, sha256_of
 from molmo2_nemo.fetch.journal import Journal
+from molmo2_nemo.fetch.media_check import instead_of_file
+from molmo2_nemo.files import sha256_of
 
 
 def missing_layout(entry: DataSet, folder: Path) -> list[str]:

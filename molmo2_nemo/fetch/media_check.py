@@ -1,34 +1,19 @@
 """Is a file what it should be? A picture or video is decoded; what a header or a suffix says counts for nothing."""
 
-import hashlib
 import warnings
 from pathlib import Path
 
-IMAGE_SUFFIX = {
-    "JPEG": ".jpg",
-    "MPO": ".jpg",
-    "PNG": ".png",
-    "WEBP": ".webp",
-    "GIF": ".gif",
-    "BMP": ".bmp",
-    "TIFF": ".tiff",
-}
-VIDEO_SUFFIX = {"mp4": ".mp4", "webm": ".webm", "matroska": ".mkv", "avi": ".avi"}
+from molmo2_nemo import limits
+
 # Smaller ones are tracking pixels and placeholders.
 MIN_SIDE = 10
-MAX_PIXELS = 178_956_970  # from which Pillow takes a picture for a bomb
 
 
 class BadContent(Exception):
     """The bytes are not what they should be; the message says what they are instead."""
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_image(path: Path, max_pixels: int = MAX_PIXELS, published: bool = False) -> dict:
+def check_image(path: Path, published: bool = False) -> dict:
     """Decode all of a picture; its suffix, width and height as stored. BadContent: it is none, cut, or out of bounds.
 
     published: its hash is known to be right, so that a missing end was missing from the beginning.
@@ -38,19 +23,20 @@ def check_image(path: Path, max_pixels: int = MAX_PIXELS, published: bool = Fals
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # MPO is opened as JPEG.
-            with Image.open(path, formats=[form for form in IMAGE_SUFFIX if form != "MPO"]) as image:
+            with Image.open(path, formats=[form for form in limits.DOWNLOADED_IMAGES if form != "MPO"]) as image:
                 width, height = image.size
-                if width * height > max_pixels:
-                    raise BadContent(f"a picture of {width} x {height} pixels, more than {max_pixels:,}")
+                if width * height > limits.MAX_IMAGE_PIXELS:
+                    raise BadContent(f"a picture of {width} x {height} pixels, more than {limits.MAX_IMAGE_PIXELS:,}")
                 if min(width, height) < MIN_SIDE:
                     raise BadContent(f"a picture of {width} x {height} pixels, a placeholder")
                 image.load()
                 if not published and _is_cut(path, image.format):
                     raise BadContent("a picture without its end")
-                return {"suffix": IMAGE_SUFFIX[image.format], "width": width, "height": height}
+                return {"suffix": limits.DOWNLOADED_IMAGES[image.format], "width": width, "height": height}
     except BadContent:
         raise
+    except Image.DecompressionBombError as error:  # before its size can be asked for
+        raise BadContent(f"a picture of more than {limits.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
         raise BadContent(instead_of_file(path) or "no picture of a kind that is read here") from error
     except Exception as error:  # Pillow raises a dozen types for broken files
@@ -80,10 +66,15 @@ def check_video(path: Path) -> dict:
 
     try:
         with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
-            suffix = next((s for name, s in VIDEO_SUFFIX.items() if name in container.format.name.split(",")), None)
+            names = container.format.name.split(",")
+            suffix = next((suffix for name, suffix in limits.DOWNLOADED_VIDEOS.items() if name in names), None)
             if suffix is None or not container.streams.video:
                 raise BadContent(f"a file of the type {container.format.name}")
             stream = container.streams.video[0]
+            if stream.width * stream.height > limits.MAX_FRAME_PIXELS:
+                raise BadContent(
+                    f"a video of {stream.width} x {stream.height} pixels, more than {limits.MAX_FRAME_PIXELS:,}"
+                )
             frame = next(container.decode(stream))
             width, height, expected = frame.width, frame.height, stream.frames
             container.seek(0)

@@ -1,13 +1,10 @@
 """Writing Energon WebDatasets: tar shards of samples, and the index beside them."""
 
 import contextlib
-import errno
 import io
 import re
-import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
-from os import getpid
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -17,30 +14,6 @@ SHARD_SAMPLES = 1000
 SHARD_BYTES = 256 * 2**20
 # Energon takes what follows the first dot for the part's name.
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
-
-
-@contextlib.contextmanager
-def published(folder: Path) -> Iterator[Path]:
-    """A new folder to write to, which appears as `folder` in one step when all went well and vanishes otherwise.
-
-    ValueError: `folder` holds something already, or another process was faster.
-    """
-    folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already: remove it or choose another folder.")
-    partial = folder.with_name(f".{folder.name}.{getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        try:
-            partial.rename(folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
-            raise ValueError(f"{folder} was made by another process in the meantime; its content stays.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_shards(

@@ -8,7 +8,6 @@ raw/.shared.
 import asyncio
 import collections
 import contextlib
-import hashlib
 import math
 import os
 import re
@@ -22,13 +21,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from molmo2_nemo.catalogue.datasets import Catalogue, DataSet
-from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, RawSource, column_values, matches, num_rows, read_rows, size_on_disk
+from molmo2_nemo.catalogue.raw import (
+    ROW_SUFFIXES,
+    RawSource,
+    UnreadableFile,
+    column_values,
+    matches,
+    num_rows,
+    read_rows,
+    size_on_disk,
+)
 from molmo2_nemo.fetch import hub
 from molmo2_nemo.fetch.archives import SUFFIXES, BadArchive, Bounds, archive_kind, extract
-from molmo2_nemo.fetch.check import BadContent, check_file, sha256_of
 from molmo2_nemo.fetch.held_out import held_out_lists
-from molmo2_nemo.fetch.journal import Journal, is_disk_error, locked, write_json
-from molmo2_nemo.fetch.state import (
+from molmo2_nemo.fetch.journal import Journal
+from molmo2_nemo.fetch.media_check import BadContent, check_file
+from molmo2_nemo.fetch.on_disk import (
     broken_files,
     fault,
     is_unpacked,
@@ -39,9 +47,10 @@ from molmo2_nemo.fetch.state import (
     shared_homes,
     unpacked_as,
 )
-from molmo2_nemo.fetch.url_list import NoNetwork, Progress, Wanted, fetch_list, remove_duplicates
+from molmo2_nemo.fetch.url_list import DownloadProgress, NoNetwork, Wanted, fetch_list, remove_duplicates
 from molmo2_nemo.fetch.web import Lost, OutOfBytes, Rules, download, publish, session
 from molmo2_nemo.fetch.youtube import fetch_videos
+from molmo2_nemo.files import LockHeld, is_disk_error, locked, sha256_of, sha256_of_text, write_json
 
 # Of the addresses may give no file for now, or the set is not whole before they were asked in another fetch, too.
 MAX_LATER = 0.25
@@ -49,7 +58,7 @@ MAX_ARCHIVE = 4 * 10**12  # bytes
 
 
 @dataclass(frozen=True)
-class Options:
+class FetchOptions:
     """How to fetch."""
 
     root: Path
@@ -80,7 +89,7 @@ class Meter:
 
 
 @dataclass
-class Result:
+class FetchResult:
     """How it ended. state: complete | sample | by hand | part | refused | failed."""
 
     name: str
@@ -91,10 +100,12 @@ class Result:
     counts: dict = field(default_factory=dict)
 
 
-def fetch_set(entry: DataSet, catalogue: Catalogue, options: Options, meter: Meter, progress: Progress) -> Result:
+def fetch_set(
+    entry: DataSet, catalogue: Catalogue, options: FetchOptions, meter: Meter, progress: DownloadProgress
+) -> FetchResult:
     """Fetch what can be fetched of a set. OSError of the disk and OutOfBytes pass through: the run is over."""
     if entry.unsure:
-        return Result(entry.name, "refused", f"not fetched: {entry.unsure}")
+        return FetchResult(entry.name, "refused", f"not fetched: {entry.unsure}")
     folder = options.root / "raw" / entry.name
     started, before = time.monotonic(), meter.bytes
     try:
@@ -106,20 +117,20 @@ def fetch_set(entry: DataSet, catalogue: Catalogue, options: Options, meter: Met
                 with contextlib.suppress(OSError):
                     fetch.note(complete=False, stopped=str(error) or "interrupted")
                 if isinstance(error, OSError) and not _ends_the_run(error):
-                    result = Result(entry.name, "failed", _sentence(error))
+                    result = FetchResult(entry.name, "failed", _sentence(error))
                 else:
                     raise
             except (ValueError, Lost, NoNetwork, BadArchive, BadContent) as error:
                 fetch.note(complete=False, stopped=str(error))
-                result = Result(entry.name, "failed", " ".join(str(error).split()))
+                result = FetchResult(entry.name, "failed", " ".join(str(error).split()))
             finally:
                 fetch.files.close()
-    except BlockingIOError:
-        return Result(entry.name, "failed", f"another fetch of {entry.name} is running")
+    except LockHeld:
+        return FetchResult(entry.name, "failed", f"another fetch of {entry.name} is running")
     except OSError as error:
         if _ends_the_run(error):
             raise
-        return Result(entry.name, "failed", _sentence(error))
+        return FetchResult(entry.name, "failed", _sentence(error))
     result.bytes, result.seconds = meter.bytes - before, time.monotonic() - started
     return result
 
@@ -136,7 +147,9 @@ def _sentence(error: OSError) -> str:
 class _Fetch:
     """One set while it is fetched."""
 
-    def __init__(self, entry: DataSet, catalogue: Catalogue, options: Options, meter: Meter, progress: Progress):
+    def __init__(
+        self, entry: DataSet, catalogue: Catalogue, options: FetchOptions, meter: Meter, progress: DownloadProgress
+    ):
         self.entry, self.catalogue, self.options, self.meter, self.progress = entry, catalogue, options, meter, progress
         self.rules = options.rules
         self.folder = options.root / "raw" / entry.name
@@ -148,10 +161,10 @@ class _Fetch:
         self.facts: dict = {"revision": None, "repo": None, "license": entry.license, "held_out": None}
         self.started, self.bytes_before = time.monotonic(), meter.bytes
 
-    def run(self) -> Result:
+    def run(self) -> FetchResult:
         entry = self.entry
         if not self.options.verify and self._is_whole():
-            return Result(entry.name, "complete", "was there already")
+            return FetchResult(entry.name, "complete", "was there already")
         # Before anything of it is removed.
         if (self.folder / "fetched.json").exists():
             self.note(complete=False, stopped="being fetched")
@@ -169,10 +182,10 @@ class _Fetch:
             self._tidy()
         self.note(complete=complete, stopped=None)
         if self.waiting:
-            return Result(
+            return FetchResult(
                 entry.name, "by hand" if entry.by_hand else "part", "; ".join(self.waiting), counts=self.counts
             )
-        return Result(entry.name, "sample" if sample else "complete", self._remark(), counts=self.counts)
+        return FetchResult(entry.name, "sample" if sample else "complete", self._remark(), counts=self.counts)
 
     def _is_whole(self) -> bool:
         try:
@@ -367,11 +380,7 @@ class _Fetch:
         archive: it must be one (True), or may (None).
         """
         shared = is_shared(self.catalogue, url)
-        home = (
-            self.options.root / "raw" / ".shared" / hashlib.sha256(url.encode()).hexdigest()[:16]
-            if shared
-            else self.folder
-        )
+        home = self.options.root / "raw" / ".shared" / sha256_of_text(url)[:16] if shared else self.folder
         with contextlib.ExitStack() as stack:
             files = self.files
             if shared:
@@ -404,7 +413,7 @@ class _Fetch:
         return name
 
     def _download(self, url: str, home: Path, files: Journal, into: str, archive: bool | None) -> dict:
-        part = home / ".part" / hashlib.sha256(url.encode()).hexdigest()[:16]
+        part = home / ".part" / sha256_of_text(url)[:16]
         rules = replace(self.rules, max_file_bytes=MAX_ARCHIVE, max_seconds=math.inf)
 
         async def get() -> dict:
@@ -500,6 +509,7 @@ class _Fetch:
                 "seconds": round(time.monotonic() - self.started, 3),
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
             },
+            sort_keys=True,
         )
 
 
@@ -511,8 +521,8 @@ def _check_rows(path: Path, suffix: str) -> None:
     """BadContent: a file of rows is cut off, or something else."""
     try:
         collections.deque(read_rows(path, suffix), maxlen=0)
-    except ValueError as error:
-        raise BadContent(f"a broken {suffix} file ({str(error).partition(' cannot be read: ')[2][:120]})") from error
+    except UnreadableFile as error:
+        raise BadContent(f"a broken {suffix} file ({error.reason[:120]})") from error
 
 
 def direct(url: str) -> str:
@@ -526,7 +536,7 @@ def file_name(url: str, named: str | None, kind: str | None) -> str:
     name = named or urllib.parse.unquote(urllib.parse.urlsplit(url).path).rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name).lstrip(".")[-100:]
     if not Path(name).suffix or name in ("view", "download", "main"):
-        name = f"{name or 'file'}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+        name = f"{name or 'file'}-{sha256_of_text(url)[:8]}"
         name += {"zip": ".zip", "tar": ".tar"}.get(kind or "", "")
     return name
 
@@ -540,4 +550,4 @@ def _is_there(home: Path, record: dict) -> bool:
 def _apart(name: str, what: str) -> str:
     """A name beside one that is taken, always the same for the same `what`."""
     folder, _, name = name.rpartition("/")
-    return f"{folder}/{hashlib.sha256(what.encode()).hexdigest()[:8]}-{name}"
+    return f"{folder}/{sha256_of_text(what)[:8]}-{name}"

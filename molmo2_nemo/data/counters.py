@@ -1,0 +1,27 @@
+"""Names of what is counted of a source's samples: by the encoder, in the training log, in reports."""
+
+# Every sample ends up in `examples` or in one of DROPPED.
+COUNTERS = (
+    "examples",
+    "branches",
+    "tokens",
+    "loss_tokens",
+    "images",
+    "frames",
+    "crops",
+    "truncated",  # branches whose end was cut off
+    "dropped_branches",  # branches without room for a single loss token
+    "frames_thinned",  # frames left out because they did not fit beside the text, or into a row
+    "videos_thinned",  # videos with such frames
+    "images_shrunk",  # images that got fewer crops than data.max_crops_per_image for the same reason
+    "dropped_malformed",
+    "dropped_undecodable",
+    "dropped_unreadable",
+    "dropped_too_long",
+    "dropped_too_many_crops",
+    "dropped_too_many_images",
+)
+# Samples that were left out, by reason.
+DROPPED = tuple(name for name in COUNTERS if name.startswith("dropped_") and name != "dropped_branches")
+# Those of them that are broken: the JSON, the pixels, or the file itself.
+BROKEN = ("dropped_malformed", "dropped_undecodable", "dropped_unreadable")

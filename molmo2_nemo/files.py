@@ -1,0 +1,134 @@
+"""Files that are either whole or not there: atomic writing, locks between processes, checksums.
+
+Content is written to a partial file beside the final name, which is then renamed, so that no reader meets half of it,
+whatever was killed on the way. What has to survive a power failure is flushed to the disk (fsync) before it is renamed.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+# Errors of the disk, in contrast to those of the network or of one file's content: they end a whole run.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+# What a file system answers that has no locks.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
+
+
+class LockHeld(Exception):
+    """Another process holds the lock."""
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether the disk is full, read-only, broken or not permitted."""
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk. Folders are left alone where the file system cannot flush them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a small file so that it holds either its old or all of its new content, and is on the disk afterwards.
+
+    Text is written as UTF-8. Folders that are missing are created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_json(path: Path, value, sort_keys: bool = False) -> None:
+    """`write_atomically` of a value as indented JSON."""
+    write_atomically(path, json.dumps(value, indent=1, sort_keys=sort_keys) + "\n")
+
+
+def publish(partial: Path, path: Path, durable: bool = True) -> None:
+    """Give a file that is whole its final name, and replace what has that name.
+
+    durable: flush it to the disk first. Without, a power failure may leave an empty file under the name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if durable:
+        sync(partial)
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, which gets the name `folder` when all went well and is removed otherwise.
+
+    ValueError: `folder` holds something already, or another process was faster.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: remove it or choose another folder.")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        try:
+            partial.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise ValueError(f"{folder} was made by another process in the meantime; its content stays.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file. LockHeld: another process holds it, and `wait` is off.
+
+    The kernel releases the lock when its holder ends, even if it is killed; processes that the holder forks do not keep
+    it. The file stays. On a file system without locks nothing is locked: there, users must not start two runs at once.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not filelock's own substitute for missing locks, which outlives a holder that is killed.
+    lock = filelock.FileLock(path, blocking=wait, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise LockHeld(f"{path} is locked by another process") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_text(text: str) -> str:
+    """SHA-256 of a text's UTF-8 bytes, in hexadecimal digits; half of a surrogate pair is encoded as it is."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,26 @@
+"""What a picture or video may be, from its download to the training step: pixels, formats and their file suffixes.
+
+Downloader, preparation, loader and inspection read these by `limits.NAME`, so that none refuses what another accepts.
+"""
+
+# Pixels of a picture. The loader holds one as float32 while it resizes it, which at this limit is 1.2 GB in a worker.
+# (Pillow itself warns of a decompression bomb from 89 million pixels and refuses from 179 million.)
+MAX_IMAGE_PIXELS = 100_000_000
+# Pixels of a frame of a video; 8K has 7,680 x 4,320 = 33,177,600.
+MAX_FRAME_PIXELS = 2**25
+
+# Pillow's names of the formats that are read. It knows many more, some of which it reads by running other programs.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# Those that a download from a list of addresses may give, with their suffix: every build of Pillow reads them, and a
+# file of them that was cut off is recognised. MPO is several JPEG pictures in one file; Pillow opens it as JPEG.
+DOWNLOADED_IMAGES = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "TIFF": ".tiff",
+}
+# FFmpeg's names of the containers that such a download may give, with their suffix.
+DOWNLOADED_VIDEOS = {"mp4": ".mp4", "webm": ".webm", "matroska": ".mkv", "avi": ".avi", "mov": ".mov"}

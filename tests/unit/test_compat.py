@@ -1,0 +1,229 @@
+"""Private names of libraries: each one that is used is there, and none is used outside of molmo2_nemo/compat.py."""
+
+import ast
+import importlib
+import inspect
+import queue
+import re
+
+import pytest
+import torch
+
+from molmo2_nemo import compat
+from molmo2_nemo.paths import REPOSITORY
+
+LIBRARIES = "torch|numpy|megatron|huggingface_hub|transformers|nemo|av|pydantic|hydra|omegaconf"
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_optimizer_health_check():
+    assert parameters(getattr(torch.optim.Optimizer, compat.OPTIMIZER_HEALTH_CHECK)) == ["self"]
+
+
+def test_extra_state():
+    class Layer(torch.nn.Module):
+        def get_extra_state(self):
+            return 1
+
+    assert list(Layer().state_dict()) == [compat.EXTRA_STATE]
+
+
+def test_dynamo_config():
+    assert isinstance(compat.dynamo_config().disable, bool)
+
+
+def test_compiled_graphs():
+    torch.compiler.reset()
+    before = compat.compiled_graphs()
+    with compat.dynamo_config().patch(disable=False):
+        torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
+    assert compat.compiled_graphs() == before + 1
+
+
+def test_dispatch_mode():
+    seen = []
+
+    class Seen(compat.dispatch_mode()):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Seen():
+        torch.zeros(1)
+    assert seen
+
+
+def test_tensors_in():
+    one, two = torch.zeros(1), torch.ones(1)
+    assert [id(t) for t in compat.tensors_in([{"a": (one, 3)}, None, two])] == [id(one), id(two)]
+
+
+def test_storage_address():
+    tensor = torch.zeros(3)
+    same, other = tensor[1:], torch.zeros(3)
+    address = compat.storage_address(tensor.untyped_storage())
+    assert address == compat.storage_address(same.untyped_storage())
+    assert address != compat.storage_address(other.untyped_storage())
+
+
+def test_processes_of_a_loader():
+    loader = torch.utils.data.DataLoader(range(2), num_workers=1, persistent_workers=True)
+    assert compat.loader_processes(loader) == []
+    assert len(list(loader)) == 2
+    (process,) = compat.loader_processes(loader)
+    assert process.is_alive()
+    compat.stop_loader_processes(loader)
+    assert not process.is_alive() and compat.loader_processes(loader) == []
+    compat.stop_loader_processes(loader)
+
+
+@pytest.mark.parametrize("module, name", [(m, n) for m, names in compat.PICKLED_ARRAYS.items() for n in sorted(names)])
+def test_pickled_arrays(module, name):
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_set_cuda_rng_state():
+    from megatron.core.tensor_parallel import random
+
+    function = getattr(random, compat.SET_CUDA_RNG_STATE)
+    if function.__module__ != "molmo2_nemo.cpu":  # another test of this process has called cpu.install
+        assert parameters(function) == ["new_state", "device", "graph_safe"]
+
+
+def test_gradients_for_norm():
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+
+    for kind in (DistributedOptimizer, FP32Optimizer):
+        optimizer = kind.__new__(kind)
+        assert compat.gradients_for_norm(optimizer, []) == []
+
+
+def test_use_results_queue(monkeypatch):
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)  # fails when there is no such name
+    mine = queue.SimpleQueue()
+    compat.use_results_queue(mine)
+    assert filesystem_async.get_write_results_queue() is mine
+
+
+def test_passes_made():
+    from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
+
+    stream = WebdatasetSampleLoaderDataset.__new__(WebdatasetSampleLoaderDataset)
+    stream.worker_config, stream.parallel_slice_iters = None, 1
+    stream.reset_state_own()
+    assert compat.passes_made(stream) == 0
+
+
+def test_wrapped_dataset():
+    from megatron.energon.wrappers.limit_dataset import LimitDataset
+
+    class Inner:
+        pass
+
+    inner = Inner()
+    outer = LimitDataset.__new__(LimitDataset)
+    outer.datasets = (inner,)
+    assert compat.wrapped_dataset(outer, Inner) is inner
+
+
+def test_function_config():
+    assert "parameters" in compat.function_config(parameters)
+
+
+def test_set_worker_sample_counters():
+    """Energon keeps them under that name: what it writes there when it starts, and reads when it saves."""
+    from megatron.energon.savable_loader import SavableDataLoader
+
+    class Holder:
+        pass
+
+    holder = Holder()
+    compat.set_worker_sample_counters(holder, [3])
+    (name,) = vars(holder)
+    assert name in inspect.getsource(SavableDataLoader.__init__)
+    assert name in inspect.getsource(SavableDataLoader.save_state_rank)
+
+
+def test_hub_client():
+    with compat.hub_client() as client:
+        assert set(client.event_hooks) == {"request", "response"}
+
+
+# Of what is overridden: the parameters, or the value's type.
+OVERRIDDEN = {
+    "_load_dataset": ["self", "dataset", "worker_rotation_offset", "worker_config"],
+    "_get_save_and_finalize_callbacks": ["self", "writer", "save_state_dict_ret", "async_strategy"],
+    "_savable_fields": tuple,
+}
+
+
+@pytest.mark.parametrize("module, kind, name", sorted(compat.OVERRIDDEN))
+def test_overridden(module, kind, name):
+    found, expected = getattr(getattr(importlib.import_module(module), kind), name), OVERRIDDEN[name]
+    assert isinstance(found, expected) if isinstance(expected, type) else parameters(found) == expected
+
+
+def private(name) -> bool:
+    return isinstance(name, str) and name.startswith("_") and not name.startswith("__") and len(name) > 1
+
+
+def own_names(trees) -> set[str]:
+    """Private names that this repository defines: functions, classes, variables and attributes of self."""
+    names = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if isinstance(node.value, ast.Name) and node.value.id == "self":
+                names.add(node.attr)
+    return names
+
+
+def private_uses(tree, own: set[str]):
+    """(line, what) for each private name of a library in a file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in own | {"_exit"}:
+            yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            parts = [part for module in modules for part in module.split(".")]
+            if any(private(part) and part not in own for part in parts):
+                yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in (
+            "getattr",
+            "setattr",
+            "hasattr",
+            "delattr",
+        ):
+            for argument in node.args:
+                if isinstance(argument, ast.Constant) and private(argument.value) and argument.value not in own:
+                    yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(rf"({LIBRARIES})(\.\w+)*\._[a-z]\w*(\.\w+)*", node.value):
+                yield node.lineno, node.value
+
+
+def test_no_private_name_of_a_library_is_used_elsewhere():
+    files = [
+        p
+        for folder in ("molmo2_nemo", "recipes", "tools", "slurm", "tests")
+        for p in (REPOSITORY / folder).rglob("*.py")
+    ]
+    trees = {path.relative_to(REPOSITORY): ast.parse(path.read_text()) for path in files}
+    own = own_names(trees.values())
+    exempt = {"molmo2_nemo/compat.py", "tests/unit/test_compat.py"}
+    found = [
+        f"{path}:{line}: {what}"
+        for path, tree in trees.items()
+        if str(path) not in exempt
+        for line, what in private_uses(tree, own)
+    ]
+    assert not found, "\n".join(found)
