@@ -23,19 +23,16 @@ def pytest_configure(config):
         config.add_cleanup(lambda: shutil.rmtree(folder))
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own reads the groups
 def pytest_collection_modifyitems(items):
-    """Longest first, and to one process what shares a fixture of its module. The rest goes where there is time."""
+    """Slow tests first, each on its own. Of the others those of a file stay together, with what its fixtures made.
 
-    def rank(item) -> tuple:
-        folder = item.path.parent.name
-        return item.get_closest_marker("slow") is None, FOLDERS.index(folder)
-
-    items.sort(key=rank)
+    The cluster of the Slurm tests is one fixture of all of them.
+    """
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, FOLDERS.index(item.path.parent.name)))
     for item in items:
-        # pytest has no public name for this: fixture -> its definitions, the one in effect last.
-        definitions = [known[-1] for known in item._fixtureinfo.name2fixturedefs.values()]
-        if any(definition.scope == "module" for definition in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+        if item.get_closest_marker("slow") is None or item.path.parent.name == "slurm":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ else
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# Two processes, of which each takes the next test, or the next group of tests that share a fixture (tests/conftest.py).
-# A process that ends in the middle of a test is not replaced: xdist would give the next one the same test, time and
-# again.
-exec .venv/bin/python -m pytest "${which[@]}" --durations=10 --numprocesses 2 --dist loadgroup --max-worker-restart 0 "$@"
+# Two processes, of which each takes the next group of tests, in the order of tests/conftest.py. A process that ends in
+# the middle of a test is not replaced: xdist would give the next one the same test, time and again.
+exec .venv/bin/python -m pytest "${which[@]}" --durations=10 \
+  --numprocesses 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart 0 "$@"

@@ -125,13 +125,16 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(sample, t
     assert ended(tmp_path / "run")["reason"] == "error"
 
 
-@pytest.fixture(scope="module")
-def two_steps(sample, tmp_path_factory):
+@pytest.fixture(scope="session")
+def two_steps(sample, made_once):
     """A run of two steps with a checkpoint of the second."""
-    run_dir = tmp_path_factory.mktemp("two_steps") / "run"
-    succeeded(python(*TINY, f"data.root={sample}", f"run_dir={run_dir}", "train.save_every=2", "train.max_steps=2"))
-    assert checkpoints(run_dir) == ["step_00000002"]
-    return run_dir
+
+    def make(folder):
+        overrides = [f"data.root={sample}", f"run_dir={folder}/run", "train.save_every=2", "train.max_steps=2"]
+        succeeded(python(*TINY, *overrides))
+        assert checkpoints(folder / "run") == ["step_00000002"]
+
+    return made_once("two_steps", make) / "run"
 
 
 # Files of more than 2 MiB cannot be written: then the tensors of a checkpoint do not fit.

@@ -24,12 +24,15 @@ def losses(run_dir, kind="train"):
     return {record["step"]: record for record in records if record["kind"] == kind}
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(sample, tmp_path_factory):
+@pytest.fixture(scope="session")
+def uninterrupted(sample, made_once):
     """Stage 2 on two tensor parallel ranks, twelve steps, with the checkpoint of step 6 kept."""
-    run_dir = tmp_path_factory.mktemp("runs") / "stage2"
-    succeeded(train(2, 2, run_dir, sample, "parallel=tp2", "train.max_steps=12", "train.save_every=6"))
-    return run_dir
+
+    def make(folder):
+        overrides = ["parallel=tp2", "train.max_steps=12", "train.save_every=6"]
+        succeeded(train(2, 2, folder / "stage2", sample, *overrides))
+
+    return made_once("uninterrupted", make) / "stage2"
 
 
 LAYOUTS = {
