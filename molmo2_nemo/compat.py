@@ -132,13 +132,6 @@ def is_after_gzip(error) -> bool:
     return str(error).startswith("Not a gzipped file")
 
 
-def run_exit_functions() -> None:
-    """Run what was registered with atexit, in a process that multiprocessing has forked and would end without it."""
-    import atexit
-
-    atexit._run_exitfuncs()
-
-
 # --- what classes of ours override ----------------------------------------------------------------------------------
 
 # (module, class, private name) of the library.

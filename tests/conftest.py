@@ -1,23 +1,77 @@
-"""Fixtures shared by tests: small random models and sample data."""
+"""Fixtures that tests share, in one process or in several, and the order of the tests. tests/README.md explains it."""
 
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm
+from filelock import FileLock
 from programs import python, succeeded
 
+# Longest first: what takes minutes must not begin when one of two processes has nothing left to do.
+FOLDERS = ("slurm", "commands", "ranks", "unit")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # not in the processes of pytest-xdist, which inherit the environment
+        folder = Path(tempfile.mkdtemp(prefix="molmo2-nemo-"))
+        (folder / "owner").write_text(str(os.getpid()))
+        os.environ[warm.FOLDER] = str(folder)
+        config.add_cleanup(lambda: shutil.rmtree(folder))
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own reads the groups
+def pytest_collection_modifyitems(items):
+    """Slow tests first, each on its own. Of the others those of a file stay together, with what its fixtures made.
+
+    The cluster of the Slurm tests is one fixture of all of them.
+    """
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, FOLDERS.index(item.path.parent.name)))
+    for item in items:
+        if item.get_closest_marker("slow") is None or item.path.parent.name == "slurm":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
 
 @pytest.fixture(scope="session")
-def hf_models(tmp_path_factory) -> dict[str, Path]:
-    """Name -> folder of a random Molmo2 saved by transformers."""
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """made_once(name, make): the folder of that name, which `make(folder)` fills once for all of pytest's processes."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def hf_models(made_once) -> dict[str, Path]:
+    """Name -> folder of a random Molmo2 saved by transformers. Not to be changed."""
     import hf_models
 
-    folder = tmp_path_factory.mktemp("hf")
-    return {name: hf_models.save(name, folder) for name in hf_models.configs()}
+    def make(folder: Path) -> None:
+        for name in hf_models.configs():
+            hf_models.save(name, folder)
+
+    folder = made_once("hf", make)
+    return {name: folder / name for name in hf_models.configs()}
 
 
 @pytest.fixture(scope="session")
-def sample(tmp_path_factory) -> Path:
+def sample(made_once) -> Path:
     """The sample world, a tenth of it. Tests that change it copy it first."""
-    folder = tmp_path_factory.mktemp("data") / "sample"
-    succeeded(python("tools/make_sample_data.py", "--out", folder, "--scale", 0.1))
-    return folder
+
+    def make(folder: Path) -> None:
+        succeeded(python("tools/make_sample_data.py", "--out", folder / "sample", "--scale", 0.1))
+
+    return made_once("data", make) / "sample"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 V = 200  # not a multiple of 128, so that padded tables are tested
 
@@ -100,3 +101,20 @@ def save(name: str, folder: Path, seed: int = 0) -> Path:
             model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight[:V])
     model.save_pretrained(folder / name)
     return folder / name
+
+
+def released_file(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def as_released(folder):
+    """What transformers wrote, with its halved embedding table cut at the base vocabulary instead."""
+    tensors = released_file(folder)
+    table = torch.cat([tensors[f"model.transformer.wte.{p}"] for p in ("embedding", "new_embedding")])
+    return {**tensors, "model.transformer.wte.embedding": table[:V], "model.transformer.wte.new_embedding": table[V:]}
+
+
+def assert_same(found, expected):
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name

@@ -41,6 +41,17 @@ def run_ranks(number: int, *arguments, timeout: float = 600, **environment) -> s
     return warm.start(arguments, warm.environments(number, with_defaults(environment)), REPOSITORY, timeout)
 
 
+def start_ranks(number: int, arguments: list, log: Path, **environment) -> list[warm.Program]:
+    """The same in the background: the ranks' processes. What they print goes to the file `log`."""
+    warm.ensure_server()
+    with log.open("w") as out, open(os.devnull) as nothing:
+        streams = [nothing.fileno(), out.fileno(), out.fileno()]
+        return [
+            warm.Program([str(part) for part in arguments], each, REPOSITORY, streams)
+            for each in warm.environments(number, with_defaults(environment))
+        ]
+
+
 def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     assert result.returncode == 0, f"{result.args}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     return result

@@ -1,14 +1,27 @@
 #!/usr/bin/env bash
-# Set up if needed, then run all tests (arguments go to pytest: tools/test.sh -k packing).
+# Set up if needed, then check the code's form and run the tests: tests/README.md says which there are.
+#   tools/test.sh             all of them
+#   tools/test.sh --fast      what takes two minutes at most and needs neither Slurm nor several ranks
+#   tools/test.sh -k packing  any other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh
 # Several processes share the cores; threads of their own would only get in each other's way.
 export OMP_NUM_THREADS=1
-if (($#)); then
+# Where this is set (in some containers), every process would compile anew all that it imports: a minute of a core.
+unset PYTHONDONTWRITEBYTECODE
+which=(tests)
+if [[ ${1-} == --fast ]]; then
+  shift
+  which=(tests/unit -m "not slow")
+elif (($#)); then
   exec .venv/bin/python -m pytest "$@"
+else
+  tools/dev/install_slurm.sh
 fi
-tools/dev/install_slurm.sh
-# Two test files at a time: one rank of a test often waits for the other, or all of them for an import. A process that
-# ends in the middle of a test is not replaced: xdist would give the next one the same test, time and again.
-exec .venv/bin/python -m pytest --durations=40 --numprocesses 2 --dist loadfile --max-worker-restart 0
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+# Two processes, of which each takes the next group of tests, in the order of tests/conftest.py. A process that ends in
+# the middle of a test is not replaced: xdist would give the next one the same test, time and again.
+exec .venv/bin/python -m pytest "${which[@]}" --durations=10 \
+  --numprocesses 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart 0 "$@"

@@ -7,7 +7,6 @@ from programs import run, succeeded
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_quickstart_from_sample_data_to_answers(tmp_path):
     """The quickstart itself, shortened: the same stages, export, questions and report; again, it keeps the stages."""
     command = [

@@ -57,23 +57,3 @@ def test_nothing_is_left_of_a_run_without_trouble(tmp_path):
     code = HANGS.replace("\nwait_for_ever_in_c()", "\nstacks.close()")
     succeeded(python("-c", code, tmp_path, 20))
     assert not list((tmp_path / "errors").iterdir())
-
-
-def test_what_the_user_set_of_the_flight_recorder_stays(monkeypatch, tmp_path):
-    from molmo2_nemo.training.shutdown import record_collectives
-
-    for name in list(os.environ):
-        if name.startswith(("TORCH_FR_", "TORCH_NCCL_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
-    before = set(os.environ)
-    record_collectives(tmp_path)
-    added = {name: os.environ[name] for name in set(os.environ) - before}
-    for name in added:
-        monkeypatch.delenv(name)
-    prefix = str(tmp_path / "errors" / "collectives_rank")
-    assert added == {
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": prefix,
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
-    }

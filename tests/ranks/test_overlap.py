@@ -5,7 +5,6 @@ from programs import figures, run_ranks
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_overlap_changes_nothing():
     ranks = figures(run_ranks(2, "tests/ranks/overlap_check.py"))["ranks"]
     assert len(ranks) == 2 and all(len(overlaps) == 2 for overlaps in ranks)

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from hf_models import as_released, assert_same, released_file
 from programs import run_ranks, succeeded
-from test_convert import as_released, assert_same, released_file
 
 LAYOUTS = {
     "one_rank": (1, []),
@@ -23,7 +23,6 @@ LAYOUTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_gradients_agree_with_transformers(layout, hf_models, tmp_path):
     ranks, flags = LAYOUTS[layout]
@@ -44,7 +43,6 @@ def test_logits_and_gradients_agree_with_transformers(layout, hf_models, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 @pytest.mark.parametrize("ranks, flags", [(5, []), (2, ["--tensor-parallel", 2, "--sequence-parallel"])])
 def test_ranks_and_micro_batches_of_different_media(ranks, flags, hf_models, tmp_path):
     """One document a row: text only, an image, three images, a video, a tree; on a rank each, or one after another."""

@@ -37,7 +37,6 @@ def test_chunks_have_the_gradients_of_the_whole_and_bounded_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 @pytest.mark.parametrize("tp, cp", [(1, 2), (2, 1)])
 def test_ranks_with_other_numbers_of_chunks_do_not_wait_for_each_other(tp, cp):
     found = figures(run_ranks(tp * cp, "tests/ranks/vision_check.py", tp, cp))

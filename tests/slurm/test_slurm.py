@@ -1,10 +1,9 @@
-"""The Slurm scripts on a real cluster of two nodes on this machine, submitted as a user would; and their rules alone.
+"""The Slurm scripts on a real cluster of two nodes on this machine, submitted as a user would.
 
 The cluster needs root and the packages of tools/dev/install_slurm.sh. Without them its tests are skipped; with
 CI=true they fail instead, unless there is no apt-get to install them with.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -14,10 +13,10 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from programs import REPOSITORY, build_and_install, python, run, succeeded
+import warm
+from programs import REPOSITORY, build_and_install, run, succeeded
 
 os.environ["PATH"] += ":/usr/sbin:/sbin"
 CLUSTER = REPOSITORY / "tests" / "slurm" / "local_slurm.sh"
@@ -35,178 +34,6 @@ SMALL = ["--nodes=2", "--ntasks-per-node=1"]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
 
-def load(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-starts, preflight, status = load("slurm/starts.py"), load("tools/preflight.py"), load("tools/status.py")
-
-
-# The rules.
-
-
-def history(*ends, restart=0):
-    """Starts of one job: (kind, checkpoint gained, failed nodes)."""
-    step, made = 0, []
-    for number, (kind, gained, *nodes) in enumerate(ends):
-        made.append(
-            {
-                "event": "end",
-                "restart": restart + number,
-                "begin_step": step,
-                "step": step + gained,
-                "kind": kind,
-                "failed_nodes": nodes,
-            }
-        )
-        step += gained
-    return made
-
-
-def decide(*ends, max_restarts=50, **kwargs):
-    return starts.decide(history(*ends, **kwargs), max_restarts, 5, 60)
-
-
-def test_what_is_queued_again():
-    assert decide(("finished", 5))[0] == "finished"
-    assert decide(("interrupted", 5))[::2] == ("requeue", 0)
-    assert (
-        decide(("config", 0))[0] == "stop"
-        and decide(("slurm", 0))[0] == "slurm"
-        and decide(("stopped", 9))[0] == "stop"
-    )
-    # A failure is tried again once where no checkpoint is gained, and as long as one is where it is.
-    assert decide(("error", 0))[0] == "requeue"
-    assert decide(("error", 0), ("error", 0))[:2] == ("stop", "2 starts in a row gained no checkpoint")
-    assert decide(("error", 3), ("error", 3), ("error", 3), ("error", 0))[0] == "requeue"
-    # Interrupted before it began to train, a few times: nothing is wrong with the run.
-    assert decide(*[("interrupted", 0)] * 4)[0] == "requeue" and decide(*[("interrupted", 0)] * 5)[0] == "stop"
-    assert decide(("interrupted", 1), restart=50)[:2] == ("stop", "the budget of MAX_RESTARTS=50 restarts is spent")
-
-
-def test_the_wait_doubles_with_every_failure_in_a_row():
-    assert [decide(*[("error", 1)] * n)[2] for n in (1, 2, 3, 9)] == [60, 120, 240, 1800]
-    assert decide(("error", 1), ("error", 1), ("interrupted", 1), ("error", 1))[2] == 60
-
-
-def test_a_node_that_failed_twice_is_left_out_and_earns_one_more_try():
-    twice = [("error", 0, "n7"), ("error", 0, "n7")]
-    assert starts.excluded(history(*twice)) == ["n7"] and starts.excluded(history(twice[0])) == []
-    assert decide(*twice)[0] == "requeue"
-    assert decide(*twice, ("error", 0, "n8"))[0] == "stop"
-    # A pre-flight that names a node is no failure of the run.
-    other = [("node", 0, f"n{i}") for i in range(6)]
-    assert decide(*other)[0] == "requeue" and decide(*other, max_restarts=5)[0] == "stop"
-
-
-def test_who_is_to_blame():
-    nodes = ["node1.cluster", "node2.cluster"]
-    srun = "srun: error: node2: task 1: Killed\nsrun: error: node1: task 0: Exited with exit code 1\n"
-    assert starts.nodes_to_blame("rank 3 on node1, step 7: RuntimeError: no", srun, nodes) == ["node1.cluster"]
-    assert starts.nodes_to_blame("rank 0 on node1, step 7: lost contact to another rank", srun, nodes) == [
-        "node2.cluster"
-    ]
-    assert starts.nodes_to_blame(None, srun, nodes) == ["node2.cluster"]
-    assert starts.nodes_to_blame(None, "", nodes) == [] and starts.nodes_to_blame(None, srun, ["node9"]) == []
-
-
-@pytest.mark.parametrize(
-    "exit_code, phase, marker, verdict, flags, kind",
-    [
-        (1, "training", {"reason": "finished", "step": 9}, {}, "", "finished"),  # a rank fell over after the end
-        (0, "training", {"reason": "SIGUSR1", "step": 9}, {}, "u", "interrupted"),
-        (0, "training", {"reason": "SIGTERM", "step": 9}, {}, "", "interrupted"),  # preemption
-        (0, "training", {"reason": "SIGTERM", "step": 9}, {}, "t", "slurm"),  # scancel
-        (137, "training", {}, {}, "u", "interrupted"),
-        (137, "training", {}, {}, "", "error"),
-        (2, "training", {}, {}, "", "config"),
-        (1, "training", {"reason": "config error", "message": "no"}, {}, "", "config"),
-        (1, "training", {"reason": "error", "message": "no"}, {}, "u", "error"),
-        (3, "preflight", {}, {"kind": "node", "message": "n1: no", "nodes": ["n1"]}, "", "node"),
-        (2, "preflight", {}, {"kind": "config", "message": "no"}, "", "config"),
-        (124, "preflight", {}, {}, "", "error"),
-        (0, "preflight", {}, {"kind": "ok"}, "u", "interrupted"),
-        (0, "training", {"reason": "SIGUSR1", "step": 9}, {}, "us", "stopped"),
-    ],
-)
-def test_how_a_start_ended(exit_code, phase, marker, verdict, flags, kind):
-    found, sentence = starts.classify(exit_code, phase, marker, verdict, "u" in flags, "t" in flags, "s" in flags)
-    assert found == kind and sentence
-
-
-def facts(name, **changes):
-    gpu = {"name": "H100", "driver": "570.1", "gib": 79.6, "used_gib": 0.0}
-    return {
-        "node": name,
-        "faults": [],
-        "gpus": [dict(gpu) for _ in range(8)],
-        "pci": 8,
-        "slurm_gpus": 8,
-        "versions": {"torch": "2.14.1"},
-        "warnings": [],
-    } | changes
-
-
-def fault(nodes):
-    with pytest.raises(preflight.Fault) as caught:
-        preflight.judge(nodes)
-    return str(caught.value), caught.value.nodes
-
-
-def test_the_preflight_names_the_node():
-    good = [facts("n1"), facts("n2"), facts("n3")]
-    preflight.judge(good)
-    assert fault([*good, facts("n4", pci=7, gpus=good[0]["gpus"][:7])]) == (
-        "n4: nvidia-smi shows 7 GPUs and Slurm counts 8",
-        ["n4"],
-    )
-    assert fault([*good, facts("n4", versions={"torch": "2.12.0"})]) == (
-        "n4: torch is 2.12.0 and 2.14.1 on most nodes",
-        ["n4"],
-    )
-    old = [gpu | {"driver": "535.2"} for gpu in good[0]["gpus"]]
-    assert fault([*good, facts("n4", gpus=old)]) == ("n4: NVIDIA driver is 535.2 and 570.1 on most nodes", ["n4"])
-    busy = [gpu | {"used_gib": 40.0} for gpu in good[0]["gpus"]]
-    assert fault([facts("n0", gpus=busy), *good]) == ("n0: GPU 0 has 40 GiB in use by another process", ["n0"])
-    assert fault([facts("n0", pci=0, gpus=[]), *good]) == ("n0: it has no NVIDIA device, and others have", ["n0"])
-    mixed = [*good[0]["gpus"][:7], good[0]["gpus"][0] | {"name": "A100"}]
-    assert fault([*good, facts("n4", gpus=mixed)])[1] == ["n4"]
-    broken = facts("n4", gpus=[], faults=["nvidia-smi failed: no driver"])
-    assert fault([*good, broken]) == ("n4: nvidia-smi failed: no driver", ["n4"])
-    # What is wrong everywhere is nobody's fault.
-    assert fault([facts(f"n{i}", faults=["data.root=/x is gone"]) for i in range(3)]) == (
-        "all nodes: data.root=/x is gone",
-        [],
-    )
-    # Clocks: 40 s off; and 4 s off with an answer that took 8 s, which proves nothing.
-    with pytest.raises(preflight.Fault, match="n2: its clock is -40.0 s off") as caught:
-        preflight.judge_clocks({"n1": (0.0, 0.0), "n2": (-40.0, 0.1), "n3": (0.1, 0.1)}, 5.0)
-    assert caught.value.nodes == ["n2"]
-    assert preflight.judge_clocks({"n1": (0.0, 0.0), "n2": (8.0, 4.0), "n3": (0.1, 0.1)}, 5.0) == pytest.approx(3.9)
-    # The network: one bad link, or a floor that is too high.
-    chain = {("n1", "n2"): 20.0, ("n2", "n3"): 19.0, ("n3", "n4"): 0.8, ("n4", "n5"): 21.0}
-    assert preflight.slow_fault(0.9, 5.0, chain, ["n1"]).nodes == ["n3", "n4"]
-    assert preflight.slow_fault(0.9, 50.0, dict.fromkeys(chain, 20.0), ["n1"]).nodes == []
-
-
-def test_room_for_checkpoints_is_asked_for_before_the_first_step(tmp_path, monkeypatch):
-    preflight.prepare([])
-    config = preflight.compose("stage1", [*TINY, f"run_dir='{tmp_path}'"])
-    # As saved by a CPU run: float32 weights and two moments; the estimate is an upper bound and no more than twice
-    # that.
-    parameters = preflight.checkpoint_bytes(config) / preflight.CHECKPOINT_BYTES
-    assert 0.6e6 < parameters < 0.7e6
-    assert "free for checkpoints" in preflight.room(config)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(total=100, used=99, free=1))
-    with pytest.raises(
-        preflight.Fault, match=r"GiB free, and 4 checkpoints of about 0\.0 GiB are to come \(train\.keep_last=3\)"
-    ):
-        preflight.room(config)
-
-
 def test_scripts_are_shellcheck_clean():
     if shutil.which("shellcheck") is None:
         skip_or_fail("shellcheck is not installed (tools/dev/install_slurm.sh)")
@@ -218,9 +45,6 @@ def test_scripts_are_shellcheck_clean():
     assert len(scripts) >= 9
     result = run(["shellcheck", *scripts])
     assert result.returncode == 0, result.stdout
-
-
-# The cluster.
 
 
 def skip_or_fail(why: str):
@@ -320,7 +144,7 @@ def cluster(running_cluster):
 
 
 @pytest.fixture(scope="session")
-def running_cluster(tmp_path_factory):
+def running_cluster(sample, tmp_path_factory):
     missing = [program for program in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(program) is None]
     if missing:
         skip_or_fail(f"{', '.join(missing)} not installed (tools/dev/install_slurm.sh)")
@@ -334,7 +158,7 @@ def running_cluster(tmp_path_factory):
         if started.returncode:
             skip_or_fail(started.stderr.strip().splitlines()[-1])
         data = folder / "da ta" / "sample"
-        succeeded(python("tools/make_sample_data.py", "--out", data, "--scale", 0.05))
+        shutil.copytree(sample, data)
         site = folder / "site.env"
         site.write_text(f"RUNTIME=venv\nRUN_ROOT='{folder}/run root'\n")
         yield Cluster(
@@ -342,7 +166,7 @@ def running_cluster(tmp_path_factory):
             inherited
             | {
                 "SLURM_CONF": re.search(r"SLURM_CONF=(\S+)", started.stdout).group(1),
-                "PYTHON": sys.executable,
+                "PYTHON": str(warm.executable()),
                 "SITE_ENV": str(site),
                 "RUN_ROOT": f"{folder}/run root",
                 "OMP_NUM_THREADS": "1",
@@ -359,7 +183,6 @@ def running_cluster(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_a_chain_of_three_stages_survives_what_happens_to_it(cluster):
     """USR1, scontrol requeue and a lost node in stage 1; a person's stop in stage 3; then export and report."""
     name, run_dir = "my run", cluster.runs / "my run"
@@ -433,7 +256,6 @@ def test_a_chain_of_three_stages_survives_what_happens_to_it(cluster):
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_a_node_that_kills_ranks_is_left_out(cluster):
     """On node1 the recipe is killed at once. The third try has to be on node2."""
     shim = cluster.folder / "python_bad_on_node1"

@@ -7,8 +7,6 @@ import inspect
 import io
 import queue
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -157,14 +155,6 @@ def test_set_worker_sample_counters():
 def test_hub_client():
     with compat.hub_client() as client:
         assert set(client.event_hooks) == {"request", "response"}
-
-
-def test_run_exit_functions():
-    code = "import atexit; from molmo2_nemo import compat; atexit.register(print, 1); compat.run_exit_functions()"
-    ended = subprocess.run(
-        [sys.executable, "-c", f"{code}; print(2)"], capture_output=True, text=True, check=True, cwd=REPOSITORY
-    )
-    assert ended.stdout.split() == ["1", "2"]
 
 
 def test_is_after_gzip():

@@ -5,31 +5,13 @@ import shutil
 
 import pytest
 import torch
+from hf_models import V, as_released, assert_same, released_file
 from programs import python, succeeded
 from safetensors.torch import load_file, save_file
 
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.hf import convert
-
-V = 200
-
-
-def released_file(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def as_released(folder):
-    """What transformers wrote, with its halved embedding table cut at the base vocabulary instead."""
-    tensors = released_file(folder)
-    table = torch.cat([tensors[f"model.transformer.wte.{p}"] for p in ("embedding", "new_embedding")])
-    return {**tensors, "model.transformer.wte.embedding": table[:V], "model.transformer.wte.new_embedding": table[V:]}
-
-
-def assert_same(found, expected):
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
 def test_import_and_export_are_bit_identical(hf_models, tmp_path):

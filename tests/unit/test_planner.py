@@ -9,7 +9,7 @@ from dataclasses import replace
 import plan
 import pytest
 import torch
-from programs import python, run, run_ranks, succeeded
+from programs import run, succeeded
 
 from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check, check_settings
@@ -44,37 +44,6 @@ def test_parameters_are_those_of_transformers(name):
     ours -= tables * (padded_vocab_size(model.vocab_size) - model.vocab_size) * model.hidden_size
     ours += model.vocab_size * model.hidden_size if model.tie_embeddings else 0
     assert ours == theirs
-
-
-def measured(out, start, *cases):
-    only = [word for case in cases for word in ("--only", case)]
-    result = start("tools/bench/memory.py", *only, "--out", out)
-    assert out.exists(), result.stderr[-3000:]
-    rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 5 * len(cases) and all(row["measured_kib"] > 0 for row in rows)
-    return rows
-
-
-@pytest.mark.slow
-def test_memory_is_what_is_measured(tmp_path):
-    cases = (
-        "tiny",
-        "tiny full recompute",
-        "small",
-        "small full recompute",
-        "small olmo dropout",
-        "wide vocabulary bf16",
-    )
-    for row in measured(tmp_path / "memory.json", python, *cases):
-        exact = row["part"] in ("weights", "gradients", "optimizer")
-        assert row["predicted_kib"] == pytest.approx(row["measured_kib"], rel=1e-3 if exact else 0.10), row
-
-
-@pytest.mark.slow
-@pytest.mark.ranks
-def test_memory_of_two_ranks_is_what_is_measured(tmp_path):
-    for row in measured(tmp_path / "memory.json", lambda *words: run_ranks(2, *words), "small tp2", "small cp2"):
-        assert row["predicted_kib"] == pytest.approx(row["measured_kib"], rel=0.10), row
 
 
 # ---- presets ----
