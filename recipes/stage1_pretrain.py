@@ -17,7 +17,7 @@ from nemo.core.config import hydra_runner  # noqa: E402
 @hydra_runner(config_path="../conf", config_name="stage1")
 def main(cfg) -> None:
     # Imported here: a typing error or --cfg job need not wait for Megatron.
-    from molmo2_nemo.training.train import run_stage
+    from molmo2_nemo.training.run import run_stage
 
     run_stage(cfg)
 

@@ -1,5 +1,6 @@
 """Ways to run the project's commands as a user would."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -38,3 +39,8 @@ def run_ranks(number: int, *arguments, timeout: float = 600, **environment) -> s
 def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     assert result.returncode == 0, f"{result.args}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     return result
+
+
+def figures(result: subprocess.CompletedProcess) -> dict:
+    """The last JSON line that a program printed; it must have ended well."""
+    return json.loads([line for line in succeeded(result).stdout.splitlines() if line.startswith("{")][-1])

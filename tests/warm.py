@@ -26,10 +26,10 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
         "nemo.core.config",
-        "molmo2_nemo.training.train",
+        "molmo2_nemo.training.run",
         "molmo2_nemo.report",
         "molmo2_nemo.hf.convert",
-        "molmo2_nemo.prepare.stage",
+        "molmo2_nemo.prepare.stage_datasets",
         "torchvision.transforms.v2",
         "transformers.models.molmo2.modeling_molmo2",
         "transformers.models.molmo2.processing_molmo2",

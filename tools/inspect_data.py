@@ -5,7 +5,7 @@
     python tools/inspect_data.py --config-name stage2 model=molmo2_4b data.blend=my_blend.yaml --samples 5000 --json
 
 Takes the overrides of the recipes and reads through the training loader, as rank 0 of 1. --html writes DIR/index.html
-and a page for each of so many examples; --stats and --json count so many samples, dropped ones included.
+and a page for each of --samples examples; --stats and --json count --samples samples, dropped ones included.
 """
 
 import argparse
@@ -17,31 +17,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from molmo2_nemo.command_line import prepare, to_dataclass
+from molmo2_nemo.command_line import compose, prepare
 from molmo2_nemo.config.checks import check_data, check_model
-from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.paths import CONF_DIR
 
 TEMPLATES = Path(__file__).parent / "inspect_pages"
 MAX_ERRORS = 20  # broken samples that --stats names
-
-
-def compose(stage: str, overrides: list[str]) -> Config:
-    """The configuration of a recipe with these overrides. ConfigError: one sentence on what is wrong with it."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        with initialize_config_dir(str(CONF_DIR), version_base=None):
-            config = to_dataclass(compose(stage, overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ or error
-        raise ConfigError(f"the configuration cannot be used: {str(cause).splitlines()[0]}.") from error
-    check_model(config.model)
-    check_data(config.data, config.model.vision, config.parallel)
-    return config
 
 
 def with_tiny_model(overrides: list[str]) -> list[str]:
@@ -53,11 +35,11 @@ def with_tiny_model(overrides: list[str]) -> list[str]:
 
 
 def inspect(config: Config, wanted: int, html: Path | None):
-    """Read the stream until so many samples are counted, or have their page; Statistics and the seconds that it took.
+    """Read the stream until `wanted` samples are counted, or have their page. Returns Statistics and seconds.
 
     ValueError: the blend or the tokenizer cannot be used.
     """
-    # Imported here: a typing error need not wait for Megatron.
+    # Imported here, since Megatron takes seconds: a mistake in the command line is answered before.
     from molmo2_nemo.data.blend import check_shards, load_blend
     from molmo2_nemo.data.encode import Encoder
     from molmo2_nemo.data.inspection import Statistics, examples_of, num_dropped, num_samples
@@ -80,7 +62,7 @@ def inspect(config: Config, wanted: int, html: Path | None):
                     counters = batch.counters[example.source]
                     pages.append(write_page(html, len(pages) + 1, example, statistics.rows, counters, encoder))
             total = statistics.total
-            # The pages of a blend that drops everything would be waited for in vain.
+            # Dropped samples count for pages, too: a blend whose samples are all dropped would never end otherwise.
             seen = max(len(pages), num_dropped(total)) if html else num_samples(total)
             if sys.stderr.isatty():
                 print(f"\r{min(seen, wanted):,} of {wanted:,} samples", end="", file=sys.stderr)
@@ -258,14 +240,14 @@ def print_table(statistics, seconds: float, waiting: int) -> None:
     counts = statistics.total
     print(
         f"{statistics.rows:,} rows, {statistics.fill:.1%} of the tokens and {statistics.crop_fill:.1%} of the crops"
-        f" filled; {num_samples(counts) / seconds:,.0f} samples/s; left out for want of room:"
+        f" filled; {num_samples(counts) / seconds:,.0f} samples/s; left out because they did not fit:"
         f" {counts['dropped_branches']:,} branches, {counts['frames_thinned']:,} frames of {counts['videos_thinned']:,}"
         f" videos; {counts['images_shrunk']:,} images got fewer crops"
     )
     if num_samples(counts) < 10 * waiting:
         print(
-            f"note: {waiting} more samples wait for a row that they fit, so that of so few rows the shares are not yet"
-            " the asked ones"
+            f"note: {waiting} more samples wait for a row that they fit, so that the shares of so few rows are not yet"
+            " those of the blend"
         )
     for error in statistics.errors[:MAX_ERRORS]:
         print(f"broken sample: {error}")
@@ -290,6 +272,8 @@ def main() -> None:
     prepare(arguments.overrides)
     try:
         config = compose(arguments.config_name, with_tiny_model(arguments.overrides))
+        check_model(config.model)
+        check_data(config.data, config.model.vision, config.parallel)
         statistics, seconds = inspect(config, arguments.samples, arguments.html)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from molmo2_nemo.prepare.sample_world import generate
+from molmo2_nemo.prepare.sample_world.write import generate
 
 
 def main() -> None:

@@ -12,234 +12,42 @@ listed by number, and nothing is written unless --skip-bad says to go on without
 """
 
 import argparse
-import hashlib
 import json
-import math
 import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import count
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
+from molmo2_nemo.catalogue.datasets import CONF_FILE
 from molmo2_nemo.config.schema import DataConfig
-from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.files import published
-from molmo2_nemo.prepare import stage
-from molmo2_nemo.prepare.media import (
-    MAX_MEDIA,
-    UNITS,
-    check_answers,
-    check_rates,
-    image_facts,
-    suffix,
-    use_fractions,
-    video_facts,
-    without_nothing,
-)
-from molmo2_nemo.prepare.shards import KEY, SHARD_SAMPLES, write_shards
+from molmo2_nemo.prepare.annotations import UNITS
+from molmo2_nemo.prepare.own_data import OwnSample, held_out_keys, read_lines, samples
+from molmo2_nemo.prepare.stage_datasets import PreparedStage, StageOptions, prepare_stage, result_of
+from molmo2_nemo.prepare.webdataset import SHARD_SAMPLES, write_shards
 
-MAX_LINE = 16 * 2**20  # bytes
-MAX_ID = 64  # characters; --repeat appends to it
 SHOWN_ERRORS = 20
-MEDIA = ("image", "images", "video")
-OF_VIDEO = ("clip", "annotation_fps", "subtitles")
-OF_LINE = ("id", *MEDIA, *OF_VIDEO, "unit", "style", "multi_turn")
+SHOWN_REASONS = 5
 
 
-@dataclass
-class Line:
-    """A line that can be used."""
-
-    key: str
-    sample: bytes  # JSON, schema.Example
-    files: list[tuple[str, Path]]  # (part, file)
-    tasks: list[str]
-
-
-def read_line(text: bytes, number: int, folder: Path, unit: str) -> Line:
-    """ValueError, one sentence: what is wrong with the line."""
-    if len(text) > MAX_LINE:
-        raise ValueError(f"the line has more than {MAX_LINE:,} bytes")
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError("it is not a JSON object")
-    key = record.get("id", f"{number:08d}")
-    if type(key) not in (str, int) or len(str(key)) > MAX_ID or not KEY.fullmatch(str(key)):
-        raise ValueError(f"id={key!r} is not up to {MAX_ID} letters, digits, - and _")
-    line_unit = record.get("unit", unit)
-    if line_unit not in UNITS:
-        raise ValueError(f"unit={line_unit!r} is not one of {', '.join(UNITS)}")
-    media, files = _media(record, folder)
-    sample = media | {name: record[name] for name in ("style", "multi_turn") if name in record}
-    sample["branches"] = _branches(record)
-    if "task" in record:
-        sample.pop("style", None)  # it is the task's, where it may be a list
-    example = read_example(json.dumps(sample))
-    use_fractions(example, line_unit)
-    if example.video:
-        check_rates(example)
-    check_answers(example)
-    tasks = ["chat" if isinstance(branch, list) else branch.task for branch in example.branches]
-    return Line(str(key), json.dumps(without_nothing(asdict(example))).encode(), files, tasks)
+def main(arguments: list[str] | None = None) -> None:
+    """Two tools in one: with --stage the public data sets of a stage, without it a file of own annotations."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(argument.split("=")[0] == "--stage" for argument in arguments):
+        main_stage(arguments)
+    else:
+        main_own_annotations(arguments)
 
 
-def _media(record: dict, folder: Path) -> tuple[dict, list[tuple[str, Path]]]:
-    """`images` or `video` of the sample, and the (part, file) of each."""
-    named = [name for name in MEDIA if name in record]
-    if len(named) > 1:
-        raise ValueError(f"it has {' and '.join(named)}: one of them is enough")
-    if "video" not in record and (stray := [name for name in OF_VIDEO if name in record]):
-        raise ValueError(f"it has {stray[0]} and no video")
-    if not named:
-        return {}, []
-    if "video" in record:
-        file, data = _read(folder, record["video"])
-        part = f"video{suffix(file)}"
-        given = {name: record[name] for name in OF_VIDEO if name in record}
-        return {"video": {"part": part, **_facts(record["video"], data, video_facts), **given}}, [(part, file)]
-    names = record["images"] if "images" in record else [record["image"]]
-    if not isinstance(names, list):
-        raise ValueError("images is not a list")
-    images, files = [], []
-    for index, name in enumerate(names):
-        file, data = _read(folder, name)
-        files.append((f"img{index}{suffix(file)}", file))
-        images.append({"part": files[-1][0], **_facts(name, data, image_facts)})
-    return {"images": images}, files
+# -- own annotations --------------------------------------------------------------------------------------------------
 
 
-def _branches(record: dict) -> list:
-    """The branches of the sample: those of the line, its one conversation, or the task written into it."""
-    keys = record.keys() - set(OF_LINE)
-    if "task" in record:
-        task = {name: record[name] for name in record if name in keys or name == "style"}
-        return [_with_groups(task, record)]
-    for name in ("branches", "messages"):
-        if name in record and len(keys) > 1:
-            raise ValueError(f"it has {name} and the key {min(keys - {name})}, which goes with no {name}")
-    if "messages" in record:
-        return [record["messages"]]
-    if not isinstance(record.get("branches"), list):
-        raise ValueError("it has no task, no messages and no list of branches")
-    return [_with_groups(branch, record) for branch in record["branches"]]
-
-
-def _with_groups(branch, record: dict):
-    """A pointing task's plain list of [x, y] is of the only image."""
-    points = branch.get("points") if isinstance(branch, dict) else None
-    if not isinstance(points, list) or not points or not all(map(_is_pair, points)):
-        return branch
-    if "image" not in record and len(record.get("images", [])) != 1:
-        raise ValueError(
-            "points that are [[x, y], ...] are for one image: write [[image or seconds, [[x, y], ...]], ...]"
-        )
-    return branch | {"points": [[1, points]]}
-
-
-def _is_pair(value) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
-
-
-def _read(folder: Path, name) -> tuple[Path, bytes]:
-    """A file of the folder. ValueError: it is elsewhere, not there, or too large."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{name!r} names no file")
-    file = (folder / name).resolve()
-    if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_relative_to(folder):
-        raise ValueError(f"{name} leads out of {folder}")
-    if not file.is_file():
-        raise ValueError(f"{name} is not in {folder}")
-    if file.stat().st_size > MAX_MEDIA:
-        raise ValueError(f"{name} has {file.stat().st_size:,} bytes, more than {MAX_MEDIA:,}: cut it")
-    return file, file.read_bytes()
-
-
-def _facts(name: str, data: bytes, look: Callable[[bytes], dict]) -> dict:
-    try:
-        return look(data)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _numbered(file: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of the lines that are not blank; the end of one that is too long is not kept."""
-    with file.open("rb") as lines:
-        for number in count(1):
-            line = rest = lines.readline(MAX_LINE + 1)
-            if not line:
-                return
-            while rest and not rest.endswith(b"\n"):
-                rest = lines.readline(MAX_LINE)
-            if line.strip():
-                yield number, line
-
-
-def _try_line(numbered: tuple[int, bytes], folder: Path, unit: str) -> Line | str:
-    number, text = numbered
-    try:
-        return read_line(text, number, folder, unit)
-    except (ValueError, OSError, RuntimeError) as error:  # pathlib calls a circle of links a RuntimeError
-        return str(error).rstrip(".")
-
-
-def read_lines(file: Path, folder: Path, unit: str, workers: int) -> tuple[list[Line], list[tuple[int, str]]]:
-    """Usable lines, and (number, reason) of the others."""
-    lines, errors, seen = [], [], {}
-    with ProcessPoolExecutor(workers) as pool:
-        numbered = list(_numbered(file))
-        results = pool.map(partial(_try_line, folder=folder, unit=unit), numbered, chunksize=8)
-        for (number, _), result in zip(numbered, results):
-            if isinstance(result, Line) and result.key in seen:
-                result = f"id={result.key} is that of line {seen[result.key]} too"
-            if isinstance(result, Line):
-                seen[result.key] = number
-                lines.append(result)
-            else:
-                errors.append((number, result))
-            if sys.stderr.isatty() and number % 100 == 0:
-                print(f"\r{number:,} lines", end="", file=sys.stderr)
-    if sys.stderr.isatty():
-        print("\r", end="", file=sys.stderr)
-    return lines, errors
-
-
-def held_out_keys(lines: list[Line], share: float) -> set[str]:
-    """Keys of the samples for validation: those with the lowest hashes, so that a file that grows keeps most of them.
-
-    Samples with the same first picture or video are held out together or not at all.
-    """
-    groups = {}
-    for line in lines:
-        name = str(line.files[0][1]) if line.files else line.key
-        groups.setdefault(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), []).append(line.key)
-    most, keys = min(math.ceil(share * len(lines)), len(lines) - 1), set()
-    for _, group in sorted(groups.items()):
-        if len(keys) + len(group) <= most:
-            keys.update(group)
-    return keys
-
-
-def samples(lines: list[Line], repeat: int) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for number in range(repeat):
-        for line in lines:
-            key = f"{line.key}_r{number}" if repeat > 1 else line.key
-            yield key, {"json": line.sample, **{part: file.read_bytes() for part, file in line.files}}
-
-
-def main() -> None:
-    if any(argument.split("=")[0] == "--stage" for argument in sys.argv[1:]):
-        return stage.main()
+def main_own_annotations(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("annotations", type=Path, help="JSON lines, see docs/own_data.md")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images and videos")
@@ -247,20 +55,22 @@ def main() -> None:
     parser.add_argument("--name", help="of the source in the blend (default: the folder's)")
     parser.add_argument("--unit", choices=UNITS, default="fraction", help="of coordinates, if a line does not say")
     parser.add_argument("--val-share", type=float, default=0.02, help="held out for validation (default 0.02)")
-    parser.add_argument("--repeat", type=int, default=1, help="write training samples so often, for very small sets")
+    parser.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="write training samples N times, if they are few"
+    )
     parser.add_argument("--shard-size", type=int, default=SHARD_SAMPLES, help=f"samples (default {SHARD_SAMPLES})")
     parser.add_argument("--skip-bad", action="store_true", help="go on without the lines that have a mistake")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that check media")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
     try:
-        prepare(arguments)
+        prepare_own_annotations(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except BrokenProcessPool:
         sys.exit("error: a process that checks media was killed: if memory was short, use fewer --workers")
 
 
-def prepare(arguments: argparse.Namespace) -> None:
+def prepare_own_annotations(arguments: argparse.Namespace) -> None:
     if not arguments.images.is_dir():
         raise ValueError(f"--images {arguments.images} is no folder")
     if not 0 <= arguments.val_share < 1:
@@ -288,10 +98,12 @@ def prepare(arguments: argparse.Namespace) -> None:
         name, path = arguments.name or arguments.out.resolve().name, str(arguments.out.resolve())
         blend = {"weighting": "sqrt", "sources": {name: {"path": path}}}
         (folder / "blend.yaml").write_text(yaml.safe_dump(blend, sort_keys=False))
-    report(arguments, lines, len(errors), counts)
+    print_own_report(arguments, lines, len(errors), counts)
 
 
-def report(arguments: argparse.Namespace, lines: list[Line], left_out: int, counts: dict[str, int]) -> None:
+def print_own_report(
+    arguments: argparse.Namespace, lines: list[OwnSample], left_out: int, counts: dict[str, int]
+) -> None:
     """Print what was written, and what to do with it."""
     media = Counter("videos" if part.startswith("video") else "images" for line in lines for part, _ in line.files)
     tasks = Counter(task for line in lines for task in line.tasks)
@@ -316,6 +128,98 @@ def report(arguments: argparse.Namespace, lines: list[Line], left_out: int, coun
     print("\nLook at them, then train on them:")
     print(f"  python tools/inspect_data.py --config-name stage2 {blend} --samples 20 --html runs/inspect")
     print(f"  python recipes/stage2_sft.py {blend} train.init_from=CHECKPOINT")
+
+
+# -- the data sets of a stage -----------------------------------------------------------------------------------------
+
+
+def main_stage(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="tools/prepare.py --stage",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Turn the fetched data sets of a stage ($ROOT/raw/NAME, made by tools/download.py) into Energon "
+            "shards, the stage's blend and its licences. Run it again after a stop: what is whole is kept."
+        ),
+    )
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="data sets (default: all of the stage)")
+    parser.add_argument("--out", type=Path, required=True, help="where the data sets' folders appear: data.root")
+    parser.add_argument("--root", type=Path, help="holds raw/ (default: --out)")
+    parser.add_argument("--catalogue", type=Path, default=CONF_FILE, help="another than conf/datasets.yaml")
+    parser.add_argument("--partial", action="store_true", help="take what is there of sets that are fetched in part")
+    parser.add_argument("--shards", type=int, default=512, help="of a data set, at most; fewer of a small one")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+    parser.add_argument("--array-index", type=int, default=0, help="of a Slurm array: $SLURM_ARRAY_TASK_ID, from 0")
+    parser.add_argument("--array-count", type=int, default=1, help="of a Slurm array: $SLURM_ARRAY_TASK_COUNT")
+    parser.add_argument(
+        "--only-license", nargs="+", default=(), metavar="LICENSE", help="those under one of these, e.g. odc-by cc-by"
+    )
+    parser.add_argument("--redo", action="store_true", help="prepare again what is finished")
+    parser.add_argument("--verify", action="store_true", help="read the bytes of finished data sets again, too")
+    parser.add_argument("--quiet", action="store_true", help="no progress, a short report")
+    parser.add_argument("--json", action="store_true", help="the report as a list of objects")
+    given = parser.parse_args(arguments)
+    try:
+        values = {field.name: getattr(given, field.name) for field in fields(StageOptions)}
+        options = StageOptions(**values | {"quiet": given.quiet or given.json})
+        prepared = prepare_stage(options)
+        if given.json:
+            print(json.dumps([result_of(state) for state in prepared.states], indent=1))
+        else:
+            print_stage_report(options, prepared)
+        sys.exit(0 if prepared.succeeded else 1)
+    except ValueError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except OSError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}; fix that and run the same command again to go on")
+    except BrokenProcessPool:
+        sys.exit("error: a process was killed: if memory was short, use fewer --jobs; run again to go on")
+    except KeyboardInterrupt:
+        sys.exit("stopped; run the same command again to go on")
+
+
+def print_stage_report(options: StageOptions, prepared: PreparedStage) -> None:
+    """Print the numbers of each set, why others are not prepared, and what to do next."""
+    states, out, files = prepared.states, prepared.out, prepared.files
+    finished = [state for state in states if state.made]
+    if finished:
+        print(f"{'':<36}{'train':>11}{'held out':>9}{'catalogue':>11}{'annotations':>13}{'GB':>9}{'dropped':>9}")
+    for state in finished:
+        made, dropped = state.made, state.made.dropped_share
+        expected = f"{made.catalogue_samples:,}" if made.catalogue_samples else "-"
+        print(
+            f"{state.name:<36}{made.train_samples:>11,}{made.val_samples:>9,}{expected:>11}{made.branches:>13,}"
+            f"{made.bytes / 1e9:>9.2f}{dropped:>9.1%}"
+        )
+        for reason, number in list(made.dropped.items())[:SHOWN_REASONS]:
+            print(f"    {number:>11,} dropped: {reason}")
+        if made.moved_points:
+            print(f"    {made.moved_points:>11,} points lay outside of their picture and were moved to its border")
+    absent = [state for state in states if state.problem]
+    for state in (s for s in states if s.note):
+        print(f"note: {state.note}")
+    unknown = [] if options.names else [state.name for state in absent if not state.fetched]
+    for state in absent:
+        if state.name not in unknown:
+            print(f"not prepared: {state.problem}", file=sys.stderr)
+    if unknown:
+        print(
+            f"not fetched, {len(unknown)} of {len(states)}: {', '.join(unknown)}. tools/download_by_stage.sh "
+            f"stage{options.stage} gets what a program can; python tools/download.py how NAME says how to get others.",
+            file=sys.stderr,
+        )
+    if files and not options.quiet:
+        print(f"\n{len(finished)} of {len(states)} data sets are prepared in {out}:")
+        for file in files:
+            print(f"  {file}")
+        print("Look at them, then train on them:")
+        root = f"data.root={out} data.blend={files[0]}"
+        print(
+            f"  python tools/inspect_data.py --config-name stage{options.stage} {root} --samples 20 --html runs/inspect"
+        )
+        recipe = {1: "stage1_pretrain", 2: "stage2_sft", 3: "stage3_long_context"}[options.stage]
+        print(f"  torchrun --nproc-per-node 8 recipes/{recipe}.py {root}")
 
 
 if __name__ == "__main__":

@@ -31,12 +31,15 @@ import os
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from braceexpand import braceexpand
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.paths import CONF_DIR
 
@@ -70,7 +73,7 @@ class Source:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A source as the blend's file has it, on disk or not."""
+    """A source of the blend's file, whether or not it is on disk."""
 
     name: str
     path: Path  # absolute
@@ -85,20 +88,70 @@ class _Entry:
         return self.weight or (self.factor or 1.0) * math.sqrt(self.size or num_samples)
 
 
+# -- the file, typed: a field's description says how to correct a value that is refused -------------------------------
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_NUMBER = "make it a number above 0, or remove it"
+
+
+class _SourceDocument(BaseModel):
+    """A source of any weighting. A key that is left out is None; null may be given only where the type says so."""
+
+    model_config = _STRICT
+
+    path: str = Field(min_length=1, description="name a folder")
+    loss_weighting: Literal["flat", "root", "root_report"] | None = Field(
+        None, description=f"choose {', '.join(LOSS_WEIGHTINGS)}"
+    )
+    high_res_probability: float = Field(0.0, ge=0, le=1, description="make it a number from 0 to 1")
+    without_style: str | None = Field(None, description="name one style, such as transcript")
+    token_weight: float = Field(None, gt=0, description=_NUMBER)
+
+
+class _FixedSource(_SourceDocument):
+    weight: float = Field(gt=0, description="make it a number above 0")
+
+
+class _SqrtSource(_SourceDocument):
+    size: float = Field(None, ge=1, description="it is a number of samples, make it 1 or more")
+    factor: float = Field(None, gt=0, description=_NUMBER)
+
+
+class _SourcesDocument(BaseModel):
+    """A blend without groups."""
+
+    model_config = _STRICT
+
+    sources: dict = Field(min_length=1, description="add at least one")
+    weighting: Literal["fixed", "sqrt"] = Field(description="choose fixed or sqrt")
+
+
+class _GroupDocument(_SourcesDocument):
+    rate: float = Field(gt=0, description="make it a number above 0")
+
+
+class _GroupsDocument(BaseModel):
+    """A blend with groups."""
+
+    model_config = _STRICT
+
+    groups: dict = Field(min_length=1, description="add at least one")
+
+
 def load_blend(cfg: DataConfig) -> list[Source]:
     """The sources of `cfg.blend` with their shares, in the file's order.
 
     With `cfg.skip_missing`, sources without a folder (`missing_sources`) are left out: their share goes to the rest of
     their group, that of a group without any to the other groups.
 
-    ValueError, one sentence: a file or folder is missing, a key is unknown, missing or given twice, a value makes no
+    ConfigError, one sentence: a file or folder is missing, a key is unknown, missing or given twice, a value makes no
     sense, a source is empty or not prepared, or two of them are the same folder.
     """
     where, entries = _read(cfg)
     present = [entry for entry in entries if entry.path.is_dir()]
     if len(present) < len(entries) and not (cfg.skip_missing and present):
         missing = [entry.name for entry in entries if not entry.path.is_dir()]
-        raise ValueError(
+        raise ConfigError(
             f"{len(missing)} of the {len(entries)} sources of {where} are not on disk under data.root={cfg.root} "
             f"({', '.join(missing)}): {_remedy(cfg, missing, some_present=bool(present))}."
         )
@@ -106,7 +159,7 @@ def load_blend(cfg: DataConfig) -> list[Source]:
     totals, rates = defaultdict(float), {}
     for entry, (train, _) in zip(present, counts):
         if train == 0:
-            raise ValueError(
+            raise ConfigError(
                 f"source {entry.name} of {where} has no training samples in {entry.path}: prepare it again."
             )
         totals[entry.group] += entry.weight_in_group(train)
@@ -126,7 +179,7 @@ def load_blend(cfg: DataConfig) -> list[Source]:
 
 
 def missing_sources(cfg: DataConfig) -> list[str]:
-    """Names of the sources of `cfg.blend` that have no folder. ValueError: the file is wrong, as for `load_blend`."""
+    """Names of the sources of `cfg.blend` that have no folder. ConfigError: the file is wrong, as for `load_blend`."""
     return [entry.name for entry in _read(cfg)[1] if not entry.path.is_dir()]
 
 
@@ -134,12 +187,12 @@ def check_blend(sources: list[Source], world_size: int, num_workers: int) -> Non
     """Refuse sources too small for so many data-parallel ranks and loader workers per rank.
 
     Each worker owns a fixed range of each source. Workers without a sample never draw it, so that a source smaller
-    than their number is seen less often than its weight says. ValueError, one sentence.
+    than their number is seen less often than its weight says. ConfigError, one sentence.
     """
     needed = 2 * world_size * max(1, num_workers)
     small = [f"{source.name}: {source.num_samples}" for source in sources if source.num_samples < needed]
     if small:
-        raise ValueError(
+        raise ConfigError(
             f"{world_size} data-parallel rank(s) x data.num_workers={num_workers} need {needed} training samples of a "
             f"source, two each, but {len(small)} of {len(sources)} have fewer ({_listed(small)}): lower "
             "data.num_workers, leave them out of data.blend, or write their samples to the shards several times under "
@@ -150,7 +203,7 @@ def check_blend(sources: list[Source], world_size: int, num_workers: int) -> Non
 def check_shards(sources: list[Source], max_error_rate: float) -> None:
     """Refuse sources of which more than `max_error_rate` of the samples are in shards that are not there.
 
-    Training would count them as unreadable one by one. ValueError, one sentence that names the first file.
+    Training would count them as unreadable one by one. ConfigError, one sentence that names the first file.
     """
     for source in sources:
         folder = Path(source.path)
@@ -160,7 +213,7 @@ def check_shards(sources: list[Source], max_error_rate: float) -> None:
             lost = {shard: min(files) for shard, files in lost.items() if files}
             share = sum(shards[shard] for shard in lost) / max(1, sum(shards.values()))
             if share > max_error_rate:
-                raise ValueError(
+                raise ConfigError(
                     f"the source {source.name} lacks {len(lost)} of {len(shards)} shards with {share:.1%} of their "
                     f"samples, the first of them {folder / min(lost.values())}, which is more than "
                     f"data.max_error_rate={max_error_rate} allows: fetch or prepare it again."
@@ -183,67 +236,47 @@ def write_metadataset(sources: list[Source], path: Path) -> None:
 
 
 def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
-    """What to call the blend in messages, and its sources, checked as far as the file goes."""
+    """What to call the blend in messages, and its sources, checked as far as possible without looking at them."""
     file = _blend_file(cfg.blend)
     where = f"data.blend={cfg.blend} ({file})"
     try:
-        # Unlike PyYAML, it refuses a key that is given twice.
+        # Unlike PyYAML, OmegaConf refuses a key that is given twice.
         blend = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
     if isinstance(blend, dict) and "groups" in blend:
-        _check_keys(blend, {"groups"}, {"groups"}, where)
         entries = []
-        for name, group in _mapping(blend, "groups", where).items():
-            within, keys = f"{where}, group {name},", {"rate", "weighting", "sources"}
-            _check_keys(group, keys, keys, within)
-            entries += _read_sources(cfg, group, within, str(name), _number(group, "rate", within))
+        for name, document in _typed(_GroupsDocument, blend, where).groups.items():
+            within = f"{where}, group {name},"
+            group = _typed(_GroupDocument, document, within)
+            entries += _read_sources(cfg, group, within, str(name), group.rate)
     else:
-        keys = {"weighting", "sources"}
-        _check_keys(blend, keys, keys, where)
-        entries = _read_sources(cfg, blend, where, None, 1.0)
+        entries = _read_sources(cfg, _typed(_SourcesDocument, blend, where), where, None, 1.0)
     names, folders = set(), {}
     for entry in entries:
         if entry.name in names:
-            raise ValueError(f"{where} has the source {entry.name} in two groups: rename one.")
+            raise ConfigError(f"{where} has the source {entry.name} in two groups: rename one.")
         names.add(entry.name)
-        # Energon would play the same folder twice in the identical order.
+        # Energon would read the same folder twice in the identical order.
         twin = folders.setdefault(os.path.realpath(entry.path), entry.name)
         if twin != entry.name:
-            raise ValueError(
+            raise ConfigError(
                 f"{where} lists {entry.path} twice, as {twin} and {entry.name}: keep one, with the sum of their weights"
                 " or factors."
             )
     return where, entries
 
 
-def _read_sources(cfg: DataConfig, group: dict, where: str, name: str | None, rate: float) -> list[_Entry]:
+def _read_sources(cfg: DataConfig, group: _SourcesDocument, where: str, name: str | None, rate: float) -> list[_Entry]:
     """The sources of one group, or of a blend without groups."""
-    weighting = group["weighting"]
-    if weighting not in ("fixed", "sqrt"):
-        raise ValueError(f"{where} has weighting={weighting}: choose fixed or sqrt.")
-    needed = {"path", "weight"} if weighting == "fixed" else {"path"}
-    optional = {field.name for field in fields(SourceOptions)} | ({"size", "factor"} if weighting == "sqrt" else set())
     entries = []
-    for source, entry in _mapping(group, "sources", where).items():
+    for source, document in group.sources.items():
+        kind = _FixedSource if group.weighting == "fixed" else _SqrtSource
         within = f"{where}, source {source},"
-        _check_keys(entry, needed, needed | optional, f"{where}, source {source} of weighting={weighting},")
-        path, loss_weighting = entry["path"], entry.get("loss_weighting")
-        if not isinstance(path, str) or not path:
-            raise ValueError(f"{within} has path={path}: name a folder.")
-        if loss_weighting not in (None, *LOSS_WEIGHTINGS):
-            raise ValueError(f"{within} has loss_weighting={loss_weighting}: choose {', '.join(LOSS_WEIGHTINGS)}.")
-        high_res = entry.get("high_res_probability", 0.0)
-        if isinstance(high_res, bool) or not isinstance(high_res, (int, float)) or not 0 <= high_res <= 1:
-            raise ValueError(f"{within} has high_res_probability={high_res}: make it a number from 0 to 1.")
-        without = entry.get("without_style")
-        if without is not None and not isinstance(without, str):
-            raise ValueError(f"{within} has without_style={without}: name one style, such as transcript.")
-        options = SourceOptions(loss_weighting, _number(entry, "token_weight", within), float(high_res), without)
-        numbers = [_number(entry, key, within) for key in ("weight", "size", "factor")]
-        if entry.get("size", 1) < 1:
-            raise ValueError(f"{within} has size={entry['size']}: it is a number of samples, make it 1 or more.")
-        folder = Path(os.path.abspath(Path(cfg.root).expanduser() / Path(path).expanduser()))
+        typed = _typed(kind, document, within, f"{where}, source {source} of weighting={group.weighting},")
+        options = SourceOptions(**{field.name: getattr(typed, field.name) for field in fields(SourceOptions)})
+        numbers = (getattr(typed, key, None) for key in ("weight", "size", "factor"))
+        folder = Path(os.path.abspath(Path(cfg.root).expanduser() / Path(typed.path).expanduser()))
         entries.append(_Entry(str(source), folder, name, rate, *numbers, options))
     return entries
 
@@ -254,30 +287,30 @@ def _blend_file(blend: str) -> Path:
         if file.is_file():
             return file
     known = ", ".join(sorted(file.stem for file in (CONF_DIR / "blend").glob("*.yaml"))) or "none yet"
-    raise ValueError(f"data.blend={blend} names no blend: use one of conf/blend ({known}) or the path of a YAML file.")
+    raise ConfigError(f"data.blend={blend} names no blend: use one of conf/blend ({known}) or the path of a YAML file.")
 
 
-def _check_keys(value, needed: set[str], allowed: set[str], where: str) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} must be a mapping with the keys {', '.join(sorted(needed))}, not {value!r}.")
-    for key in sorted(needed - set(value)):
-        raise ValueError(f"{where} lacks the key {key}: add it.")
-    for key in sorted(set(map(str, value)) - allowed):
-        raise ValueError(f"{where} has the unknown key {key}: remove it; known are {', '.join(sorted(allowed))}.")
-
-
-def _mapping(values: dict, key: str, where: str) -> dict:
-    if not isinstance(values[key], dict) or not values[key]:
-        raise ValueError(f"{where} lists no {key}: add at least one.")
-    return values[key]
-
-
-def _number(values: dict, key: str, where: str) -> float | None:
-    """values[key], None if it is not there."""
-    value = values.get(key)
-    if key in values and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
-        raise ValueError(f"{where} has {key}={value}: make it a number above 0, or remove it.")
-    return value
+def _typed(kind: type[BaseModel], document, where: str, where_keys: str | None = None) -> BaseModel:
+    """The document as a `kind`. ConfigError, one sentence that begins with `where` (`where_keys`, about a key)."""
+    known, required = sorted(kind.model_fields), [k for k, field in kind.model_fields.items() if field.is_required()]
+    if not isinstance(document, dict):
+        keys = ", ".join(sorted(required))
+        raise ConfigError(f"{where_keys or where} must be a mapping with the keys {keys}, not {document!r}.")
+    try:
+        return kind.model_validate({str(key): value for key, value in document.items()})
+    except ValidationError as error:
+        problems = {problem["type"]: problem for problem in reversed(error.errors(include_url=False))}
+        problem = problems.get("missing") or problems.get("extra_forbidden") or error.errors(include_url=False)[0]
+        key, value = problem["loc"][0], problem["input"]
+        if problem["type"] == "missing":
+            message = f"{where_keys or where} lacks the key {key}: add it."
+        elif problem["type"] == "extra_forbidden":
+            message = f"{where_keys or where} has the unknown key {key}: remove it; known are {', '.join(known)}."
+        elif key in ("groups", "sources"):
+            message = f"{where} lists no {key}: {kind.model_fields[key].description}."
+        else:
+            message = f"{where} has {key}={value}: {kind.model_fields[key].description}."
+        raise ConfigError(message) from None
 
 
 def _listed(names: list[str]) -> str:
@@ -330,7 +363,7 @@ def _shards(name: str, folder: Path) -> dict[str, dict[str, int]]:
             for part in ("train", "val")
         }
     except (OSError, KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"the source {name} is not prepared ({meta}: {error}): run energon prepare {folder} --non-interactive "
             "--split-ratio 99,1,0 --sample-type CrudeWebdataset."
         ) from error

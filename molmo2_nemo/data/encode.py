@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data.blend import SourceOptions
 from molmo2_nemo.data.points import render_content
@@ -29,9 +30,8 @@ from molmo2_nemo.data.processor import VisualInputs, build_processor, read_image
 from molmo2_nemo.data.schema import Example, Image, Message, Video
 from molmo2_nemo.data.tasks import Conversation, converse
 from molmo2_nemo.data.video import annotation_times, frame_times, pick_frames
+from molmo2_nemo.model.mask import ROOT_SEGMENT
 
-# Segment id of what all branches of a tree see; branch m has segment m, a plain example segment 0.
-ROOT_SEGMENT = 10_000
 # Seconds: a subtitle is shown if a frame is seen while it lasts, or this long before or after.
 SUBTITLE_REACH = 1.0
 
@@ -124,7 +124,7 @@ class _Fitted:
 
 
 class Encoder:
-    """Encodes samples for one data configuration and model geometry. ValueError: no usable tokenizer."""
+    """Encodes samples for one data configuration and model geometry. ConfigError: no usable tokenizer."""
 
     def __init__(self, data: DataConfig, vision: VisionConfig):
         self.data = data
@@ -133,7 +133,7 @@ class Encoder:
         self.visual = VisualInputs(self.processor)
         eos, bos, pad = (getattr(self.tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad"))
         if eos is None:
-            raise ValueError(f"data.tokenizer={data.tokenizer} has no end-of-sequence token: set its eos_token.")
+            raise ConfigError(f"data.tokenizer={data.tokenizer} has no end-of-sequence token: set its eos_token.")
         self.eos_id, self.bos_id, self.pad_id = eos, eos if bos is None else bos, eos if pad is None else pad
         self.visual_ids = frozenset(self.visual.token_ids.tolist())
         self.im_start, im_end = self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])

@@ -45,6 +45,7 @@ from megatron.energon.savable_loader import SavableDataLoader, SavableDataLoader
 from megatron.energon.wrappers.base import BaseWrapperDataset
 
 from molmo2_nemo import compat
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data import progress
 from molmo2_nemo.data.blend import Source, check_blend, write_metadataset
@@ -276,6 +277,13 @@ class HeldOutSamples(Molmo2TaskEncoder):
         return RoundRobin([self._load_dataset(d, 0, worker_config) for d in datasets], worker_config=worker_config)
 
 
+class WorkerDied(RuntimeError):
+    """A worker process of a loader has ended, most likely killed by the system for lack of memory."""
+
+    def __init__(self, pid: int):
+        super().__init__(f"process {pid}")
+
+
 class Loader:
     """Iterates an Energon loader; `close()` stops its workers, and so does the end of the process."""
 
@@ -289,6 +297,15 @@ class Loader:
         """Stop the worker processes. Safe to call again."""
         atexit.unregister(self.close)
         compat.stop_loader_processes(self._loader)
+
+    @property
+    def workers(self) -> list:
+        """The worker processes; none before the first batch or with data.num_workers=0."""
+        return compat.loader_processes(self._loader)
+
+    def dead_worker(self) -> int | None:
+        """The process id of a worker that has ended, None if there is none."""
+        return next((worker.pid for worker in self.workers if not worker.is_alive()), None)
 
 
 class TrainLoader(Loader):
@@ -314,11 +331,6 @@ class TrainLoader(Loader):
             batch = next(self._batches)
         self.position.add(batch.examples)
         return batch
-
-    @property
-    def workers(self) -> list:
-        """The worker processes; none before the first batch or with data.num_workers=0."""
-        return compat.loader_processes(self._loader)
 
     @property
     def dealt_anew(self) -> bool:
@@ -358,7 +370,7 @@ def train_loader(
     another order, with what had not been handed out first (progress.py).
 
     Writes METADATASET to run_dir. Workers are forked at the first batch: ask for one before large allocations. With
-    data.num_workers=0 all is done in this process, for debugging. ValueError: a source is too small for so many
+    data.num_workers=0 all is done in this process, for debugging. ConfigError: a source is too small for so many
     workers, there is no usable tokenizer, a process may not open enough files, or `saved` is damaged or of a stream
     made from something else. Broken samples raise nothing: they are in the batches' counters and errors.
     """
@@ -405,18 +417,17 @@ def validation_loader(
     sources: list[Source],
     rank: int,
     world_size: int,
-    data_parallel_group: torch.distributed.ProcessGroup | None,
     micro_batch_size: int,
     run_dir: Path,
 ) -> ValidationLoader:
     """The held-out split of all sources in turn, packed; finite, and the same in every iteration.
 
     Rows are made of the whole split and dealt to the data-parallel ranks, so that they do not depend on world_size,
-    and every rank gets the same number of micro-batches (the last may hold empty rows). ValueError: nothing is held
+    and every rank gets the same number of micro-batches (the last may hold empty rows). ConfigError: nothing is held
     out.
     """
     if not any(source.num_validation_samples for source in sources):
-        raise ValueError(
+        raise ConfigError(
             f"nothing is held out in data.blend={data.blend}: prepare a source with a split part val, or set "
             "train.validation_batches=0."
         )
@@ -461,7 +472,7 @@ def held_out_samples(data: DataConfig, encoder: Encoder, sources: list[Source], 
 def save_state(loader: TrainLoader) -> bytes:
     """Where the stream of this rank is, to be continued by `train_loader`.
 
-    RuntimeError: a worker process is dead. Energon would wait for its answer for ever.
+    WorkerDied: a worker process is dead; Energon would wait for its answer for ever.
     """
     if not loader.workers:
         return progress.write(loader.position, loader.manifest, loader._loader.save_state_rank())
@@ -475,9 +486,9 @@ def save_state(loader: TrainLoader) -> bytes:
 
     threading.Thread(target=ask, daemon=True).start()
     while answer.empty():
-        dead = [worker.pid for worker in loader.workers if not worker.is_alive()]
-        if dead:
-            raise RuntimeError(f"DataLoader worker (pid {dead[0]}) died before it said where it was.")
+        dead = loader.dead_worker()
+        if dead is not None:
+            raise WorkerDied(dead)
         time.sleep(SECONDS_BETWEEN_LOOKS)
     state, error = answer.get()
     if error is not None:
@@ -542,10 +553,10 @@ def _init_worker(init: Callable[[int], None], worker_id: int) -> None:
 
 
 def _allow_open_files(needed: int) -> None:
-    """Raise this process' and its workers' limit of open files. ValueError: the system does not allow so many."""
+    """Raise this process' and its workers' limit of open files. ConfigError: the system does not allow so many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ValueError(f"the blend needs {needed} open files, the limit is {hard}: raise it (ulimit -n {needed}).")
+        raise ConfigError(f"the blend needs {needed} open files, the limit is {hard}: raise it (ulimit -n {needed}).")
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 

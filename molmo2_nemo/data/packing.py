@@ -20,14 +20,14 @@ from molmo2_nemo import compat
 from molmo2_nemo.data.encode import SamplePlan
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
 
-# Rows are planned in units of this part of their length: finer costs time, and wins nothing that can be seen.
+# Lengths are rounded up to 1/RESOLUTION of a row when it is planned. A finer unit costs time and fills rows no better.
 RESOLUTION = 4096
-# At the latest the third row after the oldest example became the oldest takes it. Waiting for a row that it fits well
+# The oldest example may be passed over this many times before a row has to take it. Waiting for a row that it fits well
 # fills rows better, and no example waits for more than three times the number of those before it.
 ROWS_WITHOUT_OLDEST = 2
-# Examples wait until there are packing_buffer_size of them and so many rows' worth: of short ones more are needed.
+# A row is made when packing_buffer_size examples wait and they would fill this many rows: more are needed if short.
 ROWS_WAITING = 2
-# After so many samples in a row that give nothing, a row is made of what there is, so that the trainer hears of them.
+# After this many dropped samples in a row, a row is made of what waits, since rows carry the counts to the trainer.
 MAX_DROPPED_IN_A_ROW = 200
 
 
@@ -85,7 +85,7 @@ def select(
 
 
 def enough_wait(count: int, tokens: int, crops: int, max_tokens: int, max_crops: int, buffer_size: int) -> bool:
-    """Whether a row can be made of so many examples with so many tokens and crops, or more should be read first."""
+    """Whether a row can be made of `count` examples with these tokens and crops, or more should be read first."""
     return count >= buffer_size and (tokens >= ROWS_WAITING * max_tokens or crops >= ROWS_WAITING * max_crops)
 
 
@@ -219,9 +219,9 @@ class PackedRows(BaseWrapperDataset[WaitingSample, Row]):
     stream continues exactly. Dropped samples (plans without tokens) leave with the next row, to be counted; where all
     are dropped, that row is empty.
 
-    finite: for held-out data. Every iteration starts anew, and only the rows `shard[0]`, `shard[0] + shard[1]`, ... are
-    decoded and emitted, so that the rows do not depend on the number of ranks; empty rows at the end give every rank
-    the same number, a multiple of `multiple`.
+    finite: for held-out data. Every iteration starts from the beginning, and only the rows `shard[0]`,
+    `shard[0] + shard[1]`, ... are decoded and emitted, so that the rows do not depend on the number of ranks. Empty
+    rows at the end give every rank the same number of rows, a multiple of `multiple`.
     """
 
     _savable_fields = ("_pool", "_passed_over")

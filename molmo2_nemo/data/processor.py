@@ -1,8 +1,8 @@
 """transformers' Molmo2 processors for one model geometry: the tokens of images and frames, and their pixels as bytes.
 
 Sizes alone decide the tokens and the number of crops, so both are known before anything is decoded. Grids, tokens and
-pooling windows are transformers' own; what is done to every pixel is written here anew, to the same bytes in a quarter
-of the time.
+pooling windows are transformers' own. What is done to every pixel is implemented here again: it takes a quarter of the
+time and gives the same bytes.
 """
 
 import io
@@ -18,6 +18,7 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.models.molmo2.image_processing_molmo2 import select_tiling
 
 from molmo2_nemo import limits
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import VisionConfig
 
 # Bytes stay bytes: the model maps them to [-1, 1] on its device.
@@ -27,13 +28,13 @@ AS_BYTES = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
 def build_processor(tokenizer: str, vision: VisionConfig, max_crops_per_image: int = 8) -> Molmo2Processor:
     """transformers' processor for this geometry. `tokenizer`: a folder, or a name on the Hugging Face hub.
 
-    ValueError: there is no tokenizer, or it lacks a special token of Molmo2.
+    ConfigError: there is no tokenizer, or it lacks a special token of Molmo2.
     """
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise ConfigError(
             f"data.tokenizer={tokenizer} holds no tokenizer ({reason}): set it to a folder with one; "
             "model=tiny brings its own."
         ) from error
@@ -67,7 +68,7 @@ def build_processor(tokenizer: str, vision: VisionConfig, max_crops_per_image: i
     needed = ["<|im_start|>", "<|im_end|>", "<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<im_end>"]
     for token in [*needed, "<frame_start>", "<frame_end>", "<im_low>"]:
         if token not in vocabulary:
-            raise ValueError(f"data.tokenizer={tokenizer} lacks the token {token}: use a Molmo2 model's tokenizer.")
+            raise ConfigError(f"data.tokenizer={tokenizer} lacks the token {token}: use a Molmo2 model's tokenizer.")
     return processor
 
 
@@ -108,7 +109,7 @@ class VisualInputs:
         return select_tiling(height - margins, width - margins, step, max_crops)
 
     def _canvas(self, rows: int, columns: int) -> tuple[int, int]:
-        """Height and width in pixels of the picture that so many overlapping tiles cover."""
+        """Height and width in pixels of the picture that these rows and columns of overlapping tiles cover."""
         step = self.side - self.margins
         return (rows * step + self.margins) * self.patch_size, (columns * step + self.margins) * self.patch_size
 
@@ -129,7 +130,7 @@ class VisualInputs:
         return padded
 
     def image_tokens(self, width: int, height: int, max_crops: int | None = None) -> tuple[np.ndarray, int]:
-        """Tokens of an image of so many pixels (int32 [n]) and its number of crops, the overview included.
+        """Tokens of an image of this size in pixels (int32 [n]) and its number of crops, the overview included.
 
         max_crops: limit of the crops beside the overview; None: the processor's.
         Images narrower than a tile's two margins follow transformers' (the released) processor, which does not clamp.
@@ -211,5 +212,5 @@ def read_image(data: bytes) -> np.ndarray:
         ) from error
     except UnidentifiedImageError as error:
         raise ValueError(f"The image cannot be decoded: it is none of {', '.join(limits.IMAGE_FORMATS)}.") from error
-    except Exception as error:  # PIL's decoders raise whatever they like on broken files
+    except Exception as error:  # PIL's decoders raise errors of any type on broken files
         raise ValueError(f"The image cannot be decoded: {error}.") from error

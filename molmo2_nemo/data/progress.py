@@ -5,7 +5,7 @@
     pickle             Energon's own state of the rank's workers
 
 With the same numbers of data-parallel ranks and loader workers, Energon's state continues exactly. With others it
-cannot, since every worker owns a part of each source. Then the stream starts anew, in another order, and leaves out
+cannot, since every worker owns a part of each source. Then the stream starts again in another order, and leaves out
 what is ahead: of a sample that was handed out n times, in a source whose samples were handed out m times or more, the
 first n - m appearances. So nothing is lost, and a sample comes again only when all others of its worker's part have
 been read as often. Samples that were read but not handed out yet count as unread.
@@ -25,6 +25,7 @@ import torch
 from megatron.energon.savable_loader import SavableDataLoaderState
 
 from molmo2_nemo import compat
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.data.blend import Source
 
 # The keys of a manifest that a run may change on resuming. Without them it is the same stream, dealt out otherwise.
@@ -78,12 +79,12 @@ def write(progress: StreamPosition, manifest: dict, energon) -> bytes:
 def read(saved: Sequence[Path], manifest: dict, sources: Sequence[Source]) -> StreamPosition:
     """Continue from the state files of all data-parallel ranks, in order, as the rank that `manifest` says.
 
-    ValueError, one sentence: the stream was made from something else, or a file is missing or damaged.
+    ConfigError, one sentence: the stream was made from something else, or a file is missing or damaged.
     """
     rank = min(manifest[RANK], len(saved) - 1)
     old, progress = _read_file(saved[rank], rank, manifest, sources)
     if len(saved) != old[RANKS]:
-        raise ValueError(
+        raise ConfigError(
             f"the checkpoint holds the data state of {len(saved)} of {old[RANKS]} data-parallel ranks: use another "
             "checkpoint, or start a new run from its weights."
         )
@@ -117,22 +118,18 @@ def _read_file(path: Path, rank: int, manifest: dict, sources: Sequence[Source])
             progress.energon = _StateUnpickler(file).load()
             if not isinstance(progress.energon, SavableDataLoaderState | None):
                 raise ValueError("it holds no loader's state")
-    except (MemoryError, _AnotherStream):
+    except (MemoryError, ConfigError):  # the latter: the state is whole, but of another stream
         raise
-    except Exception as error:  # a damaged pickle raises whatever it likes
-        raise ValueError(f"the saved data state is damaged ({error}): start a new run from the weights.") from error
+    except Exception as error:  # a damaged pickle raises errors of any type
+        raise ConfigError(f"the saved data state is damaged ({error}): start a new run from the weights.") from error
     return old, progress
-
-
-class _AnotherStream(ValueError):
-    """The state is whole, but of another stream."""
 
 
 def _refuse_another_stream(old: dict, manifest: dict) -> None:
     for key in sorted((old.keys() | manifest.keys()) - {RANK, RANKS, WORKERS}):
         before, now = old.get(key), json.loads(json.dumps(manifest.get(key)))
         if before != now:
-            raise _AnotherStream(
+            raise ConfigError(
                 f"the data state was saved with {key}={before}, this run has {key}={now}: set the old value, or start "
                 "a new run from the checkpoint's weights."
             )

@@ -5,7 +5,7 @@
                   [{"role": "user", "content": "Who is that?"}, {"role": "assistant", "content": "The cat."}]]}
 
 Every branch is a conversation of its own about the same images or video (a message tree). It is either a list of
-messages, taken as they are, or a task, from which tasks.py makes a conversation anew each time the sample is drawn.
+messages, taken as they are, or a task, from which tasks.py makes another conversation each time the sample is drawn.
 Coordinates are fractions 0..1 of width and height. Times are seconds from the start of the video, or of its clip.
 """
 

@@ -1,4 +1,7 @@
-"""Tasks become conversations here, anew each time a sample is drawn (arXiv 2601.10611; public allenai/molmo2)."""
+"""How tasks become conversations, which are drawn again each time a sample is used.
+
+Source: arXiv 2601.10611 and public allenai/molmo2.
+"""
 
 import re
 from collections import Counter
@@ -49,7 +52,7 @@ LABELLED_SHARE, LABEL_ONLY_SHARE, ONE_LINE_SHARE, INSTRUCTION_SHARE, COMMON_MARK
 COMMON_MARKERS = ("{}. ", "{}) ", "({}) ")
 UNUSUAL_MARKERS = ("{}: ", "[{}] ", "{} - ", "<{}> ", "{} | ", "Option {}: ")
 ROMAN = "i ii iii iv v vi vii viii ix x xi xii xiii xiv xv xvi xvii xviii xix xx xxi xxii xxiii xxiv xxv xxvi".split()
-# Styles of human questions, which leave open whether "how many" asks for points.
+# Styles of questions by people: "how many" in them may or may not ask for points.
 OPEN_STYLES = frozenset(["user_qa", "correction_qa"])
 COUNTING = re.compile(r"\b(how many|count (the|all|each|every)|number of|total (of|number))\b", re.IGNORECASE)
 TIME = re.compile(r"<time ([0-9]{1,7}(?:\.[0-9]{1,6})?)/>")
@@ -142,7 +145,7 @@ def _multiple_choice(task: MultipleChoice, style: str, example: Example, rng: np
     right, asked = task.options[task.answer], task.question
     if task.explanation is not None and templates:
         asked = f"{asked} {_draw(rng, sets.EXPLAIN)}"
-    # The layout of evaluations wants the option alone.
+    # In the layout of evaluations the answer is the option alone.
     if not templates or (rng.random() < EVALUATION_LAYOUT_SHARE and task.explanation is None):
         lines = [f"{_label('A', i)}. {option}" for i, option in enumerate(task.options)]
         question = "\n".join([asked, *([EVALUATION_LAYOUT] if task.explanation is None else []), *lines])

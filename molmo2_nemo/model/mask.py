@@ -11,6 +11,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 # Packed example k of a row adds k times this to its segment ids; padding has segment id -1.
 SEGMENTS_PER_EXAMPLE = 100_000
+# Within an example: the segment id of a message tree's root, which all branches see; branch m has segment m, and a
+# plain example segment 0.
+ROOT_SEGMENT = 10_000
 
 
 def mask_mod(segment_ids: torch.Tensor, vision_mask: torch.Tensor, query_offset: int = 0):

@@ -1,25 +1,19 @@
-"""What pictures and videos are (sizes, lengths), and whether annotations fit them."""
+"""What is known of a picture or video file: its size, length and frame rate; and cutting a clip out of a video file."""
 
 import io
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 
-from molmo2_nemo.data.points import NO_TRACKS, SAME_TIME, Points, from_json, render_content
 from molmo2_nemo.data.processor import read_image
-from molmo2_nemo.data.schema import Chat, Example, Pointing, Tracking
-from molmo2_nemo.data.tasks import converse
-from molmo2_nemo.data.video import TOLERANCE, annotation_times, pick_frames
+from molmo2_nemo.data.video import TOLERANCE, pick_frames
 
-MAX_MEDIA = 2 * 2**30  # bytes of one file: it is held in memory, later in every loader's pool
-UNITS = ("fraction", "percent", "pixels")
-# Outside the picture by less than this share of its side, a point is moved to the border: rounding, not a mistake.
-SLACK = 0.005
-SEEK_BACK = 0.5  # seconds
-# Of containers that are written: no random identity, no time of day.
+# Bytes of one file: it is held in memory here, and later in the pool of every loader worker.
+MAX_MEDIA = 2 * 2**30
+SEEK_BACK = 0.5  # seconds before a clip's start at which to look for a key frame
+# Option of the containers that are written: no random identity and no time of day in them.
 BIT_EXACT = {"fflags": "+bitexact"}
 
 
@@ -30,7 +24,7 @@ def suffix(file: Path) -> str:
 
 
 def image_facts(data: bytes) -> dict:
-    """Displayed size; decodes the whole picture."""
+    """Displayed width and height in pixels. The whole picture is decoded. ValueError: it cannot be."""
     height, width = read_image(data).shape[:2]
     return {"width": width, "height": height}
 
@@ -62,82 +56,8 @@ def video_facts(data: bytes) -> dict:
     return facts | ({"fps": round(rate, 6)} if is_constant else {})
 
 
-def use_fractions(example: Example, unit: str) -> None:
-    """Change coordinates to fractions, in place. ValueError: one is outside its picture, or of no picture."""
-
-    def size(frame: float) -> tuple[int, int]:
-        """Width and height of what the coordinates of a frame are of."""
-        video = example.video
-        if video and frame > video.seconds + SAME_TIME:
-            raise ValueError(f"points are at {frame:g} seconds, and the video has {video.seconds:g}")
-        if not video and frame not in range(1, len(example.images) + 1):
-            raise ValueError(f"points are of image {frame:g}, and there are {len(example.images)}")
-        seen = video or example.images[int(frame) - 1]
-        return seen.width, seen.height
-
-    def fraction(value: float, side: int) -> float:
-        value /= {"fraction": 1, "percent": 100, "pixels": side}[unit]
-        if not -SLACK <= value <= 1 + SLACK:
-            raise ValueError(
-                f"a coordinate is {value:.3f} of the picture's side, outside of it: is unit={unit} right? "
-                f"({', '.join(UNITS)})"
-            )
-        return min(max(value, 0.0), 1.0)
-
-    def scaled(frame: float, points: list[tuple]) -> list[tuple]:
-        width, height = size(frame)
-        return [(*name, fraction(x, width), fraction(y, height)) for *name, x, y in points]
-
-    for branch in example.branches:
-        if isinstance(branch, Pointing):
-            branch.points = [(frame, scaled(frame, points)) for frame, points in branch.points]
-        elif isinstance(branch, Tracking):
-            branch.frames = [(seconds, scaled(seconds, objects)) for seconds, objects in branch.frames]
-        else:
-            messages = branch if isinstance(branch, list) else branch.messages if isinstance(branch, Chat) else []
-            for entry in (from_json(entry) for message in messages for entry in message.points):
-                if unit != "fraction":
-                    raise ValueError("points of messages are fractions: leave out unit")
-                if (isinstance(entry, Points) and entry.kind == "image") == bool(example.video):
-                    raise ValueError("points of a message are of an image, and the sample has a video, or the reverse")
-                for frame, points in entry.groups if isinstance(entry, Points) else entry.frames:
-                    scaled(frame, points)
-
-
-def check_rates(example: Example) -> None:
-    """Have frames where the tracks are. ValueError: the video has none there."""
-    video, tracks = example.video, [branch for branch in example.branches if isinstance(branch, Tracking)]
-    if tracks and video.annotation_fps is None:
-        video.annotation_fps = min(task.fps for task in tracks)
-    if video.annotation_fps is not None:
-        annotation_times(video.seconds, 1, video.annotation_fps, video.fps)
-
-
-def check_answers(example: Example) -> None:
-    """ValueError: a branch cannot be asked in one of its styles, or an answer is empty."""
-    for branch in example.branches:
-        styles = getattr(branch, "style", None)
-        if styles == []:
-            raise ValueError("style is an empty list")
-        for style in styles if isinstance(styles, list) else [styles]:
-            styled = branch if isinstance(branch, list) else replace(branch, style=style)
-            [talk] = converse(replace(example, branches=[styled]), np.random.default_rng(0), "templates")
-            answers = [render_content(m.content, m.points) for m in talk.messages if m.role == "assistant"]
-            if not all(answer.strip() for answer in answers):
-                raise ValueError("an answer is empty")
-            if isinstance(branch, Tracking) and NO_TRACKS in answers:
-                raise ValueError(f"no track is at a multiple of 1 / fps = {1 / branch.fps:g} seconds")
-
-
-def without_nothing(value):
-    """Without the keys that say nothing: null, and multi_turn 0."""
-    if isinstance(value, dict):
-        return {k: without_nothing(v) for k, v in value.items() if v is not None and (k, v) != ("multi_turn", 0)}
-    return [without_nothing(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def excerpt(path: Path, start: float, end: float) -> tuple[bytes, str, float] | None:
-    """The part of a video file that shows it from `start` to `end` (seconds after its first frame), not encoded anew.
+    """The part of a video file that shows it from `start` to `end` (seconds after its first frame), not re-encoded.
 
     Its bytes, suffix, and the seconds at which it starts, on a key frame. None: it cannot be cut without a change of
     what is seen at `start` and at `end`.

@@ -5,9 +5,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from molmo2_nemo.data.encode import ROOT_SEGMENT
 from molmo2_nemo.data.packing import Batch
-from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
+from molmo2_nemo.model.mask import ROOT_SEGMENT, SEGMENTS_PER_EXAMPLE
 
 # Read on the first pipeline stage only; pixels are most of a batch.
 VISION_FIELDS = ("crops", "pooling", "vision_units")

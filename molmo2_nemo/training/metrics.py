@@ -218,8 +218,10 @@ def _commit() -> str | None:
 class RunLog:
     """Rank 0's console, TensorBoard, metrics.jsonl, Weights & Biases if asked for; other ranks write nothing.
 
-    Leaves config.yaml and versions.json in the run directory. Writing must not end a run: where the disk is full, what
-    cannot be written is counted, and said once.
+    first_step: the first that this start of the run trains, one more than that of the checkpoint it resumes. What an
+    earlier start has logged from there on is no longer shown by TensorBoard. Leaves config.yaml and versions.json in
+    the run directory. Writing must not end a run: where the disk is full, what cannot be written is counted, and
+    reported once.
     """
 
     def __init__(self, run_dir: Path, first_step: int, name: str, config_yaml: str, wandb_project: str | None = None):

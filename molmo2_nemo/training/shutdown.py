@@ -10,30 +10,24 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.data.loader import WorkerDied
 from molmo2_nemo.environment import rank_from_environment
 from molmo2_nemo.files import write_atomically
 
 ENDED = "ended.json"
 _TIME_LIMIT = 1000  # beyond any signal's number
-# What collectives raise on the ranks that are left when another one is gone.
-_LOST_CONTACT = (
-    "connection closed by peer",
-    "connection reset",
-    "broken pipe",
-    "timed out",
-    "timeout",
-    "connect failed",
-    "nccl communicator was aborted",
-    "remote process exited",
-    "connection was likely closed",
-)
+# What collectives raise on the ranks that are left when another one is gone: NCCL's and the store's errors.
+_LOST_CONTACT = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+# Gloo has no type of its own: it raises RuntimeError. Its text begins with the source file: "[.../gloo/transport/...]".
+_LOST_CONTACT_GLOO = ("/gloo/transport/", "/gloo/rendezvous/")
 
 
 class StopRequest:
@@ -79,6 +73,15 @@ def write_ended(run_dir: Path, reason: str, step: int, message: str = "") -> Non
     path = run_dir / ENDED
     ended = {"reason": reason, "step": step, "message": message, "time": time.time()}
     write_atomically(path, json.dumps(ended) + "\n")
+
+
+def end_all_ranks(run_dir: Path, message: str, step: int, reason: str = "error") -> NoReturn:
+    """End the run, with exit status 2, for what all ranks have found alike. Collective; rank 0 says so."""
+    if dist.get_rank() == 0:
+        write_ended(run_dir, reason, step, message)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    dist.barrier()
+    sys.exit(2)
 
 
 class StackDump:
@@ -131,11 +134,11 @@ def record_collectives(run_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def told_in_one_line(run_dir: Path, progress: dict[str, int]) -> Iterator[None]:
+def told_in_one_line(run_dir: Path, step: Callable[[], int]) -> Iterator[None]:
     """End this process with one line on standard error for whatever goes wrong inside; the traceback goes to a file.
 
-    Of the ranks that only lost contact to another one, one says so if that one could not. progress: {"step": the
-    running step}.
+    Of the ranks that only lost contact to another rank, one says so, unless that other rank has said why it failed.
+    step: gives the number of the running step.
     """
     try:
         yield
@@ -147,18 +150,17 @@ def told_in_one_line(run_dir: Path, progress: dict[str, int]) -> Iterator[None]:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"rank_{rank:04d}.txt").write_text(traceback.format_exc())
-        place = f"rank {rank} on {host}, step {progress['step']}"
+        place = f"rank {rank} on {host}, step {step()}"
         reason = describe(error)
-        if reason is None:
-            reason = "lost contact to another rank, whose own message says why"
-            time.sleep(2)  # for the other's words
+        if lost_contact(error):
+            time.sleep(2)  # so that the other rank can write its message first
             speaks = not (run_dir / ENDED).exists() and _first(
                 folder / f"lost_contact_{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
             )
         else:
             speaks = True
             with contextlib.suppress(OSError):
-                write_ended(run_dir, "error", progress["step"], message=f"{place}: {reason}")
+                write_ended(run_dir, "error", step(), message=f"{place}: {reason}")
         if speaks:
             print(f"error: {place}: {reason} (traceback in {folder})", file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -168,8 +170,15 @@ def told_in_one_line(run_dir: Path, progress: dict[str, int]) -> Iterator[None]:
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
-def describe(error: BaseException) -> str | None:
-    """One sentence for an error; None where it only says that another rank is gone."""
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error says no more than that another rank is gone or does not answer."""
+    if isinstance(error, _LOST_CONTACT):
+        return True
+    return isinstance(error, RuntimeError) and any(place in str(error) for place in _LOST_CONTACT_GLOO)
+
+
+def describe(error: BaseException) -> str:
+    """One sentence for an error."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
@@ -178,13 +187,13 @@ def describe(error: BaseException) -> str | None:
             f"out of GPU memory ({text}): try transformer.recompute_granularity=full, a smaller train.micro_batch_size "
             "or data.max_crops, or more tensor or context parallel ranks"
         )
-    if "DataLoader worker" in text:
+    if isinstance(error, WorkerDied):
         return (
             f"a loader worker died ({text}): if the system ran out of memory, lower data.num_workers or "
             "data.packing_buffer_size"
         )
-    if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _LOST_CONTACT):
-        return None
+    if lost_contact(error):
+        return f"lost contact to another rank, whose own message says why ({text})"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

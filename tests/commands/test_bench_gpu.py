@@ -8,9 +8,13 @@ import re
 import gpu as bench_gpu
 import pytest
 import torch
+from gpu_kernels import model_config
+from gpu_steps import through
 from programs import REPOSITORY, python, succeeded
 
 from molmo2_nemo.config.schema import Config, vision_token_ids
+from molmo2_nemo.model.mask import ROOT_SEGMENT, SEGMENTS_PER_EXAMPLE
+from molmo2_nemo.random_batches import packed_row, visible_pairs
 
 
 def test_sections_run_at_toy_sizes_and_say_what_was_not_measured(tmp_path):
@@ -61,9 +65,9 @@ def test_a_failing_case_is_its_reason_and_not_the_end(tmp_path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_are_full_and_consistent(seed):
-    model = bench_gpu.model_config("molmo2_4b")
-    batch = bench_gpu.packed_row(model, 16384, 128, seed)
-    again = bench_gpu.packed_row(model, 16384, 128, seed)
+    model = model_config("molmo2_4b")
+    batch = packed_row(model, 16384, 128, seed)
+    again = packed_row(model, 16384, 128, seed)
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     ids, vision = batch["input_ids"][0], batch["vision_mask"][0]
     assert (batch["segment_ids"] >= 0).all()
@@ -73,8 +77,8 @@ def test_rows_are_full_and_consistent(seed):
     assert int(batch["vision_units"][:, 0].sum()) == 128
     assert 0 <= int(batch["pooling"].amax()) < 128 * model.vision.patches_per_crop
     assert not (batch["loss_weights"][0] > 0)[vision].any() and (batch["loss_weights"] > 0).any()
-    numbers = batch["segment_ids"][0] % 100_000
-    assert (numbers == bench_gpu.SEGMENTS_OF_ROOT).any(), "no message tree"
+    numbers = batch["segment_ids"][0] % SEGMENTS_PER_EXAMPLE
+    assert (numbers == ROOT_SEGMENT).any(), "no message tree"
     # Answers start where their root ends, whichever branch they are.
     starts = (batch["loss_weights"][0] > 0) & ~torch.roll(batch["loss_weights"][0] > 0, 1)
     assert (batch["position_ids"][0][starts] > 0).all() and int(batch["position_ids"].amax()) < 16384
@@ -84,14 +88,14 @@ def test_pairs_are_those_of_the_mask():
     from molmo2_nemo.training.batches import attended_pairs
 
     for S in (2048, 4096):
-        batch = bench_gpu.packed_row(bench_gpu.model_config("molmo2_4b"), S, S // 128, seed=S)
+        batch = packed_row(model_config("molmo2_4b"), S, S // 128, seed=S)
         segments, vision = batch["segment_ids"], batch["vision_mask"]
-        assert bench_gpu.visible_pairs(batch) == attended_pairs(segments, vision)
+        assert visible_pairs(batch) == attended_pairs(segments, vision)
 
 
 def test_the_line_through_two_depths():
-    assert bench_gpu.through((4, 8), [10.0, 14.0], 36) == 42.0
-    assert bench_gpu.through((4, 8), [None, None], 36) is None
+    assert through((4, 8), [10.0, 14.0], 36) == 42.0
+    assert through((4, 8), [None, None], 36) is None
 
 
 def test_the_wheels_argument_is_taken_out_of_the_second_run():

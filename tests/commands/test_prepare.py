@@ -35,10 +35,11 @@ from molmo2_nemo.data.tasks import (
     TRACK_ONE,
 )
 from molmo2_nemo.files import published
-from molmo2_nemo.prepare.sample_world import COLOURS
-from molmo2_nemo.prepare.shards import write_shards
+from molmo2_nemo.prepare import own_data
+from molmo2_nemo.prepare.sample_world.scenes import COLOURS
+from molmo2_nemo.prepare.webdataset import write_shards
 
-sys.path.insert(0, str(REPOSITORY / "tools" / "check"))
+sys.path.insert(0, str(REPOSITORY / "tools"))
 import prepare as tool
 
 TURN = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
@@ -179,8 +180,8 @@ BAD = [
     ({"image": "dog.jpg", "messages": TURN}, "dog.jpg is not in"),
     ({"image": "deep", "messages": TURN}, "deep is not in"),
     ({"image": "x" * 5000, "messages": TURN}, "name too long"),
-    ({"image": 3, "messages": TURN}, "3 names no file"),
-    ({"images": "cat.jpg", "messages": TURN}, "images is not a list"),
+    ({"image": 3, "messages": TURN}, "image=3 names no file"),
+    ({"images": "cat.jpg", "messages": TURN}, "images='cat.jpg' is not a list"),
     ({"image": "cut.jpg", "messages": TURN}, "cut.jpg: The image cannot be decoded"),
     ({"image": "bikes.mp4", "messages": TURN}, "bikes.mp4: The image cannot be decoded"),
     ({"video": "cut.mp4", "messages": TURN}, "cut.mp4: the video cannot be opened"),
@@ -226,7 +227,7 @@ BAD = [
 def test_every_mistake_has_its_sentence(pictures, line, reason):
     text = line if isinstance(line, str) else json.dumps(line)
     with pytest.raises((ValueError, OSError), match=re.escape(reason)):
-        tool.read_line(text.encode(), 1, pictures.resolve(), "fraction")
+        own_data.read_line(text.encode(), 1, pictures.resolve(), "fraction")
 
 
 def test_every_mistake_is_named_by_its_line_and_nothing_is_written(pictures, tmp_path):
@@ -272,14 +273,14 @@ def test_few_samples_can_be_repeated_and_a_hash_holds_out(pictures, tmp_path):
 
 
 def test_samples_with_one_picture_are_held_out_together():
-    lines = [tool.Line(f"k{n}", b"", [("img0.jpg", Path(f"{n % 10}.jpg"))], []) for n in range(30)]
-    held_out = tool.held_out_keys(lines, 0.2)
+    lines = [own_data.OwnSample(f"k{n}", b"", [("img0.jpg", Path(f"{n % 10}.jpg"))], []) for n in range(30)]
+    held_out = own_data.held_out_keys(lines, 0.2)
     assert len(held_out) == 6 and held_out == {f"k{n}" for n in range(30) if f"k{n % 10}" in held_out}
     # Of a file that grows, what was held out stays held out.
-    more = lines + [tool.Line(f"m{n}", b"", [], []) for n in range(300)]
-    assert len(tool.held_out_keys(more, 0.2)) == 66 and held_out <= tool.held_out_keys(more, 0.4)
+    more = lines + [own_data.OwnSample(f"m{n}", b"", [], []) for n in range(300)]
+    assert len(own_data.held_out_keys(more, 0.2)) == 66 and held_out <= own_data.held_out_keys(more, 0.4)
     # One picture in all lines, or one line: nothing can be held out.
-    assert not tool.held_out_keys(lines[::10], 0.2) and not tool.held_out_keys(lines[:1], 0.9)
+    assert not own_data.held_out_keys(lines[::10], 0.2) and not own_data.held_out_keys(lines[:1], 0.9)
 
 
 def test_shards_are_bounded_and_the_same_every_time(tmp_path):

@@ -27,12 +27,11 @@ from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.blend import check_shards, load_blend
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.video import pick_frames
-from molmo2_nemo.prepare import dataset
-from molmo2_nemo.prepare import stage as stage_module
+from molmo2_nemo.prepare import shard_plan, stage_datasets
 from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft
-from molmo2_nemo.prepare.converters.samples import Dropped, join, pack
+from molmo2_nemo.prepare.draft_to_sample import Dropped, join, pack
 
-sys.path.insert(0, str(REPOSITORY / "tools" / "check"))
+sys.path.insert(0, str(REPOSITORY / "tools"))
 import prepare as tool
 
 PICTURES = [skimage.data.chelsea(), skimage.data.coffee(), skimage.data.astronaut()]
@@ -129,7 +128,7 @@ def options(root, *arguments, stage=1):
 def run(root, *arguments, stage=1):
     """The tool's exit status, or what it says when it gives up."""
     with pytest.raises(SystemExit) as ended:
-        stage_module.main(options(root, *arguments, stage=stage))
+        tool.main(options(root, *arguments, stage=stage))
     return ended.value.code
 
 
@@ -252,9 +251,9 @@ def test_held_out_pictures_are_held_out_of_every_set(tmp_path):
 def test_buckets_are_of_like_size_and_belong_to_one_shard(tmp_path):
     [entry] = load_catalogue().find(["pixmo-cap"])
     fetched(tmp_path, entry.name, [], limit=20_000)
-    plan = dataset.make_plan(entry.model_dump(), tmp_path, tmp_path, 16)
+    plan = shard_plan.make_plan(entry.model_dump(), tmp_path, tmp_path, 16)
     abouts = [hashlib.sha256(f"https://a.b/{n}".encode()).hexdigest() for n in range(20_000)]
-    counts = Counter(dataset.bucket_of(plan, about) for about in abouts)
+    counts = Counter(shard_plan.bucket_of(plan, about) for about in abouts)
     shards = [bucket for shard in plan.shards for bucket in plan.buckets(shard)]
     assert plan.num_train == 16 and sorted(shards) == sorted([*counts, "val"]) and len(shards) == 64 + 1
     assert max(counts.values()) < 400
@@ -270,8 +269,8 @@ def test_a_small_set_has_something_held_out(tmp_path, size, held_out):
 
 
 def test_validation_and_training_share_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "VAL_SHARE", 0.2)
-    monkeypatch.setattr(dataset, "VAL_PER_SHARD", 10)
+    monkeypatch.setattr(shard_plan, "VAL_SHARE", 0.2)
+    monkeypatch.setattr(shard_plan, "VAL_PER_SHARD", 10)
     rows = [
         {
             "id": f"t{n}",
@@ -322,7 +321,7 @@ def unfinished(plan):
 
 def test_a_damaged_shard_is_written_again(prepared, tmp_path, monkeypatch):
     root = copy_raw(prepared, tmp_path / "damaged")
-    monkeypatch.setattr(stage_module, "finish", unfinished)
+    monkeypatch.setattr(stage_datasets, "finish", unfinished)
     assert run(root, "pixmo-points") == 0
     shards = sorted((root / ".prepare" / "pixmo-points" / "shards").glob("*.tar"))
     data = bytearray(shards[0].read_bytes())
@@ -343,16 +342,18 @@ def test_a_damaged_shard_is_written_again(prepared, tmp_path, monkeypatch):
 # As a full disk would, it refuses to write.
 LIMITED = """
 import resource, sys
-from molmo2_nemo.prepare import stage as stage_module
+sys.path.insert(0, "tools")
+import prepare
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-stage_module.main(sys.argv[1:])
+prepare.main(sys.argv[1:])
 """
 
 
 def test_a_disk_that_is_full_is_one_sentence(prepared, tmp_path):
     root = copy_raw(prepared, tmp_path / "full")
     said = python("-c", LIMITED, *options(root, "pixmo-points")).stderr
-    assert said.startswith("error: ") and "the same command goes on" in said and not (root / "pixmo-points").exists()
+    assert said.startswith("error: ") and "run the same command again to go on" in said
+    assert not (root / "pixmo-points").exists()
     assert run(root, "pixmo-points") == 0
     assert content(root) == {p: value for p, value in content(prepared).items() if p.startswith("pixmo-points/")}
 
@@ -369,7 +370,8 @@ def test_what_is_not_fetched_or_not_usable_is_said(prepared, tmp_path, capsys):
     assert "leaves no data set" in run(tmp_path, "--only-license", "wtfpl")
     # As tools/download.py takes it: the name or its beginning, but cc-by is not cc-by-nc-sa-4.0.
     for asked, found in ((["cc-by", "odc-by"], {"odc-by"}), (["cc-by-nc-sa"], {"cc-by-nc-sa-4.0"})):
-        assert {entry.license for entry in stage_module.chosen(load_catalogue(), tmp_path, 2, [], asked)} == found
+        entries = stage_datasets.choose_entries(load_catalogue(), tmp_path, 2, [], asked)
+        assert {entry.license for entry in entries} == found
     fetched(tmp_path, "pixmo-count", [], complete=False, stopped="being fetched")
     assert "not fetched to its end" in said("pixmo-count")
     rows = [
@@ -411,7 +413,7 @@ def test_new_raw_data_are_taken_when_asked(prepared, tmp_path, capsys):
     assert run(tmp_path, "pixmo-count") == 0
     before = content(tmp_path)
     fetched(tmp_path, "pixmo-count", rows[:2], limit=2)
-    assert run(tmp_path, "pixmo-count") == 0 and "--redo makes it anew" in capsys.readouterr().out
+    assert run(tmp_path, "pixmo-count") == 0 and "--redo prepares it again" in capsys.readouterr().out
     assert content(tmp_path) == before
     assert run(tmp_path, "pixmo-count", "--redo") == 0
     assert len(samples(tmp_path / "pixmo-count")) == 2 and not list(tmp_path.glob(".pixmo-count*"))
@@ -440,7 +442,7 @@ def test_wrong_rows_take_nothing_else_with_them(tmp_path, capsys):
     assert [branch.label for branch in example.branches] == ["cat", "edge"]
     [report] = json.loads((tmp_path / "stage1.report.json").read_text())
     assert sum(report["dropped"].values()) == 9 and report["branches"] == 2
-    assert report["dropped"]["a point lies far outside of its picture, if its unit is percent"] == 1
+    assert report["dropped"]["a point is far outside of its picture, if its unit is percent"] == 1
     assert "holds raw data alone" in run(tmp_path / "raw" / "out", "--root", str(tmp_path))
 
 
@@ -507,7 +509,7 @@ def long_video(path, codec, container, **options):
     ],  # what cannot be cut is stored whole
 )
 def test_a_clip_of_a_long_video_is_cut_without_a_change(tmp_path, monkeypatch, codec, container, options, cuts):
-    monkeypatch.setattr("molmo2_nemo.prepare.converters.samples.MIN_CUT", 0)
+    monkeypatch.setattr("molmo2_nemo.prepare.draft_to_sample.MIN_CUT", 0)
     name = f"long.{ {'matroska': 'mkv', 'mpegts': 'avi'}.get(container, container) }"  # content tells, not the name
     folder = fetched(tmp_path, "any", [], {f"manual/{name}": b""})
     path = long_video(folder / "manual" / name, codec, container, **options)

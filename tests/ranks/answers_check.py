@@ -1,8 +1,9 @@
-"""Run by test_answers.py, alone or under torchrun: answers of a small random model at several layouts, as JSON.
+"""Run by test_answers.py, alone or under torchrun: answers of a small random model at several layouts.
 
-    python answers_check.py DATA_ROOT BLEND HF_DIR OUT.json EOS_ID
+    python answers_check.py DATA_ROOT BLEND HF_DIR SCRATCH_DIR EOS_ID
 
-All of LAYOUTS for this number of ranks, one after the other. EOS_ID: the token that ends an answer.
+All of LAYOUTS for this number of ranks, one after the other. EOS_ID: the token that ends an answer. Rank 0 prints one
+JSON line: for each layout, of each rank, token ids of the answers, and what answering did besides.
 """
 
 import json
@@ -11,16 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
 from megatron.core import parallel_state
 
 from molmo2_nemo import parallel
-from molmo2_nemo.command_line import register, to_dataclass
+from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check
 from molmo2_nemo.data import blend
 from molmo2_nemo.environment import world_size_from_environment
 from molmo2_nemo.hf import convert
-from molmo2_nemo.paths import CONF_DIR
 from molmo2_nemo.training import answers
 from molmo2_nemo.training.step import build_model, load_weights
 
@@ -46,33 +45,29 @@ MAX_TOKENS = 24
 
 def configuration(root: str, blend_file: str, run_dir: Path, layout: list[str]):
     """The tiny model with a layer for each piece of an interleaved pipeline; rows that hold two or three questions."""
-    register()
-    with initialize_config_dir(str(CONF_DIR), version_base=None):
-        return to_dataclass(
-            compose(
-                "stage2",
-                [
-                    "model=tiny",
-                    "data=sample",
-                    "schedule=quickstart",
-                    "model.num_layers=4",
-                    f"data.root={root}",
-                    f"data.blend={blend_file}",
-                    f"run_dir={run_dir}",
-                    "data.seq_length=256",
-                    "train.micro_batch_size=1",
-                    "train.global_batch_size=4",
-                    "train.generate_every=1",
-                    "train.generate_examples=8",
-                    f"train.generate_max_tokens={MAX_TOKENS}",
-                    *(f"parallel.{setting}" for setting in layout),
-                ],
-            )
-        )
+    return compose(
+        "stage2",
+        [
+            "model=tiny",
+            "data=sample",
+            "schedule=quickstart",
+            "model.num_layers=4",
+            f"data.root={root}",
+            f"data.blend={blend_file}",
+            f"run_dir={run_dir}",
+            "data.seq_length=256",
+            "train.micro_batch_size=1",
+            "train.global_batch_size=4",
+            "train.generate_every=1",
+            "train.generate_examples=8",
+            f"train.generate_max_tokens={MAX_TOKENS}",
+            *(f"parallel.{setting}" for setting in layout),
+        ],
+    )
 
 
-def answered(config, hf_dir: Path, scratch: Path, eos_id: int) -> list[list[int]]:
-    """Token ids of the answers at a layout, on every rank."""
+def answered(config, hf_dir: Path, scratch: Path, eos_id: int) -> list[dict]:
+    """Figures of the answers at a layout, of every rank. Collective."""
     check(config, world_size_from_environment())
     parallel.initialize(config.parallel, "cpu", timeout_minutes=5, seed=0)
     if dist.get_rank() == 0 and not (scratch / "step_00000000").exists():
@@ -88,23 +83,28 @@ def answered(config, hf_dir: Path, scratch: Path, eos_id: int) -> list[list[int]
     exam.eos_id = eos_id
     state = torch.random.get_rng_state()
     tokens = answers.answer(model, exam, group, "cpu", MAX_TOKENS)
-    assert answers.answer(model, exam, group, "cpu", MAX_TOKENS, stop=lambda: True) is None
-    assert torch.equal(state, torch.random.get_rng_state()) and all(chunk.training for chunk in model)
+    stopped = answers.answer(model, exam, group, "cpu", MAX_TOKENS, stop=lambda: True)
+    own = {
+        "tokens": tokens.tolist(),
+        "answers_when_stopped": stopped,
+        "random_state_changed": not torch.equal(state, torch.random.get_rng_state()),
+        "chunks_left_in_eval": sum(not chunk.training for chunk in model),
+    }
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
     parallel_state.destroy_model_parallel()
-    return tokens.tolist()
+    return ranks
 
 
 def main() -> None:
-    root, blend_file, hf_dir, out, eos_id = sys.argv[1:]
-    scratch = Path(out).with_suffix("")
-    scratch.mkdir(exist_ok=True)
-    layouts = LAYOUTS[world_size_from_environment()]
+    root, blend_file, hf_dir, scratch, eos_id = sys.argv[1:]
+    scratch = Path(scratch)
     found = {
         name: answered(configuration(root, blend_file, scratch, layout), Path(hf_dir), scratch, int(eos_id))
-        for name, layout in layouts.items()
+        for name, layout in LAYOUTS[world_size_from_environment()].items()
     }
     if dist.get_rank() == 0:
-        Path(out).write_text(json.dumps(found))
+        print(json.dumps(found))
     dist.destroy_process_group()
 
 

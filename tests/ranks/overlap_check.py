@@ -1,27 +1,24 @@
 """Run by test_overlap.py under torchrun on two ranks: overlapped collectives against none.
 
-Many buckets; one rank has text alone, the other images and a video. Weights after some steps, those in between as a
-checkpoint would hold them, and the losses must not differ by a bit.
+Many buckets; one rank has text alone, the other images and a video. Rank 0 prints one JSON line: of each rank and each
+overlap, how many losses and weights differ by a bit from those without; weights after some steps, those in between as
+a checkpoint would hold them.
 """
 
-import sys
+import json
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
 from megatron.core.utils import unwrap_model
 
 from molmo2_nemo import gpu, parallel
-from molmo2_nemo.command_line import register, to_dataclass
+from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check
 from molmo2_nemo.config.schema import ParallelConfig
-from molmo2_nemo.paths import CONF_DIR, REPOSITORY
+from molmo2_nemo.random_batches import pack, random_documents
 from molmo2_nemo.training import checkpoint
 from molmo2_nemo.training.optimizer import build_optimizer, clip_and_step, is_frozen, set_learning_rates
 from molmo2_nemo.training.step import build_model, forward_backward, global_weight
-
-sys.path.insert(0, str(REPOSITORY / "tools" / "check"))
-from parity import pack, random_documents
 
 STEPS = 3
 
@@ -29,8 +26,7 @@ STEPS = 3
 def run(*overrides: str) -> tuple[list, dict, int]:
     """(losses, weights after each step as a checkpoint takes them, number of buckets)"""
     settings = ["model=tiny", "data=sample", "schedule=quickstart", "optim=from_scratch", "train.global_batch_size=8"]
-    with initialize_config_dir(str(CONF_DIR), version_base=None):
-        config = to_dataclass(compose("stage2", [*settings, *overrides]))
+    config = compose("stage2", [*settings, *overrides])
     check(config, 2)
     parallel.seed_everything(1)
     model = build_model(
@@ -67,14 +63,27 @@ def run(*overrides: str) -> tuple[list, dict, int]:
     return losses, weights, len(model[0].bucket_groups)
 
 
-register()
-parallel.initialize(ParallelConfig(), "cpu", timeout_minutes=2, seed=0)
-expected, plain, _ = run("ddp.use_distributed_optimizer=true")
-for overrides in (["ddp.overlap_grad_reduce=true"], ["ddp.overlap_param_gather=true"]):
-    losses, weights, buckets = run("ddp.bucket_size=5000", *overrides)
-    assert buckets > 5, buckets
-    assert losses == expected, (overrides, losses, expected)
-    assert len(weights) > 40 and weights.keys() == plain.keys()
-    differing = [name for name in plain if not torch.equal(weights[name], plain[name])]
-    assert not differing, (overrides, differing[:5])
-print("same", flush=True)
+def main() -> None:
+    parallel.initialize(ParallelConfig(), "cpu", timeout_minutes=2, seed=0)
+    expected, plain, _ = run("ddp.use_distributed_optimizer=true")
+    own = []
+    for overlap in ("ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true"):
+        losses, weights, buckets = run("ddp.bucket_size=5000", overlap)
+        own.append(
+            {
+                "overlap": overlap,
+                "buckets": buckets,
+                "steps": len(losses),
+                "steps_differing": sum(a != b for a, b in zip(losses, expected)),
+                "weights": len(weights),
+                "weights_missing": len(plain.keys() ^ weights.keys()),
+                "weights_differing": [str(name) for name in plain if not torch.equal(weights[name], plain[name])],
+            }
+        )
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    if dist.get_rank() == 0:
+        print(json.dumps({"ranks": ranks}), flush=True)
+
+
+main()

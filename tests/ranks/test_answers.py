@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from answers_check import LAYOUTS, MAX_TOKENS, configuration
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from programs import python, run_ranks, succeeded
+from programs import figures, python, run_ranks, succeeded
 from sources import chat, write_blend
 
 from molmo2_nemo import report
@@ -22,8 +23,8 @@ from molmo2_nemo.data.encode import Encoder
 from molmo2_nemo.data.points import Points, format_points, parse
 from molmo2_nemo.data.processor import build_processor
 from molmo2_nemo.hf.architecture import hf_config
-from molmo2_nemo.prepare import sample_world
-from molmo2_nemo.prepare.shards import write_shards
+from molmo2_nemo.prepare.sample_world.write import write_set
+from molmo2_nemo.prepare.webdataset import write_shards
 from molmo2_nemo.training import answers, score
 
 SOURCES = ("text", "image_qa", "multi_image", "video_points", "count", "captions")
@@ -166,7 +167,7 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("answers") / "data"
     root.mkdir()
     for name in SOURCES:
-        sample_world._write_set(root / name, name, 0, {"train": 24, "val": 6})
+        write_set(root / name, name, 0, {"train": 24, "val": 6})
     return root, write_blend(root / "blend.yaml", *SOURCES)
 
 
@@ -239,13 +240,17 @@ def test_tokens_are_those_of_transformers_at_every_layout(data, hf_dir, tmp_path
         assert generated(model, questions[number], token_ids[:0], None) != endless[number], "a causal mask would do"
     assert len(set(map(len, expected))) > 1 and max(map(len, expected)) == MAX_TOKENS
     expected = [tokens + [answers.NO_TOKEN] * (MAX_TOKENS - len(tokens)) for tokens in expected]
-    arguments = ["tests/ranks/answers_check.py", *data, folder]
-    succeeded(python(*arguments, tmp_path / "one.json", eos_id))
-    succeeded(run_ranks(2, *arguments, tmp_path / "two.json", eos_id))
-    found = json.loads((tmp_path / "one.json").read_text()) | json.loads((tmp_path / "two.json").read_text())
-    assert list(found) == [*LAYOUTS[1], *LAYOUTS[2]]
-    for layout, tokens in found.items():
-        assert tokens == expected, layout
+    found = {}
+    for ranks, start in ((1, python), (2, partial(run_ranks, 2))):
+        scratch = tmp_path / f"{ranks}_ranks"
+        scratch.mkdir()
+        by_layout = figures(start("tests/ranks/answers_check.py", *data, folder, scratch, eos_id))
+        assert list(by_layout) == list(LAYOUTS[ranks]) and all(len(own) == ranks for own in by_layout.values())
+        found |= by_layout
+    for layout, one in ((layout, one) for layout, ranks in found.items() for one in ranks):
+        assert one["tokens"] == expected, layout
+        assert one["answers_when_stopped"] is None, layout
+        assert not one["random_state_changed"] and one["chunks_left_in_eval"] == 0, layout
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from programs import REPOSITORY, run_ranks, succeeded
+from programs import figures, run_ranks
 
 from molmo2_nemo import compat
 from molmo2_nemo.model import loss
@@ -68,4 +68,12 @@ def test_logits_of_all_positions_are_never_held(alone, monkeypatch):
 
 @pytest.mark.ranks
 def test_losses_of_two_tensor_parallel_ranks():
-    succeeded(run_ranks(2, REPOSITORY / "tests" / "loss_check.py"))
+    found = figures(run_ranks(2, "tests/ranks/loss_check.py"))
+    assert list(found) == ["200", "120"]
+    for vocab_size, ranks in found.items():
+        assert len(ranks) == 2
+        for rank in ranks:
+            assert rank["losses"] <= 1e-5 and rank["squares"] <= 1e-5, (vocab_size, rank)
+            assert rank["hidden_gradients"] <= 1e-4 and rank["weight_gradients"] <= 1e-4, (vocab_size, rank)
+    # Half of a vocabulary, and a rank that holds padding alone.
+    assert [rank["largest_weight_gradient"] > 0 for rank in found["120"]] == [True, False]

@@ -8,9 +8,11 @@ import sys
 import time
 
 import pytest
+import torch.distributed as dist
 from programs import REPOSITORY, python, run, succeeded
 
-from molmo2_nemo.training.shutdown import describe
+from molmo2_nemo.data.loader import WorkerDied
+from molmo2_nemo.training.shutdown import describe, lost_contact
 
 TINY = [
     "recipes/stage1_pretrain.py",
@@ -165,6 +167,32 @@ def test_a_dead_rank_or_worker_ends_the_job_with_one_message(sample, tmp_path, v
 
 
 def test_what_errors_are_called():
-    assert describe(RuntimeError("[gloo/tcp] Connection closed by peer [127.0.0.1]:2")) is None
-    assert "lower data.num_workers" in describe(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."))
+    gone = "[/__w/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:2"
+    for error in (RuntimeError(gone), dist.DistBackendError("NCCL communicator was aborted"), dist.DistStoreError("x")):
+        assert lost_contact(error) and str(error) in describe(error)
+    # Words alone do not make another rank's error of it.
+    for error in (RuntimeError("timed out"), ValueError(gone), WorkerDied(7)):
+        assert not lost_contact(error)
+    assert "process 7" in describe(WorkerDied(7)) and "lower data.num_workers" in describe(WorkerDied(7))
+    assert describe(RuntimeError("DataLoader worker")) == "RuntimeError: DataLoader worker"
     assert describe(ValueError("no")) == "ValueError: no" and describe(KeyboardInterrupt()) == "interrupted"
+
+
+OUR_MISTAKE = """
+import runpy, sys
+from molmo2_nemo.training import run
+
+def broken(**settings):
+    raise ValueError("our own mistake")
+
+run.train_loader = broken
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_an_error_of_ours_is_not_taken_for_the_users(sample, tmp_path):
+    result = python("-c", OUR_MISTAKE, *TINY, f"data.root={sample}", f"run_dir={tmp_path}/run")
+    assert result.returncode == 1 and "ValueError: our own mistake" in result.stderr.splitlines()[-1]
+    assert ended(tmp_path / "run")["reason"] == "error"
+    assert 'raise ValueError("our own mistake")' in (tmp_path / "run" / "errors" / "rank_0000.txt").read_text()

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from programs import python, run, run_ranks, succeeded
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, TrainConfig
@@ -68,6 +69,12 @@ def test_a_resumed_run_continues_the_curve_at_any_layout(layout, uninterrupted, 
         assert after[step]["tokens"] == before[step]["tokens"]
         assert after[step]["tokens_seen"] == before[step]["tokens_seen"]
     assert losses(run_dir, "validation")[12]["rows"] == losses(uninterrupted, "validation")[12]["rows"]
+    # TensorBoard shows each step once, the repeated ones as they were trained last.
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    curve = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    newest = {step: record["loss"] for step, record in (before | after).items()}
+    assert curve == [(step, pytest.approx(newest[step], rel=1e-6)) for step in range(1, 13)]
 
 
 @pytest.mark.slow

@@ -1,27 +1,31 @@
 """Run by test_vision_chunks.py, alone or under torchrun: the vision tower in chunks against the tower all at once.
 
-Arguments: tensor and context parallel size. Prints "checked" from every rank.
+    python vision_check.py TENSOR_PARALLEL_SIZE CONTEXT_PARALLEL_SIZE
+
+Rank 0 prints one JSON line: the gradients' figures of each rank and, of one rank alone, bytes of memory.
 """
 
 import gc
+import json
 import sys
 import weakref
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from molmo2_nemo import compat, parallel
+from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.schema import ParallelConfig
-from molmo2_nemo.paths import REPOSITORY
+from molmo2_nemo.random_batches import pack, random_documents
 from molmo2_nemo.training.step import build_model, forward_backward, global_names, global_weight
-
-sys.path[:0] = [str(REPOSITORY / "tools" / folder) for folder in ("bench", "check")]
-import gpu as bench_gpu  # noqa: E402
-from parity import pack, random_documents  # noqa: E402
 
 TP, CP = (int(argument) for argument in sys.argv[1:])
 LAYOUT = ParallelConfig(tensor_model_parallel_size=TP, context_parallel_size=CP, sequence_parallel=TP > 1)
-MODEL = bench_gpu.model_config("tiny")
+MODEL = compose("stage1", ["model=tiny", "data=sample", "schedule=quickstart"]).model
+KINDS = ("all", "text", "image", "video")
+# (crops in a chunk, or 0 for all at once; whether the backward pass encodes them again)
+CHUNKS = ((0, True), (1, True), (2, True), (2, False), (4, True), (32, True))
 parallel.initialize(LAYOUT, "cpu", timeout_minutes=2, seed=0)
 
 
@@ -61,13 +65,11 @@ def gradients_of(model, batches: list[dict]) -> tuple[float, dict[str, torch.Ten
     }
 
 
-def assert_close(found: dict, expected: dict, what) -> None:
+def largest_difference(found: dict, expected: dict) -> float:
+    """Norm of the difference over the gradient's norm, of the worst parameter."""
     # Some gradients are nothing but rounding (key biases): they are compared with the size of all of them.
     floor = 1e-3 * sum(float(g.norm()) ** 2 for g in expected.values()) ** 0.5
-    for name, gradient in expected.items():
-        difference = float((found[name] - gradient).norm() / max(float(gradient.norm()), floor))
-        # Sums of float32 in another order: up to 1.4e-6 on one kind of CPU, below 1e-6 on another.
-        assert difference <= 1e-5, (what, name, difference)
+    return max(float((found[n] - g).norm() / max(float(g.norm()), floor)) for n, g in expected.items())
 
 
 def batches_of(kind: str) -> list[dict]:
@@ -77,26 +79,43 @@ def batches_of(kind: str) -> list[dict]:
     return pack(chosen, 1, MODEL, 0, 8)[0]
 
 
-def check_gradients() -> None:
+def without_gradient(gradients: dict) -> list[str]:
+    """Names of the vision tower's parameters whose gradient is zero."""
+    return [name for name, gradient in gradients.items() if name.startswith("vision.") and not gradient.any()]
+
+
+def alone(model) -> dict[str, int]:
+    """A backward of the tower alone, for a row of text: how many parameters it reaches, and with what."""
+    tower, batch = model[0].module.vision, batches_of("text")[0]
+    tokens = tower(batch["crops"], batch["pooling"], batch["vision_units"])
+    reached = torch.autograd.grad(tokens.sum(), list(tower.parameters()), allow_unused=True)
+    return {
+        "not_reached": sum(gradient is None for gradient in reached),
+        "not_zero": sum(gradient is not None and bool(gradient.any()) for gradient in reached),
+    }
+
+
+def gradient_figures() -> dict:
+    """Of this rank: the tower all at once, and each way to chunk it against that."""
     plain = model_of(0, False)
-    expected = {kind: gradients_of(plain, batches_of(kind)) for kind in ("all", "text", "image", "video")}
-    sizes = [int(n) for n, _ in batches_of("all")[0]["vision_units"]]
-    assert max(sizes) > 2 and len(sizes) > 4, sizes  # chunks of one and two crops are smaller than an image
-    vision = [name for name in expected["all"][1] if name.startswith("vision.")]
-    assert all(expected["all"][1][name].any() for name in vision), "a parameter of the tower without a gradient"
-    assert not any(expected["text"][1][name].any() for name in vision), "no image, and yet a gradient"
-    for chunk_crops, recompute in ((0, True), (1, True), (2, True), (2, False), (4, True), (32, True)):
-        model = model_of(chunk_crops, recompute)
+    expected = {kind: gradients_of(plain, batches_of(kind)) for kind in KINDS}
+    found = {
+        "unit_crops": [int(crops) for crops, _ in batches_of("all")[0]["vision_units"]],
+        "vision_parameters": sum(name.startswith("vision.") for name in expected["all"][1]),
+        "without_gradient": {kind: len(without_gradient(expected[kind][1])) for kind in ("all", "text")},
+        "chunked": [],
+    }
+    for chunk_crops, recompute in CHUNKS:
+        model, differences = model_of(chunk_crops, recompute), {}
         for kind, (loss, gradients) in expected.items():
-            found_loss, found = gradients_of(model, batches_of(kind))
-            assert abs(found_loss - loss) <= 1e-6 * abs(loss), (chunk_crops, kind)
-            assert_close(found, gradients, (chunk_crops, recompute, kind))
-            assert kind != "text" or not any(found[name].any() for name in vision)
-        # A backward of the tower alone reaches every parameter, images or not.
-        tower, batch = model[0].module.vision, batches_of("text")[0]
-        tokens = tower(batch["crops"], batch["pooling"], batch["vision_units"])
-        reached = torch.autograd.grad(tokens.sum(), list(tower.parameters()), allow_unused=True)
-        assert all(gradient is not None and not gradient.any() for gradient in reached)
+            own_loss, own = gradients_of(model, batches_of(kind))
+            differences[kind] = {
+                "loss": abs(own_loss - loss) / abs(loss),
+                "gradients": largest_difference(own, gradients),
+                "without_gradient": len(without_gradient(own)),
+            }
+        found["chunked"].append({"chunk": [chunk_crops, recompute], "kinds": differences, "alone": alone(model)})
+    return found
 
 
 def tower_peak(crops: int, chunk_crops: int, recompute: bool, unit: int = 1) -> int:
@@ -116,23 +135,26 @@ def tower_peak(crops: int, chunk_crops: int, recompute: bool, unit: int = 1) -> 
     return made.peak
 
 
-def check_memory() -> None:
-    # All at once, memory grows with the crops; so many bytes of activations has each.
+def memory_figures() -> dict[str, float]:
+    """Peak bytes: of a crop where all are encoded at once, and what 48 more crops, or larger chunks, add to chunks."""
     crop = (tower_peak(64, 0, False) - tower_peak(16, 0, False)) / 48
-    assert crop > 20 * MODEL.vision.patches_per_crop * MODEL.vit.hidden_size * 4, crop
-    # In chunks it grows with the chunk, not with the crops: 48 more leave next to nothing behind.
-    small, large = tower_peak(64, 4, True), tower_peak(64, 16, True)
-    assert small - tower_peak(16, 4, True) < 0.02 * 48 * crop
-    assert 0.5 < (large - small) / (12 * crop) < 2
-    # Images of more crops than a chunk leave their features behind, an eighth of it or less here.
-    assert tower_peak(64, 2, True, unit=8) - tower_peak(16, 2, True, unit=8) < 48 * crop / 8
+    small = tower_peak(64, 4, True)
+    return {
+        "crop": crop,
+        "hidden_states": MODEL.vision.patches_per_crop * MODEL.vit.hidden_size * 4,
+        "more_crops": small - tower_peak(16, 4, True),
+        "larger_chunks": tower_peak(64, 16, True) - small,
+        # Images of more crops than a chunk leave their features behind.
+        "more_large_images": tower_peak(64, 2, True, unit=8) - tower_peak(16, 2, True, unit=8),
+    }
 
 
 def main() -> None:
-    check_gradients()
-    if TP * CP == 1:
-        check_memory()
-    print("checked", flush=True)
+    figures, ranks = gradient_figures(), [None] * (TP * CP)
+    dist.all_gather_object(ranks, figures)
+    memory = memory_figures() if TP * CP == 1 else None
+    if dist.get_rank() == 0:
+        print(json.dumps({"ranks": ranks, "memory": memory}), flush=True)
 
 
 if __name__ == "__main__":

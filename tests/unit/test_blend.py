@@ -13,6 +13,7 @@ import pytest
 import yaml
 from programs import python
 
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.blend import (
     Source,
@@ -151,14 +152,14 @@ def test_options_of_a_source(root):
     ],
 )
 def test_wrong_blends_are_refused_in_one_sentence(root, blend, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ConfigError) as error:
         load_blend(config(root, blend))
     assert words in str(error.value) and "data.blend=" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_an_unknown_blend_names_the_known_ones(root):
-    with pytest.raises(ValueError, match="data.blend=nowhere names no blend: .*stage1"):
+    with pytest.raises(ConfigError, match="data.blend=nowhere names no blend: .*stage1"):
         load_blend(DataConfig(blend="nowhere", root=str(root)))
 
 
@@ -166,12 +167,12 @@ def test_an_unknown_blend_names_the_known_ones(root):
 
 
 def test_all_missing_sources_are_named_at_once(root):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ConfigError) as error:
         load_blend(config(root, fixed(a=("a", 1), points=("gone", 1), text=("away", 1))))
     for word in ("2 of the 3 sources", f"data.root={root}", "(points, text)", "README", "data.skip_missing=true"):
         assert word in str(error.value)
     many = fixed(a=("a", 1), **{f"m{i}": (f"m{i}", 1) for i in range(20)})
-    with pytest.raises(ValueError, match=re.escape(f"({', '.join(f'm{i}' for i in range(20))})")):
+    with pytest.raises(ConfigError, match=re.escape(f"({', '.join(f'm{i}' for i in range(20))})")):
         load_blend(config(root, many))
 
 
@@ -181,17 +182,17 @@ def test_the_commands_that_fetch_published_sources_are_named(root):
         (fixed(a=("a", 1), **{"pixmo-count": ("pixmo-count", 1)}), fetch.format("pixmo-count", 1, "skip_missing=true")),
         (fixed(chartqa=("chartqa", 1)), fetch.format("chartqa", 2, "root to the folder")),
     ):
-        with pytest.raises(ValueError, match=re.escape(words)):
+        with pytest.raises(ConfigError, match=re.escape(words)):
             load_blend(config(root, blend))
     mixed = fixed(own=("own", 1), chartqa=("chartqa", 1), docvqa=("docvqa", 1))
-    with pytest.raises(ValueError, match="fetch NAME for each .* --stage 2, or prepare your own as shards with"):
+    with pytest.raises(ConfigError, match="fetch NAME for each .* --stage 2, or prepare your own as shards with"):
         load_blend(config(root, mixed))
-    with pytest.raises(ValueError, match="108 of the 108 sources .* charades-sta.* --stage 2"):
+    with pytest.raises(ConfigError, match="108 of the 108 sources .* charades-sta.* --stage 2"):
         load_blend(DataConfig(blend="stage2", root=str(root)))
 
 
 def test_the_command_that_makes_the_sample_world_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"python tools/make_sample_data.py --out {tmp_path}"):
+    with pytest.raises(ConfigError, match=f"python tools/make_sample_data.py --out {tmp_path}"):
         load_blend(DataConfig(blend="sample_stage1", root=str(tmp_path)))
 
 
@@ -209,7 +210,7 @@ def test_missing_sources_are_left_out_if_asked(root):
     assert weights(sources) == pytest.approx([1 / 3, 1 / 6, 1 / 2])
     assert missing_sources(cfg) == ["x", "y"]
     with pytest.raises(
-        ValueError, match="1 of the 1 sources .* not on disk .*: prepare your own .* or set data.root to"
+        ConfigError, match="1 of the 1 sources .* not on disk .*: prepare your own .* or set data.root to"
     ):
         load_blend(config(root, fixed(y=("away", 1)), skip_missing=True))
 
@@ -217,10 +218,10 @@ def test_missing_sources_are_left_out_if_asked(root):
 def test_a_folder_that_is_not_prepared_is_no_missing_source(root):
     (root / "raw").mkdir()
     for skip in (False, True):
-        with pytest.raises(ValueError, match="not prepared .*energon prepare"):
+        with pytest.raises(ConfigError, match="not prepared .*energon prepare"):
             load_blend(config(root, fixed(raw=("raw", 1), a=("a", 1)), skip_missing=skip))
     make_source(root, "empty", train=())
-    with pytest.raises(ValueError, match="no training samples"):
+    with pytest.raises(ConfigError, match="no training samples"):
         load_blend(config(root, fixed(empty=("empty", 1))))
 
 
@@ -228,7 +229,7 @@ def test_a_folder_that_is_not_prepared_is_no_missing_source(root):
 def test_a_lost_shard_is_named(root, name, share):
     (root / "a" / name).unlink()
     sources = load_blend(config(root, fixed(b=("b", 1), a=("a", 1))))
-    with pytest.raises(ValueError, match=f"source a lacks 1 of . shards with {share:.1%} .*{root / 'a' / name},"):
+    with pytest.raises(ConfigError, match=f"source a lacks 1 of . shards with {share:.1%} .*{root / 'a' / name},"):
         check_shards(sources, max_error_rate=share - 0.01)
     check_shards(sources, max_error_rate=share)
 
@@ -250,7 +251,7 @@ def test_shards_in_subfolders(root):
     assert sources[0].num_samples == 77
     check_shards(sources, max_error_rate=0)
     shutil.rmtree(folder / "part")
-    with pytest.raises(ValueError, match="source deep lacks 11 of 11 shards with 100.0% .*part/00.tar"):
+    with pytest.raises(ConfigError, match="source deep lacks 11 of 11 shards with 100.0% .*part/00.tar"):
         check_shards(sources, max_error_rate=0.5)
 
 
@@ -258,7 +259,7 @@ def test_sources_too_small_for_the_workers(root):
     sources = load_blend(config(root, fixed(a=("a", 1), b=("b", 1))))
     check_blend(sources, world_size=2, num_workers=2)
     check_blend(sources, world_size=4, num_workers=0)
-    with pytest.raises(ValueError, match=r"4 data-parallel.*data.num_workers=2 need 16 .*1 of 2 have fewer \(a: 9\)"):
+    with pytest.raises(ConfigError, match=r"4 data-parallel.*data.num_workers=2 need 16 .*1 of 2 have fewer \(a: 9\)"):
         check_blend(sources, world_size=4, num_workers=2)
 
 
@@ -474,7 +475,7 @@ def test_a_source_smaller_than_the_number_of_workers_is_drawn_too_rarely(tmp_pat
     write_source(tmp_path / "large", [{"json": {}}] * 40)
     sources = load_blend(config(tmp_path, fixed(small=("small", 1), large=("large", 1))))
     write_metadataset(sources, tmp_path / "energon.yaml")
-    with pytest.raises(ValueError, match="small: 1"):
+    with pytest.raises(ConfigError, match="small: 1"):
         check_blend(sources, 4, 0)
     counts = count_draws(tmp_path / "energon.yaml", ranks=4, workers=0, draws=2_000)
     assert standard_errors(sources, counts)[0] < -10

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
 
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data.blend import SourceOptions
 from molmo2_nemo.data.counters import COUNTERS
@@ -666,13 +667,13 @@ def test_pictures_are_turned_and_made_rgb():
 
 
 def test_a_tokenizer_without_the_visual_tokens_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="data.tokenizer="):
+    with pytest.raises(ConfigError, match="data.tokenizer="):
         build_processor(str(tmp_path), TINY)
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="lacks the token"):
+    with pytest.raises(ConfigError, match="lacks the token"):
         build_processor(str(tmp_path), TINY)
 
 

@@ -13,11 +13,12 @@ import torch
 from programs import python
 from sources import VISION, chat, config, write_blend, write_source
 
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.data.blend import Source, SourceOptions, load_blend
 from molmo2_nemo.data.encode import Encoder
 from molmo2_nemo.data.loader import Molmo2TaskEncoder, RawSample, save_state, train_loader, validation_loader
 from molmo2_nemo.data.progress import beginning
-from molmo2_nemo.prepare.sample_world import generate
+from molmo2_nemo.prepare.sample_world.write import generate
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,8 @@ def one_thread():
 
 
 def make(data, run_dir, make_loader=train_loader, rank=0, world_size=1, rows=2, **more):
-    return make_loader(data, VISION, load_blend(data), rank, world_size, None, rows, run_dir, **more)
+    group = (None,) if make_loader is train_loader else ()
+    return make_loader(data, VISION, load_blend(data), rank, world_size, *group, rows, run_dir, **more)
 
 
 def digest(batch) -> str:
@@ -137,13 +139,13 @@ def test_a_state_of_other_settings_is_refused(world, tmp_path, change, words):
     next(loader)
     state = tmp_path / "state"
     state.write_bytes(save_state(loader))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ConfigError, match=words):
         make(config(world, **change), tmp_path, saved=[state])
-    with pytest.raises(ValueError, match="micro_batch_size=2, this run has train.micro_batch_size=1"):
+    with pytest.raises(ConfigError, match="micro_batch_size=2, this run has train.micro_batch_size=1"):
         make(config(world), tmp_path, rows=1, saved=[state])
     # What does not touch the stream may change.
     make(config(world, max_error_rate=0.5, skip_missing=True), tmp_path, saved=[state])
-    with pytest.raises(ValueError, match="holds the data state of 2 of 1 data-parallel ranks"):
+    with pytest.raises(ConfigError, match="holds the data state of 2 of 1 data-parallel ranks"):
         make(config(world), tmp_path, saved=[state, state])
 
 
@@ -168,10 +170,10 @@ def test_a_state_is_data_and_no_program(world, tmp_path):
     for content in wrong:
         state = tmp_path / "state"
         state.write_bytes(content)
-        with pytest.raises(ValueError, match="state is damaged"):
+        with pytest.raises(ConfigError, match="state is damaged"):
             make(config(world), tmp_path, saved=[state])
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(ValueError, match="state is damaged"):
+    with pytest.raises(ConfigError, match="state is damaged"):
         make(config(world), tmp_path, saved=[tmp_path / "missing"])
 
 
@@ -349,7 +351,7 @@ def test_sources_appear_by_their_weights(world, tmp_path):
 
 
 def test_a_source_too_small_is_refused(world, tmp_path):
-    with pytest.raises(ValueError, match="need 128 training samples of a source"):
+    with pytest.raises(ConfigError, match="need 128 training samples of a source"):
         make(config(world), tmp_path, world_size=64)
 
 
@@ -416,8 +418,8 @@ def test_validation_does_not_depend_on_the_number_of_ranks(world, tmp_path):
 
 def test_without_held_out_data(world, tmp_path):
     sources = [replace(source, num_validation_samples=0) for source in load_blend(config(world))]
-    with pytest.raises(ValueError, match="split part val"):
-        validation_loader(config(world), VISION, sources, 0, 1, None, 1, tmp_path)
+    with pytest.raises(ConfigError, match="split part val"):
+        validation_loader(config(world), VISION, sources, 0, 1, 1, tmp_path)
 
 
 # --- worker processes -----------------------------------------------------------------------------------------------

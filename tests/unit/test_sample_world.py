@@ -27,21 +27,10 @@ from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.tasks import converse
 from molmo2_nemo.files import published
 from molmo2_nemo.paths import REPOSITORY
-from molmo2_nemo.prepare import sample_world
-from molmo2_nemo.prepare.sample_world import (
-    BACKGROUNDS,
-    COLOURS,
-    DIRECTIONS,
-    FPS,
-    SETS,
-    SHAPES,
-    SPLITS,
-    TRAIN_SETS,
-    generate,
-    make_sample,
-    render,
-    text_corpus,
-)
+from molmo2_nemo.prepare.sample_world import write
+from molmo2_nemo.prepare.sample_world.drawing import render
+from molmo2_nemo.prepare.sample_world.scenes import BACKGROUNDS, COLOURS, DIRECTIONS, FPS, SHAPES
+from molmo2_nemo.prepare.sample_world.write import SETS, SPLITS, TRAIN_SETS, generate, make_sample, text_corpus
 
 TOOL = REPOSITORY / "tools" / "make_sample_data.py"
 SCALE = 0.01
@@ -277,7 +266,7 @@ def test_shapes_do_not_overlap_and_are_inside():
 def test_same_arguments_give_the_same_bytes(data, tmp_path):
     counts = json.loads((data / "sample.json").read_text())["counts"]
     for name in ("captions", "video_qa", "text"):
-        sample_world._write_set(tmp_path / name, name, 3, counts[name])
+        write.write_set(tmp_path / name, name, 3, counts[name])
         for shard in sorted((tmp_path / name).glob("*.tar")):
             assert shard.read_bytes() == (data / name / shard.name).read_bytes()
     assert make_sample("captions", "train", 0, 3).parts() != make_sample("captions", "train", 0, 4).parts()
@@ -340,8 +329,8 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr(sample_world, "SETS", {"text": SETS["text"]})
-    monkeypatch.setattr(sample_world, "_write_quiz", fail)
+    monkeypatch.setattr(write, "SETS", {"text": SETS["text"]})
+    monkeypatch.setattr(write, "_write_quiz", fail)
     with pytest.raises(OSError, match="disk full"):
         generate(tmp_path / "sample", scale=SCALE, progress=lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == [".sample.lock"]

@@ -17,7 +17,6 @@ them.
 "added" is all but decode, relative to decode. transformers reads a file, and packs and collates nothing.
 """
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -34,6 +33,7 @@ import av
 import numpy as np
 import PIL.Image
 import torch
+from tables import parser, print_json
 from transformers.utils import logging
 from transformers.video_utils import load_video
 
@@ -42,7 +42,7 @@ from molmo2_nemo.data import encode, loader, packing
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.processor import VisualInputs, build_processor
 from molmo2_nemo.paths import CONF_DIR
-from molmo2_nemo.prepare.shards import write_shards
+from molmo2_nemo.prepare.webdataset import write_shards
 
 PARTS = ("read", "decode", "resize", "tokenise", "pack", "collate")
 TOKENIZER = CONF_DIR.parent / "molmo2_nemo" / "data" / "tokenizer"
@@ -281,9 +281,9 @@ def cores(rows: dict[str, dict], video: str, tokens_per_second: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10, help="CPU seconds for each row of the table (default 10)")
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument("--seconds", type=float, default=10, help="CPU seconds for each row of the table (default 10)")
+    options.add_argument(
         "--tokens-per-second",
         type=float,
         nargs="+",
@@ -291,7 +291,7 @@ def main() -> None:
         metavar="N",
         help="of one GPU (default: 2,300, what the Molmo2 report trained at on an H100, and four times that)",
     )
-    arguments = parser.parse_args()
+    arguments = options.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     av.logging.set_level(av.logging.PANIC)
@@ -315,7 +315,7 @@ def main() -> None:
         entry |= {"ours": cores(ours, video, rate), "transformers": cores(theirs, video, rate)}
         needed.append(entry)
         print(f"{rate:8,.0f} tokens/s, {video}: {entry['ours']:6.2f} (transformers {entry['transformers']:.2f})")
-    print(json.dumps({"ours": ours, "transformers": theirs, "cores": needed}))
+    print_json({"bench": "data", "ours": ours, "transformers": theirs, "cores": needed}, arguments.out)
 
 
 if __name__ == "__main__":

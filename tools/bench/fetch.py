@@ -7,17 +7,16 @@ host does. The plain loop is urllib, one file after the other, written under its
 decodes each picture, hashes it, renames it and writes it down. Prints a table, then one line of JSON.
 """
 
-import argparse
 import io
-import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tables import parser, print_json, print_table
 
 from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.fetch.url_list import Wanted, fetch_list
@@ -85,12 +84,12 @@ def measure(name: str, run, urls: list[str], size: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=2000)
-    parser.add_argument("--kilobytes", type=int, default=100, help="of a picture")
-    parser.add_argument("--latency", type=float, default=0.02, help="s before an answer")
-    parser.add_argument("--jobs", type=int, default=32)
-    options = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--files", type=int, default=2000)
+    command.add_argument("--kilobytes", type=int, default=100, help="of a picture")
+    command.add_argument("--latency", type=float, default=0.02, help="s before an answer")
+    command.add_argument("--jobs", type=int, default=32)
+    options = command.parse_args()
     body = picture(options.kilobytes)
     context = multiprocessing.get_context("spawn")
     ready = context.Queue()
@@ -104,23 +103,17 @@ def main() -> None:
         measure(f"ours, {options.jobs} jobs", lambda urls, folder: ours(urls, folder, options.jobs), urls, len(body)),
     ]
     server.terminate()
-    print(f"{'':18}{'files/s':>10}{'MB/s':>10}{'CPU ms a file':>16}")
-    for row in rows:
-        print(f"{row['name']:18}{row['files_per_s']:10.1f}{row['mb_per_s']:10.2f}{row['cpu_ms_per_file']:16.2f}")
-    print(
-        json.dumps(
-            {
-                "bench": "fetch",
-                "files": options.files,
-                "bytes_per_file": len(body),
-                "latency_s": options.latency,
-                "jobs": options.jobs,
-                "cores": os.cpu_count(),
-                "rows": rows,
-            }
-        )
-    )
+    print_table(rows)
+    settings = {
+        "bench": "fetch",
+        "files": options.files,
+        "bytes_per_file": len(body),
+        "latency_s": options.latency,
+        "jobs": options.jobs,
+        "cores": os.cpu_count(),
+    }
+    print_json({**settings, "rows": rows}, options.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,17 +9,12 @@ every tensor that is made and when it goes, so figures are exact bytes of tensor
 inside is not seen. Prints a table and a JSON line. Exit status 1 if a prediction is off by more than 10 %.
 """
 
-import argparse
 import gc
-import json
 import sys
 import weakref
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from gpu import print_table
+from tables import parser, print_json, print_table
 
 from molmo2_nemo import compat
 
@@ -103,10 +98,10 @@ def bytes_of(tensors) -> int:
 
 def measure(config, precision: str) -> tuple[dict[str, int], dict]:
     """(bytes by part, micro-batch) of one optimisation step of one micro-batch on the CPU."""
-    from gpu import packed_row
     from megatron.core import parallel_state
 
     from molmo2_nemo import parallel
+    from molmo2_nemo.random_batches import packed_row
     from molmo2_nemo.training.optimizer import build_optimizer, clip_and_step, is_frozen
     from molmo2_nemo.training.step import MODEL_INPUTS, build_model
 
@@ -218,10 +213,9 @@ def compare(name: str) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=CASES, help="this case alone; may be given again")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON line here, too")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--only", action="append", choices=CASES, help="this case alone; may be given again")
+    args = arguments.parse_args()
     from molmo2_nemo.environment import quiet_libraries
 
     quiet_libraries()
@@ -239,10 +233,8 @@ def main() -> None:
         return
     print_table(rows)
     worst = max(abs(row["off_percent"]) for row in rows)
-    line = json.dumps({"bound_percent": 100 * BOUND, "worst_percent": worst, "torch": torch.__version__, "rows": rows})
-    print(line)
-    if args.out:
-        args.out.write_text(line + "\n")
+    record = {"bound_percent": 100 * BOUND, "worst_percent": worst, "torch": torch.__version__, "rows": rows}
+    print_json(record, args.out)
     sys.exit(worst > 100 * BOUND)
 
 

@@ -20,7 +20,6 @@ the released tiling, videos of exp(N(3.2, 1)) seconds at 2 frames a second, text
 lengths are assumptions; --lengths takes yours. A video gets the frames that fit into the row, as in training.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -28,6 +27,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+from tables import parser, print_json
 
 from molmo2_nemo.data.packing import ROWS_WITHOUT_OLDEST, enough_wait, select
 
@@ -180,13 +180,13 @@ def bound(sizes: list[tuple[int, int]], seq_length: int, max_crops: int) -> floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=Path, help='JSON lines {"tokens": n, "crops": m}')
-    parser.add_argument("--seq-length", type=int, default=16384, help="with --lengths")
-    parser.add_argument("--max-crops", type=int, default=128, help="with --lengths")
-    parser.add_argument("--examples", type=int, default=5000)
-    parser.add_argument("--buffer", type=int, default=48)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--lengths", type=Path, help='JSON lines {"tokens": n, "crops": m}')
+    options.add_argument("--seq-length", type=int, default=16384, help="with --lengths")
+    options.add_argument("--max-crops", type=int, default=128, help="with --lengths")
+    options.add_argument("--examples", type=int, default=5000)
+    options.add_argument("--buffer", type=int, default=48)
+    arguments = options.parse_args()
     if arguments.lengths:
         try:
             sizes = [(int(s["tokens"]), int(s["crops"])) for s in map(json.loads, arguments.lengths.open())]
@@ -222,7 +222,7 @@ def main() -> None:
                 f"  {packer:12}{f['fill']:8.1%}{f['fill_p5']:8.1%}{f['crops']:8.1%}{f['fill_all']:8.1%}{f['rows']:7}"
                 f"{f['delay']:8.1f}{f['delay_p95']:7.0f}{f['delay_max']:7}{f['ms_per_row']:9.2f}"
             )
-    print(json.dumps({"bench": "packing", "buffer": arguments.buffer, "results": results}, default=float))
+    print_json({"bench": "packing", "buffer": arguments.buffer, "results": results}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from molmo2_nemo.command_line import to_dataclass
+from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check_parallel
+from molmo2_nemo.config.components import COMPONENTS
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import ParallelConfig
-from molmo2_nemo.paths import CONF_DIR
+from molmo2_nemo.config.schema import Config, ParallelConfig
+from molmo2_nemo.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 SP, VP = "sequence_parallel", "virtual_pipeline_model_parallel_size"
 DISTRIBUTED = {"use_distributed_optimizer": True}
@@ -58,33 +58,28 @@ LAYOUTS = {
 GLOBAL_BATCH_SIZE = 4  # rows
 
 
-def compose(args):
-    """The configuration of stage 2 that all layouts share."""
-    from hydra import compose, initialize_config_dir
-
-    from molmo2_nemo.command_line import register
-
-    register()
+def configuration(args) -> Config:
+    """The configuration of stage 2 that all layouts share. ConfigError: --model or --hf names none."""
     chosen = [f"model={args.model}"] if args.hf is None else ["model=hf", f"model.hf_path={args.hf.resolve()}"]
     if chosen == ["model=tiny"]:
         # Deep enough for interleaving; heads for every tensor parallel size here.
         chosen += ["model.num_layers=4", "model.num_query_groups=4"]
     chosen += ["data=sample", "schedule=quickstart", "optim=from_scratch", f"train.max_steps={args.steps}"]
     # The shortest warm-up: from the first step on, weights move as far as they ever do.
-    chosen += [f"optim.{component}.warmup_steps=1" for component in ("vit", "connector", "llm")]
-    with initialize_config_dir(str(CONF_DIR), version_base=None):
-        return to_dataclass(compose("stage2", chosen))
+    chosen += [f"optim.{component}.warmup_steps=1" for component in COMPONENTS]
+    return compose("stage2", chosen)
 
 
 def worker(args) -> None:
     """One rank of one layout: write the loss, the losses of the steps and the gradients to args.worker."""
     import torch
     import torch.distributed as dist
+    from gradients import make_shards_whole, released_gradients
     from megatron.core import parallel_state
-    from parity import _make_shards_whole, pack, random_documents, released_gradients
     from safetensors.torch import save_file
 
     from molmo2_nemo import checkpoint_dir, parallel
+    from molmo2_nemo.random_batches import pack, random_documents
     from molmo2_nemo.training.checkpoint import save_sharded
     from molmo2_nemo.training.optimizer import build_optimizer, clip_and_step, set_learning_rates
     from molmo2_nemo.training.step import (
@@ -95,7 +90,7 @@ def worker(args) -> None:
         sharded_model_state,
     )
 
-    config, (fields, ddp) = compose(args), json.loads(args.layout)
+    config, (fields, ddp) = configuration(args), json.loads(args.layout)
     layout = ParallelConfig(**fields)
     parallel.initialize(layout, args.device, timeout_minutes=5, seed=args.seed)
     model = build_model(config.model, layout, args.device, "fp32", ddp=ddp)
@@ -129,7 +124,7 @@ def worker(args) -> None:
         chunk.train()
     first = run(0)
     if ddp.get("use_distributed_optimizer"):
-        _make_shards_whole(model)
+        make_shards_whole(model)
     gradients = released_gradients(model, config.model, args.worker.parent / f"scratch_{args.worker.name}")
     losses = []
     for step in range(1, args.steps + 1):
@@ -175,10 +170,6 @@ def measure(name: str, ranks: int, fields: dict, ddp: dict, args, folder: Path) 
     return json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.json.safetensors")
 
 
-def relative(ours, theirs, floor: float = 0.0) -> float:
-    return ((ours - theirs).norm() / max(theirs.norm().item(), floor, 1e-30)).item()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", help=f"some of {', '.join(LAYOUTS)}, with commas between (default all)")
@@ -201,11 +192,13 @@ def main() -> None:
         return
     try:
         layouts = chosen_layouts(args)
-        model = compose(args).model
+        model = configuration(args).model
         for ranks, fields, _ in layouts.values():
             check_parallel(ParallelConfig(**fields), model, ranks)
     except (ConfigError, TypeError) as error:
         sys.exit(f"error: {error}")
+    from gradients import difference
+
     figures = {}
     with tempfile.TemporaryDirectory(prefix="layouts-") as folder:
         reference = measure("one_rank", 1, {}, {}, args, Path(folder))
@@ -227,7 +220,7 @@ def main() -> None:
                 print(f"| {name} | {ranks} | failed: {found} | | | |", flush=True)
                 continue
             losses, own = found
-            by_parameter = {key: relative(own[key], gradient, floor) for key, gradient in gradients.items()}
+            by_parameter = {key: difference(own[key], gradient, floor) for key, gradient in gradients.items()}
             worst = max(by_parameter, key=by_parameter.get)
             loss = abs(losses["loss"] - expected["loss"]) / expected["loss"]
             curve = max((abs(a - b) / b for a, b in zip(losses["losses"], expected["losses"])), default=0.0)

@@ -18,23 +18,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from gradients import difference, make_shards_whole, released_gradients
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import unwrap_model
 
 from molmo2_nemo import checkpoint_dir, parallel
 from molmo2_nemo.config.checks import check_parallel
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import ParallelConfig, vision_token_ids
+from molmo2_nemo.config.schema import ParallelConfig
 from molmo2_nemo.environment import world_size_from_environment
 from molmo2_nemo.hf import convert
 from molmo2_nemo.hf.architecture import model_config_from_hf
 from molmo2_nemo.hf.names import read_released
-from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
+from molmo2_nemo.random_batches import pack, random_documents
 from molmo2_nemo.training.checkpoint import save_sharded
 from molmo2_nemo.training.step import (
     MODEL_INPUTS,
@@ -48,140 +46,6 @@ from molmo2_nemo.training.step import (
 
 # A hundred times the usual one, so that a mistake in it would show.
 Z_LOSS = 1e-2
-
-
-class Document:
-    """A root (visual tokens and text) and its branches; token ids, and what each visual token pools."""
-
-    def __init__(self, root, root_vision, branches, crops, pooling, units):
-        self.root, self.root_vision, self.branches = root, root_vision, branches
-        self.crops, self.pooling, self.units = crops, pooling, units
-
-
-def random_documents(model, seed: int) -> list[Document]:
-    """Text only; one image; three images of odd shapes; a video; a message tree over an image."""
-    from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor, arange_for_pooling
-
-    rng, vision, ids = np.random.default_rng(seed), model.vision, vision_token_ids(model)
-    image_column = model.vocab_size + 3
-    processor = Molmo2ImageProcessor(
-        size={"height": vision.image_size, "width": vision.image_size},
-        patch_size=vision.patch_size,
-        pooling_size=[vision.image_pooling] * 2,
-        overlap_margins=[vision.overlap_margin] * 2,
-        max_crops=4,
-        do_rescale=False,
-        do_normalize=False,
-    )
-
-    def text(n):
-        # Patch ids may lie in the base vocabulary of a foreign config: keep text away from all special ids.
-        allowed = np.setdiff1d(np.arange(model.vocab_size), list(ids.values()))
-        return rng.choice(allowed, n).tolist()
-
-    def image(height, width):
-        pixels = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
-        out = processor(pixels, return_tensors="pt")
-        low_rows, low_columns, rows, columns = out["image_grids"][0].tolist()
-        tokens = [ids["low_res_image_start_token_id"], *[ids["image_patch_id"]] * (low_rows * low_columns)]
-        tokens += [ids["image_end_token_id"], ids["image_start_token_id"]]
-        tokens += ([ids["image_patch_id"]] * columns + [image_column]) * rows + [ids["image_end_token_id"]]
-        return tokens, out["pixel_values"], out["image_token_pooling"], [(out["pixel_values"].shape[0], -1)]
-
-    def video(frames):
-        side = vision.image_size // vision.patch_size
-        grid = torch.arange(side * side, dtype=torch.int32).view(side, side)
-        windows, rows, columns = arange_for_pooling(grid, vision.video_pooling, vision.video_pooling)
-        tokens, types, pooling = [], [], []
-        for frame in range(frames):
-            stamp = text(3)
-            tokens += [*stamp, ids["frame_start_token_id"], *[ids["image_patch_id"]] * (rows * columns)]
-            tokens.append(ids["frame_end_token_id"])
-            types += [0] * len(stamp) + [1] * (rows * columns + 2)
-            pooling.append(torch.where(windows >= 0, windows + frame * side * side, -1))
-        crops = torch.from_numpy(rng.integers(0, 256, (frames, side * side, vision.patch_dim), dtype=np.uint8))
-        return tokens, types, crops, torch.cat(pooling), [(1, rows * columns)] * frames
-
-    def document(images=(), frames=0, branches=((9,),)):
-        root, types, crops, pooling, units, offset = text(1), [0], [], [], [], 0
-        for height, width in images:
-            tokens, pixels, windows, unit = image(height, width)
-            label = text(2)
-            root += label + tokens
-            types += [0] * len(label) + [1] * len(tokens)
-            crops.append(pixels)
-            pooling.append(torch.where(windows >= 0, windows + offset, -1))
-            units.append((unit[0][0], windows.shape[0]))
-            offset += pixels.shape[0] * pixels.shape[1]
-        if frames:
-            tokens, video_types, pixels, windows, unit = video(frames)
-            root, types = root + tokens, types + video_types
-            crops, pooling, units = [pixels], [windows], unit
-        parts = [text(sum(lengths)) for lengths in branches]
-        return Document(root, types, parts, crops, pooling, units)
-
-    side = vision.image_size
-    return [
-        document(branches=((17,),)),
-        document([(side, side)], branches=((11,),)),
-        document([(side * 2 + 3, side - 5), (side + 40, side * 2 + 60), (20, 31)], branches=((13,),)),
-        document(frames=3, branches=((12,),)),
-        document([(side, side * 2)], branches=((8,), (5,), (11,))),
-    ]
-
-
-def pack(documents: list[Document], rows: int, model, seed: int, multiple: int) -> tuple[list[dict], list[tuple]]:
-    """Deal documents to `rows` rows. Returns one micro-batch per row, and per (row, document) where its tokens lie.
-
-    Every non-visual token has a random loss weight and predicts a random token, so labels need no alignment.
-    """
-    rng = np.random.default_rng(seed + 1)
-    dealt = [documents[i::rows] for i in range(rows)]
-    longest = max(sum(len(d.root) + sum(map(len, d.branches)) for d in row) for row in dealt)
-    S = -(-(longest + 3) // multiple) * multiple
-    width = model.vision.video_pooling**2
-    batches, places = [], []
-    for r, row in enumerate(dealt):
-        arrays = {k: np.zeros(S, np.int64) for k in ("input_ids", "position_ids", "labels", "vision_mask")}
-        arrays["segment_ids"] = np.full(S, -1, np.int64)
-        weights = np.zeros(S, np.float32)
-        crops, pooling, units, at, patches = [], [], [], 0, 0
-        for k, document in enumerate(row):
-            tree = len(document.branches) > 1
-            pieces = [(document.root, document.root_vision, 0, 10_000 if tree else 0)]
-            pieces += [
-                (tokens, [0] * len(tokens), len(document.root), m if tree else 0)
-                for m, tokens in enumerate(document.branches)
-            ]
-            spans = []
-            for tokens, types, start, segment in pieces:
-                span = slice(at, at + len(tokens))
-                arrays["input_ids"][span] = tokens
-                arrays["vision_mask"][span] = types
-                arrays["position_ids"][span] = np.arange(start, start + len(tokens))
-                arrays["segment_ids"][span] = SEGMENTS_PER_EXAMPLE * k + segment
-                if len(spans):
-                    weights[span] = rng.choice([0.0, 0.1, 0.2, 1.0, 2.0], len(tokens))
-                    weights[span.start] = 0.7
-                spans.append(span)
-                at = span.stop
-            places.append((r, document, spans))
-            crops += document.crops
-            for windows in document.pooling:
-                windows = torch.where(windows >= 0, windows + patches, -1).long()
-                pooling.append(torch.nn.functional.pad(windows, (0, width - windows.shape[1]), value=-1))
-            units += document.units
-            patches += sum(c.shape[0] * c.shape[1] for c in document.crops)
-        arrays["labels"] = rng.integers(0, model.vocab_size, S)
-        batch = {k: torch.from_numpy(v)[None] for k, v in arrays.items()}
-        batch["vision_mask"] = batch["vision_mask"].bool()
-        batch["loss_weights"] = torch.from_numpy(weights)[None]
-        shape = (0, model.vision.patches_per_crop, model.vision.patch_dim)
-        batch["crops"] = torch.cat(crops) if crops else torch.zeros(shape, dtype=torch.uint8)
-        batch["pooling"] = torch.cat(pooling) if pooling else torch.zeros((0, width), dtype=torch.long)
-        batch["vision_units"] = torch.tensor(units, dtype=torch.long).view(-1, 2)
-        batches.append(batch)
-    return batches, places
 
 
 def oracle(folder: Path, batches: list[dict], places: list[tuple], causal: bool = False):
@@ -257,25 +121,6 @@ def gathered_logits(model, batches: list[dict], vocab_size: int) -> list[torch.T
             ]
             whole.append(torch.cat(columns, dim=-1)[:, :vocab_size])
     return whole
-
-
-def released_gradients(model, architecture, scratch: Path) -> dict[str, torch.Tensor]:
-    """Gradients of all ranks under released names, through the same code that saves and exports weights."""
-    gradients = {id(p): p.main_grad for chunk in unwrap_model(model) for p in chunk.parameters()}
-    state = sharded_model_state(model)
-    for entry in (entry for chunk in state.values() for entry in chunk.values()):
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and id(entry.data) in gradients:
-            entry.data = gradients[id(entry.data)].view_as(entry.data).clone()
-    if dist.get_rank() == 0:
-        checkpoint_dir.aside(scratch / "gradients")
-    dist.barrier()
-    folder = scratch / ".gradients.tmp"
-    save_sharded(state, folder)
-    return dict(convert.released_tensors(folder, architecture))
-
-
-def difference(ours, theirs, floor=0.0) -> float:
-    return ((ours - theirs).norm() / max(theirs.norm().item(), floor, 1e-30)).item()
 
 
 def main() -> None:
@@ -371,7 +216,7 @@ def compare(args, layout: ParallelConfig, folder: Path) -> dict:
     # Tensor parallel ranks hold copies.
     loss = loss.item() / layout.tensor_model_parallel_size
     if args.distributed_optimizer:
-        _make_shards_whole(model)
+        make_shards_whole(model)
     gradients = released_gradients(model, model_config, scratch)
     result = [None]
     if dist.get_rank() == 0:
@@ -389,18 +234,6 @@ def compare(args, layout: ParallelConfig, folder: Path) -> dict:
         shutil.rmtree(scratch)
     dist.barrier()
     return result[0]
-
-
-def _make_shards_whole(model) -> None:
-    """With a distributed optimizer a rank has reduced only its shard of each gradient buffer: gather the rest."""
-    for buffer in (buffer for chunk in model for buffer in chunk.buffers):
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        for bucket in buffer.buckets:
-            shards = list(bucket.grad_data.chunk(group.size()))
-            own = shards[group.rank()].clone()
-            gathered = [torch.empty_like(own) for _ in shards]
-            dist.all_gather(gathered, own, group=group)
-            bucket.grad_data.copy_(torch.cat(gathered))
 
 
 def report(args, folder, model_config, batches, places, logits, loss, gradients) -> dict:

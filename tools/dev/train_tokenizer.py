@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from molmo2_nemo.config.schema import EXTRA_TOKENS
-from molmo2_nemo.prepare.sample_world import text_corpus
+from molmo2_nemo.prepare.sample_world.write import text_corpus
 
 SHIPPED = Path(__file__).resolve().parents[2] / "molmo2_nemo" / "data" / "tokenizer"
 BASE_SIZE = 600

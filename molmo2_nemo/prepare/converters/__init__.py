@@ -1,4 +1,4 @@
-"""From raw rows to samples, a data set each: what conf/datasets.yaml names, by its name or by its form.
+"""How the raw rows of each data set of conf/datasets.yaml become drafts of samples, by its name or by its form.
 
 To add one of a known form (forms.py), give it an entry in the catalogue. One of another form needs a line in a
 CONVERTERS table, too: a function from a row to drafts (common.py). Rows of parquet, JSON lines, JSON and CSV files need
@@ -17,7 +17,7 @@ CONVERTERS: dict[str, Converter] = {
 
 
 def converter_of(entry: dict) -> Converter:
-    """Of an entry of conf/datasets.yaml. ValueError, one sentence: why there is none."""
+    """The converter of an entry of conf/datasets.yaml. ValueError, one sentence: why there is none."""
     name = entry["name"]
     if name in CONVERTERS and not entry.get("convert"):
         return CONVERTERS[name]
@@ -27,7 +27,7 @@ def converter_of(entry: dict) -> Converter:
     converter = converter_by_form(entry)
     if converter is None:
         raise ValueError(
-            f"{name} has the columns {', '.join(entry['fields'])}, which tell no known form: say it with convert in "
-            "its entry, or add a converter (molmo2_nemo/data/converters)."
+            f"{name} has the columns {', '.join(entry['fields'])}, which are those of no known form: describe it "
+            "with convert in its entry, or add a converter (molmo2_nemo/prepare/converters)."
         )
     return converter

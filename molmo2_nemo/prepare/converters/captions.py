@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft, Drop, caption, clip, pick, question
+from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft, Drop, caption, clip, pick, question, together
 
 # Rows of Molmo2-Cap below this are not used (molmo2: vixmo3_top_level_captions_min_3).
 MIN_SCORE = 3
@@ -45,7 +45,7 @@ def localized_narratives(row: dict) -> Iterator[Draft]:
     """What each actor of a video does."""
     branches = [
         question(pick(OF_OBJECT, row["id"], name).format(name=name.strip()), text, "video_object_caption")
-        for name, text in zip(row["actor_names"], row["captions"], strict=True)
+        for name, text in together(row["actor_names"], row["captions"])
         if (text or "").strip()
     ]
     yield Draft(branches, video=clip(row["video"]))

@@ -1,7 +1,8 @@
-"""What converters are made of: drafts of samples, tasks as the schema's JSON, and readers of annotation files.
+"""What converters share: drafts of samples, functions that make tasks in the schema's JSON, readers of files.
 
 A converter is a function from one raw row to drafts. It opens no picture and no video: sizes, durations and the change
-of coordinates to fractions come later (data/prepared.py), where the drafts of one picture or video are joined, too.
+of coordinates to fractions come later (prepare/draft_to_sample.py), where also the drafts of one picture or
+video are joined.
 """
 
 import csv
@@ -16,6 +17,7 @@ from molmo2_nemo.catalogue import raw as raw_files
 from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.files import sha256_of_text
 
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 MAX_POINTS = 60  # of a pointing answer (molmo2: olmo/data, "max_points")
 
 
@@ -42,7 +44,7 @@ class Draft:
     """A sample before its media are looked at.
 
     images: each the bytes of a file, a name (an address, a path below the raw folder's media, or one that starts with
-    "./" below the raw folder itself), a list of names to try, or {"name", "boxes", "opacity"}, see prepared.py.
+    "./" below the raw folder itself), a list of names to try, or {"name", "boxes", "opacity"}, see draft_to_sample.py.
     unit: of the coordinates of pointing tasks: fraction, percent or pixels.
     about: what is held out together; None: the names of the media.
     tree: drafts with the same media become one sample if this is the same, too; None: never.
@@ -69,12 +71,12 @@ Rows = Callable[[RawSource, str | None], Iterator[dict]]
 
 @dataclass(frozen=True)
 class Converter:
-    """convert: a row -> drafts. rows: of the files, where they are not plain tables (raw.rows)."""
+    """convert: a row -> drafts. rows: how to read rows that raw.rows cannot (no plain tables)."""
 
     convert: Callable[[dict], Iterable[Draft | Drop]]
     rows: Rows | None = None
-    max_branches: int = 64  # of a sample; more are divided evenly
-    most_branches: int | None = None  # of a picture or video; the others are dropped
+    max_branches: int = 64  # of a sample; more are divided evenly among several samples
+    most_branches: int | None = None  # of a picture or video; the others are dropped, chosen by a hash
     max_points: int | None = None  # of all branches of a sample
 
 
@@ -82,7 +84,7 @@ class Converter:
 
 
 def question(text: str, answers: str | list[str], style: str, explanation: str | None = None) -> dict:
-    """ValueError: nothing is asked or answered."""
+    """A question task. ValueError: nothing is asked or answered."""
     answers = [answers] if isinstance(answers, str) else list(answers)
     answers = [str(answer).strip() for answer in answers if answer is not None and str(answer).strip()]
     text = str(text or "").strip()
@@ -93,7 +95,7 @@ def question(text: str, answers: str | list[str], style: str, explanation: str |
 
 
 def choice(text: str, options: list, answer: int, style: str) -> dict:
-    """ValueError: fewer than two options, or the answer is none of them."""
+    """A multiple choice task. answer: index from 0. ValueError: fewer than two options, or answer is none."""
     options, answer = [str(option).strip() for option in options], int(answer)
     if not text or not str(text).strip():
         raise ValueError("no question")
@@ -111,7 +113,7 @@ def choice(text: str, options: list, answer: int, style: str) -> dict:
 
 
 def shuffled_choice(text: str, right: str, wrong: Iterable[str], style: str, *seed) -> dict:
-    """The place of the right option hangs on the seed alone."""
+    """A choice whose order of options depends on the seed alone."""
     options = list(dict.fromkeys([str(right).strip(), *(str(option).strip() for option in wrong)]))
     right = options[0]
     fixed_random(text, *seed).shuffle(options)
@@ -127,7 +129,10 @@ def caption(text: str | list[str], style: str) -> dict:
 
 
 def pointing(label: str, groups: list, style: str | list[str], text: str | None = None, **more) -> dict:
-    """groups: [[image from 1 or seconds, [[x, y], ...]], ...]. ValueError: no label, or a coordinate is no number."""
+    """A pointing task. groups: [[image from 1 or seconds, [[x, y], ...]], ...].
+
+    ValueError: there is no label, or a coordinate is not a number.
+    """
     label = str(label or "").strip()
     if not label:
         raise ValueError("no label")
@@ -138,7 +143,7 @@ def pointing(label: str, groups: list, style: str | list[str], text: str | None 
 
 
 def chat(turns: Iterable[str], style: str, system: str | None = None) -> dict:
-    """User and assistant in turn. ValueError: a turn is empty, or the last is the user's."""
+    """A conversation of user and assistant in turn. ValueError: a turn is empty, or the last one is the user's."""
     turns = [str(turn).strip() for turn in turns]
     if len(turns) < 2 or len(turns) % 2 or not all(turns):
         raise ValueError("the turns are not user and assistant, or one is empty")
@@ -148,7 +153,7 @@ def chat(turns: Iterable[str], style: str, system: str | None = None) -> dict:
 
 
 def xy(points) -> list[list[float]]:
-    """[{x, y}, ...], {x: [...], y: [...]} or None as [[x, y], ...]. ValueError: a coordinate is missing."""
+    """Points given as [{x, y}, ...], {x: [...], y: [...]} or None, as [[x, y], ...]. ValueError: one is missing."""
     if not points:
         return []
     if isinstance(points, dict):
@@ -164,12 +169,20 @@ def xy(points) -> list[list[float]]:
 
 
 def image_of(value) -> bytes | str:
-    """Of an image column of the Hub: {bytes, path} with its bytes, or the name of its file. ValueError: neither."""
+    """The image of a column of the Hub, {bytes, path} or a path: its bytes, or its file's name. ValueError: neither."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if not value or not isinstance(value, bytes | str):
         raise ValueError("no image in the row")
     return value
+
+
+def together(*lists) -> Iterator[tuple]:
+    """`zip` of columns. ValueError: their lengths differ."""
+    try:
+        yield from zip(*lists, strict=True)
+    except ValueError:
+        raise ValueError("columns of unlike length") from None
 
 
 def columns(table: dict | list, *names: str) -> Iterator[tuple]:
@@ -185,12 +198,12 @@ def columns(table: dict | list, *names: str) -> Iterator[tuple]:
 
 
 def fixed_random(*seed) -> random.Random:
-    """The same for the same seed, on every machine."""
+    """A generator that gives the same numbers for the same seed on every machine."""
     return random.Random(digest("\0".join(map(str, seed))))
 
 
 def digest(text: str) -> int:
-    """64 bits of a hash."""
+    """The first 64 bits of the text's SHA-256."""
     return int(sha256_of_text(text)[:16], 16)
 
 
@@ -212,7 +225,7 @@ def find(raw: RawSource, *patterns: str) -> Path:
 
 
 def find_all(raw: RawSource, pattern: str) -> list[Path]:
-    """Not in media/, which holds no annotations and very many files."""
+    """All files below the raw folder that match, shortest path first. media/ is left out: it holds no annotations."""
     found = []
     for name in ("hub", "manual", "extracted"):
         if (raw.folder / name).is_dir():
@@ -221,7 +234,7 @@ def find_all(raw: RawSource, pattern: str) -> list[Path]:
 
 
 def read_json(path: Path):
-    """ValueError, one sentence: it is not JSON."""
+    """The content of a JSON file. ValueError, one sentence: it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
@@ -245,7 +258,7 @@ def array_rows(pattern: str, key: str | None = None) -> Rows:
 
 
 def jsonl(path: Path) -> Iterator[dict | list]:
-    """ValueError names the line."""
+    """The values of a JSON lines file. ValueError, one sentence that names the line: it is not JSON."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -256,19 +269,20 @@ def jsonl(path: Path) -> Iterator[dict | list]:
 
 
 def table(path: Path, delimiter: str = ",", names: list[str] | None = None) -> Iterator[dict]:
-    """Rows of a CSV file. `names`: of the columns of a file without a head line."""
+    """Rows of a CSV file. `names`: of the columns of a file without a header line."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         yield from csv.DictReader(file, names, delimiter=delimiter)
 
 
 def video_names(name: str) -> list[str]:
     """A video's name with the suffixes that it may have on disk."""
-    suffixes = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
-    return [name] if name.lower().endswith(suffixes) else [*(name + suffix for suffix in suffixes), name]
+    if name.lower().endswith(VIDEO_SUFFIXES):
+        return [name]
+    return [*(name + suffix for suffix in VIDEO_SUFFIXES), name]
 
 
 def clip(name: str, start=None, end=None, cut: list[str] | None = None, **more) -> Clip:
-    """Seconds of a video. ValueError: they are no times, or end before they start."""
+    """A video, or the seconds `start` to `end` of it. ValueError: these are not numbers, or end before they start."""
     names = [candidate for item in ([name] if isinstance(name, str) else name) for candidate in video_names(item)]
     if start is None or end is None:
         return Clip(names, cut=cut or [], **more)

@@ -4,7 +4,7 @@
       source: {kind: hf, hf: {repo: me/my-invoices, split: train}}
       media: {kind: in-parquet}
       fields: {image: image, question: text, answer: text}
-      convert: {kind: question, style: invoices}            # optional: without it, the columns' names tell the form
+      convert: {kind: question, style: invoices}            # optional: without it, the names of the columns decide
 
 `convert` has the kind, and where wanted the style, the unit of points (fraction, percent, pixels) and `columns`, which
 says what a column is called here, such as {question: query}.
@@ -39,7 +39,7 @@ from molmo2_nemo.prepare.converters.common import (
 )
 from molmo2_nemo.prepare.media import UNITS
 
-# What each kind needs, the surest sign first.
+# Kind -> columns that it needs, the most specific kind first.
 KINDS = {
     "chat": ("messages",),
     "pointing": ("label", "points"),
@@ -47,7 +47,7 @@ KINDS = {
     "question": ("question", "answer"),
     "caption": ("caption",),
 }
-# Other names of columns that leave no doubt.
+# Other names of columns that mean the same in every data set.
 ALIASES = {
     "image": ("image", "image_url", "image_path", "file_name"),
     "images": ("images", "image_urls", "image_paths"),
@@ -65,12 +65,15 @@ KEYS = {"kind", "style", "unit", "columns"}
 
 
 def converter_by_form(entry: dict) -> Converter | None:
-    """Of an entry with `convert`, or with columns whose names tell. ValueError: `convert` makes no sense."""
+    """The converter of an entry that has `convert` or columns of a known form; None: it has neither.
+
+    ValueError: `convert` makes no sense.
+    """
     form, fields, name = entry.get("convert") or {}, entry.get("fields") or {}, entry["name"]
     _check(name, form, fields)
     columns = {column: _named(column, fields) for column in COLUMNS}
     columns |= form.get("columns") or {}
-    # `label` is an answer in some sets and what is pointed at in others: points decide.
+    # `label` is an answer in some sets and what is pointed at in others: it is the latter if there are points.
     kinds = [form["kind"]] if "kind" in form else [k for k, needed in KINDS.items() if all(columns[c] for c in needed)]
     if not kinds:
         return None
@@ -88,7 +91,7 @@ def converter_by_form(entry: dict) -> Converter | None:
 
 
 def _check(name: str, form, fields: dict) -> None:
-    """ValueError, one sentence: the key of `convert` that makes no sense."""
+    """Refuse a `convert` that makes no sense. ValueError, one sentence that names the key."""
     if not isinstance(form, dict) or not set(form) <= KEYS:
         raise ValueError(f"{name} has convert={form}: it may have the keys {', '.join(sorted(KEYS))}.")
     choices = {"kind": tuple(KINDS), "unit": UNITS}
@@ -163,7 +166,7 @@ def _video(row: dict, get) -> Clip | None:
 
 
 def _index(answer, options: list) -> int:
-    """ValueError: the answer is no index, no letter and none of the options."""
+    """The index of the right option. ValueError: the answer is no index, no letter and none of the options."""
     if isinstance(answer, int):
         return answer
     if answer in options:

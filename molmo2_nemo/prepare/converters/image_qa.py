@@ -27,6 +27,7 @@ from molmo2_nemo.prepare.converters.common import (
     read_json,
     shuffled_choice,
     table,
+    together,
 )
 
 MAX_IMAGES = 5  # of several-image sets (molmo2: max_images)
@@ -46,7 +47,7 @@ def url_question(row: dict) -> Iterator[Draft | Drop]:
 
 
 def pixmo_cap_qa(row: dict) -> Iterator[Draft | Drop]:
-    """`question` holds a dialogue, "[USER] ... [ASSISTANT] ... [USER] ...", which `answer` ends."""
+    """`question` is a dialogue, "[USER] ... [ASSISTANT] ... [USER] ...", and `answer` its last turn."""
     if row.get("messages") and not row.get("question"):
         turns = [message["content"] for message in row["messages"]]
     else:
@@ -56,7 +57,7 @@ def pixmo_cap_qa(row: dict) -> Iterator[Draft | Drop]:
             speakers, turns = ["USER"], [head]
         elif head.strip():
             raise ValueError("text before the first [USER]")
-        if len(turns) % 2 == 0 and not turns[-1].strip():  # it ends with the tag that calls for the answer
+        if len(turns) % 2 == 0 and not turns[-1].strip():  # the last tag marks where the answer begins
             speakers, turns = speakers[:-1], turns[:-1]
         if speakers != (["USER", "ASSISTANT"] * len(turns))[: len(turns)]:
             raise ValueError("[USER] and [ASSISTANT] do not alternate")
@@ -65,14 +66,14 @@ def pixmo_cap_qa(row: dict) -> Iterator[Draft | Drop]:
 
 
 def clocks(row: dict) -> Iterator[Draft]:
-    """The set has no pictures: they are those that the user rendered, example_id.png."""
+    """The set has no pictures. The user has rendered them, as example_id.png."""
     name = str(row["example_id"])
     task = question(pick(CLOCK, name), row["text"], "pixmo_clocks")
     yield Draft([task], [[f"{name}.png", f"{name}.jpg", f"images/{name}.png", f"images/{name}.jpg"]])
 
 
 def answers_of(message: dict) -> list[str]:
-    """Of a question: `answers` (texts, or with `answer` or `raw_answer`), or `answer`, or `direct_answers`.
+    """The answers of a question: `answers` (texts, or with `answer` or `raw_answer`), or `answer`, or `direct_answers`.
 
     ValueError names the keys, if none of these is there.
     """
@@ -138,7 +139,7 @@ def mantis(row: dict) -> Iterator[Draft | Drop]:
         yield Drop("one image" if len(images) < 2 else f"more than {MAX_IMAGES} images")
         return
     tasks, listed = [], [row.get(name) or [] for name in ("mc_question", "choices", "correct_choice_idx")]
-    for text, options, answer in zip(*listed, strict=True):
+    for text, options, answer in together(*listed):
         if text and options and len(options) > 1 and answer is not None and 0 <= answer < len(options):
             wrong = [option for index, option in enumerate(options) if index != answer]
             tasks.append(shuffled_choice(text, options[answer], wrong, "multi_image_mc", row.get("example_id")))
@@ -146,7 +147,7 @@ def mantis(row: dict) -> Iterator[Draft | Drop]:
             tasks.append(None)
     asked, direct = row.get("oe_question") or [], row.get("direct_answer") or []
     tasks += [None] * (len(asked) - len(tasks))
-    for index, (text, answer) in enumerate(zip(asked, direct, strict=True)):
+    for index, (text, answer) in enumerate(together(asked, direct)):
         if tasks[index] is None and text and answer:
             tasks[index] = question(text, answer, "mantis_instruct_da")
     if any(tasks):
@@ -184,7 +185,7 @@ def multi_image_qa(row: dict) -> Iterator[Draft | Drop]:
 
 
 def ai2d_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
-    """One row a diagram: {image, questions, text}, without those of the test set."""
+    """A row for each diagram: {image, questions, text}, without those of the test set."""
     tested = {row["id"].strip() for path in find_all(raw, "ai2d_test_ids.csv") for row in table(path, names=["id"])}
     for path in find(raw, "questions/0.png.json", "questions/*.json").parent.glob("*.json"):
         name = path.name.removesuffix(".json")
@@ -199,7 +200,7 @@ def ai2d_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
 
 
 def ai2d(row: dict) -> Iterator[Draft | Drop]:
-    """Questions about letters need them in the picture, in the place of the words: two versions of it are drawn."""
+    """Two samples: one with the words in the picture, one with letters drawn over them, for questions about letters."""
     plain, letters = [], []
     for text, item in sorted(row["questions"].items(), key=lambda pair: pair[1]["questionId"]):
         options, answer = [str(option) for option in item["answerTexts"]], int(item["correctAnswer"])
@@ -268,7 +269,7 @@ def tabwmp(row: dict) -> Iterator[Draft]:
 
 KINDS = ("chart", "chemical", "diagram", "math", "music", "table")
 SEVERAL = ("chart", "chemical", "diagram", "doc", "music", "table")
-# The reference's 20 million questions about 160,000 plots cannot all be used: those that hashes choose are.
+# The set has 20 million questions about 160,000 plots, too many to use: a hash chooses.
 PLOT_BRANCHES = 64
 CONVERTERS = {
     "pixmo-ask-model-anything": Converter(url_question),

@@ -11,14 +11,15 @@ from molmo2_nemo.prepare.converters.common import (
     fixed_random,
     image_of,
     pointing,
+    together,
     xy,
 )
 
-# Both are drawn from, so that the data set need not be there twice.
+# One of these is drawn each time, so that the data set is needed only once.
 MODES = ["pointing", "point_count"]
 MULTI_IMAGE_MODES = ["multi_image_pointing", "multi_image_point_then_count"]
 VIDEO_MODES = ["video_point", "video_point_count"]
-# Seconds: what 128 frames at 2 a second cover. Queries of a video that is no longer share one sample.
+# Seconds that 128 frames at 2 a second cover. Queries of a video that is not longer share one sample.
 MAX_SECONDS = 63.0
 # How often these become turns of one conversation (molmo2: Molmo2-VideoPoint).
 MULTI_TURN = 0.2
@@ -55,7 +56,7 @@ def cosyn_point(row: dict) -> Iterator[Draft | Drop]:
         yield Drop("no column names, and a point needs a label")
         return
     branches = []
-    for text, points, name in zip(row["questions"], row["answer_points"], row["names"], strict=True):
+    for text, points, name in together(row["questions"], row["answer_points"], row["names"]):
         points = xy(points)
         if len(points) > MAX_POINTS:
             yield Drop(TOO_MANY)
@@ -73,13 +74,13 @@ def multi_image_point(row: dict) -> Iterator[Draft | Drop]:
     images = row.get("image_urls") or row["images"]
     names = row.get("normalized_labels") or row["labels"]
     found: dict[str, dict[int, list]] = {}
-    for index, (labels, points) in enumerate(zip(names, row["points"], strict=True), 1):
+    for index, (labels, points) in enumerate(together(names, row["points"]), 1):
         several = isinstance(labels, list)
-        for label, of_label in zip(labels, points, strict=True) if several else [(labels, points)]:
+        for label, of_label in together(labels, points) if several else [(labels, points)]:
             found.setdefault(label.strip().lower(), {}).setdefault(index, []).extend(xy(of_label))
     draw = fixed_random(*map(str, images), *sorted(found))
     label = draw.choice(sorted(found))
-    # An image that was not asked about the label may show it all the same.
+    # An image that nobody was asked about may show the label, too.
     asked = sorted(found[label])
     if len(asked) > 1 and draw.random() < 0.5:
         asked = sorted(draw.sample(asked, draw.randint(1, len(asked) - 1)))
@@ -93,7 +94,7 @@ def multi_image_point(row: dict) -> Iterator[Draft | Drop]:
 
 def video_points(label: str, times: list, points: list, start: float) -> dict | Drop:
     """A task from points by time, in percent. Times become those since `start`."""
-    groups = [[max(0.0, float(t) - start), xy(of_time)] for t, of_time in zip(times or [], points or [], strict=True)]
+    groups = [[max(0.0, float(t) - start), xy(of_time)] for t, of_time in together(times or [], points or [])]
     if sum(len(of_time) for _, of_time in groups) > MAX_POINTS:
         return Drop(TOO_MANY)
     return pointing(label, groups, VIDEO_MODES)

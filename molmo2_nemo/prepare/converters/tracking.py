@@ -7,18 +7,18 @@ from pathlib import Path
 from molmo2_nemo.catalogue.raw import RawSource, read_rows
 from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft, Drop, Rows, video_names
 
-# The configuration of a repository, which is the folder of its files, says what is asked.
+# The configuration of a repository, that is the folder of its files, decides what is asked.
 STYLES = {
     "track": "video_point_track_per_frame",
     "ground": "video_point_ground_start_end",
     "single_point_track": "video_single_point_track_per_frame",
 }
-# Queries of one video at one rate share a sample, so that it is not stored for each; answers are long.
+# Queries of one video at one rate share a sample, so that the video is stored once. They are few: answers are long.
 MAX_BRANCHES = 8
 
 
 def rows(fixed: str | None = None, config: str | None = None) -> Rows:
-    """Rows with `task`, a key of STYLES: `fixed`, or the folder or file name that a row comes from says it.
+    """Rows with `task`, a key of STYLES: it is `fixed`, or found in the name of the folder or file.
 
     config: of a repository with a configuration for each data set, the only one to read.
     """
@@ -40,13 +40,13 @@ def rows(fixed: str | None = None, config: str | None = None) -> Rows:
 
 
 def _words(path: Path) -> set[str]:
-    """Folders, and the parts of the file's name: single_point_track/train-0.parquet, data/track_train.jsonl."""
+    """Folders of a path and parts of its name: single_point_track/train-0.parquet, data/track_train.jsonl."""
     stem = path.stem
     return {*path.parts[:-1], stem, stem.split("-")[0], *(name for name in STYLES if stem.startswith(f"{name}_"))}
 
 
 def tracks(row: dict) -> Iterator[Draft | Drop]:
-    """One query. Occluded points are left out, and so is what lies between the frames of the annotations' rate."""
+    """One query. Occluded points are left out, and so are points between the frames at the rate of the annotations."""
     width, height = float(row["width"]), float(row["height"])
     if not (width > 0 and height > 0):
         raise ValueError("a width or height that is not above 0")

@@ -1,4 +1,4 @@
-"""Labels, sentences and windows of stretches of videos, of which questions are made."""
+"""Sets with labels, sentences or windows for parts of videos: questions are made of them."""
 
 import csv
 import re
@@ -50,7 +50,7 @@ MAX_WINDOWS = 5
 
 
 def database(pattern: str, key: str, subset: str = "training"):
-    """Rows of {"database": {id: {subset, annotations: [{segment, ...}]}}}, one a segment."""
+    """A row for each segment of {"database": {id: {subset, annotations: [{segment, ...}]}}}."""
 
     def read(raw: RawSource, split: str | None) -> Iterator[dict]:
         for name, value in read_json(find(raw, pattern))["database"].items():
@@ -106,11 +106,11 @@ def youcook(row: dict) -> Iterator[Draft]:
 
 
 def charades_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
-    """Lines "id start end##sentence"."""
+    """Rows of lines "id start end##sentence"."""
     for line in find(raw, "charades_sta_train.txt").read_text(encoding="utf-8").splitlines():
         if line.strip():
-            head, _, sentence = line.partition("##")
-            name, start, end = head.split()
+            span, _, sentence = line.partition("##")
+            name, start, end = span.split()
             yield {"video": name, "start": start, "end": end, "sentence": sentence}
 
 
@@ -134,7 +134,7 @@ def qvhighlights(row: dict) -> Iterator[Draft | Drop]:
 
 
 def moments_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
-    """train.csv with a head line, or without one: path, label."""
+    """train.csv with the columns path and label, with a header line or without one."""
     with find(raw, "train.csv", "trainingSet.csv").open(newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file)
         for index, line in enumerate(lines):
@@ -186,7 +186,7 @@ def epic(row: dict) -> Iterator[Draft]:
 
 
 def seconds(clock: str) -> float:
-    """Of HH:MM:SS.sss. ValueError: it is not that."""
+    """Seconds of a time written as HH:MM:SS.sss. ValueError: it is written otherwise."""
     match = re.fullmatch(r"(\d+):(\d{1,2}):(\d{1,2}(?:\.\d+)?)", clock.strip())
     if not match:
         raise ValueError("a time that is not HH:MM:SS.sss")

@@ -24,6 +24,7 @@ from molmo2_nemo.prepare.converters.common import (
     read_json,
     shuffled_choice,
     table,
+    together,
 )
 
 MC, SHORT = "video_multiple_choice", "video_short_answer"
@@ -38,7 +39,7 @@ ACTION = ("Which action does the video show?", "What is being done in the video?
 
 
 def numbered(row: dict, prefix: str, first: int, count: int) -> list[str]:
-    """Columns such as a0..a4."""
+    """The values of numbered columns such as a0..a4."""
     return [row[f"{prefix}{index}"] for index in range(first, first + count)]
 
 
@@ -95,7 +96,7 @@ def perception_test(row: dict) -> Iterator[Draft | Drop]:
 
 
 def tgif_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
-    """Tabulators in spite of the files' names."""
+    """The columns are separated by tabs, although the files are called .csv."""
     for kind in ("action", "count", "transition", "frameqa"):
         for row in table(find(raw, f"Train_{kind}_question.csv"), "\t"):
             yield row | {"kind": kind}
@@ -161,7 +162,7 @@ def llava_video(row: dict) -> Iterator[Draft]:
     """Conversations, the first question of which starts with "<image>". Lettered options become a choice."""
     turns = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
     tasks = []
-    for text, answer in zip(turns[::2], turns[1::2], strict=True):
+    for text, answer in together(turns[::2], turns[1::2]):
         tasks.append(lettered_choice(text, answer) or question(text, answer, SHORT))
     kinds = {"mc" if task["task"] == "multiple_choice" else "oe" for task in tasks}
     names = [row["video"], f"{row['data_source']}/{row['video']}"] if row.get("data_source") else [row["video"]]
@@ -169,7 +170,7 @@ def llava_video(row: dict) -> Iterator[Draft]:
 
 
 def lettered_choice(text: str, answer: str) -> dict | None:
-    """Of "question / A. x / B. y / instruction" and "B." or "B. y"; None if it is not that."""
+    """The task of a text "question / A. x / B. y / instruction" and an answer "B." or "B. y"; None: it is not that."""
     options, asked = [], []
     for line in text.splitlines():
         match = OPTION.match(line)
@@ -190,7 +191,7 @@ def how2qa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
 
 
 def how2qa(row: dict) -> Iterator[Draft]:
-    """A CSV file without a head; the span is "[start:end]" in seconds."""
+    """A CSV file without a header; the span is "[start:end]" in seconds."""
     match = re.fullmatch(r"\s*\[\s*([0-9.]+)\s*:\s*([0-9.]+)\s*\]\s*", row["span"])
     if not match:
         raise ValueError("a span that is not [start:end]")
@@ -201,13 +202,13 @@ def how2qa(row: dict) -> Iterator[Draft]:
 
 
 def trafficqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
-    """Lists, the first of which are the names of the columns."""
+    """Rows are lists, of which the first holds the names of the columns."""
     names = None
     for row in jsonl(find(raw, "R2_train.jsonl")):
         if names is None:
             names = row
         else:
-            yield dict(zip(names, row, strict=True))
+            yield dict(together(names, row))
 
 
 def trafficqa(row: dict) -> Iterator[Draft]:
@@ -235,7 +236,7 @@ def open_answer(row: dict, name: str, folder: str = "") -> Iterator[Draft | Drop
 
 
 def cinepile(row: dict) -> Iterator[Draft]:
-    """Subtitles are one text with a tag before each; those without times are taken to be of the whole clip."""
+    """Subtitles are one text with a tag before each; those without times are shown during the whole clip."""
     tasks = [choice(e["question"], e["choices"], e["answer_key_position"], MC) for e in row["examples"]]
     pieces = [TAG.sub(" ", piece).strip() for piece in SUBTITLE.split(row.get("subtitles") or "")]
     timed = [(piece, TIMED.match(piece)) for piece in pieces if piece]
@@ -274,7 +275,7 @@ def funqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
 
 
 def funqa(row: dict) -> Iterator[Draft | Drop]:
-    """Tasks that ask for times are left out. The options of the others are a list of Python's inside the text."""
+    """Tasks that ask for times are left out. The options of the others are a Python list inside the text."""
     if row["task"] in ("H1", "C1", "M1", "C4", "C5"):
         yield Drop("asks for times")
         return
@@ -305,7 +306,7 @@ def star(row: dict) -> Iterator[Draft]:
 
 
 def narrative_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
-    """Of all JSON files but those of other splits."""
+    """The rows of all JSON files except those of other splits."""
     for path in find_all(raw, "*.json"):
         if not {"val", "test"} & set(re.split(r"[^a-z]+", str(path.relative_to(raw.folder)).lower())):
             content = read_json(path)
@@ -325,7 +326,7 @@ def countix_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
 
 
 def countix(row: dict) -> Iterator[Draft | Drop]:
-    """How often something is repeated; the question is one of those of its class."""
+    """How often something is repeated. One of the questions of its class is chosen by a hash."""
     asked = row["questions"]
     if not asked:
         yield Drop("a class without a question")
@@ -336,7 +337,7 @@ def countix(row: dict) -> Iterator[Draft | Drop]:
 
 
 def ego4d(row: dict) -> Iterator[Draft | Drop]:
-    """Messages that are ready, each with its style, about a clip that is cut already."""
+    """Conversations with their styles, about a clip that is cut already."""
     if row.get("corrupt"):
         yield Drop("marked as corrupt")
         return

@@ -19,38 +19,28 @@ from PIL import Image, ImageDraw, ImageFont
 from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.data.processor import read_image
 from molmo2_nemo.data.schema import read_example
-from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft, digest
-from molmo2_nemo.prepare.media import (
-    MAX_MEDIA,
-    check_answers,
-    check_rates,
-    excerpt,
-    image_facts,
-    suffix,
-    use_fractions,
-    video_facts,
-    without_nothing,
-)
+from molmo2_nemo.prepare.annotations import check_answers, check_rates, use_fractions, without_nothing
+from molmo2_nemo.prepare.converters.common import VIDEO_SUFFIXES, Clip, Converter, Draft, digest
+from molmo2_nemo.prepare.media import MAX_MEDIA, excerpt, image_facts, suffix, video_facts
 
-VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 ABSENT = "its picture or video is not on disk"
-# Seconds by which a clip may lie outside of its video, which annotations round.
+# Seconds by which a clip may lie outside of its video: annotations are rounded.
 SAME_END = 1.0
-# A point outside by more than this many sides of its picture is no inexact one.
+# A point that is outside of its picture by more than this many sides of it is a mistake, not an inexact one.
 FAR = 1.0
-# A clip is cut out of a file of more bytes, if it is less than this share of it.
+# A clip is cut out of a file that has more bytes than this, if it is shorter than this share of it.
 MIN_CUT, CUT_SHARE = 2 * 2**20, 0.6
-# Of the file, as content says: names of addresses need not have a suffix.
+# Suffix of a picture by the first bytes of the file, since addresses need not have one.
 MAGIC = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"RIFF", ".webp"), (b"BM", ".bmp"))
 NUMBER = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?")
 
 
 class Dropped(ValueError):
-    """A sample, or a part of it, that cannot be used; the text is the reason, the same for all like it."""
+    """A sample, or a part of it, cannot be used. The text is the reason, and equal for all that have the same one."""
 
 
 def join(drafts: Iterable[Draft], converter: Converter) -> Iterator[tuple[Draft, dict[str, int]]]:
-    """Samples of drafts that are about the same thing, and how many branches were left out of each and why.
+    """Join drafts that are about the same thing into samples, each with the number of branches left out by reason.
 
     Drafts with the same media and `tree` become one sample, or several where that has more branches or points than
     the converter allows: branches then are divided evenly, points in their order.
@@ -108,7 +98,7 @@ def pack(draft: Draft, raw: RawSource) -> tuple[dict[str, bytes], int, Counter]:
         sample["video"] = {"part": f"video{ending}", **facts}
     moved, left_out, reason = 0, Counter(), ""
     for branch in draft.branches:
-        # One that is wrong takes none of its picture's others with it.
+        # A branch that is wrong is left out, and the others about the same picture are kept.
         try:
             of_branch = _inside(branch, sample.get("images") or [sample.get("video")], draft)
             example = read_example(json.dumps(sample | {"branches": [branch]}))
@@ -148,7 +138,7 @@ def _try(look, what: str, *args):
 def _inside(branch: dict, sizes: list, draft: Draft) -> int:
     """Change points of images and videos to fractions from 0 to 1; returns how many lay outside.
 
-    As in the public code they are moved to the border. ValueError: one lies farther away than its picture is large.
+    As in the public code they are moved to the border. ValueError: one is farther outside than the picture is large.
     """
     moved = 0
     groups = branch.get("points") or branch.get("frames") or []
@@ -162,7 +152,7 @@ def _inside(branch: dict, sizes: list, draft: Draft) -> int:
             for place, side in zip((-2, -1), scales[draft.unit]):
                 value = point[place] / side
                 if not -FAR < value < 1 + FAR:
-                    raise ValueError(f"a point lies far outside of its picture, if its unit is {draft.unit}")
+                    raise ValueError(f"a point is far outside of its picture, if its unit is {draft.unit}")
                 inside = min(max(value, 0.0), 1.0)
                 moved += abs(value - inside) > 0.005
                 point[place] = inside
@@ -181,7 +171,7 @@ def find_media(names: str | list[str], raw: RawSource) -> Path:
         if path is not None:
             return path
     for name in [names] if isinstance(names, str) else names:
-        if name.lower().endswith(VIDEOS) and "://" not in name and (path := _deep(name, raw)):
+        if name.lower().endswith(VIDEO_SUFFIXES) and "://" not in name and (path := _deep(name, raw)):
             return path
     raise Dropped(ABSENT)
 
@@ -205,7 +195,7 @@ def _places(folder: str) -> dict[str, list[str]]:
     places: dict[str, list[str]] = {}
     for top in ("extracted", "manual"):
         for directory, folders, files in os.walk(os.path.join(folder, top)):
-            for name in folders + [file for file in files if file.lower().endswith(VIDEOS)]:
+            for name in folders + [file for file in files if file.lower().endswith(VIDEO_SUFFIXES)]:
                 places.setdefault(name, []).append(os.path.relpath(os.path.join(directory, name), folder))
     return places
 
@@ -282,7 +272,7 @@ def _video(video: Clip, raw: RawSource) -> tuple[bytes, str, dict]:
 def _cut(path: Path, start: float, end: float, duration: float, whole: tuple | None) -> tuple[bytes, str, dict]:
     """Bytes, suffix and facts of a file with a clip: the whole file, or a part of it if that is much smaller."""
     if end > duration + SAME_END or not start < min(end, duration):
-        raise Dropped("a clip that lies outside of its video")
+        raise Dropped("a clip outside of its video")
     begin, end, part = 0.0, min(end, duration), None
     if whole is None or (len(whole[0]) > MIN_CUT and end - start < CUT_SHARE * duration):
         part = excerpt(path, start, end)
@@ -290,7 +280,7 @@ def _cut(path: Path, start: float, end: float, duration: float, whole: tuple | N
         data, ending, begin = part
         facts = _try(video_facts, "video", data)
         if end > begin + facts["duration"] + SAME_END:
-            raise Dropped("a clip that lies outside of its video")
+            raise Dropped("a clip outside of its video")
     elif whole:
         data, ending, facts = whole
     else:
@@ -318,7 +308,7 @@ def _encoded(video: Clip, raw: RawSource) -> bytes:
     if video.start is not None:
         frames = frames[round(video.start * video.fps) : round(video.end * video.fps) + 1]
     if not frames:
-        raise Dropped("a clip that lies outside of its video")
+        raise Dropped("a clip outside of its video")
     return encode(frames, video.fps)
 
 

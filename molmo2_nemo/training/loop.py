@@ -1,0 +1,295 @@
+"""The training loop of a stage: steps, log lines, validation, answers to held-out questions, checkpoints."""
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from molmo2_nemo import parallel
+from molmo2_nemo.checkpoint_dir import step_name
+from molmo2_nemo.config.schema import Config
+from molmo2_nemo.data.blend import Source
+from molmo2_nemo.data.loader import TrainLoader, ValidationLoader, save_state
+from molmo2_nemo.training import answers, checkpoint, shutdown
+from molmo2_nemo.training.batches import BatchSource
+from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog, memory_gib, train_line
+from molmo2_nemo.training.optimizer import clip_and_step, set_learning_rates
+from molmo2_nemo.training.speed import Speed, impossible_mfu
+from molmo2_nemo.training.step import forward_backward, global_weight
+from molmo2_nemo.training.validate import validate, validation_line
+
+
+@dataclass
+class Position:
+    """How far a run is. step: the last one begun, 0 before the first. tokens_seen: trained on, without padding."""
+
+    step: int = 0
+    tokens_seen: int = 0
+
+
+@dataclass
+class Interval:
+    """What is summed up between two lines of the log."""
+
+    losses: LossBySource
+    speed: Speed
+    data_wait: float = 0.0  # seconds spent waiting for batches
+    grad_norms: list[dict[str, float]] = field(default_factory=list)  # of each updated step, by component
+
+
+@dataclass
+class Run:
+    """What a rank has of a stage that is being trained. run.py makes it."""
+
+    config: Config
+    config_yaml: str  # the same, resolved, as text
+    device: str  # cpu or cuda
+    run_dir: Path
+    sources: list[Source]
+    position: Position
+
+    model: list[DistributedDataParallel]  # the pieces of this rank's pipeline stage
+    optimizer: MegatronOptimizer
+
+    replica: dist.ProcessGroup  # the ranks that work on the same rows; the first of them reads the data
+    loader: TrainLoader | None  # None on the other ranks, as are the validation loader and the exam's questions
+    validation: ValidationLoader | None
+    batches: BatchSource
+    micro_batches: int  # of a step, on each data-parallel replica
+    exam: answers.Exam | None  # None: train.generate_every=0
+
+    interval: Interval
+    data: DataReport
+    log: RunLog
+    stacks: shutdown.StackDump
+    request: shutdown.StopRequest
+    saver: checkpoint.Saver
+    skipped_steps: int = 0  # since this start
+    skipped_in_a_row: int = 0
+
+
+def train(run: Run) -> str:
+    """Take steps until train.max_steps or until someone asks to stop; the last one is saved. Collective.
+
+    Returns the reason for the end, as in shutdown.write_ended.
+    """
+    settings, position = run.config.train, run.position
+    reason = None
+    for chunk in run.model:
+        chunk.train()
+    run.log.interval()
+    while position.step < settings.max_steps and reason is None:
+        position.step += 1
+        rates = train_step(run)
+        report_save(run, run.saver.poll())
+        reason = run.request.reason(run.device)
+        step = position.step
+        is_last = step == settings.max_steps or reason is not None
+        if is_last or step == 1 or step % settings.log_every == 0:
+            log_interval(run, rates)
+        if reason is None:  # what Slurm leaves between its signal and the end of a job is for saving alone
+            if settings.validation_batches > 0 and (is_last or step % settings.validate_every == 0):
+                run_validation(run)
+            if run.exam is not None and (is_last or step % settings.generate_every == 0):
+                answer_questions(run)
+        if is_last or step % settings.save_every == 0:
+            save(run, is_last)
+    return reason or "finished"
+
+
+def train_step(run: Run) -> dict[str, float]:
+    """Train on one global batch; returns the learning rates by component. Collective.
+
+    An update whose loss or gradient is not finite is skipped. Ends the run when train.max_skipped_steps were skipped
+    in a row, when no token carries loss, or when too many samples are broken.
+    """
+    step, optim = run.position.step, run.config.optim
+    # Random numbers are a function of (seed, step): a resumed run draws what an uninterrupted one would.
+    parallel.seed_everything(run.config.train.seed + step)
+    run.stacks.at(step, "data")
+    batches = read_batches(run)
+
+    run.stacks.at(step, "forward, backward and update")
+    rates = set_learning_rates(run.optimizer, run.config, step)
+    for chunk in run.model:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    total_weight = global_weight(batches)
+    if not total_weight > 0:
+        end_for_lack_of_loss(run)
+    weighted_losses = forward_backward(run.model, batches, total_weight, z_loss=optim.z_loss)
+    is_finite = all(bool(losses.isfinite().all()) for losses in weighted_losses)
+    updated, norms = clip_and_step(run.optimizer, optim.clip_grad, is_finite)
+    if updated:
+        run.skipped_in_a_row = 0
+        run.interval.losses.add(batches, weighted_losses)
+        run.interval.grad_norms.append(norms)
+    else:
+        report_skipped(run, batches, norms)
+    return rates
+
+
+def read_batches(run: Run) -> list[dict]:
+    """The micro-batches of a step. Ends the run if too many samples of a source are broken. Collective."""
+    started = time.monotonic()
+    batches = [run.batches.next() for _ in range(run.micro_batches)]
+    run.interval.data_wait += time.monotonic() - started
+    run.interval.speed.add(batches)
+    for line in run.data.add(batches):
+        run.log.say(f"broken sample: {line}")
+    too_broken = run.data.too_broken(run.config.data.max_error_rate, run.config.data.blend)
+    if too_broken:
+        end(run, too_broken)
+    return batches
+
+
+def end_for_lack_of_loss(run: Run) -> NoReturn:
+    lost = "; ".join(run.data.lines()) or "nothing was dropped"
+    end(
+        run,
+        f"step {run.position.step}: no token of the global batch carries loss ({lost}): check "
+        f"data.blend={run.config.data.blend} and data.seq_length={run.config.data.seq_length}.",
+    )
+
+
+def report_skipped(run: Run, batches: list[dict], norms: dict[str, float]) -> None:
+    """Count and report a step without an update; too many in a row end the run. Collective."""
+    step = run.position.step
+    run.skipped_steps += 1
+    run.skipped_in_a_row += 1
+    in_batch = ", ".join(sources_in(batches, [source.name for source in run.sources]))
+    not_finite = ", ".join(c for c, norm in norms.items() if not math.isfinite(norm)) or "none"
+    run.log.say(
+        f"step {step}: skipped, loss or gradient is not finite (gradients: {not_finite}); sources in the batch:"
+        f" {in_batch}; skipped {run.skipped_in_a_row} in a row, {run.skipped_steps} in all"
+    )
+    if run.skipped_in_a_row >= run.config.train.max_skipped_steps:
+        end(
+            run,
+            f"step {step}: loss or gradient was not finite in {run.skipped_in_a_row} steps in a row "
+            f"(train.max_skipped_steps); sources in the last batch: {in_batch}. The newest checkpoint is from "
+            "before these steps: look at these sources, or lower optim.*.lr.",
+        )
+
+
+def sources_in(batches: list[dict], names: list[str]) -> list[str]:
+    """Names of the sources of the global batch, on all ranks. Collective."""
+    present = torch.zeros(len(names) + 1, dtype=torch.int32, device=batches[0]["source_ids"].device)
+    for batch in batches:
+        present[batch["source_ids"].long().clamp(min=-1)] = 1  # -1, padding, is the last entry
+    dist.all_reduce(present, op=dist.ReduceOp.MAX)
+    return [name for name, is_present in zip(names, present.tolist()) if is_present]
+
+
+def log_interval(run: Run, rates: dict[str, float]) -> None:
+    """Write the figures since the last such line, and start to count again. Collective."""
+    interval, step = run.interval, run.position.step
+    figures = interval.losses.reduce()
+    seconds = run.log.interval()
+    run.position.tokens_seen += figures["tokens"]
+    figures.update(
+        tokens_seen=run.position.tokens_seen,
+        lr=rates,
+        skipped_steps=run.skipped_steps,
+        grad_norm={c: mean([norms[c] for norms in interval.grad_norms]) for c in rates},
+        tokens_per_second=figures["tokens"] / seconds,
+        samples_per_second=figures["examples"] / seconds,
+        fill=figures["tokens"] / max(1, figures["rows"] * run.config.data.seq_length),
+        seconds=seconds,
+        data_wait_share=interval.data_wait / seconds,
+        memory_gib=memory_gib(run.device),
+        data=run.data.by_source(),
+        **interval.speed.reduce(seconds, figures["rows"]),
+    )
+    impossible = impossible_mfu(figures)
+    if impossible:
+        run.log.say(impossible)
+    interval.data_wait, interval.grad_norms = 0.0, []
+    run.log.write("train", step, figures)
+    run.log.say(train_line(step, run.config.train.max_steps, figures) + run.data.note())
+
+
+def mean(values: list[float]) -> float:
+    """0 for none."""
+    return sum(values) / max(1, len(values))
+
+
+def run_validation(run: Run) -> None:
+    """Write the loss on held-out data to the log. Collective."""
+    run.stacks.at(run.position.step, "validation")
+    names = [source.name for source in run.sources]
+    figures, note = validate(run.config, run.model, run.validation, run.replica, run.device, names)
+    run.log.write("validation", run.position.step, figures)
+    run.log.say(validation_line(run.position.step, figures) + note)
+    run.log.interval()
+
+
+def answer_questions(run: Run) -> None:
+    """Answer the held-out questions: scores to the log, answers and pictures to samples/step_XXXXXXXX. Collective.
+
+    A signal in the meantime ends it without a result. If the files cannot be written, the run goes on.
+    """
+    step = run.position.step
+    max_tokens = run.config.train.generate_max_tokens
+    tokens = answers.answer(
+        run.model, run.exam, run.replica, run.device, max_tokens, lambda: run.request.reason(run.device) is not None
+    )
+    seconds = run.log.interval()
+    if tokens is not None and run.log.main:
+        try:
+            figures, line = answers.write(run.exam, tokens, run.run_dir / "samples" / step_name(step))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            run.log.say(f"step {step}: the answers could not be written ({reason}); the run goes on")
+        else:
+            run.log.write("answers", step, {**figures, "seconds": seconds})
+            run.log.say(f"step {step} answers | {line}, {seconds:.1f} s")
+    run.log.interval()
+
+
+def save(run: Run, is_last: bool) -> None:
+    """Begin to save a checkpoint; wait for it if it is the last, or train.async_checkpoint is off. Collective."""
+    step = run.position.step
+    run.stacks.at(step, "checkpoint")
+    loader_state = save_state(run.loader) if run.loader is not None else None
+    report_save(run, run.saver.finish())  # one at a time
+    marker = {
+        "stage": run.config.stage,
+        "layout": dataclasses.asdict(run.config.parallel),
+        "tokens_seen": run.position.tokens_seen,
+        "data": run.data.by_source(),
+    }
+    run.saver.begin(step, run.model, run.optimizer, loader_state, marker, run.config_yaml)
+    if is_last or not run.saver.asynchronous:
+        saved = run.saver.finish()
+        if is_last and saved.failure is not None:
+            message = f"step {step} could not be saved: {saved.failure}. The checkpoints before it are whole."
+            shutdown.end_all_ranks(run.run_dir, message, step)
+        report_save(run, saved)
+    run.log.interval()
+
+
+def report_save(run: Run, saved: checkpoint.Saved | None) -> None:
+    """Write to the log what became of a save; None: it has not ended yet."""
+    if saved is None:
+        return
+    figures = {"seconds": saved.held_up, "written_in": saved.seconds, "failed": int(saved.failure is not None)}
+    run.log.write("checkpoint", run.position.step, figures)
+    if saved.failure is not None:
+        run.log.say(f"step {saved.step} was not saved: {saved.failure}")
+    else:
+        waited = f", training waited {saved.held_up:.1f} s" if run.saver.asynchronous else ""
+        run.log.say(f"saved {saved.path} in {saved.seconds:.1f} s{waited}")
+
+
+def end(run: Run, message: str) -> NoReturn:
+    """End the run for a reason that all ranks have found alike; a save that was begun is finished. Collective."""
+    report_save(run, run.saver.finish())
+    shutdown.end_all_ranks(run.run_dir, message, run.position.step)

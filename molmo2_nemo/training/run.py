@@ -1,0 +1,261 @@
+"""A training run of one stage: check the settings, build, resume or start, train (loop.py), and end."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import unwrap_model
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from molmo2_nemo import checkpoint_dir, gpu, parallel
+from molmo2_nemo.command_line import to_dataclass
+from molmo2_nemo.config.checks import check
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import Config
+from molmo2_nemo.data import blend
+from molmo2_nemo.data.blend import Source
+from molmo2_nemo.data.loader import Loader, TrainLoader, ValidationLoader, WorkerDied, train_loader, validation_loader
+from molmo2_nemo.environment import rank_from_environment, world_size_from_environment
+from molmo2_nemo.training import answers, checkpoint, loop, shutdown
+from molmo2_nemo.training.batches import BatchSource
+from molmo2_nemo.training.loop import Interval, Position, Run
+from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog
+from molmo2_nemo.training.optimizer import build_optimizer, check_freeze_patterns, is_frozen, parameter_table
+from molmo2_nemo.training.speed import Speed
+from molmo2_nemo.training.start import Start, converted, find_start
+from molmo2_nemo.training.step import build_model, global_names, load_weights
+
+
+def run_stage(cfg: DictConfig) -> None:
+    """Entry point of the recipes: one sentence and exit status 2 for a setting that cannot work, else train."""
+    rank = rank_from_environment()
+    try:
+        config = to_dataclass(cfg)
+        check(config, world_size_from_environment())
+        device = parallel.resolve_device(config.train)
+        gpu.check_device(config, device)
+        sources = blend.load_blend(config.data)
+        blend.check_shards(sources, config.data.max_error_rate)
+        start = find_start(config)
+        if rank == 0:
+            (Path(config.run_dir) / shutdown.ENDED).unlink(missing_ok=True)
+        position = Position()
+        with shutdown.told_in_one_line(Path(config.run_dir), lambda: position.step):
+            run = set_up(config, OmegaConf.to_yaml(cfg, resolve=True), device, sources, start, position)
+            with worker_deaths(run.loader, run.validation):
+                reason = loop.train(run)
+            finish(run, reason)
+    except ConfigError as error:
+        # Before the ranks are joined all of them find the same error; later it may be one rank's own.
+        if rank == 0 or dist.is_initialized():
+            # Where the configuration does not even say which folder is the run's, there is none to write to.
+            with contextlib.suppress(OSError, OmegaConfBaseException):
+                shutdown.write_ended(Path(cfg.run_dir), "config error", 0, str(error))
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def set_up(
+    config: Config, config_yaml: str, device: str, sources: list[Source], start: Start, position: Position
+) -> Run:
+    """Everything up to the first step. Collective: every rank of the job calls it.
+
+    position: moved on to the checkpoint's where the run is resumed. Raises ConfigError.
+    """
+    settings, run_dir = config.train, Path(config.run_dir)
+    request = shutdown.StopRequest(settings.stop_signals, settings.stop_after_minutes)
+    stacks = shutdown.StackDump(run_dir, settings.timeout_minutes, settings.stop_signals)
+    if device == "cuda":
+        shutdown.record_collectives(run_dir)
+    parallel.initialize(config.parallel, device, settings.timeout_minutes, settings.seed)
+    precision = parallel.resolve_precision(settings, device)
+
+    first_step = 1 if start.resume is None else checkpoint_dir.step_of(start.resume) + 1
+    log = RunLog(run_dir, first_step, config.name, config_yaml, settings.wandb_project)
+    log.say(banner(config, device, precision, sources))
+    log.say(gpu.description(config, precision, device))
+    for line in start.ignored:
+        log.say(f"ignored: {line}")
+    init_from = weights_to_start_from(config, start, log)
+
+    model, optimizer = build(config, device, precision)
+    counts = parameter_table(model)
+    log.say("rank 0 trains (freezes): " + ", ".join(f"{c} {n:,} ({f:,})" for c, (n, f) in counts.items()))
+    loader_states, data_so_far = [], {}
+    if start.resume is not None:
+        loader_states, data_so_far = resume(start.resume, model, optimizer, position, log)
+    elif init_from is not None:
+        load_weights(model, init_from)
+        optimizer.reload_model_params()
+        log.say(f"weights from {init_from}")
+    else:
+        log.say("weights: random (train.init_from=CHECKPOINT starts from trained ones)")
+
+    replica = parallel.model_replica_group()
+    loader, validation = make_loaders(config, sources, replica, run_dir, loader_states)
+    if loader is not None and loader.note:
+        log.say(loader.note)
+    if loader is not None and loader.dealt_anew:
+        log.say("training data dealt out anew: what was not trained on yet comes first, in another order")
+    exam = answers.prepare(config, sources, replica, run_dir) if settings.generate_every else None
+    names = [source.name for source in sources]
+    asynchronous = device == "cuda" if settings.async_checkpoint == "auto" else settings.async_checkpoint == "true"
+    rows_at_once = settings.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    return Run(
+        config=config,
+        config_yaml=config_yaml,
+        device=device,
+        run_dir=run_dir,
+        sources=sources,
+        position=position,
+        model=model,
+        optimizer=optimizer,
+        replica=replica,
+        loader=loader,
+        validation=validation,
+        batches=BatchSource(iter(loader) if loader is not None else None, replica, device),
+        micro_batches=settings.global_batch_size // rows_at_once,
+        exam=exam,
+        interval=Interval(LossBySource(names, device), Speed(config, device, precision)),
+        data=DataReport(names, device, data_so_far),
+        log=log,
+        stacks=stacks,
+        request=request,
+        saver=checkpoint.Saver(run_dir / "checkpoints", settings.keep_last, settings.keep_every, asynchronous),
+    )
+
+
+def banner(config: Config, device: str, precision: str, sources: list[Source]) -> str:
+    """What is about to run, in three lines."""
+    layout, settings, data = config.parallel, config.train, config.data
+    total = sum(source.weight for source in sources)
+    shares = ", ".join(f"{source.name} {source.weight / total:.1%}" for source in sources)
+    missing = blend.missing_sources(data) if data.skip_missing else []
+    left_out = f"\nleft out, not on disk (data.skip_missing=true): {', '.join(missing)}" if missing else ""
+    return (
+        f"{config.stage} '{config.name}': model {config.model.name}, {dist.get_world_size()} {device} rank(s), "
+        f"{precision}, TP {layout.tensor_model_parallel_size}{' + SP' if layout.sequence_parallel else ''}, "
+        f"PP {layout.pipeline_model_parallel_size}, CP {layout.context_parallel_size}, "
+        f"DP {parallel_state.get_data_parallel_world_size()}\n"
+        f"{settings.max_steps:,} steps of {settings.global_batch_size} rows x {data.seq_length:,} tokens, "
+        f"{data.max_crops} crops a row, at most {data.max_frames} frames a video\n"
+        f"blend {data.blend}: {shares}{left_out}"
+    )
+
+
+def weights_to_start_from(config: Config, start: Start, log: RunLog) -> Path | None:
+    """The checkpoint of a new run's weights, made from Hugging Face folders if need be; None: random. Collective."""
+    if not start.hugging_face:
+        return start.init_from
+    converted_to, failure = converted(start.hugging_face, config, log.say)
+    if failure is not None:
+        message = f"train.init_from={config.train.init_from}: {failure}"
+        shutdown.end_all_ranks(Path(config.run_dir), message, 0, reason="config error")
+    return converted_to
+
+
+def build(config: Config, device: str, precision: str) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
+    """This rank's part of the model with random weights, and its optimizer. Collective. Raises ConfigError."""
+    settings, optim, schedule = config.train, config.optim, getattr(config.schedule, config.stage)
+    if config.transformer.get("tp_comm_overlap"):
+        gpu.initialize_user_buffers(config, precision)
+    model = build_model(
+        config.model,
+        config.parallel,
+        device,
+        precision,
+        config.transformer,
+        gpu.ddp_settings(config, device),
+        freeze=lambda name: is_frozen(name, optim, config.model.tie_embeddings),
+        dropout=schedule.hidden_dropout,
+        response_dropout=schedule.response_dropout,
+        vision_chunk_crops=settings.vision_chunk_crops,
+        vision_recompute=settings.vision_recompute,
+        vit_fp8=settings.vit_fp8,
+    )
+    check_freeze_patterns([name for chunk in unwrap_model(model) for name, _ in global_names(chunk)], optim)
+    return model, build_optimizer(config, model, precision)
+
+
+def resume(
+    path: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, position: Position, log: RunLog
+) -> tuple[list[Path], dict]:
+    """Continue from a checkpoint of this run. Collective.
+
+    Returns the loader states of all data-parallel replicas, and what had become of the samples by then (as
+    DataReport.by_source gives it). Raises ConfigError.
+    """
+    marker = checkpoint.load(path, model, optimizer)
+    position.step, position.tokens_seen = marker["step"], marker.get("tokens_seen", 0)
+    loader_states = checkpoint.loader_states(path)
+    if not loader_states:
+        raise ConfigError(
+            f"checkpoint {path} has no state of the training data: use train.init_from to start from its weights alone."
+        )
+    log.say(f"resumed step {position.step} from {path}")
+    log.write("resume", position.step, {})
+    return loader_states, marker.get("data", {})
+
+
+def make_loaders(
+    config: Config, sources: list[Source], replica: dist.ProcessGroup, run_dir: Path, saved: list[Path]
+) -> tuple[TrainLoader | None, ValidationLoader | None]:
+    """(training, validation) loaders on the first rank of a replica, (None, None) elsewhere.
+
+    saved: the loader states of the checkpoint to continue. Raises ConfigError.
+    """
+    if dist.get_rank() != dist.get_process_group_ranks(replica)[0]:
+        return None, None
+    common = dict(
+        data=config.data,
+        vision=config.model.vision,
+        sources=sources,
+        rank=parallel_state.get_data_parallel_rank(),
+        world_size=parallel_state.get_data_parallel_world_size(),
+        micro_batch_size=config.train.micro_batch_size,
+        run_dir=run_dir,
+    )
+    validation = validation_loader(**common) if config.train.validation_batches else None
+    return train_loader(**common, data_parallel_group=parallel_state.get_data_parallel_group(), saved=saved), validation
+
+
+@contextlib.contextmanager
+def worker_deaths(*loaders: Loader | None) -> Iterator[None]:
+    """Raise WorkerDied for an error of a step during which a worker process of one of the loaders has died.
+
+    Torch raises a plain RuntimeError for it wherever the main thread happens to be (SIGCHLD).
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        for loader in loaders:
+            if loader is not None and (pid := loader.dead_worker()) is not None:
+                raise WorkerDied(pid) from error
+        raise
+
+
+def finish(run: Run, reason: str) -> None:
+    """Say how the run ended, close everything, and draw report.html. Collective."""
+    step = run.position.step
+    run.log.say(f"{run.config.stage} ended at step {step} ({reason}): {run.position.tokens_seen:,} tokens")
+    if run.log.main:
+        shutdown.write_ended(run.run_dir, reason, step)
+    for line in run.data.lines():
+        run.log.say(f"data of {line}")
+    run.log.close()
+    run.stacks.close()
+    dist.barrier()
+    dist.destroy_process_group()
+    if run.log.main:
+        from molmo2_nemo.report import write_report  # matplotlib is needed here alone
+
+        try:
+            write_report([run.run_dir], run.run_dir / "report.html")
+        except Exception as error:
+            run.log.say(f"no report: {error}")

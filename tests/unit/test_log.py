@@ -1,0 +1,48 @@
+"""What TensorBoard shows of a run that was started several times."""
+
+import pytest
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from molmo2_nemo.training.metrics import RunLog
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def shown(run_dir, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of every point of a curve, in the order of the files."""
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def log_steps(run_dir, start: int, first: int, last: int) -> None:
+    """One start of a run, whose losses tell which start they are of."""
+    log = RunLog(run_dir, first, "test", "name: test\n")
+    for step in range(first, last + 1):
+        log.write("train", step, {"loss": 1000 * start + step, "grad_norm": {"llm": start}})
+        if step % 20 == 0:
+            log.write("validation", step, {"loss": start})
+    log.close()
+
+
+def test_tensorboard_shows_every_step_of_all_starts_once(one_rank, tmp_path):
+    """Each start resumes a checkpoint, the second and the third one from before the last step that was logged."""
+    log_steps(tmp_path, 1, 1, 58)
+    log_steps(tmp_path, 2, 41, 103)
+    log_steps(tmp_path, 3, 101, 150)
+    newest = dict.fromkeys(range(1, 41), 1) | dict.fromkeys(range(41, 101), 2) | dict.fromkeys(range(101, 151), 3)
+    assert shown(tmp_path, "train/loss") == [(step, 1000 * start + step) for step, start in newest.items()]
+    assert shown(tmp_path, "train/grad_norm/llm") == list(newest.items())
+    assert shown(tmp_path, "validation/loss") == [(step, newest[step]) for step in range(20, 141, 20)]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_its_curves_anew(one_rank, tmp_path):
+    log_steps(tmp_path, 1, 1, 9)
+    log_steps(tmp_path, 2, 1, 4)
+    assert shown(tmp_path, "train/loss") == [(step, 2000 + step) for step in range(1, 5)]
