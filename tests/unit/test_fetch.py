@@ -195,7 +195,7 @@ def test_what_is_not_known_is_refused_not_guessed(hub, tmp_path):
 def test_no_more_comes_than_the_hub_lists_and_odd_listings_end_in_a_sentence(hub, tmp_path):
     hub.repos["me/mine"] = Repo({"train.jsonl": lines([{"a": 1}])}, faults={"train.jsonl": ["more"] * 99})
     result = fetched(tmp_path, entry(), rules=replace(RULES, timeout=30))
-    assert result.state == "failed" and "more than the 9 bytes that the Hub lists came" in result.reason
+    assert result.state == "failed" and "more than the 9 bytes that the Hub lists" in result.reason
     assert sum(path.stat().st_size for path in (tmp_path / "raw/mine/hub/.part").iterdir()) < 100
     for sha, said in (("../../../up", "answered with the commit ../../../up"), ("", "answered with the commit")):
         hub.repos["me/mine"] = Repo({"train.jsonl": b"{}"}, sha=sha)
@@ -257,7 +257,7 @@ HANGING = {
     "drip": ("later", "slower than"),
     "drip-head": ("later", "no answer"),
     "silent": ("later", "no answer"),
-    "trickle": ("later", "not whole after 1 s"),
+    "trickle": ("later", "not complete after 1 s"),
 }
 
 
@@ -743,7 +743,7 @@ def test_doctor_names_a_root_and_folders_that_cannot_be_used(hub, tmp_path, monk
     sets = load_catalogue(tmp_path / "datasets.yaml").sets
     (tmp_path / "link").symlink_to(tmp_path / "away")
     (tmp_path / "file").touch()
-    for name, said in (("none", "is not there"), ("link", "which is not there"), ("file", "is a file")):
+    for name, said in (("none", "does not exist"), ("link", "which does not exist"), ("file", "is a file")):
         problems = list(doctor(sets, tmp_path / name))
         assert len(problems) == 1 and said in problems[0].what
         assert run(["bash", "-c", problems[0].fix]).returncode == 0
@@ -752,7 +752,7 @@ def test_doctor_names_a_root_and_folders_that_cannot_be_used(hub, tmp_path, monk
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/mine").touch()
     assert fetched(tmp_path, entry()).state == "failed"
-    assert "no folder" in list(doctor(sets, tmp_path))[0].what
+    assert "is not a folder" in list(doctor(sets, tmp_path))[0].what
     (tmp_path / "raw/mine").unlink()
     (tmp_path / "raw/mine/files.jsonl").mkdir(parents=True)
     problem = list(doctor(sets, tmp_path))[0]
@@ -790,4 +790,4 @@ def test_stage_3_needs_nothing_and_a_wrong_name_ends_in_a_sentence(tmp_path):
     result = python("tools/download.py", "fetch", "nothing-like-it", "--root", tmp_path)
     assert result.returncode == 1 and result.stderr.startswith("error: there is no data set nothing-like-it")
     result = python("tools/download_stage1_pretraining.py", "--only-license", "mit", "--root", tmp_path)
-    assert result.returncode == 1 and "no data set is meant" in result.stderr
+    assert result.returncode == 1 and "no data set is selected" in result.stderr
