@@ -15,7 +15,6 @@ import os
 import re
 import runpy
 import sys
-import time
 from pathlib import Path
 
 from molmo2_nemo.command_line import compose
@@ -118,9 +117,7 @@ def main() -> None:
     for name in ("parse_args", "parse_known_args", "parse_intermixed_args"):
         stop_after_parsing(name)
     for words, ranks in commands:
-        t = time.process_time()
         print(json.dumps(refused(words, ranks)), file=out, flush=True)
-        print(round(time.process_time() - t, 2), words[:3], file=sys.stderr)
 
 
 if __name__ == "__main__":
