@@ -1,14 +1,14 @@
 # shellcheck shell=bash
 # What the batch scripts share: site settings, how Python is started, and one run of a stage with its requeue.
 #
-# One task per GPU, started by srun, and not one torchrun agent per node: srun hands SIGUSR1 on to every rank, while the
-# agent of torchrun dies of it and takes the ranks along in the middle of their checkpoint; and srun keeps the ranks' exit
-# status, which torchrun turns into 1. The trainer finds its ranks in Slurm's variables (molmo2_nemo/parallel.py).
+# srun starts one task per GPU, not one torchrun agent per node: srun forwards SIGUSR1 to every rank, while the signal kills
+# torchrun's agent, and with it the ranks in the middle of their checkpoint. srun also keeps the exit status of the ranks,
+# which torchrun turns into 1. The trainer reads its ranks from Slurm's variables (molmo2_nemo/parallel.py).
 
 say() { printf '%s | %s\n' "$(date '+%F %T')" "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
-# Site settings, as the job's environment has them or as slurm/site.env does; the file wins.
+# Site settings from slurm/site.env, else from the job's environment.
 load_site() {
   local file=${SITE_ENV:-slurm/site.env}
   if [[ -e $file ]]; then
@@ -37,14 +37,14 @@ find_program() {
   if [[ $CODE == installed ]]; then program=(-P -m "molmo2_nemo.${1//\//.}"); fi
 }
 
-# Sets srun_options, inside, python and host_python from RUNTIME: `srun OPTIONS INSIDE PYTHON script.py` runs the script in the
-# virtual environment, with the modules or in the container that RUNTIME names; host_python runs slurm/starts.py outside.
+# Sets srun_options, inside, python and host_python from RUNTIME: `srun OPTIONS INSIDE PYTHON script.py` runs the script in
+# the virtual environment, with the modules or in the container that RUNTIME names; host_python runs slurm/starts.py outside.
 set_runtime() {
   local runtime=${RUNTIME:-venv} kind what
   kind=${runtime%%:*} what=''
   [[ $runtime == *:* ]] && what=${runtime#*:}
-  # --export=ALL: under sbatch --export=NONE the ranks would not even find their programs.
-  # --kill-on-bad-exit: a dead rank ends the step instead of leaving the others to wait for it.
+  # --export=ALL: after sbatch --export=NONE the ranks would have no PATH.
+  # --kill-on-bad-exit: if a rank dies, the step ends, and the other ranks do not wait for it.
   srun_options=(--export=ALL --kill-on-bad-exit=1)
   local mounts="$PWD:$PWD"
   case $kind in
@@ -59,7 +59,7 @@ set_runtime() {
       python=("${PYTHON:-python3}") ;;
     pyxis)
       [[ -n $what ]] || die "RUNTIME=pyxis needs an image: RUNTIME=pyxis:/images/molmo2.sqsh."
-      # On srun's line alone: as an #SBATCH line it makes a script that no cluster without pyxis accepts.
+      # Options of srun only: with an #SBATCH line, clusters without pyxis would refuse the script.
       [[ $(srun --help 2>&1) == *--container-image* ]] || die "RUNTIME=$runtime needs pyxis, which this Slurm does not have: use apptainer:IMAGE or venv."
       srun_options+=(--container-image="$what" --container-mounts="$mounts${MOUNTS:+,$MOUNTS}" --container-workdir="$PWD" --no-container-mount-home)
       python=("${PYTHON:-python}") ;;
@@ -76,12 +76,12 @@ set_runtime() {
   python=(bash "$PWD/slurm/python.sh" "${python[@]}")
 }
 
-# The environment of the ranks, a reason beside each.
+# The environment of the ranks.
 set_environment() {
   # The nodes in their order; rank 0 is on the first. Set here, since a container has no scontrol to ask.
   JOB_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | xargs)
   MASTER_ADDR=${JOB_NODES%% *}
-  # Below the ports that Linux gives to outgoing connections (from 32768); two a job, the second is the pre-flight's.
+  # Below the ports that Linux gives to outgoing connections (from 32768). Each job has two: one is for the pre-flight.
   export JOB_NODES MASTER_ADDR MASTER_PORT=$((15000 + 2 * (SLURM_JOB_ID % 8000)))
   local tasks=${SLURM_NTASKS:-$SLURM_NNODES}
   tasks_per_node=${SLURM_NTASKS_PER_NODE:-$((tasks / SLURM_NNODES))}
@@ -90,25 +90,25 @@ set_environment() {
   # srun does not read SLURM_CPUS_PER_TASK since 22.05. Without --cpus-per-task a rank gets its part of the node.
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / tasks_per_node))}
   if [[ $(scontrol show config) =~ TaskPlugin[[:space:]]*=[^$'\n']*affinity ]]; then
-    # Neighbouring ranks on neighbouring cores: on boards of 8 GPUs the first four hang on the first socket. Slurm's
-    # default deals ranks to the sockets in turn. Memory comes from the socket that the rank is bound to.
+    # Neighbouring ranks on neighbouring cores: in a node of 8 GPUs the first four are connected to the first socket, while
+    # Slurm's default alternates between sockets. Memory comes from the socket that the rank is bound to.
     srun_options+=(--distribution=block:block --cpu-bind=cores --mem-bind=local)
   fi
-  # Threads of a rank; its loader workers need cores of their own.
+  # Threads of a rank; its loader workers need cores, too.
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
   # Tensor parallel overlap in Megatron needs one hardware queue.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
   # NCCL is silent by default, also about why it fails.
   export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-  # Rank 0's lines in the log when they are printed.
+  # Lines appear in the log as soon as they are printed.
   export PYTHONUNBUFFERED=1
-  # A blend of a hundred sources keeps many shards open.
+  # A blend of a hundred sources has many shards open at a time.
   ulimit -n "$(ulimit -Hn)"
   # InfiniBand pins the memory that it sends from.
   ulimit -l unlimited 2> /dev/null || say "ulimit -l stays at $(ulimit -l) KiB: InfiniBand may need more (PropagateResourceLimits in slurm.conf)"
 }
 
-# A value for Hydra's grammar: quoted, so that spaces, commas and brackets mean nothing.
+# quoted VALUE: for Hydra's grammar, so that spaces, commas and brackets have no special meaning.
 quoted() {
   local value=${1//\\/\\\\}
   printf "'%s'" "${value//\'/\\\'}"
@@ -121,7 +121,7 @@ unquoted() {
 
 finished() { [[ -e $1/ended.json ]] && grep -q '"reason": *"finished"' "$1/ended.json"; }
 
-# wait_for PID: its exit status is in `status`. A trapped signal ends `wait` early, not the process.
+# wait_for PID: its exit status goes to `status`. A trapped signal ends `wait`, not the process, so wait again.
 wait_for() {
   while kill -0 "$1" 2> /dev/null; do wait "$1" || true; done
   status=0
@@ -129,8 +129,8 @@ wait_for() {
 }
 
 stopping='' term='' step='' repeat=''
-# Slurm's warning before the time limit (--signal=B:USR1@300), or a person's: the ranks save and end. Repeated, since a
-# rank that is still starting does not listen yet.
+# SIGUSR1 comes from Slurm before the time limit (--signal=B:USR1@300), or from a user: the ranks save and end. It is
+# repeated, since a rank ignores it while it is starting.
 on_usr1() {
   if [[ -z $stopping ]]; then
     stopping=yes
@@ -143,7 +143,7 @@ ask_to_stop() {
   (while sleep 15; do kill -USR1 "$step" || exit 0; done 2> /dev/null) &
   repeat=$!
 }
-# scancel, scontrol requeue, a lost node: Slurm ends the job and decides what becomes of it; the ranks have the signal, too.
+# After scancel, scontrol requeue or a lost node, Slurm ends the job and decides what happens next. It signals the ranks, too.
 on_term() { term=yes; say "SIGTERM: Slurm ends this job"; }
 
 # run_stage STAGE RECIPE [OVERRIDE...]: RECIPE is such as recipes/stage1_pretrain
@@ -157,7 +157,7 @@ run_stage() {
   set_runtime
   set_environment
 
-  # name and run_dir say where the state of the run is, so they are read here; the rest is the recipe's.
+  # name and run_dir say where the state of the run is, so they are read here; all others only go to the recipe.
   local overrides=()
   for argument in "$@"; do
     case $argument in
@@ -178,7 +178,7 @@ run_stage() {
 
   say "$stage of '$name' in $run_dir: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NNODES node(s) x $tasks_per_node rank(s): $SLURM_JOB_NODELIST"
   "$host_python" slurm/starts.py begin "$run_dir" || exit 1
-  # A stage that has a checkpoint of its own goes on from it.
+  # A stage that has a checkpoint continues from it, and does not need the stage before.
   local own=("$run_dir"/checkpoints/step_*/complete.json)
   if [[ -n $previous && ! -e ${own[0]} ]] && ! finished "$previous"; then
     "$host_python" slurm/starts.py stop "$run_dir" "$stage starts from $previous, which has not finished: train it first, or set train.init_from=CHECKPOINT"
@@ -187,7 +187,7 @@ run_stage() {
 
   local phase=preflight status=0 errors=$run_dir/slurm/srun_errors.txt
   if [[ ${PREFLIGHT:-yes} == yes ]]; then
-    # Twice its own limit: it ends by itself, with a sentence.
+    # Twice its own limit: normally it ends by itself and says why.
     find_program tools/preflight
     timeout $((2 * ${PREFLIGHT_SECONDS:-60})) srun "${srun_options[@]}" "${inside[@]}" "${python[@]}" "${program[@]}" "$stage" "${overrides[@]}" < /dev/null &
     wait_for $!
@@ -203,7 +203,7 @@ run_stage() {
     wait_for "$step"
     step=''
     if [[ -n $repeat ]]; then kill "$repeat" 2> /dev/null || true; fi
-    sleep 0.5  # for the last lines of tee
+    sleep 0.5  # until tee has written the last lines
   fi
 
   local decision action number nodes
@@ -217,13 +217,13 @@ run_stage() {
 requeue() {
   local before
   before=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-  # Slurm sends this script SIGTERM for it.
+  # Slurm sends SIGTERM to this script when the job is requeued.
   trap '' TERM
   if ! scontrol requeue "$SLURM_JOB_ID"; then
     "$host_python" slurm/starts.py stop "$1" "Slurm refused to queue the job again (--no-requeue, or JobRequeue=0 in slurm.conf)"
     exit 1
   fi
-  # Both are refused for a job that runs. It cannot start again before this script has ended.
+  # Slurm refuses both settings for a running job, so they follow the requeue. The job cannot start before this script ends.
   if [[ $3 != - ]]; then
     [[ $before == "(null)" ]] && before=''
     scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${before:+$before,}$3" || say "$3 could not be excluded"
@@ -251,12 +251,12 @@ run_tasks() {
   load_site
   set_runtime
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-  # `python` in a line, with or without a container.
+  # Define `python` for the line, with or without a container.
   local shell_start
   shell_start="python() { $(printf '%q ' "${python[@]}")\"\$@\"; }; export -f python; "
   done_dir=$RUN_ROOT/prepare/$(basename "$1")
   mkdir -p "$done_dir"
-  # Spread by number: the array may be any list of indices.
+  # Lines are shared by their number, which works for an array that does not begin at 0.
   local first=${SLURM_ARRAY_TASK_MIN:-0} count=${SLURM_ARRAY_TASK_COUNT:-1} index=${SLURM_ARRAY_TASK_ID:-0}
   ((${SLURM_ARRAY_TASK_MAX:-0} - first + 1 == count)) || die "--array must be a range without gaps, such as 0-15."
   mapfile -t lines < "$1"
@@ -269,7 +269,7 @@ run_tasks() {
       kept=$((kept + 1))
       continue
     fi
-    # An earlier submission of the list may still be at this line.
+    # An earlier submission of the list may still be running this line.
     exec 8> "$done_dir/$key.lock"
     if ! flock --nonblock 8; then
       say "task $number is being run by another job: $line"

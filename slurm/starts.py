@@ -2,12 +2,12 @@
 
 common.sh calls it on the first node of the job, once before and once after each try:
 
-    starts.py begin RUN_DIR                      exit 1: this start must not go on (the reason is printed)
-    starts.py end RUN_DIR --exit N --phase ...   prints "requeue SECONDS NODES" (NODES to leave out, or -) or "exit N"
-    starts.py stop RUN_DIR REASON                it does not go on, for a reason that the batch script has found
+    starts.py begin RUN_DIR                      exit 1: this start must not continue (the reason is printed)
+    starts.py end RUN_DIR --exit N --phase ...   prints "requeue SECONDS NODES" (NODES to exclude, or -) or "exit N"
+    starts.py stop RUN_DIR REASON                records that this start ends, for a reason that the batch script found
 
-What it knows is RUN_DIR/slurm/starts.jsonl, two lines a start; tools/status.py shows it. Standard library and Python
-3.6 alone: it runs with the host's python3, where the training may run in a container.
+The records are in RUN_DIR/slurm/starts.jsonl, two lines for each start; tools/status.py shows them. Needs Python 3.6 or
+newer and no packages, since it runs with the host's python3 even if the training runs in a container.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from pathlib import Path
 STARTS = "slurm/starts.jsonl"
 ERRORS = "slurm/srun_errors.txt"  # standard error of the last step
 STOP = "slurm/stop"  # asks the batch script not to queue the job again
-NODE_FAILURES = 2  # of one node, then it is left out
-FAILED_STARTS = 2  # in a row without a new checkpoint: a third would fail, too
+NODE_FAILURES = 2  # of one node, then the node is excluded
+FAILED_STARTS = 2  # in a row without a new checkpoint, then the job is not queued again
 MAX_DELAY = 1800  # seconds
 
 
@@ -42,7 +42,7 @@ def read(run_dir):
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # cut short by the end of a node
+            continue  # an incomplete line, written when a node failed
         if record["event"] == "begin":
             if record["restart"] == 0:
                 starts = []
@@ -79,7 +79,7 @@ def read_json(path, since=0.0):
 
 
 def hosts(nodelist):
-    """node[1-3] -> [node1, node2, node3]; as it is where scontrol cannot say."""
+    """node[1-3] -> [node1, node2, node3]; unchanged if scontrol fails."""
     try:
         return subprocess.check_output(["scontrol", "show", "hostnames", nodelist], timeout=60).decode().split()
     except (OSError, subprocess.SubprocessError):
@@ -87,7 +87,7 @@ def hosts(nodelist):
 
 
 def nodes_to_blame(message, srun_errors, nodes):
-    """The node of the job whose rank failed first: as the trainer says, else as srun does.
+    """The node of the job whose rank failed first, according to the trainer's message, else to srun's.
 
     srun: "srun: error: node2: task 1: Killed"; later lines are of ranks that were ended because of the first.
     """
@@ -99,7 +99,7 @@ def nodes_to_blame(message, srun_errors, nodes):
 
 
 def ended_by_slurm(run_dir, began):
-    """(sentence, nodes that failed) of a start that Slurm ended, from what srun said last."""
+    """(sentence, nodes that failed) of a start that Slurm ended, from the last output of srun."""
     path = run_dir / ERRORS
     fresh = path.exists() and path.stat().st_mtime >= began["time"]
     errors = path.read_text(errors="replace") if fresh else ""
@@ -117,8 +117,8 @@ def ended_by_slurm(run_dir, began):
 def classify(exit_code, phase, marker, preflight, usr1, term, stop_asked):
     """(kind, sentence) of how a start ended.
 
-    kinds: finished | stopped (by a person) | slurm (cancelled, requeued, a node is gone) | interrupted (it saved,
-    or was asked to) | config (no use in trying again) | node (the pre-flight names one) | error.
+    kinds: finished | stopped (by a user) | slurm (cancelled, requeued, a node is lost) | interrupted (it saved, or
+    was asked to) | config (a retry would fail, too) | node (the pre-flight found one with a fault) | error.
     """
     reason = marker.get("reason")
     if reason == "finished":
@@ -144,7 +144,7 @@ def classify(exit_code, phase, marker, preflight, usr1, term, stop_asked):
 
 
 def idle(starts):
-    """How many of the last starts in a row gained no step. Those that a pre-flight stopped on a node do not count."""
+    """How many of the last starts in a row saved no new step, without those that the pre-flight stopped for a node."""
     count = 0
     for start in reversed(starts):
         if start["event"] == "end" and start["step"] > start["begin_step"]:
@@ -160,8 +160,8 @@ def excluded(starts):
 
 
 def decide(starts, max_restarts, max_idle, backoff):
-    """(action, why, seconds to wait) for the last of `starts`. action: finished | requeue | stop | slurm (its
-    affair)."""
+    """(action, why, seconds to wait) for the last of `starts`. action: finished | requeue | stop | slurm (Slurm
+    decides)."""
     last = starts[-1]
     kind = last["kind"]
     if kind == "finished":
@@ -176,7 +176,7 @@ def decide(starts, max_restarts, max_idle, backoff):
         return "stop", "the budget of MAX_RESTARTS=%d restarts is spent" % max_restarts, 0
     without = idle(starts)
     if kind == "error" and without >= FAILED_STARTS:
-        # A node left out is a reason to try once more, not once for every node there is.
+        # Excluding a node is a reason for one more try, but not for one with each node of the cluster.
         news = set(excluded(starts)) - set(excluded(starts[:-1]))
         if not (news and without == FAILED_STARTS):
             return "stop", "%d starts in a row gained no checkpoint" % without, 0
@@ -192,8 +192,8 @@ def decide(starts, max_restarts, max_idle, backoff):
 
 
 def too_few_nodes(left_out, wanted):
-    """A sentence if the partition cannot give `wanted` nodes without those left out; None also where sinfo cannot
-    say."""
+    """A sentence if the partition has fewer than `wanted` nodes without the excluded ones; None if it has enough or
+    sinfo fails."""
     partition = os.environ.get("SLURM_JOB_PARTITION", "")
     try:
         listing = subprocess.check_output(["sinfo", "-h", "-N", "-p", partition, "-o", "%N"], timeout=60)
@@ -217,7 +217,7 @@ def begin(run_dir):
         starts = []
         if (run_dir / STOP).exists():  # it was for an earlier submission
             (run_dir / STOP).unlink()
-    if starts and starts[-1]["event"] == "begin":  # its batch script was killed before it could say so
+    if starts and starts[-1]["event"] == "begin":  # its batch script was killed before it could record the end
         message, blamed = ended_by_slurm(run_dir, starts[-1])
         append(
             run_dir,

@@ -42,7 +42,7 @@ read_arguments() {
   [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9\ ._+-]*$ ]] || die "--name '$name': use letters, digits, spaces and . _ + - alone; it becomes a folder."
 }
 
-# The key that decides whether a later argument replaces an earlier one: --nodes, stage1:model.
+# key_of ARGUMENT: an argument replaces an earlier one with the same key: --nodes, stage1:model.
 key_of() { local key=${1%%=*}; printf '%s' "${key##+}"; }
 
 # merge EARLIER... -- LATER...: into `merged`; a later one with the same key replaces the earlier one.
@@ -79,7 +79,7 @@ arguments_of() {
   merged=("${before[@]}")
 }
 
-# number_of OPTION FILE: what the options, else the script's own #SBATCH lines, say.
+# number_of OPTION FILE: the value in `options`, else in the #SBATCH lines of the script.
 number_of() {
   local option found=''
   found=$(sed -n "s/^#SBATCH $1=\([0-9]*\).*/\1/p" "$2")
@@ -89,7 +89,7 @@ number_of() {
   printf '%s' "$found"
 }
 
-# Settings that cannot work are refused here, before a job waits days for its nodes.
+# Refuse settings that cannot work now, before a job has waited days for its nodes.
 check_settings() {
   local stage=$1 ranks
   ranks=$(($(number_of --nodes "slurm/$stage.sbatch") * $(number_of --ntasks-per-node "slurm/$stage.sbatch")))
@@ -118,7 +118,7 @@ submit() {
   echo "$id"
 }
 
-# What was submitted of a chain that could not be completed must not run.
+# If sbatch refuses a job, cancel the jobs of the chain that are submitted already.
 give_up() {
   if [[ -n $dry_run ]]; then exit 2; fi
   local ids
@@ -186,14 +186,14 @@ for stage in "${stages[@]}"; do
   else
     echo "settings of $stage are not checked here (RUNTIME=${RUNTIME:-venv}): the pre-flight does it" >&2
   fi
-  # A job that no node can ever satisfy would be taken and wait for good.
+  # sbatch accepts a job that no nodes of the cluster can run, and it would wait for ever.
   if command -v sbatch > /dev/null; then
     answer=$(sbatch --test-only ${SBATCH_MORE[@]+"${SBATCH_MORE[@]}"} ${options[@]+"${options[@]}"} "slurm/$stage.sbatch" 2>&1) || die "$stage: $answer"
   fi
 done
 
 if [[ -z $dry_run ]]; then
-  # The folder is made by one submit.sh alone, also when two are started at once.
+  # mkdir without -p: of two submit.sh that run at the same time, only one can make the folder.
   if [[ -z $resume ]]; then
     mkdir -p "$RUN_ROOT"
     mkdir "$run" || die "$run exists already: go on with it (--resume), or choose another --name."
@@ -217,6 +217,6 @@ if [[ -z $first && -e $run/hf/config.json ]]; then
   exit 0
 fi
 submit export "$after" ${cpu[@]+"${cpu[@]}"} slurm/export.sbatch "$run/stage3" "$run/hf" > /dev/null || give_up
-# The report is written of what there is, whatever became of the stages.
+# The report is also written if a stage fails.
 submit report "${last:+afterany:$last}" ${cpu[@]+"${cpu[@]}"} slurm/report.sbatch "$run" > /dev/null || give_up
 [[ -n $dry_run ]] || echo "watch it: python tools/status.py ${name@Q}; its logs are in $state"
