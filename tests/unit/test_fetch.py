@@ -234,7 +234,7 @@ BAD = {
     "loop": ("gone", "more than 6 redirects"),
     "to-file": ("gone", "of the type file:"),
     "to-private": ("gone", "private address"),
-    "to-nowhere": ("gone", "without a place"),
+    "to-nowhere": ("gone", "without a Location"),
     "gone": ("gone", "status 404"),
     "forbidden": ("forbidden", "status 403"),
     "html": ("content", "a web page"),
@@ -418,7 +418,8 @@ def test_a_sample_has_the_media_of_its_rows_alone(hub, media, tmp_path):
     source = RawSource(tmp_path, "mine")
     assert [row["n"] for row in source.rows()] == list(range(7)) and len(in_media(tmp_path)) == 14
     assert not (tmp_path / "raw/mine/hub/train-2.jsonl").exists() and source.info["complete"] is False
-    assert fetched(tmp_path, pictures).state == "complete" and len(in_media(tmp_path)) == 30
+    result = fetched(tmp_path, pictures)
+    assert result.state == "complete" and len(in_media(tmp_path)) == 30, result
 
 
 def test_pictures_that_look_alike_are_removed_when_asked(media, tmp_path):
