@@ -815,7 +815,7 @@ def test_an_own_set_of_a_known_form_needs_only_its_entry():
     assert draft.branches[0] == {"task": "question", "question": "Q?", "answers": ["A", "A", "B"], "style": "s"}
     with pytest.raises(ValueError, match="needs the column answer"):
         drafts({"question": "Q?"}, convert={"kind": "question"})
-    with pytest.raises(ValueError, match="tell no known form"):
+    with pytest.raises(ValueError, match="are those of no known form"):
         drafts({"foo": 1})
     with pytest.raises(ValueError, match="one of chat, pointing"):
         drafts({"foo": 1}, convert={"kind": "magic"})
