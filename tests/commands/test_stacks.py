@@ -1,13 +1,12 @@
 """A rank that hangs says where: on SIGUSR2 and by itself before a collective would time out."""
 
-import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from programs import REPOSITORY, python, succeeded
+import warm
+from programs import REPOSITORY, python, succeeded, with_defaults
 
 HANGS = """
 import sys, threading, time
@@ -30,11 +29,11 @@ wait_for_ever_in_c()
 @pytest.mark.parametrize("timeout_minutes", [20, 0.005])
 def test_a_hanging_rank_writes_its_stacks(tmp_path, timeout_minutes):
     process = subprocess.Popen(
-        [sys.executable, "-c", HANGS, str(tmp_path), str(timeout_minutes)],
+        [warm.executable(), "-c", HANGS, str(tmp_path), str(timeout_minutes)],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "RANK": "3"},
+        env=with_defaults({"RANK": "3"}),
     )
     try:
         assert process.stdout.readline() == "ready\n"

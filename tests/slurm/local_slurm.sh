@@ -115,7 +115,7 @@ JobCompLoc=$DIR/log/jobs.log
 # seconds that scontrol still shows a job that ended
 MinJobAge=86400
 # a second, not three or more, from submission or dependency to start
-SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 # SIGTERM to SIGKILL on scancel or time limit
 KillWait=5
 SlurmdTimeout=30

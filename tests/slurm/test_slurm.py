@@ -91,7 +91,7 @@ class Cluster:
         while not (found := condition()):
             if time.monotonic() > end:
                 pytest.fail(f"waited {seconds} s for {what}\n{self.do('squeue').stdout}\n{self.logs()}")
-            time.sleep(0.1)
+            time.sleep(0.3)  # most conditions start a client of Slurm
         return found
 
     def logs(self) -> str:

@@ -96,38 +96,47 @@ def text(content: bytes) -> dict:
     return {"json": b'{"branches": [[%s, {"role": "assistant", "content": %s}]]}' % (question, content)}
 
 
+# Name -> (what makes it: some are large, kind, words of the report).
 BROKEN_SAMPLES = {
-    "truncated JPEG": (picture(JPEG[: len(JPEG) // 2]), "undecodable", "image"),
-    "JPEG of zeros": (picture(bytes(2000)), "undecodable", "image"),
-    "PNG with a wrong checksum": (picture(PNG[:-60] + bytes(20) + PNG[-40:]), "undecodable", "image"),
-    "empty picture": (picture(b"\0"), "undecodable", "image"),
-    "picture of another size": (picture(width=71), "undecodable", "70 x 70"),
-    "missing media member": (picture(None), "undecodable", "img0.jpg is missing"),
-    "truncated mp4": (clip(MP4[: len(MP4) // 2]), "undecodable", "video"),
-    "mp4 without its end": (clip(MP4[:-200]), "undecodable", "video"),
-    "mp4 of garbage": (clip(bytes(range(256)) * 9), "undecodable", "video"),
-    "mp4 with half of its frames": (clip(num_frames=60), "undecodable", "16 of 60 frames"),
-    "picture bomb": (picture(png_of(30000, 30000), 30000, 30000), "undecodable", "image|pixels"),
-    "small picture that is a bomb": (picture(png_of(30000, 30000)), "undecodable", "image|pixels"),
-    "video of huge frames": (clip(video_of_one_frame(16384, 8192), num_frames=1), "undecodable", "16384 x 8192"),
-    "empty conversation": ({"json": {"branches": [[]]}}, "malformed", "roles"),
-    "no conversation": ({"json": {"branches": []}}, "malformed", "branches"),
-    "no answer": ({"json": {"branches": [[{"role": "user", "content": "Q"}]]}}, "malformed", "roles"),
-    "blank answer": ({"json": chat(answer=" ")}, "malformed", "empty"),
-    "NaN coordinate": (pointing("[[1, [[NaN, 0.5]]]]"), "malformed", "finite"),
-    "infinite coordinate": (pointing("[[1, [[0.5, 1e999]]]]"), "malformed", "finite"),
-    "sample without json": ({"img0.jpg": JPEG}, "malformed", "no part json"),
-    "empty json": ({"json": b""}, "malformed", "JSON"),
-    "json of another kind": ({"json": b"[1, 2]"}, "malformed", ""),
-    "json that is not UTF-8": ({"json": b"\xff\xfe{}"}, "malformed", "JSON"),
-    "lone surrogate": (text(b'"\\ud800"'), "malformed", "JSON"),
-    "huge json": (text(b'"' + b"a " * (MAX_JSON // 2) + b'"'), "malformed", "more than"),
-    "deep json": ({"json": b'{"branches":' * 400_000}, "malformed", "recursion"),
-    "huge deep json": ({"json": b"[" * 200_000_000}, "malformed", "more than"),
-    "video of no length": (clip(duration=-1.0), "malformed", "duration"),
-    "infinitely long video": ({"json": clip(duration=float("inf"))["json"]}, "malformed", "duration"),
-    "a part named like Energon's own": ({"json": chat(), "__restore_key__": b"x"}, "unreadable", "__restore_key__"),
-    "a part named like ours": ({"json": chat(), "__error__": b"x"}, "unreadable", ""),
+    "truncated JPEG": (lambda: picture(JPEG[: len(JPEG) // 2]), "undecodable", "image"),
+    "JPEG of zeros": (lambda: picture(bytes(2000)), "undecodable", "image"),
+    "PNG with a wrong checksum": (lambda: picture(PNG[:-60] + bytes(20) + PNG[-40:]), "undecodable", "image"),
+    "empty picture": (lambda: picture(b"\0"), "undecodable", "image"),
+    "picture of another size": (lambda: picture(width=71), "undecodable", "70 x 70"),
+    "missing media member": (lambda: picture(None), "undecodable", "img0.jpg is missing"),
+    "truncated mp4": (lambda: clip(MP4[: len(MP4) // 2]), "undecodable", "video"),
+    "mp4 without its end": (lambda: clip(MP4[:-200]), "undecodable", "video"),
+    "mp4 of garbage": (lambda: clip(bytes(range(256)) * 9), "undecodable", "video"),
+    "mp4 with half of its frames": (lambda: clip(num_frames=60), "undecodable", "16 of 60 frames"),
+    "picture bomb": (lambda: picture(png_of(30000, 30000), 30000, 30000), "undecodable", "image|pixels"),
+    "small picture that is a bomb": (lambda: picture(png_of(30000, 30000)), "undecodable", "image|pixels"),
+    "video of huge frames": (
+        lambda: clip(video_of_one_frame(16384, 8192), num_frames=1),
+        "undecodable",
+        "16384 x 8192",
+    ),
+    "empty conversation": (lambda: {"json": {"branches": [[]]}}, "malformed", "roles"),
+    "no conversation": (lambda: {"json": {"branches": []}}, "malformed", "branches"),
+    "no answer": (lambda: {"json": {"branches": [[{"role": "user", "content": "Q"}]]}}, "malformed", "roles"),
+    "blank answer": (lambda: {"json": chat(answer=" ")}, "malformed", "empty"),
+    "NaN coordinate": (lambda: pointing("[[1, [[NaN, 0.5]]]]"), "malformed", "finite"),
+    "infinite coordinate": (lambda: pointing("[[1, [[0.5, 1e999]]]]"), "malformed", "finite"),
+    "sample without json": (lambda: {"img0.jpg": JPEG}, "malformed", "no part json"),
+    "empty json": (lambda: {"json": b""}, "malformed", "JSON"),
+    "json of another kind": (lambda: {"json": b"[1, 2]"}, "malformed", ""),
+    "json that is not UTF-8": (lambda: {"json": b"\xff\xfe{}"}, "malformed", "JSON"),
+    "lone surrogate": (lambda: text(b'"\\ud800"'), "malformed", "JSON"),
+    "huge json": (lambda: text(b'"' + b"a " * (MAX_JSON // 2) + b'"'), "malformed", "more than"),
+    "deep json": (lambda: {"json": b'{"branches":' * 400_000}, "malformed", "recursion"),
+    "huge deep json": (lambda: {"json": b"[" * 200_000_000}, "malformed", "more than"),
+    "video of no length": (lambda: clip(duration=-1.0), "malformed", "duration"),
+    "infinitely long video": (lambda: {"json": clip(duration=float("inf"))["json"]}, "malformed", "duration"),
+    "a part named like Energon's own": (
+        lambda: {"json": chat(), "__restore_key__": b"x"},
+        "unreadable",
+        "__restore_key__",
+    ),
+    "a part named like ours": (lambda: {"json": chat(), "__error__": b"x"}, "unreadable", ""),
 }
 
 
@@ -167,9 +176,9 @@ def passes(loader, source: int, size: int, times: int = 1):
 
 @pytest.mark.parametrize("fault", BROKEN_SAMPLES)
 def test_a_broken_sample_is_counted_and_reported(fault, tmp_path):
-    sample, kind, words = BROKEN_SAMPLES[fault]
+    make, kind, words = BROKEN_SAMPLES[fault]
     samples = [good(number) for number in range(SIZE)]
-    samples[5] = samples[13] = sample
+    samples[5] = samples[13] = make()
     write_source(tmp_path / "bad", samples, SHARD)
     write_source(tmp_path / "fine", [good(number) for number in range(SIZE)])
     counters, errors, seen = passes(stream(tmp_path), 0, SIZE)
@@ -301,7 +310,7 @@ def test_reports_are_printable(tmp_path):
 
 def test_restoring_is_exact_with_broken_samples_in_the_buffers(tmp_path):
     samples = [good(number) for number in range(SIZE)]
-    samples[::3] = [sample for sample, _, _ in list(BROKEN_SAMPLES.values())[: len(samples[::3])]]
+    samples[::3] = [make() for make, _, _ in list(BROKEN_SAMPLES.values())[: len(samples[::3])]]
     write_source(tmp_path / "bad", samples, SHARD)
     (tmp_path / "bad" / "train-2.tar").unlink()
     loader = stream(tmp_path, ["bad"])
