@@ -205,4 +205,5 @@ def test_an_error_of_ours_is_not_taken_for_the_users(sample, tmp_path):
     result = python("-c", OUR_MISTAKE, *TINY, f"data.root={sample}", f"run_dir={tmp_path}/run")
     assert result.returncode == 1 and "ValueError: our own mistake" in result.stderr.splitlines()[-1]
     assert ended(tmp_path / "run")["reason"] == "error"
-    assert 'raise ValueError("our own mistake")' in (tmp_path / "run" / "errors" / "rank_0000.txt").read_text()
+    traceback = (tmp_path / "run" / "errors" / "rank_0000.txt").read_text()
+    assert traceback.endswith(", in broken\nValueError: our own mistake\n")
