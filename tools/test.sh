@@ -8,8 +8,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh
 # Several processes share the cores; threads of their own would only get in each other's way.
 export OMP_NUM_THREADS=1
-# Where this is set (in some containers), every process would compile anew all that it imports: a minute of a core.
-unset PYTHONDONTWRITEBYTECODE
 which=(tests)
 if [[ ${1-} == --fast ]]; then
   shift
