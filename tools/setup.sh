@@ -53,6 +53,6 @@ if [[ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]]; then
   # An import compiles what it loads and keeps it: here once, instead of in all ranks of the first run at the same time.
   # Python writes each file under a temporary name first, so an interruption does no harm.
   echo "  compiling what a run imports"
-  .venv/bin/python -W ignore -c 'import molmo2_nemo.data.loader, molmo2_nemo.model.molmo2, molmo2_nemo.report, molmo2_nemo.training.checkpoint' > /dev/null
+  env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -W ignore -c 'import molmo2_nemo.data.loader, molmo2_nemo.model.molmo2, molmo2_nemo.report, molmo2_nemo.training.checkpoint' > /dev/null
   echo "$wanted" > .venv/.installed
 fi
