@@ -239,6 +239,7 @@ def worker_deaths(*loaders: Loader | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        shutdown.ignore_ended_children()
         for loader in loaders:
             if loader is not None and (pid := loader.dead_worker()) is not None:
                 raise WorkerDied(pid) from error

@@ -147,6 +147,7 @@ def told_in_one_line(run_dir: Path, step: Callable[[], int]) -> Iterator[None]:
     except (ConfigError, SystemExit):
         raise
     except BaseException as error:
+        ignore_ended_children()
         rank, host = rank_from_environment(), socket.gethostname()
         folder = run_dir / "errors"
         with contextlib.suppress(OSError):
@@ -170,6 +171,14 @@ def told_in_one_line(run_dir: Path, step: Callable[[], int]) -> Iterator[None]:
             child.kill()
         # Not sys.exit: a communicator that waits for a dead rank would keep the process from ending.
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def ignore_ended_children() -> None:
+    """Take away torch's handler of SIGCHLD, which raises RuntimeError in the main thread when a loader worker ends.
+
+    Once an error is being handled, a second one from there would take its place.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def lost_contact(error: BaseException) -> bool:
