@@ -38,7 +38,7 @@ def run_and_exit(run_stage: Callable[[DictConfig], None], cfg: DictConfig) -> No
     try:
         run_stage(cfg)
     except SystemExit as end:
-        status = end.code
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     sys.stdout.flush()
     sys.stderr.flush()
     for child in multiprocessing.active_children():  # loader workers; Python would end them on its way out

@@ -23,16 +23,9 @@ def pytest_configure(config):
         config.add_cleanup(lambda: shutil.rmtree(folder))
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own reads the groups
 def pytest_collection_modifyitems(items):
-    """Slow tests first, each on its own. Of the others those of a file stay together, with what its fixtures made.
-
-    The cluster of the Slurm tests is one fixture of all of them.
-    """
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, FOLDERS.index(item.path.parent.name)))
-    for item in items:
-        if item.get_closest_marker("slow") is None or item.path.parent.name == "slurm":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """Folder after folder. The tests of a file stay together: pytest-xdist gives a process one file at a time."""
+    items.sort(key=lambda item: FOLDERS.index(item.path.parent.name))
 
 
 @pytest.fixture(scope="session")

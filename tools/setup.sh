@@ -3,6 +3,8 @@
 # Safe to run again: nothing is installed as long as requirements.lock, pyproject.toml and setup.py have not changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Where this is set (many containers do), nothing that is compiled is kept, and each start compiles thousands of modules.
+unset PYTHONDONTWRITEBYTECODE
 
 find_python() {
   if python3.12 -c 'import sys; assert sys.version_info[:2] == (3, 12)' 2>/dev/null; then
@@ -53,6 +55,6 @@ if [[ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]]; then
   # An import compiles what it loads and keeps it: here once, instead of in all ranks of the first run at the same time.
   # Python writes each file under a temporary name first, so an interruption does no harm.
   echo "  compiling what a run imports"
-  .venv/bin/python -W ignore -c 'import molmo2_nemo.data.loader, molmo2_nemo.model.molmo2, molmo2_nemo.report, molmo2_nemo.training.checkpoint' > /dev/null
+  .venv/bin/python -W ignore -c 'import molmo2_nemo.training.run, molmo2_nemo.report, torch.distributed.run, transformers.models.molmo2.modeling_molmo2' > /dev/null
   echo "$wanted" > .venv/.installed
 fi

@@ -71,6 +71,7 @@ def read_line(text: bytes, number: int, folder: Path, unit: str) -> OwnSample:
         raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError("it is not a JSON object")
+    _refuse_mixed_media(record)
     try:
         line = _LineDocument.model_validate(record)
     except ValidationError as error:
@@ -91,14 +92,17 @@ def read_line(text: bytes, number: int, folder: Path, unit: str) -> OwnSample:
     return OwnSample(line.id or f"{number:08d}", json.dumps(without_nothing(asdict(example))).encode(), files, tasks)
 
 
-def _media(record: dict, folder: Path) -> tuple[dict, list[tuple[str, Path]]]:
-    """`images` or `video` of the sample, and the (part, file) of each."""
+def _refuse_mixed_media(record: dict) -> None:
     named = [name for name in MEDIA if name in record]
     if len(named) > 1:
         raise ValueError(f"it has {' and '.join(named)}: one of them is enough")
     if "video" not in record and (stray := [name for name in OF_VIDEO if name in record]):
         raise ValueError(f"it has {stray[0]} and no video")
-    if not named:
+
+
+def _media(record: dict, folder: Path) -> tuple[dict, list[tuple[str, Path]]]:
+    """`images` or `video` of the sample, and the (part, file) of each."""
+    if not any(name in record for name in MEDIA):
         return {}, []
     if "video" in record:
         file, data = _read(folder, record["video"])

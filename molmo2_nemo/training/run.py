@@ -49,8 +49,12 @@ def run_stage(cfg: DictConfig) -> None:
         position = Position()
         with shutdown.told_in_one_line(Path(config.run_dir), lambda: position.step):
             run = set_up(config, OmegaConf.to_yaml(cfg, resolve=True), device, sources, start, position)
-            with worker_deaths(run.loader, run.validation):
-                reason = loop.train(run)
+            try:
+                with worker_deaths(run.loader, run.validation):
+                    reason = loop.train(run)
+            except BaseException:
+                run.log.close()  # recipes end the process without Python's own clean-up
+                raise
             finish(run, reason)
     except ConfigError as error:
         # Before the ranks are joined all of them find the same error; later it may be one rank's own.

@@ -200,7 +200,6 @@ def test_programs_take_the_commands(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_commands_run(sample, tmp_path):
     (tmp_path / "raw").mkdir()
     done = set()

@@ -298,7 +298,6 @@ def make_image(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_a_stage_runs_in_a_container(cluster, tmp_path):
     """Under apptainer with the code of the checkout, which is mounted; under pyxis with a wheel in the image.
 
