@@ -21,7 +21,7 @@ from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
-from molmo2_nemo.paths import REPOSITORY
+from molmo2_nemo.paths import ROOT as REPOSITORY
 
 OVERRIDE = re.compile(r"[~+]{0,2}[A-Za-z_][\w.]*=.*", re.DOTALL)
 STAGES = ("stage1", "stage2", "stage3")

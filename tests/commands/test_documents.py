@@ -274,7 +274,7 @@ def test_keys_named_in_the_documents_exist():
 def test_options_named_in_the_documents_exist():
     """Between backticks: options of our programs, or of the others that are named here."""
     others = "--nproc-per-node --config-name --cfg --nodes --time --gpus-per-node --exclude --array --signal --output"
-    others = {*others.split(), "--check", "--no-deps", "--no-build-isolation", "--local-dir"}
+    others = {*others.split(), "--check", "--no-deps", "--no-build-isolation", "--local-dir", "--config-dir"}
     code = [*PROGRAMS, *SCRIPTS, *(REPOSITORY / "molmo2_nemo").glob("**/*.py")]
     known = {option for path in code for option in re.findall(r"--[a-z][a-z-]*[a-z]", path.read_text())} | others
     for document, text in texts():
