@@ -58,7 +58,7 @@ def models():
 def test_presets_serve_every_model_stage_and_schedule(preset, models):
     gpus = PRESETS[preset]
     for stage, schedule in itertools.product(STAGES, SCHEDULES):
-        composed = compose(stage, [f"parallel={preset}", f"schedule={schedule}", "model=molmo2_4b"])
+        composed = compose(stage, [f"hardware={preset}", f"schedule={schedule}", "model=molmo2_4b"])
         for name, model in models.items():
             config = replace(composed, model=model)
             check(config, gpus)  # with Megatron's own fields
@@ -69,7 +69,7 @@ def test_presets_serve_every_model_stage_and_schedule(preset, models):
 
 
 def test_every_h100_preset_is_tested():
-    assert {path.stem for path in (CONF_DIR / "parallel").glob("h100_*.yaml")} == set(PRESETS)
+    assert {path.stem for path in (CONF_DIR / "hardware").glob("h100_*.yaml")} == set(PRESETS)
 
 
 # ---- verdict and advice ----
