@@ -32,7 +32,7 @@ def test_a_field_without_a_meaning_is_refused():
 
 
 def test_a_stale_page_is_named(monkeypatch):
-    stale = make_settings.REPOSITORY / "docs" / "layouts.md"  # any file with another content
+    stale = make_settings.ROOT / "docs" / "layouts.md"  # any file with another content
     monkeypatch.setattr(make_settings, "PAGE", stale)
     monkeypatch.setattr("sys.argv", ["make_settings.py", "--check"])
     before = stale.read_text()
