@@ -8,7 +8,7 @@ import pytest
 from programs import REPOSITORY
 from test_config import build
 
-from molmo2_nemo import command_line, gpu, parallel
+from molmo2_nemo import environment, gpu, parallel
 from molmo2_nemo.config.errors import ConfigError
 
 
@@ -124,9 +124,9 @@ def test_without_a_driver_the_compiler_is_not_imported(monkeypatch, driver, give
         if not driver:
             raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(command_line.ctypes, "CDLL", load)
+    monkeypatch.setattr(environment.ctypes, "CDLL", load)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", given or "")
     if given is None:
         monkeypatch.delenv("TORCHDYNAMO_DISABLE")
-    command_line.set_cpu_environment()
+    environment.set_cpu_environment()
     assert os.environ.get("TORCHDYNAMO_DISABLE") == expected
