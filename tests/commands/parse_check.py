@@ -9,6 +9,7 @@ exception ends the program. Overrides (key=value) are composed and checked as th
 import argparse
 import contextlib
 import functools
+import inspect
 import io
 import json
 import os
@@ -42,7 +43,7 @@ def stop_after_parsing(name: str) -> None:
             result = original(self, *args, **kwargs)
         finally:
             depth.pop()
-        if not depth and not sys._getframe(1).f_code.co_filename.endswith("argparse.py"):
+        if not depth and not inspect.currentframe().f_back.f_code.co_filename.endswith("argparse.py"):
             raise Parsed
         return result
 

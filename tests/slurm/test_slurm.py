@@ -290,7 +290,7 @@ def make_image(folder: Path) -> Path:
 
     The .pth file adds the folder of packages, and not what the .pth files in it add, such as the editable install.
     """
-    succeeded(run([sys._base_executable, "-m", "venv", "--without-pip", folder]))
+    succeeded(run([os.path.realpath(sys.executable), "-m", "venv", "--without-pip", folder]))
     (folder / f"lib/python3.{sys.version_info[1]}/site-packages/packages.pth").write_text(sysconfig.get_path("purelib"))
     missing = run([folder / "bin/python", "-P", "-c", "import torch, molmo2_nemo"], PYTHONPATH="")
     assert "No module named 'molmo2_nemo'" in missing.stderr, missing.stderr
