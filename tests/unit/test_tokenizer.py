@@ -138,7 +138,7 @@ def test_processor_with_a_video(processor):
 
 
 def test_training_it_again_gives_the_shipped_files(tmp_path):
-    subprocess.run([sys.executable, ROOT / "tools" / "train_tokenizer.py", "--out", tmp_path], check=True)
+    subprocess.run([sys.executable, ROOT / "tools" / "dev" / "train_tokenizer.py", "--out", tmp_path], check=True)
     shipped = {path.name: path.read_bytes() for path in FOLDER.iterdir()}
     again = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert again.keys() == shipped.keys()
