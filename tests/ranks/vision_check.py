@@ -7,6 +7,7 @@ Rank 0 prints one JSON line: the gradients' figures of each rank and, of one ran
 
 import gc
 import json
+import math
 import sys
 import weakref
 
@@ -96,7 +97,10 @@ def alone(model) -> dict[str, int]:
 
 
 def gradient_figures() -> dict:
-    """Of this rank: the tower all at once, and each way to chunk it against that."""
+    """Of this rank: the tower all at once, and each way to chunk it against that.
+
+    A context parallel rank may have no token that carries loss: its losses are 0 and have to be equal.
+    """
     plain = model_of(0, False)
     expected = {kind: gradients_of(plain, batches_of(kind)) for kind in KINDS}
     found = {
@@ -110,7 +114,7 @@ def gradient_figures() -> dict:
         for kind, (loss, gradients) in expected.items():
             own_loss, own = gradients_of(model, batches_of(kind))
             differences[kind] = {
-                "loss": abs(own_loss - loss) / (abs(loss) or 1.0),  # a context parallel rank may have no loss token
+                "loss": 0.0 if own_loss == loss else abs(own_loss - loss) / abs(loss) if loss else math.inf,
                 "gradients": largest_difference(own, gradients),
                 "without_gradient": len(without_gradient(own)),
             }
