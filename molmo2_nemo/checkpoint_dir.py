@@ -1,7 +1,7 @@
 """A checkpoint as a directory: written under a temporary name, renamed when complete, and marked as complete.
 
     step_00001000/
-        complete.json        marker, written last: step, stage, size of every other file
+        complete.json        marker, written last: step, stage, size and SHA-256 of every other file
         model.json           architecture
         config.yaml          resolved configuration (training checkpoints)
         .metadata *.distcp   Megatron's distributed checkpoint (PyTorch DCP files)
@@ -10,21 +10,46 @@
 Nothing here needs a process group.
 """
 
+import contextlib
 import json
+import os
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+from molmo2_nemo import compat
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import ModelConfig, model_config_from_json, model_config_to_json
-from molmo2_nemo.files import sync
+from molmo2_nemo.files import sha256_of, sync
 
 MARKER = "complete.json"
 MODEL = "model.json"
-# What DCP's own metadata is made of. Anything else in that pickle is refused before it can run.
-_METADATA_MODULES = ("torch.distributed.checkpoint", "torch", "collections", "megatron.core.dist_checkpointing")
-_METADATA_BUILTINS = {"set", "frozenset", "slice", "dict", "list", "tuple", "getattr"}
+INDEX = ".metadata"
+BEST = "best.json"  # beside the checkpoints of a run: the step of the best one, and its measurement
+DAMAGED = "damaged.txt"  # in a checkpoint of which a checksum was found wrong: what is wrong
+# (module, names) of all that the pickled index of a checkpoint is made of, as torch 2.14.1 and megatron-core 0.19.2
+# write it. Anything else is refused before it can run.
+INDEX_CONTENT = {
+    "pathlib": {"PosixPath"},
+    "torch": {"Size", "bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"}
+    | {"float8_e4m3fn", "float8_e5m2"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem"}
+    | {"WriteItemType"},
+}
 
 
 def step_name(step: int) -> str:
@@ -43,37 +68,93 @@ def aside(final: Path) -> Path:
     return temporary
 
 
-def publish(temporary: Path, final: Path, model: ModelConfig, info: dict) -> None:
-    """Write architecture and marker, flush everything to disk, and give the checkpoint its name."""
+def publish(
+    temporary: Path, final: Path, model: ModelConfig, info: dict, checksums: dict[str, str] | None = None
+) -> None:
+    """Write architecture and marker, flush everything to disk, and give the checkpoint its name.
+
+    checksums: SHA-256 of files that are known already; the others are read for it. A checkpoint that has the name is
+    removed once the new one has taken its place.
+    """
     (temporary / MODEL).write_text(model_config_to_json(model))
-    sizes = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.rglob("*")) if p.is_file()}
-    (temporary / MARKER).write_text(json.dumps({**info, "files": sizes}, indent=2) + "\n")
+    files = {str(path.relative_to(temporary)): path for path in sorted(temporary.rglob("*")) if path.is_file()}
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    sums = {name: (checksums or {}).get(name) or sha256_of(path) for name, path in files.items()}
+    (temporary / MARKER).write_text(json.dumps({**info, "files": sizes, "sha256": sums}, indent=2) + "\n")
     for path in [*temporary.rglob("*"), temporary]:
         sync(path)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(old)
     temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_marker(path: Path) -> dict:
-    """The marker of a complete checkpoint. Raises ConfigError for anything missing, truncated or foreign."""
+    """The marker of a complete checkpoint; of its files the sizes are checked. Raises ConfigError for anything missing,
+    truncated or foreign."""
     if not path.is_dir():
         raise ConfigError(f"checkpoint {path} does not exist: give the path of a step_* directory.")
+    if (path / DAMAGED).exists():
+        raise ConfigError(
+            f"checkpoint {path} was found damaged before ({path / DAMAGED} says how; remove that file once it is "
+            "restored); use another step_* directory."
+        )
     try:
         marker = json.loads((path / MARKER).read_text())
-        files = marker["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError):
+        files = [(name, int(size)) for name, size in marker["files"].items()]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise ConfigError(
             f"checkpoint {path} has no readable {MARKER}: it is incomplete or not one of ours; use another step_* "
             "directory."
         ) from None
+    step = marker.get("step")
+    if type(step) is not int or step < 0:
+        raise ConfigError(f"checkpoint {path} is damaged: {MARKER} has step={step!r}; use another step_* directory.")
+    if re.fullmatch(r"step_\d+", path.name) and step != step_of(path):
+        raise ConfigError(
+            f"checkpoint {path} is damaged or was renamed: {MARKER} says step {step}; give it the name "
+            f"{step_name(step)}, or use another step_* directory."
+        )
     for name, size in files:
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise ConfigError(f"checkpoint {path} is damaged: {name} {state}; use another step_* directory.")
-    _refuse_foreign_pickle(path / ".metadata")
+    _refuse_foreign_index(path / INDEX)
     return marker
+
+
+def is_complete(path: Path) -> bool:
+    """Whether `read_marker` has nothing against it."""
+    try:
+        read_marker(path)
+    except ConfigError:
+        return False
+    return True
+
+
+def verify(path: Path, part: int = 0, parts: int = 1) -> None:
+    """Compare the files of a complete checkpoint with their checksums; with `parts` above 1, every so manieth file.
+
+    Reads each file once. Checkpoints of older versions have no checksums: of those, sizes alone are checked. Raises
+    ConfigError.
+    """
+    marker = read_marker(path)
+    sums = marker.get("sha256", {})
+    # The largest first and dealt in turn, so that the parts take about as long.
+    names = sorted(sums, key=lambda name: (-marker["files"].get(name, 0), name))
+    for name in names[part::parts]:
+        try:
+            found = sha256_of(path / name)
+        except OSError as error:
+            raise ConfigError(f"checkpoint {path} cannot be read: {error}; use another step_* directory.") from error
+        if found != sums[name]:
+            raise ConfigError(
+                f"checkpoint {path} is damaged: {name} does not have the SHA-256 that it was saved with; use another "
+                "step_* directory."
+            )
 
 
 def read_model(path: Path) -> ModelConfig:
@@ -82,39 +163,39 @@ def read_model(path: Path) -> ModelConfig:
     return model_config_from_json((path / MODEL).read_text())
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        allowed = any(module == m or module.startswith(m + ".") for m in _METADATA_MODULES)
-        if not allowed and not (module == "builtins" and name in _METADATA_BUILTINS) and module != "pathlib":
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        if module == "torch" and name not in {
-            "Size",
-            "dtype",
-            "device",
-            "float32",
-            "bfloat16",
-            "float16",
-            "int64",
-            "int32",
-            "uint8",
-            "bool",
-            "float64",
-            "strided",
-            "contiguous_format",
-            "preserve_format",
-        }:
-            raise pickle.UnpicklingError(f"{module}.{name}")
+        if name not in INDEX_CONTENT.get(module, ()):
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no part of one")
         return super().find_class(module, name)
 
 
-def _refuse_foreign_pickle(path: Path) -> None:
+@contextlib.contextmanager
+def nothing_executed() -> Iterator[None]:
+    """While torch and Megatron load a checkpoint, its pickles are data: anything else in them is refused.
+
+    The index is read by `_IndexUnpickler`, and objects inside of .distcp files by torch.load(weights_only=True), for
+    which torch has an environment variable.
+    """
+    name, other = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {key: os.environ.pop(key) for key in (name, other) if key in os.environ}
+    os.environ[name] = "1"
+    try:
+        with compat.checkpoint_index_reader(lambda file: _IndexUnpickler(file).load()):
+            yield
+    finally:
+        del os.environ[name]
+        os.environ.update(before)
+
+
+def _refuse_foreign_index(path: Path) -> None:
     """DCP stores its index as a pickle: read it once with nothing but DCP's own classes allowed."""
     try:
         with open(path, "rb") as file:
-            _MetadataUnpickler(file).load()
+            _IndexUnpickler(file).load()
     except FileNotFoundError:
         raise ConfigError(f"checkpoint {path.parent} has no {path.name}: use another step_* directory.") from None
-    except Exception as error:
+    except Exception as error:  # a damaged pickle raises errors of any type
         raise ConfigError(
             f"checkpoint {path.parent}: {path.name} is not a checkpoint index ({error}); it was not loaded."
         ) from None
@@ -128,10 +209,30 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return [p for match, p in sorted(((m, p) for m, p in named if m), key=lambda mp: int(mp[0].group(1)))]
 
 
+def best(folder: Path) -> Path | None:
+    """The best checkpoint of a run's folder of checkpoints, by train.save_best; None: there is none."""
+    try:
+        path = folder / step_name(int(json.loads((folder / BEST).read_text())["step"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return path if path.is_dir() else None
+
+
+def mark_damaged(path: Path, damage: str) -> None:
+    """Leave a note in a checkpoint that it is not to be used; without one where nothing can be written."""
+    with contextlib.suppress(OSError):
+        (path / DAMAGED).write_text(damage + "\n")
+
+
 def latest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint of a run, and a sentence for each newer one that was passed over."""
+    return newest_usable(find_checkpoints(folder))
+
+
+def newest_usable(checkpoints: list[Path]) -> tuple[Path | None, list[str]]:
+    """The same among checkpoints in the order of their steps."""
     ignored = []
-    for path in reversed(find_checkpoints(folder)):
+    for path in reversed(checkpoints):
         try:
             read_marker(path)
             return path, ignored

@@ -9,6 +9,10 @@ class of ours overrides must be spelled in that class; OVERRIDDEN lists those. m
 functions of torch and Megatron at run time, takes their names from here.
 """
 
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+
 # --- torch 2.14.1 ---------------------------------------------------------------------------------------------------
 
 # Method of torch.optim.Optimizer that every step calls; cpu.py replaces it, since it needs NVIDIA's driver.
@@ -61,6 +65,22 @@ def stop_loader_processes(loader) -> None:
     workers, loader._iterator = loader._iterator, None
     if workers is not None:
         workers._shutdown_workers()
+
+
+@contextlib.contextmanager
+def checkpoint_index_reader(read: Callable) -> Iterator[None]:
+    """Have torch.distributed.checkpoint read the index of a checkpoint, a pickle, by `read(file)`.
+
+    FileSystemReader calls pickle.load, which runs whatever a pickle names, and Megatron makes its own readers.
+    """
+    from torch.distributed.checkpoint import filesystem
+
+    original = filesystem.pickle
+    filesystem.pickle = types.SimpleNamespace(load=read, dump=original.dump)
+    try:
+        yield
+    finally:
+        filesystem.pickle = original
 
 
 # --- numpy 2.5.5 ----------------------------------------------------------------------------------------------------

@@ -52,9 +52,15 @@ def resolve_precision(train: TrainConfig, device: str) -> str:
 
 
 def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, seed: int) -> None:
-    """Start torch.distributed, as the environment of torchrun or srun says or with one rank, then Megatron's groups.
+    """Join the ranks, then make Megatron's groups. Raises ConfigError as `join_ranks` does."""
+    join_ranks(device, timeout_minutes)
+    make_groups(parallel, seed)
 
-    Sets the seeds, too. Raises ConfigError when the environment has no address for the ranks to meet at.
+
+def join_ranks(device: str, timeout_minutes: float) -> None:
+    """Start torch.distributed, as the environment of torchrun or srun says or with one rank.
+
+    Raises ConfigError when the environment has no address for the ranks to meet at.
     """
     rank = rank_from_environment()
     world_size = world_size_from_environment()
@@ -75,6 +81,10 @@ def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, se
             world_size=world_size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
         )
+
+
+def make_groups(parallel: ParallelConfig, seed: int) -> None:
+    """Megatron's process groups, then the seeds. Collective."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

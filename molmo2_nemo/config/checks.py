@@ -10,11 +10,13 @@ from molmo2_nemo.config.megatron_fields import check_megatron_fields
 from molmo2_nemo.config.schema import (
     EXTRA_TOKENS,
     FP8_RECIPE,
+    METRICS,
     VOCAB_MULTIPLE,
     Config,
     DataConfig,
     ModelConfig,
     ParallelConfig,
+    TrainConfig,
     VisionConfig,
 )
 
@@ -42,6 +44,8 @@ def check_settings(cfg: Config, world_size: int) -> None:
         f"train.init_from={given} must be one folder, or two: 'train.init_from=[LLM_DIR,SIGLIP2_DIR]'.",
     )
     check_choice("train.async_checkpoint", train.async_checkpoint, ("auto", "true", "false"))
+    check_choice("train.on_loss_jump", train.on_loss_jump, ("warn", "go_back", "ignore"))
+    check_best(train)
     check_choice("optim.decay", cfg.optim.decay, ("cosine", "linear", "constant"))
     for key in (
         "max_steps",
@@ -104,6 +108,22 @@ def check_settings(cfg: Config, world_size: int) -> None:
         "optim.vit.freeze, optim.connector.freeze and optim.llm.freeze are all true: nothing would be trained.",
     )
     check_engine(cfg)
+
+
+def check_best(train: TrainConfig) -> None:
+    """Refuse to keep the best by a measurement that is not made. Raises ConfigError."""
+    refuse(
+        train.stop_when_no_better < 0 or (train.stop_when_no_better > 0 and train.save_best is None),
+        f"train.stop_when_no_better={train.stop_when_no_better} needs train.save_best: set train.save_best=loss, or 0.",
+    )
+    if train.save_best is None:
+        return
+    check_choice("train.save_best", train.save_best, ("loss", *METRICS))
+    needed = "validation_batches" if train.save_best == "loss" else "generate_every"
+    refuse(
+        getattr(train, needed) == 0,
+        f"train.save_best={train.save_best} is measured by train.{needed}, which is 0: make it 1 or more.",
+    )
 
 
 def check_model(m: ModelConfig) -> None:

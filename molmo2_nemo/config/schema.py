@@ -39,6 +39,12 @@ EXTRA_TOKENS = (
 FP8_RECIPE = "tensorwise"
 
 
+# Scores of answers to held-out questions (training/score.py), by any of which `train.save_best` may go.
+POINT_METRICS = ("point_precision", "point_recall", "point_f1")
+TRACK_METRICS = ("track_precision", "track_recall", "track_f1")
+METRICS = (*POINT_METRICS, *TRACK_METRICS, "count_exact", "count_close", "exact_match")
+
+
 @dataclass
 class VisionConfig:
     """Geometry of crops and pooling windows, which the image processor and the model must agree on."""
@@ -348,12 +354,30 @@ class TrainConfig:
     init_from: Any = None
     """Weights that the stage starts from: a checkpoint, a run (its newest checkpoint), a Hugging Face Molmo2, or two
     folders, `'train.init_from=[LLM_DIR,SIGLIP2_DIR]'`; null: random weights. Optimizer and step start fresh."""
+    start_over: bool = False
+    """Begin at step 1 again where none of the run's checkpoints is usable; they are kept in another folder. With a
+    usable one the run is continued all the same."""
+    restart_data: bool = False
+    """On resuming, begin with the training data again, in another order, while model, optimizer and step go on. Once: a
+    run that has been told so goes on from there."""
     save_every: int = 1000
     """Steps between checkpoints; one is always written at the end."""
     keep_last: int = 3
     """Checkpoints that are kept; older ones are removed."""
-    keep_every: int = 0
+    keep_every: int = 5000
     """Keep checkpoints of steps that are multiples of this, however old; 0: none of them."""
+    verify_checkpoints: bool = True
+    """Compare a checkpoint's files with their checksums before anything is loaded from it, and the last one of a run
+    after it is saved. Each rank reads a part of the files."""
+    save_best: str | None = None
+    """Keep the checkpoint of the best measurement, which is then saved at once: `loss` is the lowest loss on held-out
+    samples, a score such as `point_f1` the highest of the answers to held-out questions; null: none."""
+    stop_when_no_better: int = 0
+    """Measurements of `save_best` in a row that are no better than the best, after which the run is finished; 0: all
+    steps are taken."""
+    on_loss_jump: str = "warn"
+    """What to do when the loss of a step lies far above those before: `warn` names the sources of its batch, `go_back`
+    also returns to the newest checkpoint and goes on with the data behind it, `ignore` does nothing."""
     async_checkpoint: str = "auto"
     """Write checkpoints while training goes on: `true`, `false`, or `auto`, which does on a GPU."""
     stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1"])

@@ -332,11 +332,6 @@ class TrainLoader(Loader):
         self.position.add(batch.examples)
         return batch
 
-    @property
-    def dealt_anew(self) -> bool:
-        """Whether it continues a run with other numbers of ranks or workers, and so in another order."""
-        return self.position.times_dealt > 0 and self.position.energon is None
-
     def can_restore_sample(self) -> bool:
         """Whether the state can be restored: every step between shard and pool is repeatable."""
         return self._loader.can_restore_sample()
@@ -362,17 +357,19 @@ def train_loader(
     micro_batch_size: int,
     run_dir: Path,
     saved: Sequence[Path] = (),
+    restart: bool = False,
 ) -> TrainLoader:
     """The training stream of data-parallel rank `rank` of `world_size`; endless, each rank reads its own samples.
 
-    saved: files with what `save_state` gave on each data-parallel rank of the run to continue, in order. With as many
-    ranks and workers as then, the stream continues exactly after the last batch handed out; with other numbers in
-    another order, with what had not been handed out first (progress.py).
+    saved: files with what `save_state` gave on each data-parallel rank of the run to continue, in order. If all that
+    decides the stream is as it was then, it continues exactly after the last batch handed out; else in another order,
+    with what had not been handed out first (progress.py), and the loader's position.note says so. restart: begin again,
+    unless the run to continue was told so already.
 
     Writes METADATASET to run_dir. Workers are forked at the first batch: ask for one before large allocations. With
     data.num_workers=0 all is done in this process, for debugging. ConfigError: a source is too small for so many
-    workers, there is no usable tokenizer, a process may not open enough files, or `saved` is damaged or of a stream
-    made from something else. Broken samples raise nothing: they are in the batches' counters and errors.
+    workers, there is no usable tokenizer, a process may not open enough files, or `saved` is damaged or of another
+    tokenizer. Broken samples raise nothing: they are in the batches' counters and errors.
     """
     check_blend(sources, world_size, data.num_workers)
     _allow_open_files(2 * PARALLEL_SHARDS * len(sources) + 256)
@@ -380,6 +377,7 @@ def train_loader(
     write_metadataset(sources, path)
     encoder = Encoder(data, vision)
     manifest = _manifest(data, vision, sources, rank, world_size, micro_batch_size, encoder)
+    manifest[progress.RESTART] = restart
     position = progress.read(saved, manifest, sources) if saved else progress.beginning(sources)
     seed = data.seed
     if position.times_dealt:
@@ -509,10 +507,10 @@ def _manifest(
     free = ("root", "blend", "tokenizer", "skip_missing", "max_error_rate")
     return {
         **{f"data.{key}": value for key, value in asdict(data).items() if key not in free},
-        **{f"source {s.name}": [s.weight, s.num_samples, asdict(s.options)] for s in sources},
-        "sources in order": [source.name for source in sources],
-        "model.vision": asdict(vision),
-        "tokenizer": _digest(sorted(encoder.tokenizer.get_vocab().items())).hex()[:16],
+        **{f"source {source.name}": progress.source_entry(source) for source in sources},
+        progress.ORDER: [source.name for source in sources],
+        progress.VISION: asdict(vision),
+        progress.TOKENIZER: _digest(sorted(encoder.tokenizer.get_vocab().items())).hex()[:16],
         progress.RANKS: world_size,
         progress.RANK: rank,
         "train.micro_batch_size": micro_batch_size,

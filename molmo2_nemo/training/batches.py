@@ -78,13 +78,15 @@ class BatchSource:
     def next(self) -> dict | None:
         """The next micro-batch as a dict of FIELDS; None when the loader has ended. Collective.
 
-        On the loader's rank also `counters` and `errors`, which metrics.DataReport sums over all ranks, and `work`.
+        On the loader's rank also `counters` and `errors`, which metrics.DataReport sums over all ranks, `work`,
+        and the samples' `keys` and `examples`.
         """
         batch = next(self.loader, None) if self.is_source else None
         shapes, result = [None], {}
         if self.is_source and batch is not None:
             shapes = [{name: (tuple(getattr(batch, name).shape), getattr(batch, name).dtype) for name in FIELDS}]
             result = {"counters": batch.counters, "errors": batch.errors, "work": work_of(batch)}
+            result |= {"keys": batch.__key__, "examples": batch.examples}
         if self.group.size() > 1:
             dist.broadcast_object_list(shapes, self.source, group=self.group)
         if shapes[0] is None:

@@ -1,5 +1,6 @@
 """Training checkpoints: model, optimizer, step and loader state, for any layout to reload."""
 
+import hashlib
 import queue
 import shutil
 import threading
@@ -14,16 +15,18 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.utils import unwrap_model
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from molmo2_nemo import checkpoint_dir, compat
 from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.files import sha256_of, write_json
 from molmo2_nemo.training.optimizer import load_optimizer_state
 from molmo2_nemo.training.step import load_model_state, refuse_other_architecture, sharded_model_state
 
+OPTIMIZER_STATE = "optimizer.state."  # what the keys of its tensors begin with
 # Optimizer shards of the distributed optimizer are gathered to whole parameters, so that any layout can read them.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -57,10 +60,18 @@ class ShardedSave:
     milliseconds at a time, since torch writes tensors without it.
     """
 
-    def __init__(self, state: dict, folder: Path, asynchronous: bool, live_on_cpu: bool = True):
+    def __init__(
+        self,
+        state: dict,
+        folder: Path,
+        asynchronous: bool,
+        live_on_cpu: bool = True,
+        checksums: dict[str, str] | None = None,
+    ):
         """Plan, and write, or let the thread write copies in host memory. Collective.
 
         live_on_cpu: training goes on with what the state dict holds in host memory, so that this is copied, too.
+        checksums: of other files that this rank has written, handed on with those of the state dict's.
         """
         # Megatron collects what its writer threads report in a queue of a manager process: seconds to start, and it
         # would outlive a rank that is killed. The threads are this process's own, so a plain queue will do.
@@ -69,16 +80,25 @@ class ShardedSave:
         request = dist_checkpointing.save(
             state, str(folder), self.plan, async_sharded_save=True, async_strategy="mcore"
         )
-        self.thread = None
+        self.thread, self.failure, self.checksums = None, None, dict(checksums or {})
         if request.async_fn is None:
             return  # nothing to write on this rank
         rank, buckets, results = request.async_fn_args
+        paths = [Path(path) for path, *_ in buckets]
+
+        def write(staged):
+            request.async_fn(rank, staged, results)
+            try:
+                self.checksums.update({path.name: sha256_of(path) for path in paths})
+            except OSError as error:
+                self.failure = str(error)
+
         staged = request.preload_fn()
         if asynchronous and live_on_cpu:
             staged = [_copied(before, after) for before, after in zip(buckets, staged)]
         # The writer only counts them from here on; the tensors are the thread's.
         self.plan.writer.write_buckets = [path for path, *_ in buckets]
-        self.thread = threading.Thread(target=request.async_fn, args=(rank, staged, results), daemon=True)
+        self.thread = threading.Thread(target=write, args=(staged,), daemon=True)
         self.thread.start()
         if not asynchronous:
             self.thread.join()
@@ -96,27 +116,29 @@ class ShardedSave:
         if self.thread is not None:
             self.thread.join()
 
-    def finish(self, last: Callable[[], None] = lambda: None) -> str | None:
+    def finish(self, last: Callable[[dict[str, str]], None] = lambda checksums: None) -> str | None:
         """Wait for the ranks, write the index and, on rank 0, do the `last` thing. Collective.
+
+        last: gets the SHA-256 of what the ranks have written, by file name.
 
         Returns None, or what went wrong on the first rank where something did. Megatron's own way to finish leaves the
         other ranks in a collective when rank 0 cannot write.
         """
         self.wait()
         results = self.plan.writer.retrieve_write_results()
-        failure = None
+        failure = None if self.failure is None else f"rank {dist.get_rank()}: {self.failure}"
         if not isinstance(results, list):
             failure, results = f"rank {dist.get_rank()}: {_last_line(results[0])}", None
         reports = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object((failure, results), reports)
+        dist.gather_object((failure, results, self.checksums), reports)
 
         def write_index():
-            for failure, _ in reports:
+            for failure, *_ in reports:
                 if failure is not None:
                     raise OSError(failure)
-            self.plan.writer.finish(self.plan.metadata, [results for _, results in reports])
+            self.plan.writer.finish(self.plan.metadata, [results for _, results, _ in reports])
             save_config(CheckpointingConfig(self.plan.backend, self.plan.version), str(self.folder))
-            last()
+            last({name: checksum for *_, checksums in reports for name, checksum in checksums.items()})
 
         return _on_rank_0(write_index)[0]
 
@@ -162,18 +184,30 @@ class _Pending:
 class Saver:
     """Writes checkpoints step_XXXXXXXX into `folder`, one at a time, under a temporary name until they are complete.
 
-    All but the last `keep_last` are removed, those of steps that are multiples of `keep_every` stay. asynchronous: the
-    tensors are copied to host memory and written while training goes on. All methods are collective.
+    Once one is complete, older ones are removed: all but the last `keep_last` complete ones and those of steps that are
+    multiples of `keep_every`. What is damaged stays, as does what is newer, and neither counts: a run that has passed
+    over a damaged checkpoint never removes a good one for it. asynchronous: the tensors are copied to host memory and
+    written while training goes on. All methods are collective.
     """
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int = 0, asynchronous: bool = False):
         self.folder, self.keep_last, self.keep_every, self.asynchronous = folder, keep_last, keep_every, asynchronous
         self.pending = None
 
-    def begin(self, step: int, model, optimizer, loader_state: bytes | None, info: dict, config_yaml: str) -> None:
+    def begin(
+        self,
+        step: int,
+        model,
+        optimizer,
+        loader_state: bytes | None,
+        info: dict,
+        config_yaml: str,
+        is_best: bool = False,
+    ) -> None:
         """Begin to save; `poll` or `finish` gives the result. The previous save must be finished.
 
-        loader_state: this data-parallel replica's, on the rank that has the loader, else None.
+        loader_state: this data-parallel replica's, on the rank that has the loader, else None. is_best: it takes the
+        place of the best checkpoint (checkpoint_dir.BEST), which is never removed.
         """
         assert self.pending is None
         self.pending = now = _Pending(step, self.folder / checkpoint_dir.step_name(step), time.monotonic())
@@ -186,20 +220,22 @@ class Saver:
         if now.failure is None:
 
             def write():
+                checksums = {}
                 if loader_state is not None:
                     name = f"loader_dp{parallel_state.get_data_parallel_rank():03d}.state"
                     (now.temporary / name).write_bytes(loader_state)
-                now.write = ShardedSave(state, now.temporary, self.asynchronous, live_on_cpu)
+                    checksums[name] = hashlib.sha256(loader_state).hexdigest()
+                now.write = ShardedSave(state, now.temporary, self.asynchronous, live_on_cpu, checksums)
 
             now.failure = _failure(write)
         architecture = unwrap_model(model)[0].model
 
-        def publish():
+        def publish(checksums):
             (now.temporary / "config.yaml").write_text(config_yaml)
-            checkpoint_dir.publish(now.temporary, now.final, architecture, {"step": step, **info})
-            for old in checkpoint_dir.find_checkpoints(self.folder)[: -self.keep_last]:
-                if not self.keep_every or checkpoint_dir.step_of(old) % self.keep_every:
-                    shutil.rmtree(old)
+            checkpoint_dir.publish(now.temporary, now.final, architecture, {"step": step, **info}, checksums)
+            if is_best:
+                write_json(self.folder / checkpoint_dir.BEST, {"step": step, **info["best"]})
+            self._prune(step)
 
         now.publish, now.held_up = publish, time.monotonic() - now.begun
 
@@ -227,6 +263,16 @@ class Saver:
         dist.barrier()
         ends = time.monotonic()
         return Saved(now.step, now.final, now.failure, now.held_up + ends - waits, ends - now.begun)
+
+    def _prune(self, step: int) -> None:
+        """Remove what need not be kept now that there is a checkpoint of `step`. On rank 0."""
+        found = [path for path in checkpoint_dir.find_checkpoints(self.folder) if checkpoint_dir.step_of(path) <= step]
+        best = checkpoint_dir.best(self.folder)
+        for old in [path for path in found if checkpoint_dir.is_complete(path)][: -self.keep_last]:
+            if old == best:
+                continue
+            if not self.keep_every or checkpoint_dir.step_of(old) % self.keep_every:
+                shutil.rmtree(old)
 
     def _aside(self, final: Path) -> Path:
         """The folder to write to. Removes what interrupted saves have left behind."""
@@ -278,24 +324,58 @@ def _on_rank_0(action: Callable[[], Any]) -> tuple[str | None, Any]:
     return outcome[0], outcome[1]
 
 
-def load(checkpoint: Path, model, optimizer) -> dict:
-    """Continue from a training checkpoint of any layout. Collective. Returns its marker.
+def load(checkpoint: Path, model, optimizer) -> tuple[dict, list[str]]:
+    """Continue from a training checkpoint of any layout. Collective.
 
+    Returns its marker, and the names of parameters of this rank whose optimizer state starts fresh, since the
+    checkpoint has none: they were frozen. What the checkpoint has of parameters that are frozen now is left alone.
     Raises ConfigError when it is damaged, of another architecture, or holds weights only.
     """
     marker = checkpoint_dir.read_marker(checkpoint)
     architecture = unwrap_model(model)[0].model
     refuse_other_architecture(checkpoint_dir.read_model(checkpoint), architecture, checkpoint)
     try:
-        loaded = dist_checkpointing.load(_state(model, optimizer, is_loading=True), str(checkpoint))
-    except Exception as error:
+        with checkpoint_dir.nothing_executed():
+            keys = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
+            state = _state(model, optimizer, is_loading=True)
+            if not any(key.startswith(OPTIMIZER_STATE) for key in keys):
+                raise ValueError("it has no optimizer state")
+            fresh = _fill_in(state["optimizer"], set(keys))
+            loaded = dist_checkpointing.load(state, str(checkpoint))
+    except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
         raise ConfigError(
             f"checkpoint {checkpoint} cannot be continued with these settings ({_last_line(error)}): use"
             " train.init_from to start from its weights alone."
         ) from error
     load_model_state(model, loaded)
+    weights = {
+        tensor.key: tensor.data
+        for number in range(len(model))
+        for tensor in nested_values(sharded_model_state(model)[f"model{number}"])
+        if isinstance(tensor, ShardedTensor)
+    }
+    for name, copy in fresh.items():
+        copy.copy_(weights[name])
     load_optimizer_state(optimizer, loaded["optimizer"])
-    return marker
+    return marker, sorted(fresh)
+
+
+def _fill_in(state: dict | list, keys: set[str]) -> dict[str, torch.Tensor]:
+    """Replace the tensors of an optimizer's sharded state dict that the checkpoint lacks.
+
+    Moments become zeros. Returns the copies of the weights that have to be filled in, by the parameter's key.
+    """
+    copies = {}
+    for place, value in list(state.items() if isinstance(state, dict) else enumerate(state)):
+        if isinstance(value, dict | list):
+            copies |= _fill_in(value, keys)
+        elif isinstance(value, ShardedTensor) and value.key not in keys:
+            kind, name = value.key.removeprefix(OPTIMIZER_STATE).split(".", 1)
+            new = torch.zeros_like(value.data)
+            state[place] = LocalNonpersistentObject(new)
+            if kind not in ("exp_avg", "exp_avg_sq"):
+                copies[name] = new
+    return copies
 
 
 def loader_states(checkpoint: Path) -> list[Path]:

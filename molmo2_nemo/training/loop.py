@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from molmo2_nemo import parallel
+from molmo2_nemo import checkpoint_dir, parallel
 from molmo2_nemo.checkpoint_dir import step_name
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.data.blend import Source
@@ -22,8 +22,13 @@ from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog, memory_gib, train_line
 from molmo2_nemo.training.optimizer import clip_and_step, set_learning_rates
 from molmo2_nemo.training.speed import Speed, impossible_mfu
+from molmo2_nemo.training.start import verified
 from molmo2_nemo.training.step import forward_backward, global_weight
+from molmo2_nemo.training.trouble import SpikeAlarm, finite, first_not_finite, loss_of_step, save_batches
 from molmo2_nemo.training.validate import validate, validation_line
+
+# How often a run goes back to the same checkpoint.
+MAX_TIMES_BACK = 3
 
 
 @dataclass
@@ -35,11 +40,21 @@ class Position:
 
 
 @dataclass
+class Best:
+    """The best measurement of train.save_best so far. step: of its checkpoint; worse: measurements since that one."""
+
+    value: float | None = None
+    step: int = 0
+    worse: int = 0
+
+
+@dataclass
 class Interval:
     """What is summed up between two lines of the log."""
 
     losses: LossBySource
     speed: Speed
+    steps: int = 0
     data_wait: float = 0.0  # seconds spent waiting for batches
     grad_norms: list[dict[str, float]] = field(default_factory=list)  # of each updated step, by component
 
@@ -71,21 +86,25 @@ class Run:
     stacks: shutdown.StackDump
     request: shutdown.StopRequest
     saver: checkpoint.Saver
+    best: Best
+    alarm: SpikeAlarm = field(default_factory=SpikeAlarm)
     skipped_steps: int = 0  # since this start
     skipped_in_a_row: int = 0
+    went_back: int = 0  # to the newest checkpoint, since it was saved
 
 
-def train(run: Run) -> str:
-    """Take steps until train.max_steps or until someone asks to stop; the last one is saved. Collective.
+def train(run: Run) -> tuple[str, str]:
+    """Take steps until train.max_steps, until nothing gets better, or until someone asks to stop; save the last one.
 
-    Returns the reason for the end, as in shutdown.write_ended.
+    Collective. Returns the reason for the end, as in shutdown.write_ended, and a sentence on it or "". Where the reason
+    is "finished", the last step was applied and its checkpoint was compared with its checksums.
     """
     settings, position = run.config.train, run.position
-    reason = None
+    reason, why = None, no_better(run)
     for chunk in run.model:
         chunk.train()
     run.log.interval()
-    while position.step < settings.max_steps and reason is None:
+    while position.step < settings.max_steps and reason is None and not why:
         position.step += 1
         rates = train_step(run)
         report_save(run, run.saver.poll())
@@ -94,14 +113,63 @@ def train(run: Run) -> str:
         is_last = step == settings.max_steps or reason is not None
         if is_last or step == 1 or step % settings.log_every == 0:
             log_interval(run, rates)
+        is_best = False
         if reason is None:  # what Slurm leaves between its signal and the end of a job is for saving alone
             if settings.validation_batches > 0 and (is_last or step % settings.validate_every == 0):
-                run_validation(run)
+                is_best |= is_better(run, {"loss": run_validation(run)})
             if run.exam is not None and (is_last or step % settings.generate_every == 0):
-                answer_questions(run)
-        if is_last or step % settings.save_every == 0:
-            save(run, is_last)
-    return reason or "finished"
+                is_best |= is_better(run, answer_questions(run))
+            why = no_better(run)
+        if is_last or why or is_best or step % settings.save_every == 0:
+            save(run, bool(is_last or why), is_best)
+    if reason is None:
+        check_finished(run)
+    return reason or "finished", why
+
+
+def check_finished(run: Run) -> None:
+    """End the run with an error unless its last step was applied and its last checkpoint is as it was saved.
+
+    Collective.
+    """
+    settings, step = run.config.train, run.position.step
+    if run.skipped_in_a_row:
+        applied = step - run.skipped_in_a_row
+        instead = f", or end there with train.max_steps={applied}" if applied else ""
+        end(
+            run,
+            f"step {step}: loss or gradient was not finite in the last {run.skipped_in_a_row} step(s), so that the run "
+            f"has not finished: it was last updated at step {applied}. Look at the data of these steps, or lower "
+            f"optim.*.lr{instead}.",
+        )
+    path = run.run_dir / "checkpoints" / step_name(step)
+    damage = verified(path) if settings.verify_checkpoints else None
+    if damage is not None:
+        end(run, f"step {step}: the last checkpoint was not written right: {damage}")
+
+
+def is_better(run: Run, figures: dict[str, float | None]) -> bool:
+    """Whether train.save_best is among these measurements and better than ever; remembers it. The same on all ranks."""
+    metric, best = run.config.train.save_best, run.best
+    if metric not in figures:
+        return False
+    value = figures[metric]
+    if finite(value) and (best.value is None or (value < best.value if metric == "loss" else value > best.value)):
+        run.best = Best(value, run.position.step)
+        return True
+    best.worse += 1
+    return False
+
+
+def no_better(run: Run) -> str:
+    """One sentence if train.stop_when_no_better measurements in a row were no better than the best, else ""."""
+    settings, best = run.config.train, run.best
+    if not settings.stop_when_no_better or best.worse < settings.stop_when_no_better:
+        return ""
+    return (
+        f"{settings.save_best} was no better in {best.worse} measurements (train.stop_when_no_better) than at step "
+        f"{best.step} with {best.value:.4f}, whose checkpoint is kept"
+    )
 
 
 def train_step(run: Run) -> dict[str, float]:
@@ -125,15 +193,56 @@ def train_step(run: Run) -> dict[str, float]:
     if not total_weight > 0:
         end_for_lack_of_loss(run)
     weighted_losses = forward_backward(run.model, batches, total_weight, z_loss=optim.z_loss)
+    run.interval.steps += 1
     is_finite = all(bool(losses.isfinite().all()) for losses in weighted_losses)
+    loss = loss_of_step(weighted_losses, total_weight)
+    if math.isfinite(loss) and run.config.train.on_loss_jump != "ignore" and run.alarm.is_jump(loss):
+        if report_jump(run, batches, loss):
+            return rates
     updated, norms = clip_and_step(run.optimizer, optim.clip_grad, is_finite)
     if updated:
         run.skipped_in_a_row = 0
         run.interval.losses.add(batches, weighted_losses)
         run.interval.grad_norms.append(norms)
     else:
-        report_skipped(run, batches, norms)
+        report_skipped(run, batches, norms, is_finite, total_weight)
     return rates
+
+
+def report_jump(run: Run, batches: list[dict], loss: float) -> bool:
+    """Say that the loss has jumped, and go back to the newest checkpoint if train.on_loss_jump says so. Collective.
+
+    Returns whether it went back: then the step is not applied, and its batch and those since the checkpoint are not
+    trained on again.
+    """
+    step = run.position.step
+    names = ", ".join(sources_in(batches, [source.name for source in run.sources]))
+    run.log.say(f"step {step}: the loss jumped to {loss:.4f} from about {run.alarm.usual:.4f}; sources: {names}")
+    run.log.write("jump", step, {"loss": loss, "usual": run.alarm.usual})
+    if run.config.train.on_loss_jump != "go_back":
+        return False
+    report_save(run, run.saver.finish())
+    newest = [None]
+    if dist.get_rank() == 0:
+        newest = [checkpoint_dir.latest_complete(run.run_dir / "checkpoints")[0]]
+    dist.broadcast_object_list(newest)
+    [path] = newest
+    if path is None:
+        run.log.say(f"step {step}: there is no checkpoint yet to go back to; the run goes on")
+        return False
+    if run.went_back == MAX_TIMES_BACK:
+        end(
+            run,
+            f"step {step}: the loss jumped again after the run went back to {path} {run.went_back} times; sources in "
+            f"the last batch: {names}. Look at these sources, lower optim.*.lr, or set train.on_loss_jump=warn.",
+        )
+    run.went_back += 1
+    marker, _ = checkpoint.load(path, run.model, run.optimizer)
+    run.position.step, run.position.tokens_seen = marker["step"], marker.get("tokens_seen", 0)
+    run.alarm.losses.clear()
+    run.log.say(f"went back to {path}; training goes on with the data behind step {step}")
+    run.log.go_back(run.position.step)
+    return True
 
 
 def read_batches(run: Run) -> list[dict]:
@@ -159,17 +268,29 @@ def end_for_lack_of_loss(run: Run) -> NoReturn:
     )
 
 
-def report_skipped(run: Run, batches: list[dict], norms: dict[str, float]) -> None:
-    """Count and report a step without an update; too many in a row end the run. Collective."""
+def report_skipped(
+    run: Run, batches: list[dict], norms: dict[str, float], is_finite: bool, total_weight: torch.Tensor
+) -> None:
+    """Count and report a step without an update; too many in a row end the run. Collective.
+
+    Of the first one in a row it is said where the first value that is not finite comes from, and its batch is saved.
+    """
     step = run.position.step
     run.skipped_steps += 1
     run.skipped_in_a_row += 1
-    in_batch = ", ".join(sources_in(batches, [source.name for source in run.sources]))
+    names = [source.name for source in run.sources]
+    in_batch = ", ".join(sources_in(batches, names))
     not_finite = ", ".join(c for c, norm in norms.items() if not math.isfinite(norm)) or "none"
     run.log.say(
         f"step {step}: skipped, loss or gradient is not finite (gradients: {not_finite}); sources in the batch:"
         f" {in_batch}; skipped {run.skipped_in_a_row} in a row, {run.skipped_steps} in all"
     )
+    if run.skipped_in_a_row == 1:
+        parallel.seed_everything(run.config.train.seed + step)  # the same dropout again
+        where = first_not_finite(run.model, batches, total_weight)
+        files = save_batches(run.run_dir / "errors", step, batches, is_finite, run.replica, names)
+        look = f"; its batch: {', '.join(files[:2])} (tools/inspect_data.py --batch FILE)" if files else ""
+        run.log.say(f"step {step}: first not finite is {where}{look}")
     if run.skipped_in_a_row >= run.config.train.max_skipped_steps:
         end(
             run,
@@ -203,6 +324,8 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
         samples_per_second=figures["examples"] / seconds,
         fill=figures["tokens"] / max(1, figures["rows"] * run.config.data.seq_length),
         seconds=seconds,
+        elapsed=run.log.elapsed(),
+        left=(run.config.train.max_steps - step) * seconds / max(1, interval.steps),
         data_wait_share=interval.data_wait / seconds,
         memory_gib=memory_gib(run.device),
         data=run.data.by_source(),
@@ -211,7 +334,7 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
     impossible = impossible_mfu(figures)
     if impossible:
         run.log.say(impossible)
-    interval.data_wait, interval.grad_norms = 0.0, []
+    interval.steps, interval.data_wait, interval.grad_norms = 0, 0.0, []
     run.log.write("train", step, figures)
     run.log.say(train_line(step, run.config.train.max_steps, figures) + run.data.note())
 
@@ -221,20 +344,22 @@ def mean(values: list[float]) -> float:
     return sum(values) / max(1, len(values))
 
 
-def run_validation(run: Run) -> None:
-    """Write the loss on held-out data to the log. Collective."""
+def run_validation(run: Run) -> float | None:
+    """Write the loss on held-out data to the log and return it; None: no held-out token carries loss. Collective."""
     run.stacks.at(run.position.step, "validation")
     names = [source.name for source in run.sources]
     figures, note = validate(run.config, run.model, run.validation, run.replica, run.device, names)
     run.log.write("validation", run.position.step, figures)
     run.log.say(validation_line(run.position.step, figures) + note)
     run.log.interval()
+    return figures["loss"]
 
 
-def answer_questions(run: Run) -> None:
+def answer_questions(run: Run) -> dict[str, float]:
     """Answer the held-out questions: scores to the log, answers and pictures to samples/step_XXXXXXXX. Collective.
 
-    A signal in the meantime ends it without a result. If the files cannot be written, the run goes on.
+    A signal in the meantime ends it without a result. If the files cannot be written, the run goes on. Returns the mean
+    scores by metric, the same on all ranks.
     """
     step = run.position.step
     max_tokens = run.config.train.generate_max_tokens
@@ -242,21 +367,34 @@ def answer_questions(run: Run) -> None:
         run.model, run.exam, run.replica, run.device, max_tokens, lambda: run.request.reason(run.device) is not None
     )
     seconds = run.log.interval()
+    scores = [{}]
     if tokens is not None and run.log.main:
+        folder = run.run_dir / "samples" / step_name(step)
         try:
-            figures, line = answers.write(run.exam, tokens, run.run_dir / "samples" / step_name(step))
+            figures, line = answers.write(run.exam, tokens, folder)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             run.log.say(f"step {step}: the answers could not be written ({reason}); the run goes on")
         else:
             run.log.write("answers", step, {**figures, "seconds": seconds})
+            run.log.show_answers(step, folder)
             run.log.say(f"step {step} answers | {line}, {seconds:.1f} s")
+            scores = [{metric: values["all"] for metric, values in figures.items()}]
+    dist.broadcast_object_list(scores)
     run.log.interval()
+    return scores[0]
 
 
-def save(run: Run, is_last: bool) -> None:
-    """Begin to save a checkpoint; wait for it if it is the last, or train.async_checkpoint is off. Collective."""
+def save(run: Run, is_last: bool, is_best: bool = False) -> None:
+    """Begin to save a checkpoint; wait for it if it is the last, or train.async_checkpoint is off. Collective.
+
+    Nothing is saved while steps are skipped: the weights may be what is wrong, and the checkpoint before is from before
+    that. is_best: this one is kept until there is a better one.
+    """
     step = run.position.step
+    if run.skipped_in_a_row:
+        run.log.say(f"step {step}: not saved, since the last {run.skipped_in_a_row} step(s) were skipped")
+        return
     run.stacks.at(step, "checkpoint")
     loader_state = save_state(run.loader) if run.loader is not None else None
     report_save(run, run.saver.finish())  # one at a time
@@ -265,15 +403,22 @@ def save(run: Run, is_last: bool) -> None:
         "layout": dataclasses.asdict(run.config.parallel),
         "tokens_seen": run.position.tokens_seen,
         "data": run.data.by_source(),
+        "best": dataclasses.asdict(run.best),
     }
-    run.saver.begin(step, run.model, run.optimizer, loader_state, marker, run.config_yaml)
+    run.saver.begin(step, run.model, run.optimizer, loader_state, marker, run.config_yaml, is_best)
     if is_last or not run.saver.asynchronous:
         saved = run.saver.finish()
         if is_last and saved.failure is not None:
-            message = f"step {step} could not be saved: {saved.failure}. The checkpoints before it are whole."
+            message = f"step {step} could not be saved: {saved.failure}. {what_is_left(run.run_dir / 'checkpoints')}"
             shutdown.end_all_ranks(run.run_dir, message, step)
         report_save(run, saved)
     run.log.interval()
+
+
+def what_is_left(folder: Path) -> str:
+    """One sentence on the checkpoints that a run has."""
+    newest, _ = checkpoint_dir.latest_complete(folder)
+    return f"The newest checkpoint is {newest}." if newest is not None else "There is no checkpoint yet."
 
 
 def report_save(run: Run, saved: checkpoint.Saved | None) -> None:
@@ -281,10 +426,11 @@ def report_save(run: Run, saved: checkpoint.Saved | None) -> None:
     if saved is None:
         return
     figures = {"seconds": saved.held_up, "written_in": saved.seconds, "failed": int(saved.failure is not None)}
-    run.log.write("checkpoint", run.position.step, figures)
+    run.log.write("checkpoint", run.position.step, figures | {"saved_step": saved.step})
     if saved.failure is not None:
         run.log.say(f"step {saved.step} was not saved: {saved.failure}")
     else:
+        run.went_back = 0
         waited = f", training waited {saved.held_up:.1f} s" if run.saver.asynchronous else ""
         run.log.say(f"saved {saved.path} in {saved.seconds:.1f} s{waited}")
 

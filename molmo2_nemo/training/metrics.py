@@ -1,7 +1,9 @@
 """The log of a run: sums over a logging interval, the console line, TensorBoard, metrics.jsonl."""
 
 import contextlib
+import datetime
 import hashlib
+import html
 import importlib.metadata
 import json
 import math
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from megatron.core import parallel_state
+from PIL import Image
 from torch import Tensor
 
 from molmo2_nemo import __version__
@@ -172,27 +175,17 @@ def memory_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python, of this project and of the packages that decide what is computed; None: not installed."""
+    names = ("torch", "megatron-core", "megatron-energon", "transformers", "nemo_toolkit", "transformer-engine", "apex")
+    own = {"molmo2-nemo": __version__, "python": platform.python_version()}
+    return own | {name: _version(name) for name in (*names, "numpy")}
+
+
 def versions() -> dict[str, str | None]:
-    """Versions of packages and Python, the device's name, and the commit of this repository."""
-    names = (
-        "torch",
-        "megatron-core",
-        "megatron-energon",
-        "transformers",
-        "nemo_toolkit",
-        "transformer-engine",
-        "apex",
-        "numpy",
-    )
-    found = {name: _version(name) for name in names}
+    """`package_versions`, the device's name, and the commit of this repository."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "molmo2-nemo": __version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "device": device,
-        **found,
-    }
+    return package_versions() | {"commit": _commit(), "device": device}
 
 
 def _version(package: str) -> str | None:
@@ -232,14 +225,14 @@ class RunLog:
         self.lost, self.wandb = 0, None
         if not self.main:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
+        self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config_yaml)
         (run_dir / "versions.json").write_text(
             json.dumps(versions() | {"ranks": dist.get_world_size()}, indent=2) + "\n"
         )
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self.board = None
+        self.open_board(first_step)
         self.file = open(run_dir / "metrics.jsonl", "a")
         if wandb_project is not None:
             import wandb
@@ -252,6 +245,20 @@ class RunLog:
                 resume="allow",
                 id=hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16],
             )
+
+    def open_board(self, first_step: int) -> None:
+        """Write to TensorBoard from here on, which no longer shows what was logged from `first_step` on."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.board is not None:
+            self.board.close()
+        self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first_step)
+
+    def go_back(self, step: int) -> None:
+        """The run continues after `step`, which lies before the last one logged."""
+        if self.main:
+            self.open_board(step + 1)
+            self.write("resume", step, {})
 
     def say(self, line: str) -> None:
         if self.main:
@@ -276,6 +283,33 @@ class RunLog:
                 self.say(f"step {step}: the log could not be written ({error}); the run goes on")
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
+
+    def show_answers(self, step: int, folder: Path) -> None:
+        """Questions, answers and pictures of answers.write to TensorBoard and Weights & Biases."""
+        try:
+            entries = json.loads((folder / "answers.json").read_text())
+            rows = ["| source | question | label | answer |", "|---|---|---|---|"]
+            for number, entry in enumerate(entries):
+                cells = [html.escape(entry[key]) for key in ("source", "question", "label", "answer")]
+                rows.append(f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in cells)} |")
+                if "picture" in entry:
+                    picture = np.asarray(Image.open(folder / entry["picture"]).convert("RGB"))
+                    self.board.add_image(f"answers/{number:02d}", picture, step, dataformats="HWC")
+            self.board.add_text("answers", "\n".join(rows), step)
+        except OSError as error:
+            self.say(f"step {step}: the answers could not be written to TensorBoard ({error}); the run goes on")
+            return
+        if self.wandb is not None:
+            import wandb
+
+            columns = ["source", "question", "label", "answer", "picture"]
+            pictures = [wandb.Image(str(folder / e["picture"])) if "picture" in e else None for e in entries]
+            cells = [[*(entry[key] for key in columns[:4]), picture] for entry, picture in zip(entries, pictures)]
+            self.wandb.log({"answers": wandb.Table(columns=columns, data=cells)}, step=step)
+
+    def elapsed(self) -> float:
+        """Seconds since this start of the run."""
+        return time.monotonic() - self.started
 
     def interval(self) -> float:
         """Seconds since the last call."""
@@ -305,5 +339,11 @@ def train_line(step: int, max_steps: int, figures: dict) -> str:
         f" {norms['connector']:.3f} llm {norms['llm']:.3f} | lr vit {rates['vit']:.2e} conn {rates['connector']:.2e}"
         f" llm {rates['llm']:.2e} | {figures['tokens_per_second']:.0f} tok/s {figures['samples_per_second']:.1f}"
         f" samples/s {speed_note(figures)} | fill {figures['fill']:.0%} | data wait {figures['data_wait_share']:.0%} |"
-        f" mem {figures['memory_gib']:.2f} GiB"
+        f" mem {figures['memory_gib']:.2f} GiB | {time.strftime('%H:%M:%S')}, {duration(figures['elapsed'])} since the"
+        f" start, {duration(figures['left'])} left"
     )
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, such as 1:02:03; days in front of them from one day on."""
+    return str(datetime.timedelta(seconds=round(seconds)))

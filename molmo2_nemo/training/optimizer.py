@@ -78,14 +78,18 @@ def _start_torch_adam(optimizer: MegatronOptimizer) -> None:
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict) -> None:
     """What was loaded into the optimizer's sharded state dict goes into the optimizer.
 
-    torch's Adam keeps its step count with every parameter (Transformer Engine's and apex's keep one for all). Megatron
-    0.19 cannot load that, and would give all parameters the same tensor, which each of them would then increment.
+    Of the parameter groups, the step count alone is the checkpoint's; rates, weight decay, betas and epsilon are those
+    of the configuration. torch's Adam keeps its step count with every parameter (Transformer Engine's and apex's keep
+    one for all). Megatron 0.19 cannot load that, and would give all parameters the same tensor, which each of them
+    would then increment.
     """
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
+    for part, part_state in zip(parts, states):
+        _use_running_groups(part, part_state.get("optimizer", part_state))
     if not any(_is_torch_adam(part) for part in parts):
         optimizer.load_state_dict(state)
         return
-    states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
     moments = [part_state.pop("param_state", None) for part_state in states]
     optimizer.load_state_dict(state)
     for part, part_moments in zip(parts, moments):
@@ -96,6 +100,18 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict) -> None:
         part.load_parameter_state_from_fully_reshardable(part_moments)
         for parameter, step in steps.items():
             kept[parameter]["step"] = step.clone()
+
+
+def _use_running_groups(part: MegatronOptimizer, saved: dict) -> None:
+    """Replace the parameter groups of a saved state by the running ones, at the saved step.
+
+    Megatron would look for each running group among the saved ones by fields such as its largest rate, which a person
+    may have changed, and take over all values of the one it finds. One step count for all, as Megatron demands: a
+    component that was frozen joins at the others' count, with moments of zero.
+    """
+    steps = [group["step"] for group in saved["param_groups"] if "step" in group]
+    running = part.optimizer.state_dict()["param_groups"]
+    saved["param_groups"] = [group | ({"step": max(steps)} if steps else {}) for group in running]
 
 
 def _is_torch_adam(part: MegatronOptimizer) -> bool:

@@ -23,19 +23,19 @@ from molmo2_nemo.data import blend
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.loader import Loader, TrainLoader, ValidationLoader, WorkerDied, train_loader, validation_loader
 from molmo2_nemo.environment import rank_from_environment, world_size_from_environment
-from molmo2_nemo.training import answers, checkpoint, loop, shutdown
+from molmo2_nemo.training import agreement, answers, checkpoint, loop, owner, shutdown
 from molmo2_nemo.training.batches import BatchSource
-from molmo2_nemo.training.loop import Interval, Position, Run
+from molmo2_nemo.training.loop import Best, Interval, Position, Run
 from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog
 from molmo2_nemo.training.optimizer import build_optimizer, check_freeze_patterns, parameter_table
 from molmo2_nemo.training.speed import Speed
-from molmo2_nemo.training.start import Start, converted, find_start
+from molmo2_nemo.training.start import Start, agree, converted, find_start
 from molmo2_nemo.training.step import build_model, global_names, load_weights
 
 
 def run_stage(cfg: DictConfig) -> None:
     """Entry point of the recipes: one sentence and exit status 2 for a setting that cannot work, else train."""
-    rank = rank_from_environment()
+    rank, release = rank_from_environment(), lambda: None
     try:
         config = to_dataclass(cfg)
         check(config, world_size_from_environment())
@@ -45,25 +45,29 @@ def run_stage(cfg: DictConfig) -> None:
         blend.check_shards(sources, config.data.max_error_rate)
         start = find_start(config)
         if rank == 0:
+            release = owner.Owner(Path(config.run_dir)).release
             (Path(config.run_dir) / shutdown.ENDED).unlink(missing_ok=True)
         position = Position()
-        with shutdown.told_in_one_line(Path(config.run_dir), lambda: position.step):
+        with shutdown.told_in_one_line(Path(config.run_dir), lambda: position.step, release):
             run = set_up(config, OmegaConf.to_yaml(cfg, resolve=True), device, sources, start, position)
             try:
                 with worker_deaths(run.loader, run.validation):
-                    reason = loop.train(run)
+                    reason, why = loop.train(run)
             except BaseException:
                 run.log.close()  # recipes end the process without Python's own clean-up
                 raise
-            finish(run, reason)
+            finish(run, reason, why)
     except ConfigError as error:
         # Before the ranks are joined all of them find the same error; later it may be one rank's own.
         if rank == 0 or dist.is_initialized():
             # Where the configuration does not even say which folder is the run's, there is none to write to.
             with contextlib.suppress(OSError, OmegaConfBaseException):
-                shutdown.write_ended(Path(cfg.run_dir), "config error", 0, str(error))
+                if not owner.in_use(Path(cfg.run_dir)):
+                    shutdown.write_ended(Path(cfg.run_dir), "config error", 0, str(error))
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:
+        release()
 
 
 def set_up(
@@ -75,10 +79,15 @@ def set_up(
     """
     settings, run_dir = config.train, Path(config.run_dir)
     request = shutdown.StopRequest(settings.stop_signals, settings.stop_after_minutes)
-    stacks = shutdown.StackDump(run_dir, settings.timeout_minutes, settings.stop_signals)
     if device == "cuda":
         shutdown.record_collectives(run_dir)
-    parallel.initialize(config.parallel, device, settings.timeout_minutes, settings.seed)
+    parallel.join_ranks(device, settings.timeout_minutes)
+    end_unless_agreed(run_dir, agreement.disagreement(agreement.what_this_rank_has(config, sources)))
+    # From here on it is known that this run owns the folder: rank 0 was there first.
+    stacks = shutdown.StackDump(run_dir, settings.timeout_minutes, settings.stop_signals)
+    start, problem = agree(config, start)
+    end_unless_agreed(run_dir, problem)
+    parallel.make_groups(config.parallel, settings.seed)
     precision = parallel.resolve_precision(settings, device)
 
     first_step = 1 if start.resume is None else checkpoint_dir.step_of(start.resume) + 1
@@ -92,9 +101,9 @@ def set_up(
     model, optimizer = build(config, device, precision)
     counts = parameter_table(model)
     log.say("rank 0 trains (freezes): " + ", ".join(f"{c} {n:,} ({f:,})" for c, (n, f) in counts.items()))
-    loader_states, data_so_far = [], {}
+    loader_states, data_so_far, best = [], {}, Best()
     if start.resume is not None:
-        loader_states, data_so_far = resume(start.resume, model, optimizer, position, log)
+        loader_states, data_so_far, best = resume(start.resume, model, optimizer, position, log)
     elif init_from is not None:
         load_weights(model, init_from)
         optimizer.reload_model_params()
@@ -106,8 +115,8 @@ def set_up(
     loader, validation = make_loaders(config, sources, replica, run_dir, loader_states)
     if loader is not None and loader.note:
         log.say(loader.note)
-    if loader is not None and loader.dealt_anew:
-        log.say("training data dealt out anew: what was not trained on yet comes first, in another order")
+    if loader is not None and loader.position.note:
+        log.say(loader.position.note)
     exam = answers.prepare(config, sources, replica, run_dir) if settings.generate_every else None
     names = [source.name for source in sources]
     asynchronous = device == "cuda" if settings.async_checkpoint == "auto" else settings.async_checkpoint == "true"
@@ -129,11 +138,18 @@ def set_up(
         exam=exam,
         interval=Interval(LossBySource(names, device), Speed(config, device, precision)),
         data=DataReport(names, device, data_so_far),
+        best=best,
         log=log,
         stacks=stacks,
         request=request,
         saver=checkpoint.Saver(run_dir / "checkpoints", settings.keep_last, settings.keep_every, asynchronous),
     )
+
+
+def end_unless_agreed(run_dir: Path, problem: str | None) -> None:
+    """End the run, as for a wrong setting, for what all ranks have found alike. Collective."""
+    if problem is not None:
+        shutdown.end_all_ranks(run_dir, problem, 0, reason="config error")
 
 
 def banner(config: Config, device: str, precision: str, sources: list[Source]) -> str:
@@ -190,13 +206,13 @@ def build(config: Config, device: str, precision: str) -> tuple[list[Distributed
 
 def resume(
     path: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, position: Position, log: RunLog
-) -> tuple[list[Path], dict]:
+) -> tuple[list[Path], dict, Best]:
     """Continue from a checkpoint of this run. Collective.
 
-    Returns the loader states of all data-parallel replicas, and what had become of the samples by then (as
-    DataReport.by_source gives it). Raises ConfigError.
+    Returns the loader states of all data-parallel replicas, what had become of the samples by then (as
+    DataReport.by_source gives it), and the best checkpoint so far. Raises ConfigError.
     """
-    marker = checkpoint.load(path, model, optimizer)
+    marker, fresh = checkpoint.load(path, model, optimizer)
     position.step, position.tokens_seen = marker["step"], marker.get("tokens_seen", 0)
     loader_states = checkpoint.loader_states(path)
     if not loader_states:
@@ -204,8 +220,16 @@ def resume(
             f"checkpoint {path} has no state of the training data: use train.init_from to start from its weights alone."
         )
     log.say(f"resumed step {position.step} from {path}")
+    everybodys = [None] * dist.get_world_size()
+    dist.all_gather_object(everybodys, fresh)
+    names = sorted({name for names in everybodys for name in names})
+    if names:
+        log.say(
+            f"{len(names)} parameters were frozen before; their optimizer state starts fresh: {', '.join(names[:4])}"
+            + (" and others" if len(names) > 4 else "")
+        )
     log.write("resume", position.step, {})
-    return loader_states, marker.get("data", {})
+    return loader_states, marker.get("data", {}), Best(**marker.get("best", {}))
 
 
 def make_loaders(
@@ -227,7 +251,8 @@ def make_loaders(
         run_dir=run_dir,
     )
     validation = validation_loader(**common) if config.train.validation_batches else None
-    return train_loader(**common, data_parallel_group=parallel_state.get_data_parallel_group(), saved=saved), validation
+    group, restart = parallel_state.get_data_parallel_group(), config.train.restart_data
+    return train_loader(**common, data_parallel_group=group, saved=saved, restart=restart), validation
 
 
 @contextlib.contextmanager
@@ -246,12 +271,13 @@ def worker_deaths(*loaders: Loader | None) -> Iterator[None]:
         raise
 
 
-def finish(run: Run, reason: str) -> None:
-    """Say how the run ended, close everything, and draw report.html. Collective."""
+def finish(run: Run, reason: str, why: str) -> None:
+    """Say how the run ended, close everything, and draw report.html. Collective. why: a sentence, or ""."""
     step = run.position.step
-    run.log.say(f"{run.config.stage} ended at step {step} ({reason}): {run.position.tokens_seen:,} tokens")
+    details = f", {why}" if why else ""
+    run.log.say(f"{run.config.stage} ended at step {step} ({reason}{details}): {run.position.tokens_seen:,} tokens")
     if run.log.main:
-        shutdown.write_ended(run.run_dir, reason, step)
+        shutdown.write_ended(run.run_dir, reason, step, why)
     for line in run.data.lines():
         run.log.say(f"data of {line}")
     run.log.close()

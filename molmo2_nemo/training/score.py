@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from molmo2_nemo.config.schema import METRICS, POINT_METRICS, TRACK_METRICS
 from molmo2_nemo.data.points import SAME_TIME, Points, Tracks, parse
 from molmo2_nemo.data.tasks import (
     COUNT_ONLY,
@@ -30,9 +31,6 @@ MAX_EXACT_WORDS = 10
 POINTING = POINTS_ONLY | POINTS_THEN_COUNT | COUNT_THEN_POINTS
 COUNTING = COUNT_ONLY | POINTS_THEN_COUNT | COUNT_THEN_POINTS
 TRACKING = TRACK_ALL | TRACK_ENDS | TRACK_ONE
-POINT_METRICS = ("point_precision", "point_recall", "point_f1")
-TRACK_METRICS = ("track_precision", "track_recall", "track_f1")
-METRICS = (*POINT_METRICS, *TRACK_METRICS, "count_exact", "count_close", "exact_match")
 # An answer is right if those of these that it has are 1.
 DECISIVE = ("point_f1", "track_f1", "count_exact", "exact_match")
 

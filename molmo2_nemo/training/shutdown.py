@@ -136,11 +136,11 @@ def record_collectives(run_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def told_in_one_line(run_dir: Path, step: Callable[[], int]) -> Iterator[None]:
+def told_in_one_line(run_dir: Path, step: Callable[[], int], last: Callable[[], None]) -> Iterator[None]:
     """End this process with one line on standard error for whatever goes wrong inside; the traceback goes to a file.
 
     Of the ranks that only lost contact to another rank, one says so, unless that other rank has said why it failed.
-    step: gives the number of the running step.
+    step: gives the number of the running step. last: done at the very end of a process that fails.
     """
     try:
         yield
@@ -169,6 +169,8 @@ def told_in_one_line(run_dir: Path, step: Callable[[], int]) -> Iterator[None]:
         sys.stdout.flush()
         for child in multiprocessing.active_children():
             child.kill()
+        with contextlib.suppress(OSError):
+            last()
         # Not sys.exit: a communicator that waits for a dead rank would keep the process from ending.
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 

@@ -1,9 +1,11 @@
 """Where a run's weights come from: its own newest checkpoint, another one, Hugging Face folders, or nowhere
 (random)."""
 
+import contextlib
 import datetime
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.hf import base_models, convert
 from molmo2_nemo.hf.architecture import model_config_from_hf
+from molmo2_nemo.training import agreement
 from molmo2_nemo.training.step import refuse_other_architecture
 
 # Longest that the ranks wait for the one that converts.
@@ -30,9 +33,21 @@ class Start:
 
 
 def find_start(config: Config) -> Start:
-    """Newest complete checkpoint of the run directory, else train.init_from. Raises ConfigError on what cannot
-    start."""
-    resume, ignored = checkpoint_dir.latest_complete(Path(config.run_dir) / "checkpoints")
+    """Newest complete checkpoint of the run directory, else train.init_from. Raises ConfigError on what cannot start.
+
+    A run that has checkpoints, but none that is usable, is not begun anew without train.start_over=true.
+    """
+    folder = Path(config.run_dir) / "checkpoints"
+    resume, ignored = checkpoint_dir.latest_complete(folder)
+    if resume is None and not config.train.start_over:
+        if ignored:
+            raise ConfigError(none_usable(folder, ignored))
+        saved = last_saved_step(Path(config.run_dir))
+        if saved is not None:
+            raise ConfigError(
+                f"run_dir={config.run_dir} has saved step {saved} (metrics.jsonl), but {folder} holds no checkpoint: "
+                "restore the folder, or set train.start_over=true to begin again at step 1."
+            )
     given = config.train.init_from
     if resume is not None or given is None:
         return Start(resume=resume, ignored=ignored)
@@ -63,6 +78,87 @@ def find_start(config: Config) -> Start:
     init_from = checkpoint_dir.resolve(given)
     checkpoint_dir.read_marker(init_from)
     return Start(init_from=init_from, ignored=ignored)
+
+
+def last_saved_step(run_dir: Path) -> int | None:
+    """The step of the newest checkpoint that the run's metrics.jsonl tells of; None: it tells of none."""
+    saved = None
+    try:
+        with (run_dir / "metrics.jsonl").open() as lines:
+            for line in lines:
+                if '"kind": "checkpoint"' not in line:
+                    continue
+                with contextlib.suppress(ValueError):  # a line that a kill has cut
+                    record = json.loads(line)
+                    saved = saved if record.get("failed") else record.get("saved_step", record["step"])
+    except OSError:
+        pass
+    return saved
+
+
+def none_usable(folder: Path, ignored: list[str]) -> str:
+    """The message where every checkpoint of a run is damaged."""
+    return (
+        f"none of the {len(ignored)} checkpoint(s) in {folder} can be used; the newest: {ignored[0]} Restore one, or "
+        "set train.start_over=true to begin again at step 1 (they are kept in another folder)."
+    )
+
+
+def agree(config: Config, start: Start) -> tuple[Start, str | None]:
+    """What all ranks start from: rank 0's choice, with its checksums compared, each rank a part of the files.
+
+    A checkpoint that is damaged gets a file that says so (checkpoint_dir.DAMAGED), and the one before is taken. Returns
+    the start, or beside it one sentence on why there is none. Collective.
+    """
+    folder = Path(config.run_dir) / "checkpoints"
+    agreed = [start]
+    dist.broadcast_object_list(agreed)
+    [start] = agreed
+    while start.resume is not None:
+        unseen = agreement.visible(start.resume)
+        if unseen is not None:
+            return start, unseen
+        damage = verified(start.resume) if config.train.verify_checkpoints else None
+        if damage is None:
+            return start, None
+        found = [None, None]
+        if dist.get_rank() == 0:
+            checkpoint_dir.mark_damaged(start.resume, damage)
+            older = [path for path in checkpoint_dir.find_checkpoints(folder) if path < start.resume]
+            found = list(checkpoint_dir.newest_usable(older))
+        dist.broadcast_object_list(found)
+        start.resume, ignored = found
+        start.ignored += [damage, *ignored]
+    if start.ignored:
+        if not config.train.start_over:
+            return start, none_usable(folder, start.ignored)
+        if dist.get_rank() == 0:
+            set_aside(folder)
+        dist.barrier()
+        start = replace(find_start(config), ignored=start.ignored)
+    if start.init_from is not None and config.train.verify_checkpoints:
+        return start, verified(start.init_from)
+    return start, None
+
+
+def verified(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint by its checksums, the same on all ranks; None: nothing. Collective."""
+    damage = None
+    try:
+        checkpoint_dir.verify(checkpoint, dist.get_rank(), dist.get_world_size())
+    except ConfigError as error:
+        damage = str(error)
+    everybodys = [None] * dist.get_world_size()
+    dist.all_gather_object(everybodys, damage)
+    return next((damage for damage in everybodys if damage is not None), None)
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a folder of checkpoints a name that no run looks at: checkpoints.1, checkpoints.2, ..."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return folder.rename(aside)
 
 
 def converted(folders: list[Path], config: Config, say: Callable[[str], None]) -> tuple[Path, str | None]:

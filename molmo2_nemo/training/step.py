@@ -142,7 +142,9 @@ def load_weights(model: list[DistributedDataParallel], checkpoint: Path) -> None
     """
     saved = checkpoint_dir.read_model(checkpoint)
     refuse_other_architecture(saved, unwrap_model(model)[0].model, checkpoint)
-    load_model_state(model, dist_checkpointing.load(sharded_model_state(model), str(checkpoint)))
+    with checkpoint_dir.nothing_executed():
+        loaded = dist_checkpointing.load(sharded_model_state(model), str(checkpoint))
+    load_model_state(model, loaded)
 
 
 def refuse_other_architecture(saved: ModelConfig, wanted: ModelConfig, checkpoint: Path) -> None:

@@ -1,0 +1,75 @@
+"""Whether all ranks of a run were started alike: settings, sources of the data, code, versions of packages."""
+
+import dataclasses
+import hashlib
+import json
+import socket
+from pathlib import Path
+
+import torch.distributed as dist
+
+from molmo2_nemo.config.schema import Config
+from molmo2_nemo.data.blend import Source
+from molmo2_nemo.paths import PACKAGE
+from molmo2_nemo.training.metrics import package_versions
+
+# Settings that may differ: each node may have its own copy of the data.
+FREE = ("data.root",)
+
+
+def what_this_rank_has(config: Config, sources: list[Source]) -> dict[str, str]:
+    """All that has to be the same on every rank, by a name that a person can look for."""
+    settings = {key: value for key, value in _flat(dataclasses.asdict(config)).items() if key not in FREE}
+    blend = {f"source {source.name}": (source.weight, source.num_samples, source.options) for source in sources}
+    packages = {f"version of {name}": version for name, version in package_versions().items()}
+    everything = {**settings, **blend, **packages, "molmo2_nemo's code": code_digest()}
+    return {key: str(value) for key, value in everything.items()}
+
+
+def disagreement(own: dict[str, str]) -> str | None:
+    """One sentence about the first rank that has something else than rank 0, the same on all ranks. Collective."""
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    everybodys = [None] * dist.get_world_size()
+    dist.all_gather_object(everybodys, (digest, socket.gethostname()))
+    others = [rank for rank, (found, _) in enumerate(everybodys) if found != everybodys[0][0]]
+    if not others:
+        return None
+    two = [None] * dist.get_world_size()
+    dist.all_gather_object(two, own if dist.get_rank() in (0, others[0]) else None)
+    first, other = two[0], two[others[0]]
+    keys = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
+    key = keys[0]
+    more = f" ({len(keys) - 1} more differ)" if len(keys) > 1 else ""
+    return (
+        f"rank {others[0]} on {everybodys[others[0]][1]} has {key}={other.get(key, 'nothing')}, rank 0 on "
+        f"{everybodys[0][1]} has {first.get(key, 'nothing')}{more}: start all ranks with the same command, code and "
+        "environment."
+    )
+
+
+def code_digest() -> str:
+    """SHA-256 of this package's Python files."""
+    found = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def visible(path: Path) -> str | None:
+    """One sentence about the ranks that do not see a file or folder that rank 0 has chosen. Collective."""
+    everybodys = [None] * dist.get_world_size()
+    dist.all_gather_object(everybodys, None if path.exists() else socket.gethostname())
+    blind = [f"rank {rank} on {host}" for rank, host in enumerate(everybodys) if host is not None]
+    if not blind:
+        return None
+    return (
+        f"{path} is there for rank 0, but not for {', '.join(blind[:4])}{' and others' if len(blind) > 4 else ''}: "
+        "run_dir must be on a file system that all nodes share."
+    )
