@@ -6,7 +6,9 @@ the sample's place in the stream, never from a global generator, so that a resto
 
 import atexit
 import contextlib
+import ctypes
 import hashlib
+import os
 import queue
 import re
 import resource
@@ -66,6 +68,7 @@ MAX_JSON = 2**24
 MAX_REPORT = 300
 # Interval at which the worker processes are checked for life while their states are collected.
 SECONDS_BETWEEN_LOOKS = 0.01
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # The blend in Energon's format, in the run's folder.
 METADATASET = "energon_blend.yaml"
 HELD_OUT_METADATASET = "energon_questions.yaml"  # the sources that questions are taken from
@@ -290,7 +293,7 @@ class Loader:
     def __init__(self, loader):
         # Pinning is for a device; torch warns where there is none.
         loader.pin_memory = torch.cuda.is_available()
-        loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
+        loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn, os.getpid())
         self._loader = loader
 
     def close(self) -> None:
@@ -541,8 +544,12 @@ def _restore(loader: SavableDataLoader, state: SavableDataLoaderState | None) ->
         compat.set_worker_sample_counters(loader, counters)
 
 
-def _init_worker(init: Callable[[int], None], worker_id: int) -> None:
-    """First thing in the process of a loader worker; `init`: Energon's own."""
+def _init_worker(init: Callable[[int], None], parent: int, worker_id: int) -> None:
+    """First thing in the process of a loader worker. init: Energon's own; parent: the rank's process."""
+    # A rank that is killed cannot stop its workers, and one that waits for work would never notice: Linux ends them.
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the rank ended before that
+        os._exit(1)
     # A cluster sends these signals to every process of a job. The trainer finishes its step and then stops its workers
     # itself, so workers ignore them instead of running the handlers that they inherit.
     for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -176,8 +176,8 @@ def _note(old: dict, new: dict, changed: list[str], anew: list[str]) -> str:
     kept = len(new[ORDER]) - len(anew)
     rest = f"; read from the beginning: {', '.join(anew)}" if anew else ""
     return (
-        f"training data dealt anew, in another order, since {'; '.join(what)}. Of {kept} of {len(new[ORDER])} sources, "
-        f"what was not trained on yet comes first{rest}"
+        f"training data dealt anew, in another order, since {'; '.join(what)}: first comes what was not trained on yet "
+        f"of {kept} of {len(new[ORDER])} sources{rest}"
     )
 
 

@@ -55,6 +55,16 @@ def code_digest() -> str:
     return found.hexdigest()[:16]
 
 
+def changed_settings(before: dict, now: dict) -> list[str]:
+    """`key before -> now` for each setting that differs between two resolved configurations."""
+    before, now = _flat(before), _flat(now)
+    return [
+        f"{key} {before.get(key, 'unset')} -> {now.get(key, 'unset')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
 def _flat(settings: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in settings.items():

@@ -341,6 +341,8 @@ def load(checkpoint: Path, model, optimizer) -> tuple[dict, list[str]]:
             if not any(key.startswith(OPTIMIZER_STATE) for key in keys):
                 raise ValueError("it has no optimizer state")
             fresh = _fill_in(state["optimizer"], set(keys))
+            # Other numbers of groups cannot be merged, and those of the checkpoint are wanted for their step alone.
+            state["optimizer"].pop("param_groups", None)
             loaded = dist_checkpointing.load(state, str(checkpoint))
     except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
         raise ConfigError(
@@ -355,24 +357,27 @@ def load(checkpoint: Path, model, optimizer) -> tuple[dict, list[str]]:
         if isinstance(tensor, ShardedTensor)
     }
     for name, copy in fresh.items():
-        copy.copy_(weights[name])
+        if copy is not None:
+            copy.copy_(weights[name])
     load_optimizer_state(optimizer, loaded["optimizer"])
     return marker, sorted(fresh)
 
 
-def _fill_in(state: dict | list, keys: set[str]) -> dict[str, torch.Tensor]:
+def _fill_in(state: dict | list, keys: set[str]) -> dict[str, torch.Tensor | None]:
     """Replace the tensors of an optimizer's sharded state dict that the checkpoint lacks.
 
-    Moments become zeros. Returns the copies of the weights that have to be filled in, by the parameter's key.
+    Moments become zeros. Returns the keys of these parameters, each with the optimizer's copy of the weights, which has
+    to be filled in; None: it keeps no copy.
     """
     copies = {}
     for place, value in list(state.items() if isinstance(state, dict) else enumerate(state)):
         if isinstance(value, dict | list):
-            copies |= _fill_in(value, keys)
+            copies = _fill_in(value, keys) | copies
         elif isinstance(value, ShardedTensor) and value.key not in keys:
             kind, name = value.key.removeprefix(OPTIMIZER_STATE).split(".", 1)
             new = torch.zeros_like(value.data)
             state[place] = LocalNonpersistentObject(new)
+            copies.setdefault(name, None)
             if kind not in ("exp_avg", "exp_avg_sq"):
                 copies[name] = new
     return copies

@@ -87,7 +87,7 @@ class Run:
     request: shutdown.StopRequest
     saver: checkpoint.Saver
     best: Best
-    alarm: SpikeAlarm = field(default_factory=SpikeAlarm)
+    alarm: SpikeAlarm
     skipped_steps: int = 0  # since this start
     skipped_in_a_row: int = 0
     went_back: int = 0  # to the newest checkpoint, since it was saved
@@ -239,7 +239,7 @@ def report_jump(run: Run, batches: list[dict], loss: float) -> bool:
     run.went_back += 1
     marker, _ = checkpoint.load(path, run.model, run.optimizer)
     run.position.step, run.position.tokens_seen = marker["step"], marker.get("tokens_seen", 0)
-    run.alarm.losses.clear()
+    run.alarm = SpikeAlarm(marker.get("losses", ()))
     run.log.say(f"went back to {path}; training goes on with the data behind step {step}")
     run.log.go_back(run.position.step)
     return True
@@ -404,6 +404,7 @@ def save(run: Run, is_last: bool, is_best: bool = False) -> None:
         "tokens_seen": run.position.tokens_seen,
         "data": run.data.by_source(),
         "best": dataclasses.asdict(run.best),
+        "losses": list(run.alarm.losses),
     }
     run.saver.begin(step, run.model, run.optimizer, loader_state, marker, run.config_yaml, is_best)
     if is_last or not run.saver.asynchronous:

@@ -16,6 +16,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
 from molmo2_nemo import compat
@@ -81,12 +82,19 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict) -> None:
     Of the parameter groups, the step count alone is the checkpoint's; rates, weight decay, betas and epsilon are those
     of the configuration. torch's Adam keeps its step count with every parameter (Transformer Engine's and apex's keep
     one for all). Megatron 0.19 cannot load that, and would give all parameters the same tensor, which each of them
-    would then increment.
+    would then increment. Raises ConfigError for the state of another kind of optimizer.
     """
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
     for part, part_state in zip(parts, states):
-        _use_running_groups(part, part_state.get("optimizer", part_state))
+        # Megatron's optimizer in float32 without sharding has no level of its own for what is inside.
+        is_flat = isinstance(part, FP32Optimizer)
+        if is_flat == ("optimizer" in part_state):
+            raise ConfigError(
+                f"the checkpoint was saved with ddp.use_distributed_optimizer={str(is_flat).lower()}, this run has "
+                f"{str(not is_flat).lower()}: set the old value, or start a new run with train.init_from=CHECKPOINT."
+            )
+        _use_running_groups(part, part_state if is_flat else part_state["optimizer"])
     if not any(_is_torch_adam(part) for part in parts):
         optimizer.load_state_dict(state)
         return

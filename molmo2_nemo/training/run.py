@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
+import yaml
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -31,6 +32,7 @@ from molmo2_nemo.training.optimizer import build_optimizer, check_freeze_pattern
 from molmo2_nemo.training.speed import Speed
 from molmo2_nemo.training.start import Start, agree, converted, find_start
 from molmo2_nemo.training.step import build_model, global_names, load_weights
+from molmo2_nemo.training.trouble import SpikeAlarm
 
 
 def run_stage(cfg: DictConfig) -> None:
@@ -101,9 +103,9 @@ def set_up(
     model, optimizer = build(config, device, precision)
     counts = parameter_table(model)
     log.say("rank 0 trains (freezes): " + ", ".join(f"{c} {n:,} ({f:,})" for c, (n, f) in counts.items()))
-    loader_states, data_so_far, best = [], {}, Best()
+    loader_states, marker = [], {}
     if start.resume is not None:
-        loader_states, data_so_far, best = resume(start.resume, model, optimizer, position, log)
+        loader_states, marker = resume(start.resume, model, optimizer, position, log, config_yaml)
     elif init_from is not None:
         load_weights(model, init_from)
         optimizer.reload_model_params()
@@ -137,8 +139,9 @@ def set_up(
         micro_batches=settings.global_batch_size // rows_at_once,
         exam=exam,
         interval=Interval(LossBySource(names, device), Speed(config, device, precision)),
-        data=DataReport(names, device, data_so_far),
-        best=best,
+        data=DataReport(names, device, marker.get("data", {})),
+        best=Best(**marker.get("best", {})),
+        alarm=SpikeAlarm(marker.get("losses", ())),
         log=log,
         stacks=stacks,
         request=request,
@@ -205,12 +208,17 @@ def build(config: Config, device: str, precision: str) -> tuple[list[Distributed
 
 
 def resume(
-    path: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, position: Position, log: RunLog
-) -> tuple[list[Path], dict, Best]:
+    path: Path,
+    model: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    position: Position,
+    log: RunLog,
+    config_yaml: str,
+) -> tuple[list[Path], dict]:
     """Continue from a checkpoint of this run. Collective.
 
-    Returns the loader states of all data-parallel replicas, what had become of the samples by then (as
-    DataReport.by_source gives it), and the best checkpoint so far. Raises ConfigError.
+    Returns the loader states of all data-parallel replicas, and the checkpoint's marker (loop.save writes it). Raises
+    ConfigError.
     """
     marker, fresh = checkpoint.load(path, model, optimizer)
     position.step, position.tokens_seen = marker["step"], marker.get("tokens_seen", 0)
@@ -220,6 +228,10 @@ def resume(
             f"checkpoint {path} has no state of the training data: use train.init_from to start from its weights alone."
         )
     log.say(f"resumed step {position.step} from {path}")
+    changed = agreement.changed_settings(saved_settings(path), yaml.safe_load(config_yaml))
+    changed = [change for change in changed if not change.startswith(("run_dir ", "name "))]
+    if changed:
+        log.say(f"settings that are not those of the checkpoint: {'; '.join(changed)}")
     everybodys = [None] * dist.get_world_size()
     dist.all_gather_object(everybodys, fresh)
     names = sorted({name for names in everybodys for name in names})
@@ -229,7 +241,15 @@ def resume(
             + (" and others" if len(names) > 4 else "")
         )
     log.write("resume", position.step, {})
-    return loader_states, marker.get("data", {}), Best(**marker.get("best", {}))
+    return loader_states, marker
+
+
+def saved_settings(path: Path) -> dict:
+    """The configuration that a checkpoint was saved with; empty if it cannot be read."""
+    try:
+        return yaml.safe_load((path / "config.yaml").read_text()) or {}
+    except (OSError, yaml.YAMLError):
+        return {}
 
 
 def make_loaders(

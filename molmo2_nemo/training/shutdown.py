@@ -5,6 +5,7 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -160,11 +161,13 @@ def told_in_one_line(run_dir: Path, step: Callable[[], int], last: Callable[[], 
             speaks = not (run_dir / ENDED).exists() and _first(
                 folder / f"lost_contact_{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
             )
+            if speaks:
+                reason += oldest_signs(folder)
         else:
             speaks = True
+        if speaks:
             with contextlib.suppress(OSError):
                 write_ended(run_dir, "error", step(), message=f"{place}: {reason}")
-        if speaks:
             print(f"error: {place}: {reason} (traceback in {folder})", file=sys.stderr, flush=True)
         sys.stdout.flush()
         for child in multiprocessing.active_children():
@@ -173,6 +176,24 @@ def told_in_one_line(run_dir: Path, step: Callable[[], int], last: Callable[[], 
             last()
         # Not sys.exit: a communicator that waits for a dead rank would keep the process from ending.
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def oldest_signs(folder: Path) -> str:
+    """A phrase with the ranks whose last sign (StackDump) is oldest, by step and then by time; "" if none is known."""
+    signs = []
+    for path in folder.glob("stacks_rank*.txt"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            line = path.open(errors="replace").readline().strip()
+            found = re.fullmatch(r"(rank \d+ on \S+), process \d+: (step (\d+), .*) since (.{19})", line)
+            if found is not None:
+                signs.append((int(found[3]), found[4], f"{found[1]} ({found[2]} since {found[4]})"))
+    if not signs:
+        return ""
+    oldest = min(sign[:2] for sign in signs)
+    names = [sign[2] for sign in sorted(signs) if sign[:2] == oldest]
+    if len(names) == len(signs):
+        return "; all ranks gave their last sign at the same time"
+    return f"; the last sign of these is oldest: {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}"
 
 
 def ignore_ended_children() -> None:

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,10 +29,10 @@ MAX_SAVED = 8
 
 
 class SpikeAlarm:
-    """Knows the losses of the last steps. The same on all ranks."""
+    """Knows the losses of the last steps. The same on all ranks. losses: of steps before this start of the run."""
 
-    def __init__(self):
-        self.losses = deque(maxlen=WINDOW)
+    def __init__(self, losses: Iterable[float] = ()):
+        self.losses = deque(losses, maxlen=WINDOW)
 
     def is_jump(self, loss: float) -> bool:
         """Whether the loss of a step is far above those before. It is remembered, unless it is."""
