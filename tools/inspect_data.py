@@ -3,9 +3,11 @@
     python tools/inspect_data.py --config-name stage2 data=sample --samples 200 --html runs/inspect
     python tools/inspect_data.py --config-name stage1 data=sample --samples 20000 --stats
     python tools/inspect_data.py --config-name stage2 model=molmo2_4b data.blend=my_blend.yaml --samples 5000 --json
+    python tools/inspect_data.py --config-name stage2 data=sample --batch FILE --html runs/inspect
 
 Takes the overrides of the recipes and reads through the training loader, as rank 0 of 1. --html writes DIR/index.html
-and a page for each of --samples examples; --stats and --json count --samples samples, dropped ones included.
+and a page for each of --samples examples; --stats and --json count --samples samples, dropped ones included. --batch
+shows what a run has saved of a step whose loss was not finite.
 """
 
 import argparse
@@ -73,6 +75,27 @@ def inspect(config: Config, wanted: int, html: Path | None):
     if html:
         write_index(html, config, pages, statistics)
     return statistics, seconds
+
+
+def inspect_batch(config: Config, path: Path, html: Path | None):
+    """The same for a batch that a run has saved (training/trouble.py). ValueError: it is no such file."""
+    from types import SimpleNamespace
+
+    from molmo2_nemo.data.encode import Encoder
+    from molmo2_nemo.data.inspection import Statistics, examples_of, saved_rows
+
+    started, encoder, pages = time.monotonic(), Encoder(config.data, config.model.vision), []
+    names, rows = saved_rows(path, encoder.visual)
+    sources = [SimpleNamespace(name=name, weight=0.0) for name in names]
+    statistics = Statistics(sources, config.data.seq_length, config.data.max_crops)
+    for row in rows:
+        statistics.add(row)
+        for example in examples_of(row, sources, encoder) if html else ():
+            counters = row.counters.get(example.source, {})
+            pages.append(write_page(html, len(pages) + 1, example, statistics.rows, counters, encoder))
+    if html:
+        write_index(html, config, pages, statistics)
+    return statistics, time.monotonic() - started
 
 
 def write_page(folder: Path, number: int, example, row: int, counters: dict[str, int], encoder) -> dict:
@@ -261,6 +284,7 @@ def main() -> None:
     stages = sorted(path.stem for path in CONF_DIR.glob("stage*.yaml"))
     parser.add_argument("--config-name", choices=stages, required=True, help="the recipe's configuration")
     parser.add_argument("--samples", type=int, default=200, help="how many to look at (default 200)")
+    parser.add_argument("--batch", type=Path, metavar="FILE", help="show a batch that a run has saved")
     parser.add_argument("--html", type=Path, metavar="DIR", help="write pages to this folder")
     parser.add_argument("--stats", action="store_true", help="print a table")
     parser.add_argument("--json", action="store_true", help="print the statistics as JSON, and nothing else")
@@ -274,7 +298,10 @@ def main() -> None:
         config = compose(arguments.config_name, with_tiny_model(arguments.overrides))
         check_model(config.model)
         check_data(config.data, config.model.vision, config.parallel)
-        statistics, seconds = inspect(config, arguments.samples, arguments.html)
+        if arguments.batch:
+            statistics, seconds = inspect_batch(config, arguments.batch, arguments.html)
+        else:
+            statistics, seconds = inspect(config, arguments.samples, arguments.html)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

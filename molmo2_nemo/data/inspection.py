@@ -4,9 +4,11 @@ Everything is read back from `Batch`, that is from what the model gets, and neve
 on the way from one to the other shows.
 """
 
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from molmo2_nemo.data.counters import BROKEN, DROPPED
 from molmo2_nemo.data.encode import ROOT_SEGMENT, Encoder
 from molmo2_nemo.data.packing import Batch
 from molmo2_nemo.data.points import Points, parse
+from molmo2_nemo.data.processor import VisualInputs
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE, dense_mask
 
 # RGB of objects by number: Okabe and Ito's colours, which the colour-blind can tell apart, without black and grey.
@@ -126,6 +129,47 @@ def examples_of(batch: Batch, sources: list[Source], encoder: Encoder) -> Iterat
         )
         example.segments = list(_segments(example, encoder))
         yield example
+
+
+def saved_rows(path: Path, visual: VisualInputs) -> tuple[list[str], Iterator[Batch]]:
+    """The names of the sources, and the rows, each as a batch of its own, of a file of training/trouble.save_batches.
+
+    ValueError, one sentence: it is no such file.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        names, batches = [str(name) for name in saved["sources"]], list(saved["micro_batches"])
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"{path} is no batch that a run has saved ({type(error).__name__}: {reason}).") from error
+    return names, (row for batch in batches for row in _rows(batch, visual))
+
+
+def _rows(batch: dict, visual: VisualInputs) -> Iterator[Batch]:
+    """The rows of a micro-batch as training/batches.py hands it on."""
+    per_row = ("input_ids", "labels", "loss_weights", "position_ids", "segment_ids", "vision_mask", "source_ids")
+    unit, crop, window, example = 0, 0, 0, 0
+    for number in range(len(batch["input_ids"])):
+        wanted = int((batch["input_ids"][number] == visual.patch_id).sum())
+        units, crops, windows = unit, 0, 0
+        while windows < wanted:
+            crops += int(batch["vision_units"][units, 0])
+            windows += int(batch["vision_units"][units, 1])
+            units += 1
+        pooling = batch["pooling"][window : window + windows]
+        samples = len(batch["keys"][number].split(","))
+        yield Batch(
+            __key__=(batch["keys"][number],),
+            __restore_key__=(),
+            **{name: batch[name][number : number + 1] for name in per_row},
+            crops=batch["crops"][crop : crop + crops],
+            pooling=torch.where(pooling >= 0, pooling - crop * visual.patches_per_crop, pooling),
+            vision_units=batch["vision_units"][unit:units],
+            examples=batch["examples"][example : example + samples],
+            counters=batch["counters"] if number == 0 else {},
+            errors=batch["errors"] if number == 0 else [],
+        )
+        unit, crop, window, example = units, crop + crops, window + windows, example + samples
 
 
 def keys_of(batch: Batch, names: list[str], sources: list[Source]) -> list[str]:

@@ -11,6 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
 from molmo2_nemo import checkpoint_dir, parallel
 from molmo2_nemo.command_line import compose
 from molmo2_nemo.hf.convert import read_tensor
@@ -25,13 +28,19 @@ _, fresh = checkpoint.load(path, model, optimizer)
 with checkpoint_dir.nothing_executed():
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
 moments = {}
+
+
+def parts(entry) -> list[ShardedTensor]:
+    """Of a matrix that is saved as several tensors, these."""
+    return list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
+
+
 state = optimizer.sharded_state_dict(
     {f"model{n}": chunk.module.sharded_state_dict() for n, chunk in enumerate(model)},
     metadata={"distrib_optim_sharding_type": "fully_reshardable"},
 )
 for tensors in state["param_state"].values():
-    for kind in ("exp_avg", "exp_avg_sq"):
-        tensor = tensors[kind]
+    for kind, tensor in ((kind, tensor) for kind in ("exp_avg", "exp_avg_sq") for tensor in parts(tensors[kind])):
         name = tensor.key.removeprefix(f"optimizer.state.{kind}.")
         if tensor.key in saved:
             before = read_tensor(path, tensor.key, tuple(tensor.global_shape), tensor.dtype)

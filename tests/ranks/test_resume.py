@@ -167,7 +167,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_leaves_it_alone(sample, 
     [first] = start_ranks(1, long, tmp_path / "log")
     try:
         end = time.monotonic() + 120
-        while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < end:
+        while "step 1/" not in (tmp_path / "log").read_text() and time.monotonic() < end:
             time.sleep(0.1)
         before = sorted((path.name, path.stat().st_ino) for path in run_dir.iterdir())
         for wrong in ([], ["train.max_steps=0"]):
@@ -197,7 +197,7 @@ def test_ranks_that_were_started_differently_do_not_train(differing, sample, tmp
         "sys.path[0] = os.path.dirname(sys.argv[0])\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    arguments = ["model=tiny", "data=sample", "schedule=quickstart", "optim=from_scratch", "train.global_batch_size=4"]
+    arguments = ["model=tiny", "data=sample", "schedule=quickstart", "optim=from_scratch", "train.global_batch_size=8"]
     result = run_ranks(2, rank, *arguments, f"data.root={sample}", f"run_dir={run_dir}", "train.max_steps=2")
     assert result.returncode == 2, said(result)
     assert re.search(rf"rank 1 on \S+ has {differing}=\S+, rank 0 on \S+ has \S+: start all ranks", result.stderr)
