@@ -171,18 +171,26 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 @contextlib.contextmanager
-def nothing_executed() -> Iterator[None]:
-    """While torch and Megatron load a checkpoint, its pickles are data: anything else in them is refused.
+def nothing_executed(checkpoint: Path) -> Iterator[None]:
+    """While torch and Megatron load a checkpoint, its pickles are data: ConfigError for anything else in them.
 
     The index is read by `_IndexUnpickler`, and objects inside of .distcp files by torch.load(weights_only=True), for
     which torch has an environment variable.
     """
+    from torch.distributed.checkpoint import CheckpointException
+
     name, other = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {key: os.environ.pop(key) for key in (name, other) if key in os.environ}
     os.environ[name] = "1"
     try:
         with compat.checkpoint_index_reader(lambda file: _IndexUnpickler(file).load()):
             yield
+    except (pickle.UnpicklingError, CheckpointException) as error:  # the latter is a BaseException
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ConfigError(
+            f"checkpoint {checkpoint} cannot be loaded ({lines[-1]}): it is damaged or of another model; "
+            "use another one."
+        ) from error
     finally:
         del os.environ[name]
         os.environ.update(before)

@@ -153,13 +153,13 @@ def write_checkpoint(checkpoint: Path, model: ModelConfig, state: dict, make: di
 def read_tensor(checkpoint: Path, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A whole tensor of a checkpoint, whatever layout wrote it."""
     state = {key: torch.empty(shape, dtype=dtype)}
-    with checkpoint_dir.nothing_executed():
+    with checkpoint_dir.nothing_executed(checkpoint):
         dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
     return state[key]
 
 
 def checkpoint_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
-    with checkpoint_dir.nothing_executed():
+    with checkpoint_dir.nothing_executed(checkpoint):
         metadata = dcp.FileSystemReader(checkpoint).read_metadata()
     return {
         key: entry.properties.dtype

@@ -335,7 +335,7 @@ def load(checkpoint: Path, model, optimizer) -> tuple[dict, list[str]]:
     architecture = unwrap_model(model)[0].model
     refuse_other_architecture(checkpoint_dir.read_model(checkpoint), architecture, checkpoint)
     try:
-        with checkpoint_dir.nothing_executed():
+        with checkpoint_dir.nothing_executed(checkpoint):
             keys = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
             state = _state(model, optimizer, is_loading=True)
             if not any(key.startswith(OPTIMIZER_STATE) for key in keys):
@@ -344,7 +344,7 @@ def load(checkpoint: Path, model, optimizer) -> tuple[dict, list[str]]:
             # Other numbers of groups cannot be merged, and those of the checkpoint are wanted for their step alone.
             state["optimizer"].pop("param_groups", None)
             loaded = dist_checkpointing.load(state, str(checkpoint))
-    except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
+    except Exception as error:
         raise ConfigError(
             f"checkpoint {checkpoint} cannot be continued with these settings ({_last_line(error)}): use"
             " train.init_from to start from its weights alone."

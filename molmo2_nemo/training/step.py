@@ -142,7 +142,7 @@ def load_weights(model: list[DistributedDataParallel], checkpoint: Path) -> None
     """
     saved = checkpoint_dir.read_model(checkpoint)
     refuse_other_architecture(saved, unwrap_model(model)[0].model, checkpoint)
-    with checkpoint_dir.nothing_executed():
+    with checkpoint_dir.nothing_executed(checkpoint):
         loaded = dist_checkpointing.load(sharded_model_state(model), str(checkpoint))
     load_model_state(model, loaded)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -25,7 +24,7 @@ config = compose("stage2", overrides)
 parallel.initialize(config.parallel, "cpu", 5, config.train.seed)
 model, optimizer = build(config, "cpu", "fp32")
 _, fresh = checkpoint.load(path, model, optimizer)
-with checkpoint_dir.nothing_executed():
+with checkpoint_dir.nothing_executed(path):
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
 moments = {}
 
@@ -40,7 +39,8 @@ state = optimizer.sharded_state_dict(
     metadata={"distrib_optim_sharding_type": "fully_reshardable"},
 )
 for tensors in state["param_state"].values():
-    for kind, tensor in ((kind, tensor) for kind in ("exp_avg", "exp_avg_sq") for tensor in parts(tensors[kind])):
+    both = [(moment, part) for moment in ("exp_avg", "exp_avg_sq") for part in parts(tensors[moment])]
+    for kind, tensor in both:
         name = tensor.key.removeprefix(f"optimizer.state.{kind}.")
         if tensor.key in saved:
             before = read_tensor(path, tensor.key, tuple(tensor.global_shape), tensor.dtype)

@@ -10,7 +10,7 @@ from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.hf.convert import read_tensor, write_checkpoint
 
 source, out, factor = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-with checkpoint_dir.nothing_executed():
+with checkpoint_dir.nothing_executed(source):
     saved = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
 entries = {k: v for k, v in saved.items() if not k.startswith("optimizer.") and hasattr(v, "properties")}
 
