@@ -92,7 +92,7 @@ def test_tools_say_what_is_wrong(hf_models, tmp_path):
     tensors = released_file(broken)
     del tensors["model.transformer.ln_f.weight"]
     save_file(tensors, broken / "model.safetensors")
-    assert "lacks model.language_model.norm.weight: it cannot be imported" in error(
+    assert "lacks model.language_model.norm.weight, which its config.json asks for" in error(
         "tools/import_hf.py", broken, tmp_path / "c"
     )
     assert not (tmp_path / "c").exists()
