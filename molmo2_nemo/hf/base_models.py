@@ -111,6 +111,8 @@ def base_model_config(llm: Path, vision: Path) -> ModelConfig:
         rope_scaling_layers=scaled_layers if scaled else None,
     )
     check_rope(llm, model)
+    HuggingFaceWeights(llm).refuse_more_layers(("model.layers.", "layers."), model.num_layers)
+    HuggingFaceWeights(vision).refuse_more_layers(("vision_model.encoder.layers.", "encoder.layers."), depth)
     return model
 
 
@@ -163,8 +165,6 @@ def import_base_models(
     else:
         check_base_models(llm, vision, model)
     family, text, tower = model_type(llm), _Prefixed(llm, "model."), _Prefixed(vision, "vision_model.")
-    for prefix in ("model.layers.", "layers."):
-        text.weights.refuse_more_layers(prefix, model.num_layers)
 
     def table(name: str, shape_only: bool) -> Tensor:
         rows = text.get(name, shape_only)

@@ -77,8 +77,7 @@ def import_hf(
     if _HEAD not in weights:
         _refuse_no_head(folder, model.tie_embeddings)
     model.tie_embeddings = _HEAD not in weights
-    for prefix in ("model.transformer.blocks.", "model.language_model.layers."):
-        weights.refuse_more_layers(prefix, model.num_layers)
+    weights.refuse_more_layers(("model.transformer.blocks.", "model.language_model.layers."), model.num_layers)
 
     # Every tensor is checked before anything is written.
     state = {}

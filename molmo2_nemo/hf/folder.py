@@ -257,10 +257,10 @@ class HuggingFaceWeights:
         )
         return torch.empty(stored.shape, dtype=_DTYPES[stored.dtype], device="meta")
 
-    def refuse_more_layers(self, prefix: str, number: int) -> None:
-        """Raise ConfigError if there are tensors of more than `number` layers, of names `prefix`N."""
-        layers = [match for name in self.tensors if (match := re.match(re.escape(prefix) + r"(\d{1,9})\.", name))]
-        found = 1 + max((int(match[1]) for match in layers), default=-1)
+    def refuse_more_layers(self, prefixes: tuple[str, ...], number: int) -> None:
+        """Raise ConfigError if there are tensors of more than `number` layers: of names that begin with a prefix and N."""
+        pattern = re.compile(f"({'|'.join(map(re.escape, prefixes))})" + r"(\d{1,9})\.")
+        found = 1 + max((int(match[2]) for name in self.tensors if (match := pattern.match(name))), default=-1)
         refuse(
             found > number,
             f"{self.folder / CONFIG_FILE} says num_hidden_layers={number}, but the weights have {found} layers: "

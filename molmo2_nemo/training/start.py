@@ -48,8 +48,6 @@ def _start_from_weights(config: Config, ignored: list[str]) -> Start:
     if isinstance(given, list):
         llm, vision = (Path(folder) for folder in given)
         base_models.check_base_models(llm, vision, config.model)
-        for folder in (llm, vision):
-            HuggingFaceWeights(folder)
         return Start(hugging_face=[llm, vision], ignored=ignored)
     path = Path(given)
     if path.is_file():
