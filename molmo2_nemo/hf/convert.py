@@ -26,6 +26,8 @@ from molmo2_nemo.hf.names import EMBEDDING_PARTS, NATIVE_EMBEDDING, WrongShape, 
 _HEAD = "lm_head.weight"
 # The base embedding of a Molmo2 (released, native) and of a language model.
 _TABLES = (EMBEDDING_PARTS[0], NATIVE_EMBEDDING, "model.embed_tokens.weight", "embed_tokens.weight")
+# Bytes: what torch.save puts around a tensor (about 1,700), and its place in the index.
+_AROUND_A_TENSOR = 2048
 
 
 class _LazyPlanner(DefaultSavePlanner):
@@ -140,10 +142,12 @@ def write_checkpoint(checkpoint: Path, model: ModelConfig, state: dict, make: di
 
     Raises ConfigError when the disk lacks room or fails; then nothing is left of it.
     """
-    with _new_folder(checkpoint, sum(x.nbytes for x in state.values()), "a checkpoint of these weights") as temporary:
+    needed = sum(x.nbytes + _AROUND_A_TENSOR for x in state.values())
+    with _new_folder(checkpoint, needed, "a checkpoint of these weights") as temporary:
         # dist_checkpointing expects the unsharded part of a state dict as one serialised object.
         common = io.BytesIO()
         torch.save([{}], common)
+        failure = None
         try:
             dcp.save(
                 {**state, "common_state/shard_0_1": common},
@@ -152,7 +156,9 @@ def write_checkpoint(checkpoint: Path, model: ModelConfig, state: dict, make: di
                 no_dist=True,
             )
         except CheckpointException as error:
-            raise _first_failure(error) from None
+            failure = _first_failure(error)
+        if failure is not None:
+            raise failure  # not above: the error of the disk that it came from would be forgotten
         (temporary / "metadata.json").write_text(
             json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
         )

@@ -258,7 +258,7 @@ class HuggingFaceWeights:
         return torch.empty(stored.shape, dtype=_DTYPES[stored.dtype], device="meta")
 
     def refuse_more_layers(self, prefixes: tuple[str, ...], number: int) -> None:
-        """Raise ConfigError if there are tensors of more than `number` layers: of names that begin with a prefix and N."""
+        """Raise ConfigError if there are more than `number` layers: tensors whose names begin with a prefix and N."""
         pattern = re.compile(f"({'|'.join(map(re.escape, prefixes))})" + r"(\d{1,9})\.")
         found = 1 + max((int(match[2]) for name in self.tensors if (match := pattern.match(name))), default=-1)
         refuse(
