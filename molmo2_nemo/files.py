@@ -55,8 +55,10 @@ def free_bytes(folder: Path) -> int:
 def missing_room(folder: Path, needed: int, what: str) -> str | None:
     """A sentence if the folder's disk has less than `needed` bytes free for `what`, else None. Raises OSError."""
     free = free_bytes(folder)
-    if free >= needed:
-        return None
+    return None if free >= needed else _missing(folder, needed, what, free)
+
+
+def _missing(folder: Path, needed: int, what: str, free: int) -> str:
     return (
         f"{what} needs {readable_size(needed)}, {folder} has {readable_size(free)} free, "
         f"{readable_size(needed - free)} are missing: make room or choose another folder."
@@ -91,16 +93,15 @@ def disk_errors_told(folder: Path, needed: int, what: str) -> Iterator[None]:
         cause = disk_error_behind(error)
         if cause is None:
             raise
-        try:
-            missing = missing_room(folder, needed, what)
-        except OSError:  # where the disk does not even say how much is free
-            missing = None
         code, advice = cause.errno, "name another folder."
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            advice = missing or (
-                f"{what} needs {readable_size(needed)}, and {readable_size(free_bytes(folder))} are free: "
-                "look at your quota, the inodes (df -i) and ulimit -f."
-            )
+            free = free_bytes(folder)
+            advice = _missing(folder, needed, what, free)
+            if free >= needed:
+                advice = (
+                    f"{what} needs {readable_size(needed)}, and {readable_size(free)} are free: look at your quota, "
+                    "the inodes (df -i) and ulimit -f."
+                )
         elif code in (errno.EROFS, errno.EACCES, errno.EPERM):
             advice = "name a folder that you may write to."
         elif code == errno.EIO:

@@ -55,7 +55,13 @@ def head_is_tied(folder: Path, says: bool) -> bool:
         _refuse_no_head(folder, says)
         return True
     table = next((name for name in _TABLES if name in weights), None)
-    return table is not None and torch.equal(weights.first_rows(table, 64), weights.first_rows(_HEAD, 64))
+    if table is None or any(weights.shape_of(name).dim() != 2 for name in (table, _HEAD)):
+        return False  # damaged: the import says so
+    return _same(weights.first_rows(table, 64), weights.first_rows(_HEAD, 64))
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _refuse_no_head(folder: Path, tied: bool) -> None:
@@ -106,7 +112,7 @@ def import_hf(
     def read(name):
         return read_released(name, model, weights, weights)
 
-    if _HEAD in weights and torch.equal(read(_HEAD), read(EMBEDDING_PARTS[0])):
+    if _HEAD in weights and _same(read(_HEAD), read(EMBEDDING_PARTS[0])):
         model.tie_embeddings = True
     make = {}
     for entry in tensor_table(model):

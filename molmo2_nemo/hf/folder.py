@@ -64,7 +64,9 @@ def is_there(path: Path) -> bool:
 
 
 def _unreadable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"{path} cannot be read ({error.strerror}): give this user the right to read it.")
+    allowed = not isinstance(error, PermissionError)
+    advice = "look at its disk, or download it again" if allowed else "give this user the right to read it"
+    return ConfigError(f"{path} cannot be read ({error.strerror}): {advice}.")
 
 
 def refuse_unusable(path: Path) -> None:
@@ -116,7 +118,7 @@ def read_json(path: Path) -> dict:
 def read_config(folder: Path) -> dict:
     """config.json of a model that is not quantised, with sizes that can be. Raises ConfigError."""
     path = folder / CONFIG_FILE
-    refuse(not is_there(path), f"{folder} has no {CONFIG_FILE}: name a Hugging Face model folder.")
+    refuse(not is_there(path), f"{folder} has no config.json: name a Hugging Face model folder.")
     config = read_json(path)
     _check_numbers(path, config, "")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):

@@ -40,7 +40,10 @@ def find_start(config: Config) -> Start:
     try:
         return _start_from_weights(config, ignored)
     except OSError as error:
-        raise ConfigError(f"train.init_from={given} cannot be read ({error.strerror}: {error.filename}).") from error
+        raise ConfigError(
+            f"train.init_from={given} cannot be read ({error.strerror}: {error.filename}): look at its rights and its "
+            "disk."
+        ) from error
 
 
 def _start_from_weights(config: Config, ignored: list[str]) -> Start:

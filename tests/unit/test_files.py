@@ -34,10 +34,13 @@ import os, sys, time
 from pathlib import Path
 from molmo2_nemo.files import locked
 with locked(Path(sys.argv[1])):
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(writer, b"I have let go of the lock")
         time.sleep(60)
         os._exit(0)
+    os.read(reader, 1)
     print(child, flush=True)
     time.sleep(60)
 """

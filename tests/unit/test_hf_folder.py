@@ -216,6 +216,10 @@ DAMAGES = {
 OF_LANGUAGE_MODELS = {
     "number of layers missing": (config(num_hidden_layers=...), "config.json (asks for|is refused by transformers)"),
     "vocabulary too large": (config(vocab_size=V + 1000), f"rows, not .*{V + 1000 + 128}|rows, not {V + 1000}"),
+    "head is a number": (
+        lambda folder: edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": torch.ones(())})),
+        "(lm_head.weight|output_layer.weight) .*config.json.*download both again",
+    ),
     "no head": (
         lambda folder: edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight")),
         "lacks lm_head.weight, and its config.json does not say tie_word_embeddings=true",
@@ -352,15 +356,15 @@ def test_a_tied_head_need_not_be_there(shards, hf_models, bases, tmp_path):
     assert not base_models.base_model_config(other, bases["siglip"]).tie_embeddings
 
 
-def test_each_tensor_keeps_its_type(hf_models, tmp_path):
-    folder = shutil.copytree(hf_models["olmo3"], tmp_path / "mixed")
-    edit_tensors(folder, lambda tensors: tensors.update({a_matrix(tensors): tensors[a_matrix(tensors)].bfloat16()}))
+@pytest.mark.parametrize("name", ["qkv", "head"])
+def test_each_tensor_keeps_its_type(name, hf_models, tmp_path):
+    folder = shutil.copytree(hf_models["qwen3_tied"], tmp_path / "mixed")
+    full = as_released(folder)
+    name = "lm_head.weight" if name == "head" else a_matrix(full)
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].bfloat16()}))
+    assert convert.head_is_tied(folder, False) == (name != "lm_head.weight")
     model = convert.import_hf(folder, tmp_path / "ckpt", progress=str)
-    mixed = {
-        **as_released(hf_models["olmo3"]),
-        **{k: v for k, v in load_file(folder / MODEL).items() if v.dtype != torch.float},
-    }
-    assert_same(dict(convert.released_tensors(tmp_path / "ckpt", model)), mixed)
+    assert_same(dict(convert.released_tensors(tmp_path / "ckpt", model)), full | {name: full[name].bfloat16()})
 
 
 def test_an_architecture_of_a_folder_without_weights_can_be_read(hf_models, tmp_path):
