@@ -19,7 +19,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from omegaconf.errors import OmegaConfBaseException
+
 from molmo2_nemo import compat
+from molmo2_nemo.config.checks import check_sizes
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import ModelConfig, model_config_from_json, model_config_to_json
 from molmo2_nemo.files import sha256_of, sync
@@ -158,9 +161,20 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
 
 
 def read_model(path: Path) -> ModelConfig:
-    """The architecture a complete checkpoint was written with."""
+    """The architecture a complete checkpoint was written with. Raises ConfigError."""
     read_marker(path)
-    return model_config_from_json((path / MODEL).read_text())
+    try:
+        model = model_config_from_json((path / MODEL).read_text())
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"checkpoint {path}: {MODEL} is not an architecture ({reason}); use another step_* directory."
+        ) from error
+    try:
+        check_sizes(model)
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint {path}: in {MODEL}, {error}") from None
+    return model
 
 
 class _IndexUnpickler(pickle.Unpickler):

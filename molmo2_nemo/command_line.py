@@ -129,5 +129,5 @@ def fill_from_hf(cfg: DictConfig) -> None:
     if tokenizer is not None:
         model.tokenizer = tokenizer
     model.hf_path = cfg.model.hf_path
-    model.tie_embeddings = head_is_tied(Path(cfg.model.hf_path))
+    model.tie_embeddings = head_is_tied(Path(cfg.model.hf_path), model.tie_embeddings)
     OmegaConf.update(cfg, "model", OmegaConf.structured(model), merge=False)

@@ -9,16 +9,23 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 
+from molmo2_nemo.config.errors import ConfigError
+
 # Errors of the disk, in contrast to those of the network or of one file's content: they end a whole run.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 # What a file system answers that has no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
+
+
+# What creating a folder answers where its path leads through a file, or nowhere.
+PATH_ERRORS = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 class LockHeld(Exception):
@@ -28,6 +35,78 @@ class LockHeld(Exception):
 def is_disk_error(error: BaseException) -> bool:
     """Whether the disk is full, read-only, broken or not permitted."""
     return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+def readable_size(size: int) -> str:
+    """Bytes in the largest binary unit of which there is one: "12.3 GiB"."""
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    power = max(0, min(len(units) - 1, (int(size).bit_length() - 1) // 10))
+    return f"{size / 2 ** (10 * power):,.1f} {units[power]}" if power else f"{size} bytes"
+
+
+def free_bytes(folder: Path) -> int:
+    """Free on the disk that holds the folder, or will hold it once it is made. Raises OSError."""
+    folder = Path(folder).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def missing_room(folder: Path, needed: int, what: str) -> str | None:
+    """A sentence if the folder's disk has less than `needed` bytes free for `what`, else None. Raises OSError."""
+    free = free_bytes(folder)
+    return None if free >= needed else _missing(folder, needed, what, free)
+
+
+def _missing(folder: Path, needed: int, what: str, free: int) -> str:
+    return (
+        f"{what} needs {readable_size(needed)}, {folder} has {readable_size(free)} free, "
+        f"{readable_size(needed - free)} are missing: make room or choose another folder."
+    )
+
+
+def disk_error_behind(error: BaseException | None) -> OSError | None:
+    """The error of the disk that another one comes from; None: there is none.
+
+    Libraries wrap it (torch) or only quote its number, as Rust prints it (safetensors).
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS | PATH_ERRORS:
+            return error
+        if (quoted := re.search(r"\(os error (\d+)\)", str(error))) and int(quoted[1]) in DISK_ERRORS:
+            return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def disk_errors_told(folder: Path, needed: int, what: str) -> Iterator[None]:
+    """While `what`, of `needed` bytes, is written into `folder`: ConfigError in one sentence for an error of the disk.
+
+    The body removes what it has written before it passes the error on, so that what is missing can be said.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        cause = disk_error_behind(error)
+        if cause is None:
+            raise
+        code, advice = cause.errno, "name another folder."
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = free_bytes(folder)
+            advice = _missing(folder, needed, what, free)
+            if free >= needed:
+                advice = (
+                    f"{what} needs {readable_size(needed)}, and {readable_size(free)} are free: look at your quota, "
+                    "the inodes (df -i) and ulimit -f."
+                )
+        elif code in (errno.EROFS, errno.EACCES, errno.EPERM):
+            advice = "name a folder that you may write to."
+        elif code == errno.EIO:
+            advice = "repair the disk or name a folder on another one."
+        raise ConfigError(f"{folder} cannot be written ({cause.strerror}); {advice}") from error
 
 
 def sync(path: Path) -> None:

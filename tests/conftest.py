@@ -61,6 +61,19 @@ def hf_models(made_once) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def bases(made_once) -> dict[str, Path]:
+    """Name -> folder of a random language model or vision tower saved by transformers. Not to be changed."""
+    import hf_models
+
+    def make(folder: Path) -> None:
+        for name, model in hf_models.base_models().items():
+            hf_models.move_norms(model).save_pretrained(folder / name)
+
+    folder = made_once("bases", make)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
 def sample(made_once) -> Path:
     """The sample world, a tenth of it. Tests that change it copy it first."""
 

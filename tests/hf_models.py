@@ -1,4 +1,4 @@
-"""Small random Molmo2 models made by transformers: the oracle's side of the parity tests."""
+"""Small random models made by transformers: the oracle's side of the parity tests, and what is damaged for others."""
 
 from pathlib import Path
 
@@ -86,21 +86,63 @@ def configs() -> dict:
     }
 
 
+def move_norms(model):
+    """Norm weights away from one, biases away from zero: a swapped or dropped one must show."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
+    return model
+
+
 def save(name: str, folder: Path, seed: int = 0) -> Path:
     """A random model of `configs()[name]` saved by transformers itself into folder / name."""
     from transformers import Molmo2ForConditionalGeneration
 
     torch.manual_seed(seed)
     model = Molmo2ForConditionalGeneration(configs()[name])
-    # Norm weights away from one, biases away from zero: a swapped or dropped one must show.
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
+    move_norms(model)
     if name.endswith("_tied"):
         with torch.no_grad():
             model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight[:V])
     model.save_pretrained(folder / name)
     return folder / name
+
+
+def base_models() -> dict:
+    """Name -> a random language model or vision tower."""
+    from transformers import (
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        SiglipConfig,
+        SiglipModel,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
+
+    torch.manual_seed(0)
+    common = dict(hidden_size=48, num_attention_heads=4, intermediate_size=96, vocab_size=V, eos_token_id=0)
+    # 9 blocks: blocks 6 and 0 are read, and 7 and 8 are not built.
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=9, num_attention_heads=2, image_size=72, patch_size=14
+    )
+    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+    qwen = dict(
+        num_key_value_heads=2,
+        head_dim=16,
+        num_hidden_layers=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
+    )
+    yarn = {key: value for key, value in YARN.items() if key != "rope_theta"}
+    return {
+        "qwen3": Qwen3ForCausalLM(Qwen3Config(**common, **qwen)),
+        "qwen3_tied": Qwen3ForCausalLM(Qwen3Config(**common, **qwen, tie_word_embeddings=True)),
+        "olmo3": Olmo3ForCausalLM(Olmo3Config(**common, num_hidden_layers=4, sliding_window=64, rope_scaling=yarn)),
+        "siglip": SiglipVisionModel(vision),
+        # As on the Hub: the vision tower beside its text tower.
+        "siglip_with_text": SiglipModel(SiglipConfig(vision_config=vision.to_dict(), text_config=text)),
+    }
 
 
 def released_file(folder):

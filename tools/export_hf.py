@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--max-crops", type=int, help="tiles of an image; default: as in training, else 8")
     parser.add_argument("--max-frames", type=int, help="frames of a video; default: as in training, else 384")
     args = parser.parse_args()
+    if not 0 < args.max_shard_gib < float("inf"):
+        parser.error(f"--max-shard-gib {args.max_shard_gib} is no positive number")
     try:
         checkpoint = checkpoint_dir.resolve(args.checkpoint)
         trained = training_data_settings(checkpoint)
@@ -42,7 +44,7 @@ def main() -> None:
             max_frames=args.max_frames or trained.get("max_frames", 384),
             max_fps=trained.get("max_fps", 2.0),
         )
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{args.out} holds {checkpoint}; load it with transformers' AutoModelForImageTextToText and AutoProcessor")
 
@@ -52,7 +54,15 @@ def training_data_settings(checkpoint: Path) -> dict:
     import yaml
 
     path = checkpoint / "config.yaml"
-    return yaml.safe_load(path.read_text())["data"] if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text())["data"]
+        return {key: found[key] for key in ("max_crops_per_image", "max_frames", "max_fps") if key in found}
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path} is no configuration of a run ({type(error).__name__}); use another step_* directory."
+        ) from error
 
 
 if __name__ == "__main__":

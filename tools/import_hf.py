@@ -15,6 +15,7 @@ from pathlib import Path
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.hf.base_models import import_base_models
 from molmo2_nemo.hf.convert import import_hf
+from molmo2_nemo.hf.folder import is_there
 
 
 def main() -> None:
@@ -32,13 +33,13 @@ def main() -> None:
         parser.error("give HF_DIR, or both --llm and --vision")
     progress = print if args.verbose else lambda line: None
     try:
-        if args.checkpoint.exists():
+        if is_there(args.checkpoint):
             raise ConfigError(f"{args.checkpoint} exists: remove it or name another folder.")
         if args.llm is None:
             model = import_hf(args.hf_dir, args.checkpoint, progress)
         else:
             model = import_base_models(args.llm, args.vision, args.checkpoint, seed=args.seed, progress=progress)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
     tied = "tied to the embedding" if model.tie_embeddings else "its own"
     print(f"{args.checkpoint}: {model.num_layers} decoder layers, {model.vit.num_layers} ViT layers, head {tied}")

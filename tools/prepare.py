@@ -25,7 +25,7 @@ import yaml
 
 from molmo2_nemo.catalogue.datasets import CONF_FILE
 from molmo2_nemo.config.schema import DataConfig
-from molmo2_nemo.files import published
+from molmo2_nemo.files import disk_errors_told, missing_room, published
 from molmo2_nemo.prepare.annotations import UNITS
 from molmo2_nemo.prepare.own_data import OwnSample, held_out_keys, read_lines, samples
 from molmo2_nemo.prepare.stage_datasets import PreparedStage, StageOptions, prepare_stage, result_of
@@ -94,10 +94,14 @@ def prepare_own_annotations(arguments: argparse.Namespace) -> None:
         splits = {"train": samples([line for line in lines if line.key not in held_out], arguments.repeat)}
         if held_out:
             splits["val"] = samples([line for line in lines if line.key in held_out], 1)
-        counts = write_shards(folder, splits, arguments.shard_size)
-        name, path = arguments.name or arguments.out.resolve().name, str(arguments.out.resolve())
-        blend = {"weighting": "sqrt", "sources": {name: {"path": path}}}
-        (folder / "blend.yaml").write_text(yaml.safe_dump(blend, sort_keys=False))
+        needed = sum(line.size() * (1 if line.key in held_out else arguments.repeat) for line in lines)
+        if (missing := missing_room(arguments.out, needed, "a copy of all samples")) is not None:
+            raise ValueError(missing)
+        with disk_errors_told(arguments.out, needed, "a copy of all samples"):
+            counts = write_shards(folder, splits, arguments.shard_size)
+            name, path = arguments.name or arguments.out.resolve().name, str(arguments.out.resolve())
+            blend = {"weighting": "sqrt", "sources": {name: {"path": path}}}
+            (folder / "blend.yaml").write_text(yaml.safe_dump(blend, sort_keys=False))
     print_own_report(arguments, lines, len(errors), counts)
 
 

@@ -126,9 +126,28 @@ def check_best(train: TrainConfig) -> None:
     )
 
 
+# Far above any model: a number beyond is a mistake, which would take hours or all memory before it shows.
+MAX_LAYERS, MAX_SIZE = 1000, 2**24
+
+
+def check_sizes(m: ModelConfig) -> None:
+    """Refuse numbers that no model has. Raises ConfigError."""
+    parts = {"model": m, "model.vit": m.vit, "model.connector": m.connector, "model.vision": m.vision}
+    names = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size")
+    for where, part in parts.items():
+        for name in (*names, "vocab_size", "image_size", "patch_size"):
+            value, most = getattr(part, name, 1), MAX_LAYERS if name == "num_layers" else MAX_SIZE
+            refuse(not 1 <= value <= most, f"{where}.{name}={value} is not from 1 to {most:,}: correct it.")
+    value = m.additional_vocab_size
+    refuse(
+        not 0 <= value <= MAX_SIZE, f"model.additional_vocab_size={value} is not from 0 to {MAX_SIZE:,}: correct it."
+    )
+
+
 def check_model(m: ModelConfig) -> None:
     """Refuse an architecture that cannot be built. Raises ConfigError."""
     v = m.vision
+    check_sizes(m)
     check_choice("model.qk_norm", m.qk_norm, ("per_head", "full_width"))
     refuse(
         m.num_attention_heads % m.num_query_groups != 0,

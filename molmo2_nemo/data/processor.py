@@ -25,17 +25,20 @@ from molmo2_nemo.config.schema import VisionConfig
 AS_BYTES = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
 
 
-def build_processor(tokenizer: str, vision: VisionConfig, max_crops_per_image: int = 8) -> Molmo2Processor:
+def build_processor(
+    tokenizer: str, vision: VisionConfig, max_crops_per_image: int = 8, setting: str = "data.tokenizer"
+) -> Molmo2Processor:
     """transformers' processor for this geometry. `tokenizer`: a folder, or a name on the Hugging Face hub.
 
-    ConfigError: there is no tokenizer, or it lacks a special token of Molmo2.
+    setting: what the user sets it with, for messages. ConfigError: there is no tokenizer, or it lacks a special token
+    of Molmo2.
     """
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"data.tokenizer={tokenizer} holds no tokenizer ({reason}): set it to a folder with one; "
+            f"{setting}={tokenizer} holds no tokenizer ({reason}): set it to a folder with one; "
             "model=tiny brings its own."
         ) from error
     size = {"height": vision.image_size, "width": vision.image_size}
@@ -68,7 +71,7 @@ def build_processor(tokenizer: str, vision: VisionConfig, max_crops_per_image: i
     needed = ["<|im_start|>", "<|im_end|>", "<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<im_end>"]
     for token in [*needed, "<frame_start>", "<frame_end>", "<im_low>"]:
         if token not in vocabulary:
-            raise ConfigError(f"data.tokenizer={tokenizer} lacks the token {token}: use a Molmo2 model's tokenizer.")
+            raise ConfigError(f"{setting}={tokenizer} lacks the token {token}: use a Molmo2 model's tokenizer.")
     return processor
 
 

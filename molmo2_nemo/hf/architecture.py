@@ -6,21 +6,21 @@ import torch
 
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import ConnectorConfig, ModelConfig, VisionConfig, VitConfig, vision_token_ids
+from molmo2_nemo.hf.folder import first, is_there, parsed, read_config, read_json
 
 
 def model_config_from_hf(path: Path) -> ModelConfig:
     """The architecture in a Hugging Face folder's config.json (native or released layout), its processor's geometry.
 
-    Raises ConfigError for a folder that is no Molmo2 or needs a feature that is not supported.
+    tie_embeddings is what config.json says, whatever the weights are. Raises ConfigError for a folder that is no
+    Molmo2, is damaged, or needs a feature that is not supported.
     """
     from transformers import Molmo2Config
 
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} has no config.json: name a Hugging Face model folder.")
-    raw, _ = Molmo2Config.get_config_dict(path)
+    raw = read_config(path)
     if raw.get("model_type") != "molmo2":
         raise ConfigError(f"{path}/config.json says model_type={raw.get('model_type')!r}: only molmo2 can be read.")
-    hf = Molmo2Config.from_pretrained(path)
+    hf = parsed(path, Molmo2Config, raw)
     text, vit, adapter = hf.text_config, hf.vision_config, hf.adapter_config
 
     def require(key, value, expected):
@@ -39,11 +39,13 @@ def model_config_from_hf(path: Path) -> ModelConfig:
     require("adapter_config.hidden_size", adapter.hidden_size, vit.hidden_size)
     require("adapter_config.text_hidden_size", adapter.text_hidden_size, text.hidden_size)
     require("vision_config.image_size", len(set(vit.image_size)), 1)
-    rope = dict(text.rope_parameters)
+    rope = dict(text.rope_parameters or {})
+    if "rope_theta" not in rope:
+        raise ConfigError(f"{path}/config.json: text_config.rope_parameters has no rope_theta: download it again.")
     theta = rope.pop("rope_theta")
     scaled = rope.get("rope_type", "default") != "default"
     all_layers = list(text.rope_scaling_layers) == list(range(text.num_hidden_layers))
-    return ModelConfig(
+    model = ModelConfig(
         name=path.name,
         tokenizer=str(path),
         vision=_vision_geometry(path, vit.image_size[0], vit.patch_size),
@@ -74,13 +76,15 @@ def model_config_from_hf(path: Path) -> ModelConfig:
         layernorm_epsilon=text.rms_norm_eps,
         qk_norm="per_head" if text.qk_norm_type == "qwen3" else "full_width",
         norm_after=text.norm_after,
-        tie_embeddings=False,
+        tie_embeddings=bool(hf.tie_word_embeddings or text.tie_word_embeddings),
         rope_theta=theta,
         rope_scaling=rope if scaled else None,
         rope_scaling_layers=list(text.rope_scaling_layers) if scaled and not all_layers else None,
         init_std=text.initializer_range,
         vision_token_ids={name: getattr(hf, name) for name in _TOKEN_FIELDS},
     )
+    check_rope(path, model)
+    return model
 
 
 _TOKEN_FIELDS = (
@@ -95,19 +99,18 @@ _TOKEN_FIELDS = (
 
 def _vision_geometry(path: Path, image_size: int, patch_size: int) -> VisionConfig:
     """Crop geometry, with pooling and margins from the folder's processor where it has one."""
-    import json
-
     vision = VisionConfig(image_size=image_size, patch_size=patch_size)
     for name in ("processor_config.json", "preprocessor_config.json"):
-        if (path / name).is_file():
-            saved = json.loads((path / name).read_text())
-            image = saved.get("image_processor", saved)
-            if "overlap_margins" in image:
-                vision.overlap_margin = image["overlap_margins"][0]
-            if "pooling_size" in image:
-                vision.image_pooling = image["pooling_size"][0]
-            if "video_processor" in saved:
-                vision.video_pooling = saved["video_processor"]["pooling_size"][0]
+        file = path / name
+        if is_there(file):
+            saved = read_json(file)
+            image, video = saved.get("image_processor", saved), saved.get("video_processor", {})
+            if not isinstance(image, dict) or not isinstance(video, dict):
+                raise ConfigError(f"{file}: image_processor or video_processor is no JSON object: download it again.")
+            margin, pooling = first(file, image, "overlap_margins"), first(file, image, "pooling_size")
+            vision.overlap_margin = vision.overlap_margin if margin is None else margin
+            vision.image_pooling = pooling or vision.image_pooling
+            vision.video_pooling = first(file, video, "pooling_size") or vision.video_pooling
             break
     # A crop needs patches between its margins; a small model without processor files gets the largest that fits.
     vision.overlap_margin = min(vision.overlap_margin, (image_size // patch_size - 1) // 2)
@@ -179,3 +182,14 @@ def rope_tables(model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor | None, 
         return plain, None, 1.0
     scaled, factor = ROPE_INIT_FUNCTIONS[model.rope_scaling["rope_type"]](hf_config(model).text_config)
     return plain, scaled, factor
+
+
+def check_rope(path: Path, model: ModelConfig) -> None:
+    """Raise ConfigError if transformers cannot make the rotary position embedding that config.json describes."""
+    try:
+        rope_tables(model)
+    except Exception as error:  # whatever a formula makes of a missing key or a text among its numbers
+        raise ConfigError(
+            f"{path}/config.json: rope_parameters={model.rope_scaling} cannot be used ({type(error).__name__}: "
+            f"{error}): correct it or download it again."
+        ) from error

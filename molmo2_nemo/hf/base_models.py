@@ -4,7 +4,6 @@ The connector and the extra vocabulary's rows are drawn, normal with `model.init
 trainer does. Layouts: transformers' own folders, safetensors only, one tensor in memory at a time.
 """
 
-import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,10 @@ from torch import Tensor
 
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import ConnectorConfig, ModelConfig, VisionConfig, VitConfig
-from molmo2_nemo.hf.convert import HuggingFaceWeights, write_checkpoint
-from molmo2_nemo.hf.names import EMBEDDING_PARTS, base_parts, tensor_table
+from molmo2_nemo.hf.architecture import check_rope
+from molmo2_nemo.hf.convert import head_is_tied, write_checkpoint
+from molmo2_nemo.hf.folder import CONFIG_FILE, HuggingFaceWeights, is_there, parsed, read_config
+from molmo2_nemo.hf.names import EMBEDDING_PARTS, WrongShape, base_parts, tensor_table
 
 LANGUAGE_MODELS, VISION_MODELS = ("qwen3", "olmo3"), ("siglip", "siglip_vision_model")
 # Released models read blocks 24 and 18 of SigLIP's 27: the third and the ninth from the end, and build none after.
@@ -23,26 +24,20 @@ _FEATURES_FROM_THE_END = (3, 9)
 
 
 def model_type(folder: Path) -> str | None:
-    """`model_type` in a Hugging Face folder's config.json; None without that file. ConfigError: it is not readable."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        return str(json.loads(path.read_text()).get("model_type"))
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{path} is no JSON object: name a Hugging Face model folder.") from None
+    """`model_type` in a Hugging Face folder's config.json; None without that file. Raises ConfigError."""
+    return str(read_config(folder).get("model_type")) if is_there(folder / CONFIG_FILE) else None
 
 
 def base_model_config(llm: Path, vision: Path) -> ModelConfig:
-    """The architecture that two folders make together. Raises ConfigError for models that are not supported."""
-    from transformers import AutoConfig
+    """The architecture that two folders make together. Raises ConfigError for what is damaged or not supported."""
+    from transformers import CONFIG_MAPPING
 
     for folder, known, what in ((llm, LANGUAGE_MODELS, "a language model"), (vision, VISION_MODELS, "a vision tower")):
         found = model_type(folder)
         if found not in known:
             saying = f"says model_type={found!r}" if found else "does not exist"
             raise ConfigError(f"{folder}/config.json {saying}: {what} is one of {', '.join(known)}.")
-    text, vit = AutoConfig.from_pretrained(llm), AutoConfig.from_pretrained(vision)
+    text, vit = (parsed(folder, CONFIG_MAPPING[model_type(folder)], read_config(folder)) for folder in (llm, vision))
     vit = getattr(vit, "vision_config", vit)
 
     def require(folder, key, value, expected):
@@ -54,8 +49,11 @@ def base_model_config(llm: Path, vision: Path) -> ModelConfig:
     require(vision, "hidden_act", vit.hidden_act, "gelu_pytorch_tanh")
     require(vision, "num_channels", vit.num_channels, 3)
     # Molmo2 has no sliding windows: OLMo 3's are dropped, as in the released model.
-    rope, scaled_layers = dict(text.rope_parameters), None
-    if text.model_type == "olmo3":
+    rope, scaled_layers = dict(text.rope_parameters or {}), None
+    kinds = ("full_attention", "sliding_attention") if text.model_type == "olmo3" else ()
+    if any("rope_theta" not in part for part in ([rope.get(kind) or {} for kind in kinds] or [rope])):
+        raise ConfigError(f"{llm}/config.json: rope_parameters={rope} has no rope_theta: download it again.")
+    if kinds:
         full = dict(rope["full_attention"])
         require(
             llm,
@@ -74,7 +72,7 @@ def base_model_config(llm: Path, vision: Path) -> ModelConfig:
     taps = [depth - n for n in _FEATURES_FROM_THE_END]
     taps = taps if min(taps) >= 0 else [depth - 1, max(0, depth - 2)]
     heads, grid = vit.num_attention_heads, vit.image_size // vit.patch_size
-    return ModelConfig(
+    model = ModelConfig(
         name=llm.name,
         tokenizer=str(llm),
         vision=VisionConfig(
@@ -106,11 +104,16 @@ def base_model_config(llm: Path, vision: Path) -> ModelConfig:
         layernorm_epsilon=text.rms_norm_eps,
         qk_norm="full_width" if text.model_type == "olmo3" else "per_head",
         norm_after=text.model_type == "olmo3",
-        tie_embeddings=bool(text.tie_word_embeddings),
+        # As in transformers, a head that is there and differs from the embedding counts, whatever config.json says.
+        tie_embeddings=head_is_tied(llm, bool(text.tie_word_embeddings)) and bool(text.tie_word_embeddings),
         rope_theta=theta,
         rope_scaling=rope if scaled else None,
         rope_scaling_layers=scaled_layers if scaled else None,
     )
+    check_rope(llm, model)
+    HuggingFaceWeights(llm).refuse_more_layers(("model.layers.", "layers."), model.num_layers)
+    HuggingFaceWeights(vision).refuse_more_layers(("vision_model.encoder.layers.", "encoder.layers."), depth)
+    return model
 
 
 def check_base_models(llm: Path, vision: Path, wanted: ModelConfig) -> None:
@@ -166,7 +169,7 @@ def import_base_models(
     def table(name: str, shape_only: bool) -> Tensor:
         rows = text.get(name, shape_only)
         if rows.shape[0] < model.vocab_size:
-            raise KeyError(f"{llm}: {name} has {rows.shape[0]} rows, not {model.vocab_size}")
+            raise WrongShape(f"{llm}: {name} has {rows.shape[0]} rows, not {model.vocab_size}")
         return rows[: model.vocab_size]
 
     def read(name: str, shape_only: bool = False) -> Tensor:
@@ -198,16 +201,25 @@ def import_base_models(
             try:
                 meta = entry.join([read(name, shape_only=True) for name in entry.released])
             except KeyError as error:
-                raise ConfigError(f"{error.args[0]}: it cannot be imported.") from None
-            except RuntimeError as error:
-                raise ConfigError(f"{llm}, {vision}: {entry.key} does not fit config.json: {error}.") from None
+                raise ConfigError(
+                    f"{error.args[0]}, which its config.json asks for: it cannot be imported; download both again."
+                ) from None
+            except WrongShape as error:
+                raise ConfigError(f"{error}: its config.json is another model's; download both again.") from None
+            except (RuntimeError, IndexError) as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(
+                    f"{llm}, {vision}: {entry.key} does not fit config.json ({reason}): download both again."
+                ) from None
             shape, dtype = tuple(meta.shape), meta.dtype
 
             def build(entry=entry):
                 return entry.join([read(name) for name in entry.released]).contiguous()
 
         if tuple(shape) != entry.shape:
-            raise ConfigError(f"{llm}, {vision}: {entry.key} is {tuple(shape)}, config.json says {entry.shape}.")
+            raise ConfigError(
+                f"{llm}, {vision}: {entry.key} is {tuple(shape)}, config.json says {entry.shape}: download both again."
+            )
         state[entry.key] = torch.empty(entry.shape, dtype=dtype, device="meta")
         make[entry.key] = lambda build=build, key=entry.key: (progress(key), build())[1]
     source = {"step": 0, "stage": "imported", "source": f"{llm} + {vision}"}

@@ -1,66 +1,33 @@
 """Weights from and to Hugging Face folders, tensor by tensor: no process group, one tensor in memory at a time."""
 
+import contextlib
 import io
 import json
-from collections.abc import Callable
+import math
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from molmo2_nemo import checkpoint_dir
-from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.schema import ModelConfig
+from molmo2_nemo.files import disk_errors_told, missing_room
 from molmo2_nemo.hf.architecture import hf_config, model_config_from_hf
-from molmo2_nemo.hf.names import EMBEDDING_PARTS, NATIVE_EMBEDDING, read_released, tensor_table
+from molmo2_nemo.hf.folder import INDEX_FILE, MODEL_FILE, HuggingFaceWeights, has_weights, is_there
+from molmo2_nemo.hf.names import EMBEDDING_PARTS, NATIVE_EMBEDDING, WrongShape, read_released, tensor_table
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-MODEL_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-
-
-class HuggingFaceWeights:
-    """Tensors of a Hugging Face folder by name, read when asked for. Safetensors only: nothing is unpickled."""
-
-    def __init__(self, folder: Path):
-        index = folder / INDEX_FILE
-        if index.is_file():
-            files = json.loads(index.read_text())["weight_map"]
-        elif (folder / MODEL_FILE).is_file():
-            with safe_open(folder / MODEL_FILE, "pt") as file:
-                files = dict.fromkeys(file.keys(), MODEL_FILE)
-        else:
-            raise ConfigError(
-                f"{folder} has neither {MODEL_FILE} nor {INDEX_FILE}: only safetensors are read, never pickles."
-            )
-        if any(Path(name).name != name for name in files.values()):
-            raise ConfigError(f"{index} names a file outside its folder: it is not read.")
-        self.folder, self.files = folder, files
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
-
-    def _open(self, name: str):
-        if name not in self.files:
-            raise KeyError(name)
-        return safe_open(self.folder / self.files[name], "pt")
-
-    def __call__(self, name: str) -> Tensor:
-        with self._open(name) as file:
-            return file.get_tensor(name)
-
-    def shape_of(self, name: str) -> Tensor:
-        """A meta tensor of the right shape and type: it takes no memory."""
-        with self._open(name) as file:
-            part = file.get_slice(name)
-            return torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.float32), device="meta")
-
-    def first_rows(self, name: str, rows: int) -> Tensor:
-        with self._open(name) as file:
-            return file.get_slice(name)[:rows]
+_HEAD = "lm_head.weight"
+# The base embedding of a Molmo2 (released, native) and of a language model.
+_TABLES = (EMBEDDING_PARTS[0], NATIVE_EMBEDDING, "model.embed_tokens.weight", "embed_tokens.weight")
+# Bytes: what torch.save puts around a tensor (about 1,700), and its place in the index.
+_AROUND_A_TENSOR = 2048
 
 
 class _LazyPlanner(DefaultSavePlanner):
@@ -75,16 +42,34 @@ class _LazyPlanner(DefaultSavePlanner):
         return make() if make is not None else super().resolve_data(write_item)
 
 
-def head_is_tied(folder: Path) -> bool:
-    """Whether a Molmo2's head is its embedding, by the first rows of both. False also for a folder without weights."""
-    try:
-        weights = HuggingFaceWeights(folder)
-    except ConfigError:
-        return False
-    table = next((name for name in (EMBEDDING_PARTS[0], NATIVE_EMBEDDING) if name in weights), None)
-    if table is None or "lm_head.weight" not in weights:
-        return False
-    return torch.equal(weights.first_rows(table, 64), weights.first_rows("lm_head.weight", 64))
+def head_is_tied(folder: Path, says: bool) -> bool:
+    """Whether a model's head is its embedding, by the first rows of both.
+
+    says: config.json's tie_word_embeddings, which decides where there is no head, or only a configuration. Raises
+    ConfigError for damaged weights, and for weights that lack a head of their own.
+    """
+    if not has_weights(folder):
+        return says
+    weights = HuggingFaceWeights(folder)
+    if _HEAD not in weights:
+        _refuse_no_head(folder, says)
+        return True
+    table = next((name for name in _TABLES if name in weights), None)
+    if table is None or any(weights.shape_of(name).dim() != 2 for name in (table, _HEAD)):
+        return False  # damaged: the import says so
+    return _same(weights.first_rows(table, 64), weights.first_rows(_HEAD, 64))
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+def _refuse_no_head(folder: Path, tied: bool) -> None:
+    refuse(
+        not tied,
+        f"{folder} lacks {_HEAD}, and its config.json does not say tie_word_embeddings=true: download the weights "
+        "again, or set it if the head is the embedding.",
+    )
 
 
 def import_hf(
@@ -93,68 +78,115 @@ def import_hf(
     """Write a checkpoint of the weights in a Hugging Face folder (released or native names). Returns its architecture.
 
     A head equal to the base embedding, bit for bit, is stored once and marked tied. info: more for the marker. Raises
-    ConfigError when the folder lacks a tensor or has one of another shape.
+    ConfigError for a folder that is damaged or does not fit its config.json, and for a disk without room.
     """
     model = model_config_from_hf(folder)
     weights = HuggingFaceWeights(folder)
+    if _HEAD not in weights:
+        _refuse_no_head(folder, model.tie_embeddings)
+    model.tie_embeddings = _HEAD not in weights
+    weights.refuse_more_layers(("model.transformer.blocks.", "model.language_model.layers."), model.num_layers)
 
     # Every tensor is checked before anything is written.
+    state = {}
     for entry in tensor_table(model):
+        released = " + ".join(entry.released)
         try:
-            shape = entry.join([read_released(name, model, weights, weights.shape_of) for name in entry.released]).shape
+            meta = entry.join([read_released(name, model, weights, weights.shape_of) for name in entry.released])
         except KeyError as error:
-            raise ConfigError(f"{folder} lacks {error.args[0]}: it cannot be imported.") from None
-        except RuntimeError as error:
-            raise ConfigError(f"{folder}: {' + '.join(entry.released)} do not fit config.json: {error}.") from None
-        if tuple(shape) != entry.shape:
             raise ConfigError(
-                f"{folder}: {' + '.join(entry.released)} make {tuple(shape)}, config.json says {entry.shape}."
+                f"{folder} lacks {error.args[0]}, which its config.json asks for: it cannot be imported; download both "
+                "again."
+            ) from None
+        except WrongShape as error:
+            raise ConfigError(f"{folder}: {error}: its config.json is another model's; download both again.") from None
+        except (RuntimeError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{folder}: {released} do not fit config.json ({reason}): download both again.") from None
+        if tuple(meta.shape) != entry.shape:
+            raise ConfigError(
+                f"{folder}: {released} make {tuple(meta.shape)}, config.json says {entry.shape}: download both again."
             )
+        state[entry.key] = torch.empty(entry.shape, dtype=meta.dtype, device="meta")
 
     def read(name):
         return read_released(name, model, weights, weights)
 
-    embedding = read(EMBEDDING_PARTS[0])
-    model.tie_embeddings = torch.equal(read("lm_head.weight"), embedding)
-    dtype = embedding.dtype
-    del embedding
-    state, make = {}, {}
+    if _HEAD in weights and _same(read(_HEAD), read(EMBEDDING_PARTS[0])):
+        model.tie_embeddings = True
+    make = {}
     for entry in tensor_table(model):
 
         def build(entry=entry):
             progress(entry.key)
             return entry.join([read(name) for name in entry.released]).contiguous()
 
-        state[entry.key] = torch.empty(entry.shape, dtype=dtype, device="meta")
         make[entry.key] = build
     source = {"step": 0, "stage": "imported", "source": str(folder)}
-    write_checkpoint(checkpoint, model, state, make, source | (info or {}))
+    write_checkpoint(checkpoint, model, {key: state[key] for key in make}, make, source | (info or {}))
     return model
 
 
+@contextlib.contextmanager
+def _new_folder(folder: Path, needed: int, what: str) -> Iterator[Path]:
+    """The temporary folder of `folder`, to write `what` of `needed` bytes into; removed unless it has been renamed.
+
+    Raises ConfigError for a disk that lacks room, or that cannot be written.
+    """
+    with disk_errors_told(folder, needed, what):
+        temporary = checkpoint_dir.aside(folder)  # removes what an interrupted attempt has left, which makes room
+        try:
+            if (missing := missing_room(folder, needed, what)) is not None:
+                raise ConfigError(missing)
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_checkpoint(checkpoint: Path, model: ModelConfig, state: dict, make: dict, info: dict) -> None:
-    """A weights-only checkpoint that Megatron's dist_checkpointing.load reads, written by one process."""
-    temporary = checkpoint_dir.aside(checkpoint)
-    # dist_checkpointing expects the unsharded part of a state dict as one serialised object.
-    common = io.BytesIO()
-    torch.save([{}], common)
-    dcp.save(
-        {**state, "common_state/shard_0_1": common},
-        storage_writer=dcp.FileSystemWriter(temporary, thread_count=1),
-        planner=_LazyPlanner(make),
-        no_dist=True,
-    )
-    (temporary / "metadata.json").write_text(
-        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-    )
-    checkpoint_dir.publish(temporary, checkpoint, model, info)
+    """A weights-only checkpoint that Megatron's dist_checkpointing.load reads, written by one process.
+
+    Raises ConfigError when the disk lacks room or fails; then nothing is left of it.
+    """
+    needed = sum(x.nbytes + _AROUND_A_TENSOR for x in state.values())
+    with _new_folder(checkpoint, needed, "a checkpoint of these weights") as temporary:
+        # dist_checkpointing expects the unsharded part of a state dict as one serialised object.
+        common = io.BytesIO()
+        torch.save([{}], common)
+        failure = None
+        try:
+            dcp.save(
+                {**state, "common_state/shard_0_1": common},
+                storage_writer=dcp.FileSystemWriter(temporary, thread_count=1),
+                planner=_LazyPlanner(make),
+                no_dist=True,
+            )
+        except CheckpointException as error:
+            failure = _first_failure(error)
+        if failure is not None:
+            raise failure  # not above: the error of the disk that it came from would be forgotten
+        (temporary / "metadata.json").write_text(
+            json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+        )
+        checkpoint_dir.publish(temporary, checkpoint, model, info)
+
+
+def _first_failure(error: CheckpointException) -> BaseException:
+    """What went wrong itself: CheckpointException is no Exception, and its text is a traceback."""
+    return next(iter(error.failures.values()))[0]
 
 
 def read_tensor(checkpoint: Path, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A whole tensor of a checkpoint, whatever layout wrote it."""
+    """A whole tensor of a checkpoint, whatever layout wrote it. Raises ConfigError."""
     state = {key: torch.empty(shape, dtype=dtype)}
     with checkpoint_dir.nothing_executed(checkpoint):
-        dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+        try:
+            dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+        except CheckpointException as error:
+            reason = (str(_first_failure(error)).splitlines() or [type(_first_failure(error)).__name__])[0]
+            raise ConfigError(
+                f"checkpoint {checkpoint}: {key} cannot be read ({reason}); use another step_* directory."
+            ) from None
     return state[key]
 
 
@@ -196,19 +228,53 @@ def export_hf(
 
     dtype: None keeps the checkpoint's. tokenizer: folder whose tokenizer and chat template are written along with the
     processor; None writes weights and configuration only. Memory stays near `max_shard_bytes` plus one tensor.
-    Raises ConfigError when `folder` exists.
+    Raises ConfigError when `folder` exists, for a folder without a tokenizer, and when the disk lacks room or fails;
+    then nothing is left of it.
     """
-    if folder.exists():
+    if is_there(folder):
         raise ConfigError(f"{folder} exists: remove it or export to another folder.")
     model = checkpoint_dir.read_model(checkpoint)
-    temporary = checkpoint_dir.aside(folder)
+    processor = None
+    if tokenizer is not None:
+        from molmo2_nemo.data.processor import build_processor
+
+        processor = build_processor(tokenizer, model.vision, max_crops, setting="--tokenizer")
+        processor.video_processor.num_frames = max_frames
+        processor.video_processor.max_fps = max_fps
+    with _new_folder(folder, _export_bytes(checkpoint, model, dtype), "an export") as temporary:
+        stored = _write_weights(checkpoint, model, temporary, dtype, max_shard_bytes, progress)
+        hf_config(model, str(stored).removeprefix("torch.")).save_pretrained(temporary)
+        if processor is not None:
+            processor.save_pretrained(temporary)
+            _write_generation_config(temporary, processor.tokenizer)
+        temporary.rename(folder)
+
+
+def _export_bytes(checkpoint: Path, model: ModelConfig, dtype: torch.dtype | None) -> int:
+    """Of the tensors that `released_tensors` yields, as `dtype`; the rows that pad the vocabulary are counted, too."""
+    dtypes, total = checkpoint_dtypes(checkpoint), 0
+    for entry in tensor_table(model):
+        size = math.prod(entry.shape) * (dtype or dtypes.get(entry.key, torch.float32)).itemsize
+        total += size * (2 if model.tie_embeddings and entry.released == (EMBEDDING_PARTS[0],) else 1)
+    return total
+
+
+def _write_weights(
+    checkpoint: Path,
+    model: ModelConfig,
+    folder: Path,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    progress: Callable[[str], None],
+) -> torch.dtype:
+    """Write safetensors, and their index if there are several. Returns the type of the first tensor."""
     shard, size, shards, total = {}, 0, [], 0
 
     def flush():
         nonlocal shard, size
         if shard:
             name = f"part-{len(shards):05d}.safetensors"
-            save_file(shard, temporary / name, metadata={"format": "pt"})
+            save_file(shard, folder / name, metadata={"format": "pt"})
             shards.append((name, list(shard)))
             progress(f"{name}: {len(shard)} tensors, {size / 2**20:.1f} MiB")
         shard, size = {}, 0
@@ -225,22 +291,12 @@ def export_hf(
     weight_map = {}
     for number, (part, names) in enumerate(shards, start=1):
         name = MODEL_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (temporary / part).rename(temporary / name)
+        (folder / part).rename(folder / name)
         weight_map.update(dict.fromkeys(names, name))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    config = hf_config(model, str(stored).removeprefix("torch."))
-    config.save_pretrained(temporary)
-    if tokenizer is not None:
-        from molmo2_nemo.data.processor import build_processor
-
-        processor = build_processor(tokenizer, model.vision, max_crops)
-        processor.video_processor.num_frames = max_frames
-        processor.video_processor.max_fps = max_fps
-        processor.save_pretrained(temporary)
-        _write_generation_config(temporary, processor.tokenizer)
-    temporary.rename(folder)
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return stored
 
 
 def _write_generation_config(folder: Path, tokenizer) -> None:

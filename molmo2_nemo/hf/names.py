@@ -217,18 +217,22 @@ EMBEDDING_PARTS = ("model.transformer.wte.embedding", "model.transformer.wte.new
 NATIVE_EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
+class WrongShape(Exception):
+    """A tensor has other dimensions than the architecture asks for."""
+
+
 def read_released(name: str, model: ModelConfig, available, read: Callable[[str], Tensor]) -> Tensor:
     """The released tensor `name` from a folder that holds released or native names.
 
     The joined embedding may have been cut anywhere (transformers 5.23 halves it): it is joined and cut again at
-    the base vocabulary's size. Raises KeyError naming what is missing.
+    the base vocabulary's size. Raises KeyError naming what is missing, and WrongShape.
     """
     if name in EMBEDDING_PARTS:
         parts = [part for part in EMBEDDING_PARTS if part in available] or [NATIVE_EMBEDDING]
         rows = torch.cat([read(part) for part in parts])
         expected = model.vocab_size + model.additional_vocab_size
         if rows.shape[0] != expected:
-            raise KeyError(f"{' + '.join(parts)} have {rows.shape[0]} rows, not {expected}")
+            raise WrongShape(f"{' + '.join(parts)} have {rows.shape[0]} rows, not {expected}")
         return rows[: model.vocab_size] if name == EMBEDDING_PARTS[0] else rows[model.vocab_size :]
     if name in available:
         return read(name)

@@ -60,6 +60,10 @@ class OwnSample:
     files: list[tuple[str, Path]]  # (part, file)
     tasks: list[str]
 
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.sample) + sum(file.stat().st_size for _, file in self.files)
+
 
 def read_line(text: bytes, number: int, folder: Path, unit: str) -> OwnSample:
     """ValueError, one sentence: what is wrong with the line."""

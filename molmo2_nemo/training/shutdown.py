@@ -80,7 +80,8 @@ def write_ended(run_dir: Path, reason: str, step: int, message: str = "") -> Non
 def end_all_ranks(run_dir: Path, message: str, step: int, reason: str = "error") -> NoReturn:
     """End the run, with exit status 2, for what all ranks have found alike. Collective; rank 0 says so."""
     if dist.get_rank() == 0:
-        write_ended(run_dir, reason, step, message)
+        with contextlib.suppress(OSError):  # the disk may be what has failed
+            write_ended(run_dir, reason, step, message)
         print(f"error: {message}", file=sys.stderr, flush=True)
     dist.barrier()
     sys.exit(2)

@@ -15,6 +15,7 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.hf import base_models, convert
 from molmo2_nemo.hf.architecture import model_config_from_hf
+from molmo2_nemo.hf.folder import HuggingFaceWeights
 from molmo2_nemo.training import agreement
 from molmo2_nemo.training.step import refuse_other_architecture
 
@@ -51,11 +52,20 @@ def find_start(config: Config) -> Start:
     given = config.train.init_from
     if resume is not None or given is None:
         return Start(resume=resume, ignored=ignored)
+    try:
+        return _start_from_weights(config, ignored)
+    except OSError as error:
+        raise ConfigError(
+            f"train.init_from={given} cannot be read ({error.strerror}: {error.filename}): look at its rights and its "
+            "disk."
+        ) from error
+
+
+def _start_from_weights(config: Config, ignored: list[str]) -> Start:
+    given = config.train.init_from
     if isinstance(given, list):
         llm, vision = (Path(folder) for folder in given)
         base_models.check_base_models(llm, vision, config.model)
-        for folder in (llm, vision):
-            convert.HuggingFaceWeights(folder)
         return Start(hugging_face=[llm, vision], ignored=ignored)
     path = Path(given)
     if path.is_file():
@@ -67,9 +77,9 @@ def find_start(config: Config) -> Start:
         )
     if kind is not None:
         found = model_config_from_hf(path)
-        found.tie_embeddings = convert.head_is_tied(path)
+        found.tie_embeddings = convert.head_is_tied(path, found.tie_embeddings)
         refuse_other_architecture(found, config.model, path)
-        convert.HuggingFaceWeights(path)
+        HuggingFaceWeights(path)
         return Start(hugging_face=[path], ignored=ignored)
     if path.is_dir() and not any(path.iterdir()):
         raise ConfigError(
@@ -207,6 +217,9 @@ def _convert(folders: list[Path], checkpoint: Path, config: Config, say: Callabl
 def _contents(folders: list[Path]) -> dict[str, int]:
     """Sizes of the files that a conversion reads, by which another model in the same folder is noticed."""
     files = [
-        path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")
+        path
+        for folder in folders
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".json", ".safetensors") and path.is_file()
     ]
     return {str(path.absolute()): path.stat().st_size for path in files}

@@ -1,15 +1,18 @@
 """A user's own annotations: from lines of JSON to what a loader yields."""
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shlex
 import sys
 import tarfile
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -261,6 +264,31 @@ def test_no_lines_and_impossible_options(pictures, tmp_path, monkeypatch, option
     with pytest.raises(SystemExit, match=reason):
         tool.main()
     assert [path.name for path in tmp_path.iterdir()] == ["own.jsonl"]
+
+
+def test_a_full_disk_is_said_before_and_nothing_is_left_after(pictures, tmp_path, monkeypatch):
+    picture = pictures / "cat.jpg"
+    line = {"image": picture.name, "messages": TURN}
+    (tmp_path / "own.jsonl").write_text(json.dumps(line) + "\n")
+    command = ["prepare.py", str(tmp_path / "own.jsonl"), "--images", str(pictures), "--out", str(tmp_path / "shards")]
+    monkeypatch.setattr(sys, "argv", [*command, "--repeat", "100", "--val-share", "0", "--workers", "1"])
+    needed = 100 * picture.stat().st_size
+    with monkeypatch.context() as small, pytest.raises(SystemExit) as ended:
+        small.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed))  # none for the text
+        tool.main()
+    assert re.fullmatch(
+        r"error: a copy of all samples needs .* free, [\d.]+ .* are missing: make room .*", ended.value.code
+    )
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as small, pytest.raises(SystemExit, match="shards cannot be written .No space left"):
+        small.setattr("molmo2_nemo.prepare.webdataset.add_sample", full)
+        tool.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["own.jsonl"]
+    tool.main()
+    assert len(stored(tmp_path / "shards")) == 100
 
 
 def test_few_samples_can_be_repeated_and_a_hash_holds_out(pictures, tmp_path):

@@ -5,7 +5,8 @@ import re
 import shutil
 
 import pytest
-from programs import python, run_ranks, succeeded
+from programs import python, run_ranks, start_ranks, succeeded
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TINY = ["model=tiny", "data=sample", "schedule=quickstart", "optim=from_scratch", "train.log_every=1"]
@@ -109,6 +110,16 @@ def test_a_run_starts_from_base_models_and_from_hugging_face(sample, tmp_path):
     shutil.rmtree(tmp_path / "base" / "checkpoints")
     result = succeeded(train(1, 2, tmp_path / "base", sample, *base))
     assert f"weights from {start}" in result.stdout and "making " not in result.stdout
+    # Rank 0 alone finds what is wrong with a tensor, and all ranks end alike.
+    tensors = load_file(tmp_path / "llm" / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+    save_file(tensors, tmp_path / "llm" / "model.safetensors")
+    run_dir, log = tmp_path / "damaged", tmp_path / "log"
+    command = ["recipes/stage2_sft.py", *TINY, *SMALL, f"data.root={sample}", f"run_dir={run_dir}", *base]
+    assert [rank.wait() for rank in start_ranks(2, command, log)] == [2, 2], log.read_text()
+    assert "Traceback" not in log.read_text() and log.read_text().count("error: ") == 1
+    end = json.loads((run_dir / "ended.json").read_text())
+    assert end["reason"] == "config error" and "decoder.final_layernorm.weight is (95,)" in end["message"]
 
 
 @pytest.mark.slow

@@ -5,74 +5,13 @@ import shutil
 
 import pytest
 import torch
+from hf_models import V
 from programs import python, succeeded
 from safetensors.torch import load_file, save_file
 
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.hf import base_models, convert
-
-V = 200
-YARN = dict(
-    rope_type="yarn",
-    factor=8.0,
-    attention_factor=1.2079441541679836,
-    beta_fast=32,
-    beta_slow=1,
-    original_max_position_embeddings=64,
-)
-
-
-def save(model, folder):
-    """Norm weights away from one, biases away from zero: a swapped or dropped one must show."""
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """Name -> folder, saved by transformers itself."""
-    from transformers import (
-        Olmo3Config,
-        Olmo3ForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-        SiglipConfig,
-        SiglipModel,
-        SiglipVisionConfig,
-        SiglipVisionModel,
-    )
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("bases")
-    common = dict(hidden_size=48, num_attention_heads=4, intermediate_size=96, vocab_size=V, eos_token_id=0)
-    # 9 blocks: blocks 6 and 0 are read, and 7 and 8 are not built.
-    vision = SiglipVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=9, num_attention_heads=2, image_size=72, patch_size=14
-    )
-    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
-    qwen = dict(
-        num_key_value_heads=2,
-        head_dim=16,
-        num_hidden_layers=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
-    )
-    return {
-        "qwen3": save(Qwen3ForCausalLM(Qwen3Config(**common, **qwen)), folder / "qwen3"),
-        "qwen3_tied": save(Qwen3ForCausalLM(Qwen3Config(**common, **qwen, tie_word_embeddings=True)), folder / "tied"),
-        "olmo3": save(
-            Olmo3ForCausalLM(Olmo3Config(**common, num_hidden_layers=4, sliding_window=64, rope_scaling=YARN)),
-            folder / "olmo3",
-        ),
-        "siglip": save(SiglipVisionModel(vision), folder / "siglip"),
-        # As on the Hub: the vision tower beside its text tower.
-        "siglip_with_text": save(
-            SiglipModel(SiglipConfig(vision_config=vision.to_dict(), text_config=text)), folder / "siglip_with_text"
-        ),
-    }
 
 
 @pytest.mark.parametrize(

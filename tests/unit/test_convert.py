@@ -1,8 +1,13 @@
 """Weights survive the way in and out bit for bit, under either set of names and whatever the split."""
 
+import contextlib
 import json
+import re
+import resource
 import shutil
+from types import SimpleNamespace
 
+import export_hf
 import pytest
 import torch
 from hf_models import V, as_released, assert_same, released_file
@@ -10,7 +15,11 @@ from programs import python, succeeded
 from safetensors.torch import load_file, save_file
 
 from molmo2_nemo import checkpoint_dir
-from molmo2_nemo.hf import convert
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import Config
+from molmo2_nemo.hf import base_models, convert
+from molmo2_nemo.hf.architecture import model_config_from_hf
+from molmo2_nemo.training import start
 
 
 def test_import_and_export_are_bit_identical(hf_models, tmp_path):
@@ -91,7 +100,7 @@ def test_tools_say_what_is_wrong(hf_models, tmp_path):
     tensors = released_file(broken)
     del tensors["model.transformer.ln_f.weight"]
     save_file(tensors, broken / "model.safetensors")
-    assert "lacks model.language_model.norm.weight: it cannot be imported" in error(
+    assert "lacks model.language_model.norm.weight, which its config.json asks for" in error(
         "tools/import_hf.py", broken, tmp_path / "c"
     )
     assert not (tmp_path / "c").exists()
@@ -101,3 +110,123 @@ def test_tools_say_what_is_wrong(hf_models, tmp_path):
     data = next((tmp_path / "step_00000000").glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-100])
     assert "is damaged" in error("tools/export_hf.py", tmp_path / "step_00000000", tmp_path / "out")
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A disk that takes no larger files: the tensors of a checkpoint do not fit."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("way", ["import", "base models", "start", "export"])
+def test_a_full_disk_is_said_before_and_nothing_is_left_after(way, hf_models, bases, tmp_path, monkeypatch):
+    def write(target):
+        if way == "import":
+            convert.import_hf(hf_models["olmo3"], target, progress=str)
+        elif way == "base models":
+            base_models.import_base_models(bases["qwen3"], bases["siglip"], target, progress=str)
+        elif way == "start":
+            config = Config(run_dir=str(tmp_path / "run"), model=model_config_from_hf(hf_models["olmo3"]))
+            start._convert([hf_models["olmo3"]], target, config, str)
+        else:
+            convert.export_hf(tmp_path / "ckpt", target, tokenizer="molmo2_nemo/data/tokenizer", progress=str)
+
+    convert.import_hf(hf_models["olmo3"], tmp_path / "ckpt", progress=str)
+    target = tmp_path / "out" / "step_00000000"
+    # What a killed attempt has left makes room.
+    left = checkpoint_dir.aside(target)
+    (left / "half").write_bytes(b"x" * 1000)
+    with monkeypatch.context() as small:
+        small.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0 if (left / "half").exists() else 5000))
+        with pytest.raises(
+            ConfigError, match=r" needs [\d.]+ KiB, .* has 4.9 KiB free, [\d.]+ KiB are missing: make"
+        ) as error:
+            write(target)
+    assert not any(target.parent.iterdir())
+    for size in (100_000, 3_000):
+        with (
+            files_of_at_most(size),
+            pytest.raises(ConfigError, match=r"cannot be written \(File too large\); .*ulimit"),
+        ):
+            write(target)
+        assert not any(target.parent.iterdir())
+    # With a little more than what it asks for, it fits.
+    [needed] = re.findall(r" needs ([\d.]+) KiB", str(error.value))
+    write(target)
+    data = next(path for path in target.iterdir() if path.suffix in (".distcp", ".safetensors"))
+    assert 0.8 < float(needed) * 1024 / data.stat().st_size < 1.1
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "dead link"])
+def test_an_export_to_what_is_no_new_folder_is_refused(out, hf_models, tmp_path):
+    convert.import_hf(hf_models["olmo3"], tmp_path / "ckpt", progress=str)
+    (tmp_path / "file").touch()
+    (tmp_path / "dead link").symlink_to(tmp_path / "gone")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="exists: remove it|cannot be written .Not a directory.; name another folder"):
+        convert.export_hf(tmp_path / "ckpt", tmp_path / out, progress=str)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_export_without_a_tokenizer_says_how_to_name_one(hf_models, tmp_path):
+    """At once, before gigabytes are written; the advice works."""
+    convert.import_hf(hf_models["olmo3"], tmp_path / "ckpt", progress=str)
+    with pytest.raises(ConfigError, match="--tokenizer=.*olmo3 holds no tokenizer .*: set it to a folder with one"):
+        convert.export_hf(tmp_path / "ckpt", tmp_path / "out", tokenizer=str(hf_models["olmo3"]), progress=str)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+    convert.export_hf(tmp_path / "ckpt", tmp_path / "out", tokenizer="molmo2_nemo/data/tokenizer", progress=str)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def rewrite(path, content):
+    """Replace a file of a checkpoint, and its size in the marker."""
+    path.write_text(content)
+    marker = json.loads((path.parent / "complete.json").read_text())
+    marker["files"][path.name] = path.stat().st_size
+    (path.parent / "complete.json").write_text(json.dumps(marker))
+
+
+@pytest.mark.parametrize(
+    "file, content, sentence",
+    [
+        ("model.json", {"num_layers": 10**9}, r"in model.json, model.num_layers=1000000000 is not from 1 to 1,000"),
+        ("model.json", {"vocab_size": -1}, r"in model.json, model.vocab_size=-1 is not from 1 to"),
+        ("model.json", {"hidden_size": "wide"}, "model.json is not an architecture .*'wide'"),
+        ("model.json", {"no_such_key": 1}, "model.json is not an architecture .*no_such_key"),
+        ("model.json", {"hidden_size": 64}, "vision.connector.* cannot be read .*Size mismatch"),
+        ("model.json", {"num_layers": 5}, "lacks decoder.layers.4.* its model.json does not describe it"),
+        ("model.json", "{", "model.json is not an architecture"),
+        ("model.json", "[]", "model.json is not an architecture"),
+        ("model.json", "{}", "model.json is not an architecture"),
+        ("config.yaml", "a: [", "config.yaml is no configuration of a run"),
+        ("config.yaml", "text", "config.yaml is no configuration of a run"),
+        ("config.yaml", "data: 3", "config.yaml is no configuration of a run"),
+        ("complete.json", {"step": "abc"}, None),
+        ("complete.json", {"step": ...}, None),
+    ],
+)
+def test_an_export_of_a_damaged_checkpoint_is_one_sentence(file, content, sentence, hf_models, tmp_path, monkeypatch):
+    """A step that is missing or no number does no harm: an export does not need it."""
+    checkpoint = tmp_path / "step_00000000"
+    convert.import_hf(hf_models["olmo3"], checkpoint, progress=str)
+    if isinstance(content, dict):
+        values = json.loads((checkpoint / file).read_text()) | content
+        content = json.dumps({key: value for key, value in values.items() if value is not ...})
+    (checkpoint / file).write_text(content) if file == "complete.json" else rewrite(checkpoint / file, content)
+    command = ["export_hf.py", str(checkpoint), str(tmp_path / "out"), "--tokenizer", "molmo2_nemo/data/tokenizer"]
+    monkeypatch.setattr("sys.argv", command)
+    if sentence is None:
+        export_hf.main()
+        assert (tmp_path / "out" / "model.safetensors").exists()
+        return
+    with pytest.raises(SystemExit) as ended:
+        export_hf.main()
+    said = str(ended.value.code)
+    assert said.startswith("error: ") and str(checkpoint) in said and "\n" not in said
+    assert re.search(sentence, said), said
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]

@@ -1,4 +1,4 @@
-"""Atomic writing, locks between processes and checksums (files.py), and JSON arrays that are read item by item."""
+"""Atomic writing, locks between processes, checksums, full disks (files.py); JSON arrays that are read item by item."""
 
 import errno
 import hashlib
@@ -8,12 +8,25 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 from programs import REPOSITORY
 
 from molmo2_nemo.catalogue.raw import json_items, json_values, read_rows
-from molmo2_nemo.files import LockHeld, locked, publish, sha256_of, sha256_of_text, write_atomically, write_json
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.files import (
+    LockHeld,
+    disk_errors_told,
+    locked,
+    missing_room,
+    publish,
+    readable_size,
+    sha256_of,
+    sha256_of_text,
+    write_atomically,
+    write_json,
+)
 
 # Takes the lock, forks a process that goes on alone, prints the other's id, and waits to be killed.
 HOLDER = """
@@ -21,10 +34,13 @@ import os, sys, time
 from pathlib import Path
 from molmo2_nemo.files import locked
 with locked(Path(sys.argv[1])):
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(writer, b"I have let go of the lock")
         time.sleep(60)
         os._exit(0)
+    os.read(reader, 1)
     print(child, flush=True)
     time.sleep(60)
 """
@@ -146,3 +162,67 @@ def test_a_large_broken_array_is_not_read_as_a_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("molmo2_nemo.catalogue.raw.json.loads", None)
     with pytest.raises(ValueError, match="it is broken after item 1 .lexical error"):
         list(json_items(tmp_path / "rows.json"))
+
+
+def test_room_on_the_disk_is_counted_where_the_folder_will_be(tmp_path, monkeypatch):
+    sizes = {0: "0 bytes", 1023: "1023 bytes", 1024: "1.0 KiB", 5 * 2**30: "5.0 GiB", 3 * 2**50: "3,072.0 TiB"}
+    assert {size: readable_size(size) for size in sizes} == sizes
+    asked = []
+
+    def disk_usage(path):
+        asked.append(path)
+        return SimpleNamespace(free=3 * 2**30)
+
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
+    folder = tmp_path / "not/there/yet"
+    assert missing_room(folder, 3 * 2**30, "it") is None
+    assert missing_room(folder, 10 * 2**30, "it") == (
+        f"it needs 10.0 GiB, {folder} has 3.0 GiB free, 7.0 GiB are missing: make room or choose another folder."
+    )
+    assert set(asked) == {tmp_path}
+
+
+def wrapped(error):
+    try:
+        try:
+            raise error
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904 (as torch does)
+    except RuntimeError as outer:
+        return outer
+
+
+@pytest.mark.parametrize(
+    "error, free, sentence",
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            30,
+            r"\(No space left on device\); it needs 100 bytes, .* 70 by",
+        ),
+        (wrapped(OSError(errno.ENOSPC, "No space left on device")), 30, "70 bytes are missing"),
+        (ValueError("I/O error: No space left on device (os error 28)"), 30, "70 bytes are missing"),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            500,
+            "needs 100 bytes, and 500 bytes are free: look at your quota",
+        ),
+        (OSError(errno.EFBIG, "File too large"), 500, "ulimit -f"),
+        (OSError(errno.EROFS, "Read-only file system"), 500, "name a folder that you may write to"),
+        (PermissionError(errno.EACCES, "Permission denied"), 500, "name a folder that you may write to"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), 500, "name another folder"),
+        (OSError(errno.EIO, "Input/output error"), 500, "repair the disk"),
+    ],
+)
+def test_an_error_of_the_disk_becomes_one_sentence(error, free, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(ConfigError, match=sentence) as told, disk_errors_told(tmp_path / "out", 100, "it"):
+        raise error
+    assert str(told.value).startswith(f"{tmp_path}/out cannot be written (")
+
+
+@pytest.mark.parametrize("error", [ConfigError("a setting"), ValueError("our own"), KeyError("x"), KeyboardInterrupt()])
+def test_other_errors_stay_what_they_are(error, tmp_path):
+    with pytest.raises(type(error)) as same, disk_errors_told(tmp_path, 1, "it"):
+        raise error
+    assert same.value is error
