@@ -48,7 +48,7 @@ from molmo2_nemo import compat
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data import progress
-from molmo2_nemo.data.blend import Source, check_blend, write_metadataset
+from molmo2_nemo.data.blend import Source, write_metadataset
 from molmo2_nemo.data.encode import Encoder, dropped
 from molmo2_nemo.data.packing import Batch, PackedRows, Row, WaitingSample, collate, make_row
 from molmo2_nemo.data.progress import StreamPosition
@@ -370,11 +370,10 @@ def train_loader(
     another order, with what had not been handed out first (progress.py).
 
     Writes METADATASET to run_dir. Workers are forked at the first batch: ask for one before large allocations. With
-    data.num_workers=0 all is done in this process, for debugging. ConfigError: a source is too small for so many
-    workers, there is no usable tokenizer, a process may not open enough files, or `saved` is damaged or of a stream
-    made from something else. Broken samples raise nothing: they are in the batches' counters and errors.
+    data.num_workers=0 all is done in this process, for debugging. ConfigError: there is no usable tokenizer, a process
+    may not open enough files, or `saved` is damaged or of a stream made from something else. Broken samples raise
+    nothing: they are in the batches' counters and errors.
     """
-    check_blend(sources, world_size, data.num_workers)
     _allow_open_files(2 * PARALLEL_SHARDS * len(sources) + 256)
     path = Path(run_dir) / METADATASET
     write_metadataset(sources, path)
