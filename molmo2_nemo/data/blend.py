@@ -181,9 +181,9 @@ def missing_sources(cfg: DataConfig) -> list[str]:
 
 
 def check_present(cfg: DataConfig) -> tuple[int, int]:
-    """(sources of `cfg.blend` that are on this disk, all of them); ConfigError as for `load_blend`, but for missing ones.
+    """(how many sources of `cfg.blend` are on this disk, and of how many), for planning where the data need not be.
 
-    For planning on a machine that need not hold the data.
+    ConfigError as for `load_blend` and `check_shards`, but not because a source is missing.
     """
     _, entries = _read(cfg)
     present = sum(entry.path.is_dir() for entry in entries)
