@@ -180,6 +180,22 @@ def test_other_keys_and_values_are_refused(root, file, changes, words):
     assert "\n" not in sentence and len(sentence) < 700
 
 
+def test_the_command_in_the_sentence_makes_folders_that_are_accepted(root, monkeypatch):
+    """For one that was never prepared, and one with a damaged index."""
+    from megatron.energon.cli.main import main
+
+    shutil.rmtree(root / "theirs" / ".nv-meta")
+    change(root / "own" / ".nv-meta", INFO, shard_counts={"../a.tar": 1})
+    for name in ("theirs", "own"):
+        with pytest.raises(ConfigError) as refused:
+            read_index(name, root / name)
+        command = re.search(r"run energon (.*)\.$", str(refused.value))[1]
+        monkeypatch.setattr(sys, "argv", ["energon", *command.split()])
+        main(standalone_mode=False)
+        shards = {shard for part in read_index(name, root / name).values() for shard in part}
+        assert shards == {path.name for path in (root / name).glob("*.tar")}
+
+
 @pytest.mark.parametrize(
     "file, content, words",
     [
