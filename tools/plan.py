@@ -4,8 +4,9 @@
     python tools/plan.py --config-name stage2 model=molmo2_4b gpus=8 schedule=report --search
     python tools/plan.py --config-name stage2 hardware=h100_64 gpus=64 --json
 
-Nothing is started and no GPU is needed. Exit status: 0 it fits, 1 it does not, 2 a setting cannot work. Memory is
-computed by formulas, which docs/planner.md compares with measurements; times rest on assumed efficiencies.
+Nothing is started and no GPU is needed. Exit status: 0 it fits, 1 it does not, 2 a setting cannot work, or a source of
+data.blend that is on this machine cannot be trained on. Memory is computed by formulas, which docs/planner.md compares
+with measurements; times rest on assumed efficiencies.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check, check_settings
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
+from molmo2_nemo.data.blend import check_present
 from molmo2_nemo.environment import quiet_libraries
 from molmo2_nemo.planner.flops import PEAK_TFLOPS
 from molmo2_nemo.planner.memory import (
@@ -71,15 +73,16 @@ def main() -> int:
         job = Job(config, gpus)
         if job.precision == "fp8" and PEAK_TFLOPS[args.gpu][1] is None:
             raise ConfigError(f"train.precision=fp8, but {args.gpu} has no FP8: use train.precision=bf16.")
+        sources = check_present(config.data)
         refused = verdict(config, gpus, args.gpu_memory)
         found = search(config, gpus, args.gpu_memory, args.gpu) if args.search else []
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(as_json(job, args, refused, found)))
+        print(json.dumps(as_json(job, args, refused, found, sources)))
     else:
-        show(job, args, refused)
+        show(job, args, refused, sources)
         if args.search:
             show_search(found, gpus, args.gpu_memory)
     return 1 if refused else 0
@@ -135,7 +138,7 @@ def layout_of(job: Job) -> str:
     return f"TP {job.t}{sp}, PP {job.p}, CP {job.c}, DP {job.d}"
 
 
-def show(job: Job, args, refused: str | None) -> None:
+def show(job: Job, args, refused: str | None, sources: tuple[int, int]) -> None:
     config, train = job.config, job.config.train
     by_component, by_stage = count_parameters(job)
     stage, parts = worst_stage(job)
@@ -195,6 +198,11 @@ def show(job: Job, args, refused: str | None) -> None:
             f"  {item.kind:<6} {item.bytes / GIB:8.2f} GiB sent by a GPU over {item.link} "
             f"({item.seconds:.2f} s{overlap}): {item.what}"
         )
+    data, (present, number) = config.data, sources
+    print(
+        f"\ndata: {present} of the {number} sources of data.blend={data.blend} are on this machine, under"
+        f" data.root={data.root}{'; each has training samples' if present else ', so that none is checked'}"
+    )
     print(f"\n{'does not fit: ' + refused if refused else 'fits'}")
 
 
@@ -212,7 +220,7 @@ def show_search(found: list, gpus: int, memory: float) -> None:
         )
 
 
-def as_json(job: Job, args, refused: str | None, found: list) -> dict:
+def as_json(job: Job, args, refused: str | None, found: list, sources: tuple[int, int]) -> dict:
     stage, parts = worst_stage(job)
     by_component, by_stage = count_parameters(job)
     needed, phase = peak(parts)
@@ -223,6 +231,8 @@ def as_json(job: Job, args, refused: str | None, found: list) -> dict:
         "gpus": job.gpus,
         "fits": refused is None,
         "reason": refused,
+        "sources_on_disk": sources[0],
+        "sources": sources[1],
         "parameters": {name: asdict(counts) for name, counts in by_component.items()},
         "parameters_of_a_gpu": [counts.total for counts in by_stage],
         "pipeline_stage": stage,

@@ -1,8 +1,10 @@
 """Checks of the configuration that need no GPU, no data and no process group. All of them raise ConfigError."""
 
 import importlib.util
+import itertools
 import re
 import signal
+from dataclasses import replace
 
 from molmo2_nemo.config.components import COMPONENTS
 from molmo2_nemo.config.errors import ConfigError, check_choice, refuse
@@ -31,10 +33,8 @@ def check_settings(cfg: Config, world_size: int) -> None:
     """The checks of `check` that do not import Megatron."""
     check_choice("stage", cfg.stage, ("stage1", "stage2", "stage3"))
     check_model(cfg.model)
-    check_parallel(cfg.parallel, cfg.model, world_size)
-    train, p = cfg.train, cfg.parallel
-    multiple = row_multiple(p, train.precision, cfg.transformer.get("fp8_recipe", FP8_RECIPE))
-    check_data(cfg.data, cfg.model.vision, p, multiple)
+    check_layout(cfg, world_size)
+    train = cfg.train
     check_choice("train.device", train.device, ("auto", "cpu", "cuda"))
     check_choice("train.precision", train.precision, ("auto", "fp32", "bf16", "fp8"))
     given = train.init_from
@@ -87,14 +87,34 @@ def check_settings(cfg: Config, world_size: int) -> None:
         f"train.wandb_project={train.wandb_project}, but wandb is not installed: pip install wandb, or leave the key "
         "out.",
     )
-    ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
-    rows = train.micro_batch_size * (world_size // ranks)
+    check_batch(cfg, world_size)
     refuse(
-        train.global_batch_size % rows != 0,
-        f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
-        f"{train.micro_batch_size} x {world_size // ranks} data-parallel ranks = {rows}: use "
-        f"{-(-train.global_batch_size // rows) * rows}.",
+        all(getattr(cfg.optim, c).freeze for c in COMPONENTS),
+        "optim.vit.freeze, optim.connector.freeze and optim.llm.freeze are all true: nothing would be trained.",
     )
+    check_engine(cfg)
+
+
+def check_layout(cfg: Config, world_size: int) -> None:
+    """Refuse a layout that the model, the number of ranks or the rows do not allow. Raises ConfigError."""
+    check_parallel(cfg.parallel, cfg.model, world_size)
+    multiple = row_multiple(cfg.parallel, cfg.train.precision, cfg.transformer.get("fp8_recipe", FP8_RECIPE))
+    check_data(cfg.data, cfg.model.vision, cfg.parallel, multiple)
+
+
+def check_batch(cfg: Config, world_size: int) -> None:
+    """Refuse a global batch that the data-parallel ranks cannot share. Needs `check_parallel`. Raises ConfigError."""
+    train, p = cfg.train, cfg.parallel
+    replicas = world_size // _ranks_of_a_replica(p)
+    rows = train.micro_batch_size * replicas
+    if train.global_batch_size % rows != 0:
+        ways = [f"train.global_batch_size={-(-train.global_batch_size // rows) * rows}"]
+        fitting = [m for m in range(1, train.micro_batch_size) if train.global_batch_size % (m * replicas) == 0]
+        ways += [f"train.micro_batch_size={max(fitting)}"] if fitting else _layouts_for_batch(cfg, world_size)
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size} x {replicas} data-parallel ranks = {rows}: use {', or '.join(ways)}."
+        )
     micro_batches = train.global_batch_size // rows
     refuse(
         p.virtual_pipeline_model_parallel_size is not None and micro_batches % p.pipeline_model_parallel_size != 0,
@@ -103,11 +123,33 @@ def check_settings(cfg: Config, world_size: int) -> None:
         f" parallel.pipeline_model_parallel_size={p.pipeline_model_parallel_size}: change train.global_batch_size or"
         " train.micro_batch_size.",
     )
-    refuse(
-        all(getattr(cfg.optim, c).freeze for c in COMPONENTS),
-        "optim.vit.freeze, optim.connector.freeze and optim.llm.freeze are all true: nothing would be trained.",
-    )
-    check_engine(cfg)
+
+
+def _ranks_of_a_replica(p: ParallelConfig) -> int:
+    return p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
+
+
+def _layouts_for_batch(cfg: Config, world_size: int) -> list[str]:
+    """Overrides that split a replica over more ranks, so that the replicas can share the global batch; the least three.
+
+    All checks of the layout accept each. Whether it fits into memory is the planner's question.
+    """
+    keys = ("pipeline_model_parallel_size", "tensor_model_parallel_size", "context_parallel_size")
+    found = []
+    for factors in itertools.product((1, 2, 4, 8), repeat=3):
+        changes = {key: getattr(cfg.parallel, key) * factor for key, factor in zip(keys, factors) if factor > 1}
+        candidate = replace(cfg, parallel=replace(cfg.parallel, **changes))
+        ranks = _ranks_of_a_replica(candidate.parallel)
+        if world_size % ranks or cfg.train.global_batch_size % (cfg.train.micro_batch_size * world_size // ranks):
+            continue
+        try:
+            check_layout(candidate, world_size)
+            check_batch(candidate, world_size)
+            check_engine(candidate)
+        except ConfigError:
+            continue
+        found.append((ranks, len(changes), " ".join(f"parallel.{key}={value}" for key, value in changes.items())))
+    return [words for _, _, words in sorted(found, key=lambda layout: layout[:2])[:3]]
 
 
 def check_best(train: TrainConfig) -> None:

@@ -25,27 +25,24 @@ A source is an Energon WebDataset with the split parts "train" and "val". Everyt
 starts nothing.
 """
 
-import json
 import math
 import os
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from braceexpand import braceexpand
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig
+from molmo2_nemo.data.shard_index import read_index
 from molmo2_nemo.paths import CONF_DIR
 
 LOSS_WEIGHTINGS = ("flat", "root", "root_report")
-# Names in a message that lists some.
-MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def load_blend(cfg: DataConfig) -> list[Source]:
             f"{len(missing)} of the {len(entries)} sources of {where} are not on disk under data.root={cfg.root} "
             f"({', '.join(missing)}): {_remedy(cfg, missing, some_present=bool(present))}."
         )
-    counts = [[sum(shards.values()) for shards in _shards(entry.name, entry.path).values()] for entry in present]
+    counts = [[sum(shards.values()) for shards in read_index(entry.name, entry.path).values()] for entry in present]
     totals, rates = defaultdict(float), {}
     for entry, (train, _) in zip(present, counts):
         if train == 0:
@@ -183,21 +180,16 @@ def missing_sources(cfg: DataConfig) -> list[str]:
     return [entry.name for entry in _read(cfg)[1] if not entry.path.is_dir()]
 
 
-def check_blend(sources: list[Source], world_size: int, num_workers: int) -> None:
-    """Refuse sources too small for so many data-parallel ranks and loader workers per rank.
+def check_present(cfg: DataConfig) -> tuple[int, int]:
+    """(how many sources of `cfg.blend` are on this disk, and of how many), for planning where the data need not be.
 
-    Each worker owns a fixed range of each source. Workers without a sample never draw it, so that a source smaller
-    than their number is seen less often than its weight says. ConfigError, one sentence.
+    ConfigError as for `load_blend` and `check_shards`, but not because a source is missing.
     """
-    needed = 2 * world_size * max(1, num_workers)
-    small = [f"{source.name}: {source.num_samples}" for source in sources if source.num_samples < needed]
-    if small:
-        raise ConfigError(
-            f"{world_size} data-parallel rank(s) x data.num_workers={num_workers} need {needed} training samples of a "
-            f"source, two each, but {len(small)} of {len(sources)} have fewer ({_listed(small)}): lower "
-            "data.num_workers, leave them out of data.blend, or write their samples to the shards several times under "
-            "new keys (size: in the blend keeps their weight)."
-        )
+    _, entries = _read(cfg)
+    present = sum(entry.path.is_dir() for entry in entries)
+    if present:
+        check_shards(load_blend(replace(cfg, skip_missing=True)), cfg.max_error_rate)
+    return present, len(entries)
 
 
 def check_shards(sources: list[Source], max_error_rate: float) -> None:
@@ -207,7 +199,7 @@ def check_shards(sources: list[Source], max_error_rate: float) -> None:
     """
     for source in sources:
         folder = Path(source.path)
-        for shards in _shards(source.name, folder).values():
+        for shards in read_index(source.name, folder).values():
             found = _files(folder, {os.path.dirname(shard) for shard in shards})
             lost = {shard: {shard, f"{shard}.idx"} - found for shard in shards}
             lost = {shard: min(files) for shard, files in lost.items() if files}
@@ -313,11 +305,6 @@ def _typed(kind: type[BaseModel], document, where: str, where_keys: str | None =
         raise ConfigError(message) from None
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
-
-
 def _remedy(cfg: DataConfig, missing: list[str], some_present: bool) -> str:
     """How to get sources that are not on disk, or to do without."""
     if cfg.blend.startswith("sample_"):
@@ -343,30 +330,6 @@ def _catalogue_stages() -> dict[str, int]:
     """Source of the published mixtures -> the stage from which on it is trained on."""
     catalogue = yaml.safe_load((CONF_DIR / "datasets.yaml").read_text())
     return {entry["name"]: min(entry["stages"]) for entry in catalogue["datasets"] if entry["stages"]}
-
-
-def _shards(name: str, folder: Path) -> dict[str, dict[str, int]]:
-    """Split part (train, val) -> shard -> its samples, from Energon's index of a source."""
-    meta = folder / ".nv-meta"
-    try:
-        counts = json.loads((meta / ".info.json").read_text())["shard_counts"]
-        split = yaml.safe_load((meta / "split.yaml").read_text())
-        excluded = split.get("exclude") or []
-        # Energon abbreviates runs of shards: train-{00000..00002}.tar.
-        return {
-            part: {
-                shard: int(counts[shard])
-                for pattern in split["split_parts"].get(part) or []
-                for shard in braceexpand(pattern)
-                if shard not in excluded
-            }
-            for part in ("train", "val")
-        }
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"the source {name} is not prepared ({meta}: {error}): run energon prepare {folder} --non-interactive "
-            "--split-ratio 99,1,0 --sample-type CrudeWebdataset."
-        ) from error
 
 
 def _files(root: Path, folders: set[str]) -> set[str]:

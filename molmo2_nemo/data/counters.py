@@ -20,6 +20,7 @@ COUNTERS = (
     "dropped_too_long",
     "dropped_too_many_crops",
     "dropped_too_many_images",
+    "dropped_too_many_branches",
 )
 # Samples that were left out, by reason.
 DROPPED = tuple(name for name in COUNTERS if name.startswith("dropped_") and name != "dropped_branches")

@@ -10,14 +10,17 @@ The two halves are apart so that samples can wait for their packed row undecoded
 The token budget decides what is seen. A video gets as many uniformly sampled frames as fit beside its text; of texts
 that would take more than half of the row, branches are dropped first. Images keep their resolution if the first branch
 fits beside them, otherwise all of them get the most crops that do; then branches that do not fit are dropped, and the
-last one kept may lose its end.
+last one kept may lose its end. Text that is certain not to fit is not even tokenized, because that takes minutes.
 
 Source of the rules: public `olmo/preprocessing` and `olmo/data` of allenai/molmo2, and arXiv 2601.10611.
 """
 
 import functools
+import itertools
+import unicodedata
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -32,6 +35,10 @@ from molmo2_nemo.data.tasks import Conversation, converse
 from molmo2_nemo.data.video import annotation_times, frame_times, pick_frames
 from molmo2_nemo.model.mask import ROOT_SEGMENT
 
+# Tokens of a turn at least: half of the truth, so that a long conversation is cut and not left out.
+LEAST_TURN = 4
+# No more branches are tokenized when those that did not fit had this many rows of tokens.
+ROWS_IN_VAIN = 8
 # Seconds: a subtitle is shown if a frame is seen while it lasts, or this long before or after.
 SUBTITLE_REACH = 1.0
 
@@ -117,7 +124,7 @@ class _Fitted:
 
     ids: np.ndarray  # int32
     units: list[tuple[int, int]]
-    branches: list[_Branch]
+    branches: Iterable[_Branch]
     counts: dict[str, int]
     times: list[float] = field(default_factory=list)
     max_crops: int = 0
@@ -140,6 +147,12 @@ class Encoder:
         self.turn_end = [im_end, *self._text("\n")]
         self.assistant = [self.im_start, *self._text("assistant\n")]
         self.frame_patches = self._count_patches(self.visual.frame)
+        self.least_prompt = 2 + len(self.turn_end) + len(self.assistant)
+        self.longest_token = 1  # in runs of equal characters
+        for token in sorted(self.tokenizer.get_vocab(), key=len, reverse=True):
+            if len(token) <= self.longest_token:
+                break
+            self.longest_token = max(self.longest_token, _count_runs(token))
 
     def plan(self, example: Example, rng: np.random.Generator, options: SourceOptions = PLAIN) -> SamplePlan:
         """Everything but pixels. A sample that does not fit comes back as `dropped`.
@@ -149,6 +162,8 @@ class Encoder:
         """
         if len(example.images) > self.data.max_images:
             return dropped("too_many_images")
+        if len(example.branches) > self.data.seq_length:  # each has several tokens
+            return dropped("too_many_branches")
         if options.without_style:
             asked = [branch for branch in example.branches if getattr(branch, "style", None) != options.without_style]
             example = replace(example, branches=asked or example.branches)
@@ -168,7 +183,7 @@ class Encoder:
         if example.video:
             fitted = self._fit_video(example.video, conversations, rng)
         else:
-            branches = [self._branch(conversation, rng) for conversation in conversations]
+            branches = (self._branch(conversation, rng) for conversation in conversations)
             fitted = self._fit_images(example.images, branches, high_res)
         if sum(crops for crops, _ in fitted.units) > self.data.max_crops:
             return dropped("too_many_crops")
@@ -177,6 +192,7 @@ class Encoder:
         kept = self._keep(fitted.branches, self.data.seq_length - len(root), counters)
         if not kept:
             return dropped("too_long")
+        counters["dropped_branches"] = len(conversations) - len(kept)
         plan = self._assemble(root, kept, options, counters)
         plan.vision_units, plan.images, plan.video = fitted.units, example.images, example.video
         plan.times, plan.max_crops = fitted.times, fitted.max_crops
@@ -252,6 +268,10 @@ class Encoder:
         questions[0] = " ".join(part for part in (prefix, questions[0]) if part)
         if system is not None:
             questions[0] = f"System: {system}\n{questions[0]}"
+        row = self.data.seq_length
+        if len(answers) > row // LEAST_TURN or self._least_tokens("".join([*questions, *answers])) > row:
+            # In its place a prompt that no row can hold.
+            return _Branch(np.full(row + 2, self.eos_id, np.int32), np.arange(row + 2) > row, conversation.style)
         ids, is_target = [], []
         for turn, (question, answer) in enumerate(zip(questions, answers)):
             before = [*self.turn_end, self.im_start] if turn else [self.im_start]
@@ -261,7 +281,17 @@ class Encoder:
             is_target += [False] * len(prompt) + [True] * len(reply)
         return _Branch(np.array(ids, dtype=np.int32), np.array(is_target), conversation.style)
 
-    def _fit_images(self, images: list[Image], branches: list[_Branch], high_res: bool) -> _Fitted:
+    def _least_tokens(self, text: str) -> int:
+        """A number of tokens that the text has at least, found without the tokenizer; 0 where it may fit into a row.
+
+        Vocabularies have tokens of a hundred blanks or dashes. So what is counted, in the text and in the longest
+        token, is characters that differ from the one before. Tokenizers may compose characters first (NFC).
+        """
+        if len(text) <= self.data.seq_length * self.longest_token:
+            return 0
+        return min(map(_count_runs, {text, unicodedata.normalize("NFC", text)})) // self.longest_token
+
+    def _fit_images(self, images: list[Image], branches: Iterator[_Branch], high_res: bool) -> _Fitted:
         """The images with the most crops with which the first branch still fits; all of them at one limit."""
         most, row = self.data.max_crops_per_image, self.data.seq_length
         limits = ([self.data.high_res_crops] if high_res else []) + list(range(most, 0, -1))
@@ -272,11 +302,13 @@ class Encoder:
             return sum(crops for crops, _ in units) <= self.data.max_crops and 1 + len(ids) + text <= row
 
         # A text too long even for the smallest images is cut anyway: then they get half of the row.
-        text = branches[0].num_inputs
+        first = next(branches)
+        text = first.num_inputs
         limit = next((limit for need in (text, row // 2) for limit in limits if fits(limit, need)), 1)
         ids, units = encoded(limit)
         shrunk = len(images) if limit < most else 0
-        return _Fitted(ids, units, branches, {"images": len(images), "images_shrunk": shrunk}, max_crops=limit)
+        counts = {"images": len(images), "images_shrunk": shrunk}
+        return _Fitted(ids, units, itertools.chain([first], branches), counts, max_crops=limit)
 
     def _image_tokens(self, images: list[Image], max_crops: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
         parts, units = [np.zeros(0, dtype=np.int32)], []
@@ -294,10 +326,10 @@ class Encoder:
     def _fit_video(self, video: Video, conversations: list[Conversation], rng: np.random.Generator) -> _Fitted:
         """The most frames, at least one, that fit beside the text and into the crops of a row."""
         prefixes = [self._prefix(conversation, rng) for conversation in conversations]
-        fixed = [
-            None if _depends_on_times(conversation) else self._tokens(conversation, prefix, None)
-            for conversation, prefix in zip(conversations, prefixes)
-        ]
+
+        @functools.cache
+        def fixed(number: int) -> _Branch:
+            return self._tokens(conversations[number], prefixes[number], None)
 
         def visual(frames: int) -> tuple[list[float], np.ndarray]:
             times = self._times(video, frames)
@@ -305,12 +337,15 @@ class Encoder:
 
         def text(times: list[float]) -> list[_Branch]:
             """Every branch if there is room beside all frames, otherwise the first ones, up to half of the row."""
-            branches = [
-                self._tokens(conversation, prefix, times) if branch is None else branch
-                for conversation, prefix, branch in zip(conversations, prefixes, fixed)
-            ]
-            lengths = np.cumsum([branch.num_inputs for branch in branches])
-            return branches[: max(1, int((lengths <= text_room).sum()))]
+            branches, length = [], 0
+            for number, conversation in enumerate(conversations):
+                depends = _depends_on_times(conversation)
+                branch = self._tokens(conversation, prefixes[number], times) if depends else fixed(number)
+                length += branch.num_inputs
+                if branches and length > text_room:
+                    break
+                branches.append(branch)
+            return branches
 
         def fits(frames: int, most_text: int = self.data.seq_length) -> bool:
             times, ids = visual(frames)
@@ -330,7 +365,6 @@ class Encoder:
             "frames": len(times),
             "frames_thinned": wanted - len(times),
             "videos_thinned": int(len(times) < wanted),
-            "dropped_branches": len(conversations) - len(branches),
         }
         return _Fitted(ids, [(1, self.frame_patches)] * len(times), branches, counts, times)
 
@@ -340,24 +374,33 @@ class Encoder:
         return annotation_times(video.seconds, max_frames, video.annotation_fps, video.fps)
 
     def _subtitles(self, video: Video, times: list[float]) -> np.ndarray:
-        """Tokens of "subtitle" and a line for each subtitle near a frame, or nothing."""
-        lines = [
-            f"{start:.1f} - {end:.1f} {text}"
-            for start, end, text in video.subtitles
-            if any(start - SUBTITLE_REACH <= time <= end + SUBTITLE_REACH for time in times)
-        ]
-        return np.array(self._text("\n".join(["subtitle", *lines])) if lines else [], dtype=np.int32)
+        """Tokens of "subtitle" and a line for each subtitle near a frame, or nothing. `times` ascend."""
+        lines, row = [], self.data.seq_length
+        for start, end, text in video.subtitles:
+            first = bisect_left(times, start - SUBTITLE_REACH)
+            if first < len(times) and times[first] <= end + SUBTITLE_REACH:
+                lines.append(f"{start:.1f} - {end:.1f} {text}")
+                if len(lines) > row:
+                    break
+        if not lines:
+            return np.zeros(0, dtype=np.int32)
+        text = "\n".join(["subtitle", *lines])
+        if len(lines) > row or self._least_tokens(text) > row:
+            return np.full(row + 1, self.eos_id, dtype=np.int32)  # fits no row either
+        return np.array(self._text(text), dtype=np.int32)
 
-    def _keep(self, branches: list[_Branch], room: int, counters: Counter) -> list[_Branch]:
+    def _keep(self, branches: Iterable[_Branch], room: int, counters: Counter) -> list[_Branch]:
         """The branches that fit into `room` inputs; the last may lose its end, if it keeps a target."""
-        kept = []
+        kept, in_vain = [], 0
         for branch in branches:
             if branch.prompt_length > room:
-                counters["dropped_branches"] += 1
-                continue
-            counters["truncated"] += branch.num_inputs > room
-            kept.append(branch)
-            room -= min(room, branch.num_inputs)
+                in_vain += branch.num_inputs
+            else:
+                counters["truncated"] += branch.num_inputs > room
+                kept.append(branch)
+                room -= min(room, branch.num_inputs)
+            if room < self.least_prompt or in_vain > ROWS_IN_VAIN * self.data.seq_length:
+                break  # what is left cannot fit, and is not tokenized
         return kept
 
     def _assemble(
@@ -415,6 +458,12 @@ def style_prefix(style: str, answer_length: int, rule: str, rng: np.random.Gener
     if style in ("pointing", "point_count", "cosyn_point") or rng.random() >= LENGTH_SHARE:
         return f"{style}:"
     return f"{style} {max(0, (answer_length + int(rng.normal(0, LENGTH_NOISE))) // LENGTH_UNIT)}:"
+
+
+def _count_runs(text: str) -> int:
+    """Number of characters that differ from the one before, the first included."""
+    values = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    return int(np.count_nonzero(values[1:] != values[:-1])) + (len(values) > 0)
 
 
 def _depends_on_times(conversation: Conversation) -> bool:

@@ -50,7 +50,7 @@ from molmo2_nemo import compat
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data import progress
-from molmo2_nemo.data.blend import Source, check_blend, write_metadataset
+from molmo2_nemo.data.blend import Source, write_metadataset
 from molmo2_nemo.data.encode import Encoder, dropped
 from molmo2_nemo.data.packing import Batch, PackedRows, Row, WaitingSample, collate, make_row
 from molmo2_nemo.data.progress import StreamPosition
@@ -58,6 +58,9 @@ from molmo2_nemo.data.schema import Example, read_example
 
 # Shards of one source that a worker reads at a time. Each takes two open files, and a blend has a hundred sources.
 PARALLEL_SHARDS = 4
+# A source with fewer samples for each worker of all ranks is not dealt out to them, but read by each as a whole:
+# a worker without a sample of its own would never draw from it, and the source would miss its share.
+SAMPLES_PER_WORKER = 2
 # Consecutive samples of a shard that are read at once. Fewer mix the samples better, more keep the saved state small.
 SAMPLES_PER_SLICE = 16
 # A worker's saved state is a snapshot that is at most this old, and the batches to replay since then.
@@ -93,16 +96,19 @@ class ShardReader:
     """Samples of one source by index. It replaces Energon's reader, which ends the stream at an unreadable sample.
 
     What cannot be read becomes a sample without parts whose `error` says why, so that it keeps its place in the stream.
-    Samples that are ahead (see progress.py) are skipped unread in the first passes of the stream.
+    Samples that are ahead (see progress.py) are skipped unread in the first passes of the stream. Where all of
+    `workers` workers read the same samples, each of them skips its part of these appearances.
     """
 
     ERROR = "__error__"
 
-    def __init__(self, reader: ShardInfosITarReader, stream: WebdatasetSampleLoaderDataset, ahead: np.ndarray):
-        self.reader, self.stream, self.ahead = reader, stream, ahead
+    def __init__(self, reader: ShardInfosITarReader, stream: WebdatasetSampleLoaderDataset, ahead: np.ndarray, workers):
+        self.reader, self.stream, self.ahead, self.workers = reader, stream, ahead, workers
 
     def __getitem__(self, index: int) -> dict | None:
-        if compat.passes_made(self.stream) < self.ahead[index]:
+        config = self.stream.worker_config
+        worker = config.rank * max(1, config.num_workers) + config.rank_worker_id()
+        if compat.passes_made(self.stream) < (int(self.ahead[index]) + (worker + index) % self.workers) // self.workers:
             return None
         try:
             sample = self.reader[index]
@@ -174,12 +180,17 @@ class Molmo2TaskEncoder(TaskEncoder):
     def _load_dataset(self, dataset, worker_rotation_offset, worker_config):
         """One source, read through a ShardReader."""
         samples = super()._load_dataset(dataset, worker_rotation_offset, worker_config)
+        stream = compat.wrapped_dataset(samples, WebdatasetSampleLoaderDataset)
+        number, on_rank, together = len(dataset.dataset), max(1, worker_config.num_workers), 1
         if self.position:
             ahead = self.position.ahead_in(self.source_index[dataset.dataset.subflavors["source"]])
+            if number < SAMPLES_PER_WORKER * worker_config.world_size * on_rank:
+                # Each reads all samples, one by one in an order of its own, as often as the source's weight says.
+                together = worker_config.world_size * on_rank
+                stream.workers_slice_offsets = [range(number + 1)] * on_rank
         else:
-            ahead = np.zeros(len(dataset.dataset), dtype=np.uint16)
-        stream = compat.wrapped_dataset(samples, WebdatasetSampleLoaderDataset)
-        stream.join_readers = [ShardReader(reader, stream, ahead) for reader in stream.join_readers]
+            ahead = np.zeros(number, dtype=np.uint16)
+        stream.join_readers = [ShardReader(reader, stream, ahead, together) for reader in stream.join_readers]
         return samples
 
     @stateless
@@ -370,11 +381,10 @@ def train_loader(
     unless the run to continue was told so already.
 
     Writes METADATASET to run_dir. Workers are forked at the first batch: ask for one before large allocations. With
-    data.num_workers=0 all is done in this process, for debugging. ConfigError: a source is too small for so many
-    workers, there is no usable tokenizer, a process may not open enough files, or `saved` is damaged or of another
-    tokenizer. Broken samples raise nothing: they are in the batches' counters and errors.
+    data.num_workers=0 all is done in this process, for debugging. ConfigError: there is no usable tokenizer, a process
+    may not open enough files, or `saved` is damaged or of another tokenizer. Broken samples raise nothing: they are in
+    the batches' counters and errors.
     """
-    check_blend(sources, world_size, data.num_workers)
     _allow_open_files(2 * PARALLEL_SHARDS * len(sources) + 256)
     path = Path(run_dir) / METADATASET
     write_metadataset(sources, path)

@@ -9,9 +9,11 @@ least. Frames are separated by a tab in stage 1 and by a semicolon afterwards; i
 single spaces.
 """
 
+import functools
 import json
 import math
 import re
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 
 SEPARATORS = ("\t", ";")
@@ -19,6 +21,8 @@ NO_POINTS = "There are none."
 NO_TRACKS = "No tracks available."
 # Seconds: an annotation this close to a frame is of that frame (times are written with one decimal).
 SAME_TIME = 0.05
+# Characters of a message at most, its points and tracks included: twice what a sample's JSON may have.
+MAX_RENDERED = 2**25
 
 _MARKER = re.compile(r"<points ([0-9]{1,4})/>")
 _TAG = re.compile(r"</?(?:points|tracks)\b")
@@ -160,24 +164,43 @@ def render_content(content: str, entries: list[dict], separator: str = ";", time
     """The content of a message, each marker `<points k/>` in it replaced by entry k as text.
 
     entries: dictionaries of `to_json`; without any the content is returned as it is. times: seconds of the frames that
-    are seen; tracks lose what lies more than SAME_TIME away from all of them. ValueError: a marker has no entry, or an
-    entry cannot be formatted.
+    are seen; tracks lose what lies more than SAME_TIME away from all of them. ValueError: a marker has no
+    entry, an entry cannot be formatted, or the text would have more than MAX_RENDERED characters.
     """
     if not entries:
         return content
 
-    def replace(marker: re.Match) -> str:
-        index = int(marker[1])
-        if index >= len(entries):
-            raise ValueError(f"The marker {marker[0]} has no entry among {len(entries)} points.")
+    seen = None if times is None else sorted(times)
+
+    @functools.cache
+    def entry(index: int) -> str:
         value = from_json(entries[index])
         if isinstance(value, Points):
             return format_points(value, separator)
-        if times is not None:
-            value.frames = [frame for frame in value.frames if any(abs(frame[0] - t) <= SAME_TIME for t in times)]
+        if seen is not None:
+            value.frames = [frame for frame in value.frames if _is_near(frame[0], seen)]
         return format_tracks(value, separator)
 
+    size = len(content)
+
+    def replace(marker: re.Match) -> str:
+        nonlocal size
+        index = int(marker[1])
+        if index >= len(entries):
+            raise ValueError(f"The marker {marker[0]} has no entry among {len(entries)} points.")
+        text = entry(index)
+        size += len(text)
+        if size > MAX_RENDERED:  # many markers may name one long entry
+            raise ValueError(f"A message with its points has more than {MAX_RENDERED:,} characters.")
+        return text
+
     return _MARKER.sub(replace, content)
+
+
+def _is_near(seconds: float, times: list[float]) -> bool:
+    """Whether one of the ascending times is at most SAME_TIME away."""
+    after = bisect_left(times, seconds)
+    return any(abs(seconds - time) <= SAME_TIME for time in times[max(0, after - 1) : after + 1])
 
 
 def _ends(frames: dict[float, dict]) -> dict[float, dict]:

@@ -134,7 +134,8 @@ def _caption(task: Caption, style: str, example: Example, rng: np.random.Generat
 
 def _question(task: Question, style: str, example: Example, rng: np.random.Generator, templates: bool):
     counts = Counter(task.answers)
-    answer = _draw(rng, [answer for answer in counts if counts[answer] == max(counts.values())])
+    most = max(counts.values())
+    answer = _draw(rng, [answer for answer in counts if counts[answer] == most])
     if task.explanation is None:
         return _turn(task.question, answer)
     question = f"{task.question} {_draw(rng, sets.EXPLAIN)}" if templates else task.question

@@ -18,12 +18,12 @@ from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.blend import (
     Source,
     SourceOptions,
-    check_blend,
     check_shards,
     load_blend,
     missing_sources,
     write_metadataset,
 )
+from molmo2_nemo.data.shard_index import DATASET
 from molmo2_nemo.paths import CONF_DIR
 
 CATALOGUE = yaml.safe_load((CONF_DIR / "datasets.yaml").read_text())
@@ -38,6 +38,7 @@ def make_source(root, name, train=(5, 4), val=(3,)):
     (meta / ".info.json").write_text(json.dumps({"energon_version": "7.4.1", "shard_counts": counts}))
     parts = {part: [shard for shard in counts if shard.startswith(part)] for part in ("train", "val", "test")}
     (meta / "split.yaml").write_text(yaml.safe_dump({"split_parts": parts, "exclude": []}))
+    (meta / "dataset.yaml").write_text(yaml.safe_dump(DATASET))
     for shard in counts:
         (root / name / shard).touch()
         (root / name / f"{shard}.idx").touch()
@@ -243,6 +244,7 @@ def test_shards_in_subfolders(root):
     (meta / ".info.json").write_text(json.dumps({"shard_counts": dict.fromkeys(shards, 7)}))
     split = {"split_parts": {"train": ["part/{00..11}.tar"]}, "exclude": ["part/03.tar"]}
     (meta / "split.yaml").write_text(yaml.safe_dump(split))
+    (meta / "dataset.yaml").write_text(yaml.safe_dump(DATASET))
     for shard in shards:
         if shard != "part/03.tar":
             (folder / shard).touch()
@@ -253,14 +255,6 @@ def test_shards_in_subfolders(root):
     shutil.rmtree(folder / "part")
     with pytest.raises(ConfigError, match="source deep lacks 11 of 11 shards with 100.0% .*part/00.tar"):
         check_shards(sources, max_error_rate=0.5)
-
-
-def test_sources_too_small_for_the_workers(root):
-    sources = load_blend(config(root, fixed(a=("a", 1), b=("b", 1))))
-    check_blend(sources, world_size=2, num_workers=2)
-    check_blend(sources, world_size=4, num_workers=0)
-    with pytest.raises(ConfigError, match=r"4 data-parallel.*data.num_workers=2 need 16 .*1 of 2 have fewer \(a: 9\)"):
-        check_blend(sources, world_size=4, num_workers=2)
 
 
 def test_the_metadataset_is_what_energon_reads(root, tmp_path):
@@ -446,7 +440,7 @@ def standard_errors(sources, counts):
 @pytest.mark.slow
 @pytest.mark.parametrize("number, ranks, workers, draws", [(5, 1, 0, 6_000), (5, 3, 1, 6_000), (109, 4, 2, 40_000)])
 def test_observed_shares_are_the_asked_ones(tmp_path, number, ranks, workers, draws):
-    """As few samples as check_blend allows, and shares over four orders of magnitude.
+    """The fewest samples that are still dealt to the workers, and shares over four orders of magnitude.
 
     So many draws show the smallest fault there can be, that one of the processes never draws from one source. With
     p processes and a share of w, the source is then off by sqrt(draws * w / (1 - w)) / p standard errors: 5.9 for the
@@ -463,24 +457,9 @@ def test_observed_shares_are_the_asked_ones(tmp_path, number, ranks, workers, dr
     else:
         blend = sqrt(**{f"s{i}": {"path": f"s{i}", "size": 10 ** (8 * i / number)} for i in range(number)})
     sources = load_blend(config(tmp_path, blend))
-    check_blend(sources, ranks, workers)
     write_metadataset(sources, tmp_path / "energon.yaml")
     errors = standard_errors(sources, count_draws(tmp_path / "energon.yaml", ranks, workers, draws))
     # Of 109 independent shares one is beyond 3 standard errors in every fourth blend.
     assert sum(abs(error) > 3 for error in errors) <= (0 if number == 5 else 2), errors
     assert max(map(abs, errors)) < 5
     assert sum(error**2 for error in errors) < number + 4 * math.sqrt(2 * number)
-
-
-def test_a_source_smaller_than_the_number_of_workers_is_drawn_too_rarely(tmp_path):
-    """What check_blend refuses, and that the count of draws would show it."""
-    from sources import write_source
-
-    write_source(tmp_path / "small", [{"json": {}}])
-    write_source(tmp_path / "large", [{"json": {}}] * 40)
-    sources = load_blend(config(tmp_path, fixed(small=("small", 1), large=("large", 1))))
-    write_metadataset(sources, tmp_path / "energon.yaml")
-    with pytest.raises(ConfigError, match="small: 1"):
-        check_blend(sources, 4, 0)
-    counts = count_draws(tmp_path / "energon.yaml", ranks=4, workers=0, draws=2_000)
-    assert standard_errors(sources, counts)[0] < -10

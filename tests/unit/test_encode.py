@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import re
+import unicodedata
+from collections import Counter
 from dataclasses import replace
 
 import av
@@ -21,7 +23,7 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data.blend import SourceOptions
 from molmo2_nemo.data.counters import COUNTERS
-from molmo2_nemo.data.encode import DEMO_STYLES, ROOT_SEGMENT, Encoder, loss_weight, style_prefix
+from molmo2_nemo.data.encode import DEMO_STYLES, ROOT_SEGMENT, Encoder, _count_runs, loss_weight, style_prefix
 from molmo2_nemo.data.loader import frames_note
 from molmo2_nemo.data.processor import build_processor, read_image
 from molmo2_nemo.data.schema import read_example
@@ -605,6 +607,137 @@ def test_many_texts_leave_half_of_the_row_to_the_video():
 def test_every_count_has_a_name():
     for sample in (sample_of([noise(70, 70)] * 2)[0], sample_of(video=video_of(30.0))[0], sample_of()[0]):
         assert set(plan_of(ENCODER, sample, rng()).counters) <= set(COUNTERS)
+
+
+# --- samples that no row can hold -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenized(monkeypatch):
+    """The texts that ENCODER's tokenizer got."""
+    texts, encode = [], ENCODER.tokenizer.encode
+    monkeypatch.setattr(ENCODER.tokenizer, "encode", lambda text, **more: texts.append(text) or encode(text, **more))
+    return texts
+
+
+POINTS = [[1, [[i / 4000, i / 4000] for i in range(4000)]]]
+TRACKS = [[half / 2, [[name, half / 100, 0.5] for name in range(3000)]] for half in range(4)]
+LONG = "word " * 8000
+IMAGE, VIDEO = {"images": [noise(90, 90)]}, {"video": {"part": "v.mp4", "width": 9, "height": 9, "duration": 20.0}}
+
+
+@pytest.mark.parametrize(
+    "branch, medium",
+    [
+        ([user("Q"), assistant("word " * 3_000_000)], {}),  # 15 MB
+        ([user("Q"), assistant("word " * 3_000_000)], VIDEO),
+        ([user(LONG), assistant("A")], IMAGE),
+        ([{"role": "system", "content": LONG}, user("Q"), assistant("A")], {}),
+        ([user("Q"), assistant("e\u0301\u4e2d" * 20000)], {}),
+        ([user("Q"), assistant("A")] * 300, {}),  # turns
+        ({"task": "caption", "text": LONG}, IMAGE),
+        ({"task": "question", "question": "Q", "answers": ["A"], "explanation": LONG}, VIDEO),
+        ({"task": "question", "question": "Q", "answers": [f"{i} {LONG}" for i in range(50)]}, {}),
+        ({"task": "pointing", "label": "cat", "points": POINTS, "style": "pointing"}, IMAGE),
+        (
+            {"task": "tracking", "label": "cat", "frames": TRACKS, "fps": 2, "style": "video_point_track_per_frame"},
+            VIDEO,
+        ),
+    ],
+)
+def test_text_that_is_certain_not_to_fit_is_not_tokenized(branch, medium, tokenized):
+    plan = plan_of(ENCODER, sample_of(branches=[branch], **medium)[0], rng())
+    assert plan.counters == {"dropped_too_long": 1} and not plan.num_tokens
+    assert max(map(len, tokenized), default=0) < 1000
+    # Beside other branches it is the one that is left out.
+    tokenized.clear()
+    sample, _ = sample_of(branches=[branch, [user("Who?"), assistant("A cat.")]], **medium)
+    plans = [plan_of(ENCODER, sample, rng(seed)) for seed in range(6)]
+    kept = [plan for plan in plans if plan.num_tokens]
+    assert kept and all(plan.counters["dropped_branches"] == 1 and "A cat." in targets(plan) for plan in kept)
+    assert max(map(len, tokenized)) < 1000
+
+
+@pytest.mark.parametrize("number, text", [(3000, "line"), (20, LONG)])
+def test_many_subtitles_are_not_tokenized(number, text, tokenized):
+    lines = [[0.0, 20.0, text]] * number
+    plan = plan_of(ENCODER, sample_of(video=video_of(20.0, subtitles=lines))[0], rng())
+    assert plan.counters == {"dropped_too_long": 1}
+    assert max(map(len, tokenized)) < 1000
+
+
+def test_branches_beyond_what_a_row_can_hold(tokenized):
+    branches = [[user(f"Q{number}"), assistant("A")] for number in range(1024)]
+    plan = plan_of(ENCODER, sample_of(branches=branches)[0], rng())
+    kept = plan.counters["branches"]
+    # A question and an answer for each that is kept, and perhaps one for which there was no room.
+    assert plan.counters["dropped_branches"] == 1024 - kept and 2 * kept <= len(tokenized) <= 2 * kept + 2
+    tokenized.clear()
+    plan = plan_of(ENCODER, sample_of(branches=branches * 2)[0], rng())
+    assert plan.counters == {"dropped_too_many_branches": 1} and not tokenized
+    # Questions that do not fit beside the image, and of which one cannot be sure, are not tried for ever either.
+    sample, _ = sample_of([noise(90, 90)], [[user("word " * 1500), assistant("A")]] * 40)
+    assert plan_of(ENCODER, sample, rng()).counters == {"dropped_too_long": 1} and len(tokenized) < 20
+
+
+def test_nothing_else_changes_for_a_sample_that_fits_in_part():
+    """Every branch tokenized, whether or not there is room, gives the same plans."""
+    patient = make_encoder()
+    patient.least_prompt, patient.longest_token = -(10**9), 10**9
+    generator, kept = rng(), Counter()
+    for number in range(60):
+        branches = [
+            [user("word " * generator.integers(120)), assistant("cat " * generator.integers(1, 300))]
+            for _ in range(generator.integers(1, 10))
+        ]
+        medium = ({}, {"images": [noise(90, 90)]}, {"video": video_of(20.0)})[number % 3]
+        sample = sample_of(branches=branches, style="long_caption", **medium)[0] | {"multi_turn": 0.2}
+        first, second = (plan_of(encoder, sample, rng(number)) for encoder in (ENCODER, patient))
+        assert first.counters == second.counters
+        kept += first.counters
+        for name in ("input_ids", "labels", "loss_weights", "position_ids", "segment_ids"):
+            assert (getattr(first, name) == getattr(second, name)).all()
+    assert kept["truncated"] > 9 and kept["dropped_branches"] > 20 and kept["dropped_too_long"] == 0
+
+
+@pytest.fixture(scope="module")
+def composing():
+    """A byte-level tokenizer with NFC and tokens of many blanks and dashes, as Qwen's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    corpus = [" " * 64 + "-" * 64 + "-=" * 9 + " internationalisation \u1f82\uac01"] * 50
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet))
+    return tokenizer
+
+
+PIECES = [*" -=aZ09\n", " " * 9, "-" * 33, "-=", " internationalisation"]
+# Three and four characters that become one, and one that becomes two.
+PIECES += ["\u1100\u1161\u11a8", "\u03b1\u0313\u0300\u0345", "\u0958", "\u4e2d", "\U0001f600", "e\u0301"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=60).map("".join))
+def test_no_text_has_fewer_tokens_than_it_is_said_to_have(composing, text):
+    longest = max(map(_count_runs, composing.get_vocab()))
+    assert 10 < longest < 33  # and not 64, as the blanks
+    forms = {text, unicodedata.normalize("NFC", text)}
+    assert min(map(_count_runs, forms)) / longest <= len(composing.encode(text).ids)
+    if text:
+        assert _count_runs(text) == sum(1 for _ in itertools.groupby(text))
+
+
+def test_the_longest_token_of_the_tokenizer_is_found():
+    assert ENCODER.longest_token == max(map(_count_runs, TOKENIZER.get_vocab()))
+
+
+def test_a_marker_that_is_repeated_is_bounded():
+    entry = {"type": "points", "label": "x", "kind": "image", "groups": POINTS}
+    branch = [user("Q"), assistant("<points 0/>" * 1000) | {"points": [entry]}]
+    with pytest.raises(ValueError, match="with its points has more than 33,554,432 characters"):
+        plan_of(ENCODER, sample_of([noise(90, 90)], [branch])[0], rng())
 
 
 # --- broken samples -------------------------------------------------------------------------------------------------

@@ -2,23 +2,30 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import zlib
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from megatron.energon import WorkerConfig
 from programs import python
 from sources import VISION, chat, config, write_blend, write_source
 
+from molmo2_nemo import compat
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.data.blend import Source, SourceOptions, load_blend
 from molmo2_nemo.data.encode import Encoder
 from molmo2_nemo.data.loader import (
     Molmo2TaskEncoder,
     RawSample,
+    ShardReader,
     WorkerDied,
     save_state,
     train_loader,
@@ -297,6 +304,95 @@ def test_what_is_ahead_waits_until_the_rest_has_caught_up(texts, tmp_path):
         run.read(counts, 1)
         total = [small[index] + counts[1, index] for index in range(120)]
     assert max(total) - min(total) <= 2
+
+
+# --- small sources --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A source of 1,100 short texts, one of a single text, and ten of three each."""
+    folder = tmp_path_factory.mktemp("small")
+    for name, size in (("large", 1100), ("single", 1), ("three0", 3)):
+        samples = [{"json": chat(f"{name} {number}", "word " * (number % 17 + 1))} for number in range(size)]
+        write_source(folder / name, samples)
+    for number in range(1, 10):
+        shutil.copytree(folder / "three0", folder / f"three{number}")
+    weights = {"large": 40, "single": 25, "three0": 35}
+    sources = {name: {"path": name, "weight": weight} for name, weight in weights.items()}
+    (folder / "blend.yaml").write_text(yaml.safe_dump({"weighting": "fixed", "sources": sources}))
+    write_blend(folder / "many.yaml", "large", *(f"three{number}" for number in range(10)))
+    write_blend(folder / "alone.yaml", "single")
+    return folder
+
+
+@pytest.mark.parametrize("blend, world_size", [("blend", 512), ("many", 512), ("alone", 512), ("blend", 3)])
+def test_a_source_of_any_size_has_its_share_on_any_number_of_ranks(small, tmp_path, blend, world_size):
+    """512: as 64 data-parallel ranks of 8 workers, of which three are looked at."""
+    data = text_config(small, blend, packing_buffer_size=4, shuffle_buffer_size=1)
+    sources, orders, counts = load_blend(data), [], Counter()
+    for rank in (0, 1, world_size - 1):
+        loader, seen = make(data, tmp_path, rank=rank, world_size=world_size, rows=8), []
+        while len(seen) < 400:
+            seen += map(tuple, next(loader).examples.tolist())
+        own = Counter(seen)
+        for source in sources:
+            index = sources.index(source)
+            if source.num_samples < 2 * world_size:
+                # In passes over the whole source, of which the pool mixes two at most.
+                times = [own[index, sample] for sample in range(source.num_samples)]
+                assert min(times) > 0 and max(times) - min(times) <= 3, source.name
+        orders.append([pair for pair in seen if pair[0] == len(sources) - 1][:12])
+        counts += own
+    assert blend == "alone" or orders[0] != orders[1] != orders[2]
+    draws = counts.total()
+    for index, source in enumerate(sources):
+        drawn = sum(count for (number, _), count in counts.items() if number == index)
+        error = (source.weight * (1 - source.weight) / draws) ** 0.5
+        assert abs(drawn / draws - source.weight) <= 4 * error, source.name
+    # What is dealt out is still dealt out.
+    large = [count for (number, _), count in counts.items() if number == 0]
+    assert blend == "alone" or world_size == 3 or len(large) <= 3 * 3
+
+
+def test_small_sources_continue_exactly_and_are_dealt_anew(small, tmp_path):
+    data, counts, saved = text_config(small), Counter(), ()
+    for ranks, workers, batches in ((4, 0, 6), (1, 2, 12)):
+        sizes = replace(data, num_workers=workers)
+        run = Run(sizes, tmp_path, ranks, saved)
+        assert all(loader.dealt_anew == bool(saved) for loader in run.loaders)
+        run.read(counts, batches)
+        saved = run.save()
+        expected = run.read(Counter(), 3)
+        run.close()
+        again = Run(sizes, tmp_path, ranks, saved)
+        assert again.read(Counter(), 3) == expected
+        again.close()
+    # Every pass over a small source is whole, but for those that the workers were in when they were stopped.
+    times = [counts[2, sample] for sample in range(3)]
+    assert min(times) > 20 and max(times) - min(times) <= 8
+
+
+class Anything(dict):
+    """A reader that has every sample."""
+
+    itar_files_cache = {}
+
+    def __missing__(self, index):
+        return {}
+
+
+def test_workers_that_read_the_same_samples_share_what_is_ahead(monkeypatch):
+    ahead = np.array([0, 1, 5, 6, 130], dtype=np.uint16)
+    for ranks, workers in ((1, 0), (6, 0), (5, 1)):
+        skipped = Counter()
+        for rank in range(ranks):
+            stream = SimpleNamespace(worker_config=WorkerConfig(rank=rank, world_size=ranks, num_workers=workers))
+            for passes in range(140):
+                monkeypatch.setattr(compat, "passes_made", lambda stream, made=passes: made)
+                for index in range(len(ahead)):
+                    skipped[index] += ShardReader(Anything(), stream, ahead, ranks)[index] is None
+        assert [skipped[index] for index in range(len(ahead))] == ahead.tolist()
 
 
 # --- the stream -----------------------------------------------------------------------------------------------------

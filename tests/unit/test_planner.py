@@ -23,7 +23,7 @@ from molmo2_nemo.planner.step_time import estimate
 MODELS = ("molmo2_4b", "molmo2_8b", "molmo2_o_7b")
 STAGES = ("stage1", "stage2", "stage3")
 SCHEDULES = ("seed", "report")
-PRESETS = {"h100_1": 1, "h100_8": 8, "h100_64": 64, "h100_128": 128}
+PRESETS = {f"h100_{gpus}": gpus for gpus in (1, 8, 64, 128, 256, 512, 1024)}
 
 
 # ---- parameters and memory against what is measured ----
@@ -63,6 +63,7 @@ def test_presets_serve_every_model_stage_and_schedule(preset, models):
             config = replace(composed, model=model)
             check(config, gpus)  # with Megatron's own fields
             assert verdict(config, gpus) is None, (name, stage, schedule)
+            assert config.train.global_batch_size == 128 and config.parallel.tensor_model_parallel_size <= 8
             # None is accepted because everything would be: half of a GPU's memory is too little for stage 3 of the 8B.
             if preset in ("h100_1", "h100_8") and (name, stage) == ("molmo2_8b", "stage3"):
                 assert "gradients 15." in verdict(config, gpus, 40.0)
@@ -70,6 +71,46 @@ def test_presets_serve_every_model_stage_and_schedule(preset, models):
 
 def test_every_h100_preset_is_tested():
     assert {path.stem for path in (CONF_DIR / "hardware").glob("h100_*.yaml")} == set(PRESETS)
+
+
+@pytest.mark.parametrize(
+    "preset, gpus, model", [("h100_8", 512, "molmo2_4b"), ("h100_256", 2048, "molmo2_8b"), ("any", 4096, "molmo2_o_7b")]
+)
+def test_layouts_that_share_a_batch_are_named(preset, gpus, model):
+    """Above as many data-parallel ranks as rows of a step. What is named is accepted, also by Megatron."""
+    words = [f"hardware={preset}", f"model={model}"]
+    with pytest.raises(ConfigError) as refused:
+        check(compose("stage2", words), gpus)
+    sentence, ways = str(refused.value).split(": use ")
+    assert sentence.startswith("train.global_batch_size=128 is not a multiple of train.micro_batch_size=1 x ")
+    ways = ways.removesuffix(".").split(", or ")
+    assert len(ways) == 4 and ways[0] == f"train.global_batch_size={sentence.rsplit('= ')[-1]}"
+    for way in ways:
+        changed = compose("stage2", [*words, *way.split()])
+        check(changed, gpus)
+        assert changed.train.global_batch_size == 128 or way == ways[0]
+
+
+@pytest.mark.parametrize(
+    "stage, words, gpus, ways",
+    [
+        ("stage1", ["schedule=report"], 64, ["global_batch_size=256", "micro_batch_size=2"]),
+        (
+            "stage1",
+            ["schedule=report", "train.micro_batch_size=96"],
+            2,
+            ["global_batch_size=192", "micro_batch_size=64"],
+        ),
+        ("stage2", [], 384, ["global_batch_size=384"]),  # no layout makes 3 a divisor
+    ],
+)
+def test_other_ways_to_share_a_batch(stage, words, gpus, ways):
+    with pytest.raises(ConfigError) as refused:
+        check(compose(stage, ["model=molmo2_4b", *words]), gpus)
+    found = str(refused.value).split(": use ")[1].removesuffix(".").split(", or ")
+    assert found == [f"train.{way}" for way in ways]
+    for way in found:
+        check(compose(stage, ["model=molmo2_4b", *words, way]), gpus)
 
 
 # ---- verdict and advice ----
@@ -222,6 +263,36 @@ def test_command_says_what_fits_and_what_does_not(capsys, monkeypatch):
         )
     status, _, err = run_plan("--config-name", "stage9", "gpus=8")
     assert status == 2 and "stage9" in err
+
+
+def test_sources_on_this_machine_are_looked_at(tmp_path, capsys, monkeypatch):
+    """A source without a training sample ends the plan; one that is not on this machine does not."""
+    from test_blend import fixed, make_source
+
+    make_source(tmp_path / "data", "good")
+    blend = tmp_path / "blend.yaml"
+    overrides = [f"data.root={tmp_path / 'data'}", f"data.blend={blend}", "hardware=h100_8", "gpus=8"]
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--config-name", "stage2", *overrides])
+
+    def planned(**sources):
+        blend.write_text(json.dumps(fixed(**sources)))
+        status = plan.main()
+        return status, "".join(capsys.readouterr())
+
+    for sources, words in (
+        ({"x": ("good", 1), "y": ("away", 1)}, "1 of the 2 sources of data.blend="),
+        ({"y": ("away", 1)}, "0 of the 1 sources"),
+    ):
+        status, output = planned(**sources)
+        assert status == 0 and f"data: {words}" in output
+    make_source(tmp_path / "data", "empty", train=())
+    status, output = planned(x=("good", 1), empty=("empty", 1), y=("away", 1))
+    assert status == 2 and f"source empty of data.blend={blend}" in output and "has no training samples" in output
+    (tmp_path / "data" / "good" / "train-0.tar").unlink()
+    status, output = planned(x=("good", 1))
+    assert status == 2 and "lacks 1 of 2 shards" in output
+    blend.unlink()
+    assert plan.main() == 2 and "names no blend" in capsys.readouterr().err
 
 
 def test_wrong_settings_are_sentences():
