@@ -237,6 +237,16 @@ class Encoder:
 
         return _largest(fits, 0, min(self.data.max_frames, self.data.max_crops))
 
+    def frames_note(self) -> str | None:
+        """One sentence if a row is too short for data.max_frames frames, even without any text; None otherwise."""
+        data, most = self.data, self.frames_that_fit()
+        if most >= data.max_frames:
+            return None
+        return (
+            f"a video gets at most {most} of data.max_frames={data.max_frames} frames, fewer beside long texts: more do"
+            f" not fit into data.seq_length={data.seq_length} and data.max_crops={data.max_crops}"
+        )
+
     def _text(self, text: str) -> list[int]:
         """Ids of plain text: special tokens spelt out in it stay text."""
         text.encode()  # a lone surrogate, which tokenizers take for a wrong type, is a ValueError here

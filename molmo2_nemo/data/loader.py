@@ -408,18 +408,7 @@ def train_loader(
         )
         loader = get_savable_loader(dataset, checkpoint_every_sec=SNAPSHOT_SECONDS)
     _restore(loader, position.energon)
-    return TrainLoader(loader, manifest, position, frames_note(data, encoder))
-
-
-def frames_note(data: DataConfig, encoder: Encoder) -> str | None:
-    """One sentence if a row is too short for data.max_frames frames, even without any text; None otherwise."""
-    most = encoder.frames_that_fit()
-    if most >= data.max_frames:
-        return None
-    return (
-        f"a video gets at most {most} of data.max_frames={data.max_frames} frames, fewer beside long texts: more do not"
-        f" fit into data.seq_length={data.seq_length} and data.max_crops={data.max_crops}"
-    )
+    return TrainLoader(loader, manifest, position, encoder.frames_note())
 
 
 def validation_loader(

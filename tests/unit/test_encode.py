@@ -24,7 +24,6 @@ from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data.blend import SourceOptions
 from molmo2_nemo.data.counters import COUNTERS
 from molmo2_nemo.data.encode import DEMO_STYLES, ROOT_SEGMENT, Encoder, _count_runs, loss_weight, style_prefix
-from molmo2_nemo.data.loader import frames_note
 from molmo2_nemo.data.processor import build_processor, read_image
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.video import frame_times
@@ -813,7 +812,7 @@ def test_a_tokenizer_without_the_visual_tokens_is_refused(tmp_path):
 @pytest.mark.parametrize("seq_length, max_crops, most", [(512, 128, None), (4096, 20, 20), (4096, 200, 128)])
 def test_a_frame_limit_out_of_reach_is_said(seq_length, max_crops, most):
     encoder = make_encoder(seq_length=seq_length, max_crops=max_crops, max_frames=128)
-    note = frames_note(encoder.data, encoder)
+    note = encoder.frames_note()
     if most == 128:
         assert note is None
         return
