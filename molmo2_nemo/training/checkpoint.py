@@ -1,5 +1,6 @@
 """Training checkpoints: model, optimizer, step and loader state, for any layout to reload."""
 
+import contextlib
 import hashlib
 import queue
 import shutil
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from molmo2_nemo import checkpoint_dir, compat
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.files import sha256_of, write_json
+from molmo2_nemo.files import missing_room, sha256_of, write_json
 from molmo2_nemo.training.optimizer import load_optimizer_state
 from molmo2_nemo.training.step import load_model_state, refuse_other_architecture, sharded_model_state
 
@@ -177,6 +178,7 @@ class _Pending:
     temporary: Path | None = None
     write: ShardedSave | None = None
     publish: Callable[[], None] | None = None
+    needed: int = 0  # bytes
     failure: str | None = None
     held_up: float = 0.0
 
@@ -214,7 +216,8 @@ class Saver:
         state = _state(model, optimizer, is_loading=False)
         # The distributed optimizer's state dict is gathered for this save.
         live_on_cpu = dist.get_backend() != "nccl" or not model[0].ddp_config.use_distributed_optimizer
-        now.failure = _no_room(self.folder, state)
+        now.needed = _bytes_of(state)
+        now.failure = _no_room(self.folder, now.needed)
         if now.failure is None:
             now.failure, now.temporary = _on_rank_0(lambda: self._aside(now.final))
         if now.failure is None:
@@ -257,9 +260,11 @@ class Saver:
         elif now.write is not None:
             now.write.wait()
         if now.failure is not None and dist.get_rank() == 0:
-            now.failure += f" ({shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB free in {self.folder})"
             if now.temporary is not None:
                 shutil.rmtree(now.temporary, ignore_errors=True)
+                with contextlib.suppress(OSError):  # of a disk that is gone; the failure says so
+                    missing = missing_room(self.folder, now.needed, "a checkpoint")
+                    now.failure += f"; {missing}" if missing else ""
         dist.barrier()
         ends = time.monotonic()
         return Saved(now.step, now.final, now.failure, now.held_up + ends - waits, ends - now.begun)
@@ -281,23 +286,24 @@ class Saver:
         return checkpoint_dir.aside(final)
 
 
-def _no_room(folder: Path, state: dict) -> str | None:
-    """A sentence if the disk has less room than the state takes. Collective."""
+def _bytes_of(state: dict) -> int:
+    """What all ranks together write of a sharded state dict. Collective."""
     tensors = [x for x in nested_values(state) if isinstance(x, ShardedTensor) and is_main_replica(x.replica_id)]
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     needed = torch.tensor(sum(x.data.nbytes for x in tensors if x.data is not None), dtype=torch.int64, device=device)
     dist.all_reduce(needed)
+    return int(needed)
 
-    def free():
+
+def _no_room(folder: Path, needed: int) -> str | None:
+    """A sentence if the disk has less room than a checkpoint takes. Collective."""
+
+    def missing():
         folder.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(folder).free
+        return missing_room(folder, needed, "a checkpoint")
 
-    failure, room = _on_rank_0(free)
-    if failure is None and room < int(needed):
-        return (
-            f"{folder} has {room / 2**20:,.0f} MiB free, a checkpoint takes {int(needed) / 2**20:,.0f} MiB: make room"
-        )
-    return failure
+    failure, sentence = _on_rank_0(missing)
+    return failure or sentence
 
 
 def _failure(action: Callable[[], None]) -> str | None:

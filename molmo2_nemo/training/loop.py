@@ -410,7 +410,8 @@ def save(run: Run, is_last: bool, is_best: bool = False) -> None:
     if is_last or not run.saver.asynchronous:
         saved = run.saver.finish()
         if is_last and saved.failure is not None:
-            message = f"step {step} could not be saved: {saved.failure}. {what_is_left(run.run_dir / 'checkpoints')}"
+            left = what_is_left(run.run_dir / "checkpoints")
+            message = f"step {step} could not be saved: {saved.failure.rstrip('.')}. {left}"
             shutdown.end_all_ranks(run.run_dir, message, step)
         report_save(run, saved)
     run.log.interval()

@@ -81,6 +81,8 @@ class Owner:
                 with contextlib.suppress(FileExistsError):
                     os.link(aside, self.path)
             aside.unlink()
+        if dead is not None:  # what it was writing when it was killed (files.write_atomically)
+            self.path.with_name(f".{OWNER}.{dead.get('host')}.{dead.get('pid')}").unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self.ended.wait(BEAT_SECONDS):

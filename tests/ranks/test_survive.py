@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from programs import REPOSITORY, python, start_ranks, succeeded, with_defaults
@@ -169,13 +170,21 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_alive(asynchronous
         assert "resumed step 2 from" in resumed.stdout and checkpoints(run_dir)[-1] == "step_00000004"
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rank", "worker"])
 def test_a_dead_rank_or_worker_ends_the_job_with_one_message(sample, tmp_path, victim):
     job = Job(tmp_path / "run", sample, torchrun=True)
     job.wait_for("step 3/")
     rank = job.ranks()[1]
-    killed = rank if victim == "rank" else job.children(rank)[0]
+    workers = job.children(rank)
+    killed = rank if victim == "rank" else workers[0]
     os.kill(killed, signal.SIGKILL)
     [status], log = job.end()
     # The launcher has a traceback of its own; none is ours.
@@ -185,7 +194,10 @@ def test_a_dead_rank_or_worker_ends_the_job_with_one_message(sample, tmp_path, v
         assert line.startswith("error: rank 1 on ") and "a loader worker died" in line
         assert ended(tmp_path / "run")["reason"] == "error"
     else:
-        assert line.startswith("error: rank 0 on ") and "lost contact" in line
+        assert line.startswith("error: rank 0 on ") and "lost contact" in line and "last sign" in line
+        assert "lost contact" in ended(tmp_path / "run")["message"]
+    # Nobody outlives the job, also not the workers of a rank that was killed.
+    assert workers and not [pid for pid in workers if is_alive(pid)]
 
 
 OUR_MISTAKE = """
