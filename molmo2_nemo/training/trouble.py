@@ -21,7 +21,7 @@ from molmo2_nemo.training.step import forward_backward, global_names
 WINDOW, ENOUGH = 64, 16
 # A loss is a jump if it lies above the median of the window by more than this many standard deviations, which are
 # estimated by the median absolute deviation, and by more than this share of the median.
-DEVIATIONS, SHARE = 8.0, 0.15
+DEVIATIONS, SHARE = 6.0, 0.15
 # The median absolute deviation of a normal distribution is this part of its standard deviation.
 MAD_OF_NORMAL = 0.6745
 # Replicas that save their batch where no loss, but a gradient is not finite.

@@ -202,3 +202,48 @@ def test_ranks_that_were_started_differently_do_not_train(differing, sample, tmp
     assert result.returncode == 2, said(result)
     assert re.search(rf"rank 1 on \S+ has {differing}=\S+, rank 0 on \S+ has \S+: start all ranks", result.stderr)
     assert ended(run_dir)["reason"] == "config error" and not (run_dir / "checkpoints").exists()
+
+
+def test_the_best_is_kept_and_a_run_that_gets_no_better_is_finished(sample, tmp_path):
+    """With rates that ruin the model, the first measurement stays the best; a start after the end trains nothing."""
+    run_dir = tmp_path / "run"
+    ruin = [
+        f"optim.{component}.{key}" for component in ("vit", "connector", "llm") for key in ("lr=3", "warmup_steps=0")
+    ]
+    flags = ["train.max_steps=30", "train.save_every=100", "train.keep_last=1", "train.keep_every=0"]
+    flags += [
+        "train.validate_every=1",
+        "train.save_best=loss",
+        "train.stop_when_no_better=3",
+        "train.on_loss_jump=ignore",
+    ]
+    result = succeeded(train(1, 2, run_dir, sample, *flags, *ruin))
+    measured = {step: record["loss"] for step, record in losses(run_dir, "validation").items()}
+    best = min(measured, key=measured.get)
+    last = max(measured)
+    assert last == best + 3 < 30
+    found = json.loads((run_dir / "checkpoints" / "best.json").read_text())
+    assert found["step"] == best and found["value"] == measured[best]
+    kept = [checkpoint_dir.step_of(path) for path in checkpoint_dir.find_checkpoints(run_dir / "checkpoints")]
+    assert kept == [best, last]
+    assert ended(run_dir)["reason"] == "finished" and "train.stop_when_no_better" in ended(run_dir)["message"]
+    result = succeeded(train(1, 2, run_dir, sample, *flags, *ruin))
+    assert f"ended at step {last} (finished" in result.stdout and max(losses(run_dir)) == last
+
+
+def test_answers_and_pictures_are_in_tensorboard(sample, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = tmp_path / "run"
+    flags = ["train.max_steps=1", "train.generate_every=1", "train.generate_examples=6", "train.generate_max_tokens=8"]
+    succeeded(train(1, 2, run_dir, sample, *flags))
+    entries = json.loads((run_dir / "samples" / "step_00000001" / "answers.json").read_text())
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    pictures = [number for number, entry in enumerate(entries) if "picture" in entry]
+    assert events.Tags()["images"] == [f"answers/{number:02d}" for number in pictures] and len(pictures) > 2
+    [shown] = events.Images(f"answers/{pictures[0]:02d}")
+    assert shown.encoded_image_string.startswith(b"\x89PNG")
+    [table] = events.Tensors("answers/text_summary")
+    text = table.tensor_proto.string_val[0].decode()
+    assert text.count("\n") == len(entries) + 1 and entries[0]["source"] in text

@@ -206,12 +206,11 @@ def rewrite(path, content):
         ("config.yaml", "a: [", "config.yaml is no configuration of a run"),
         ("config.yaml", "text", "config.yaml is no configuration of a run"),
         ("config.yaml", "data: 3", "config.yaml is no configuration of a run"),
-        ("complete.json", {"step": "abc"}, None),
-        ("complete.json", {"step": ...}, None),
+        ("complete.json", {"step": "abc"}, "is damaged: complete.json has step='abc'"),
+        ("complete.json", {"step": ...}, "is damaged: complete.json has step=None"),
     ],
 )
 def test_an_export_of_a_damaged_checkpoint_is_one_sentence(file, content, sentence, hf_models, tmp_path, monkeypatch):
-    """A step that is missing or no number does no harm: an export does not need it."""
     checkpoint = tmp_path / "step_00000000"
     convert.import_hf(hf_models["olmo3"], checkpoint, progress=str)
     if isinstance(content, dict):

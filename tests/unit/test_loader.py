@@ -360,7 +360,7 @@ def test_small_sources_continue_exactly_and_are_dealt_anew(small, tmp_path):
     for ranks, workers, batches in ((4, 0, 6), (1, 2, 12)):
         sizes = replace(data, num_workers=workers)
         run = Run(sizes, tmp_path, ranks, saved)
-        assert all(loader.dealt_anew == bool(saved) for loader in run.loaders)
+        assert all(bool(loader.position.note) == bool(saved) for loader in run.loaders)
         run.read(counts, batches)
         saved = run.save()
         expected = run.read(Counter(), 3)
@@ -445,11 +445,6 @@ def test_sources_appear_by_their_weights(world, tmp_path):
         share = sum(key.startswith(f"{source.name}-") for key in keys) / len(keys)
         expected = source.weight / sum(other.weight for other in sources)
         assert abs(share - expected) < 4 * (expected * (1 - expected) / len(keys)) ** 0.5, source.name
-
-
-def test_a_source_too_small_is_refused(world, tmp_path):
-    with pytest.raises(ConfigError, match="need 128 training samples of a source"):
-        make(config(world), tmp_path, world_size=64)
 
 
 # --- held-out data --------------------------------------------------------------------------------------------------

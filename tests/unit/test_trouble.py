@@ -1,0 +1,77 @@
+"""When a loss counts as a jump, and whose last sign is oldest."""
+
+import random
+import time
+
+import pytest
+
+from molmo2_nemo.config.checks import check_best
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import TrainConfig
+from molmo2_nemo.training import shutdown, trouble
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_falling_noisy_curve_has_no_jump_and_a_jump_of_a_third_is_one(seed):
+    """Noise of 3 %, more than a global batch of 128 rows has; the jump is the one of weights times 1.5."""
+    draw, alarm = random.Random(seed), trouble.SpikeAlarm()
+    for step in range(2000):
+        assert not alarm.is_jump((2 + 5 / (1 + step / 50)) * draw.gauss(1, 0.03))
+    usual = alarm.usual
+    assert alarm.is_jump(usual * 8.8 / 6.8)
+    assert alarm.usual == usual  # what jumped is not what others are compared with
+    assert not alarm.is_jump(usual)
+
+
+def test_the_first_steps_and_equal_losses_raise_no_alarm():
+    alarm = trouble.SpikeAlarm()
+    assert not any(alarm.is_jump(loss) for loss in [7.0, 9.0] * (trouble.ENOUGH // 2))
+    flat = trouble.SpikeAlarm([2.0] * trouble.WINDOW)
+    assert not flat.is_jump(2.2) and flat.is_jump(2.4)
+
+
+def stacks(folder, rank, step, phase, seconds):
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1.8e9 + seconds))
+    line = f"rank {rank} on node{rank}, process {100 + rank}: step {step}, {phase} since {stamp}"
+    (folder / f"stacks_rank{rank:04d}.txt").write_text(line.ljust(199) + "\n")
+
+
+def test_the_ranks_whose_last_sign_is_oldest_are_named(tmp_path):
+    assert shutdown.oldest_signs(tmp_path) == ""
+    for rank in range(4):
+        stacks(tmp_path, rank, 12, "forward, backward and update", 50)
+    assert "all ranks gave their last sign at the same time" in shutdown.oldest_signs(tmp_path)
+    stacks(tmp_path, 2, 12, "data", 20)
+    assert "oldest: rank 2 on node2 (step 12, data since 20" in shutdown.oldest_signs(tmp_path)
+    # Clocks of nodes may differ; an earlier step counts more.
+    stacks(tmp_path, 3, 11, "checkpoint", 90)
+    phrase = shutdown.oldest_signs(tmp_path)
+    assert "rank 3 on node3 (step 11, checkpoint since" in phrase and "rank 2" not in phrase
+    (tmp_path / "stacks_rank0009.txt").write_bytes(b"\xff\xfe")
+    assert shutdown.oldest_signs(tmp_path) == phrase
+
+
+def test_the_file_that_ranks_write_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "5")
+    dump = shutdown.StackDump(tmp_path, 10, ["SIGUSR2"])
+    dump.at(3, "validation")
+    assert "rank 5 on " not in shutdown.oldest_signs(tmp_path / "errors").replace("at the same time", "")
+    stacks(tmp_path / "errors", 6, 4, "data", 1e6)
+    assert "rank 5 on " in shutdown.oldest_signs(tmp_path / "errors")
+    dump.close()
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"save_best": "accuracy"}, "train.save_best=accuracy is unknown: choose one of loss, point_precision"),
+        ({"save_best": "point_f1"}, "is measured by train.generate_every, which is 0"),
+        ({"save_best": "loss", "validation_batches": 0}, "is measured by train.validation_batches, which is 0"),
+        ({"stop_when_no_better": 3}, "train.stop_when_no_better=3 needs train.save_best"),
+        ({"stop_when_no_better": -1, "save_best": "loss"}, "train.stop_when_no_better=-1"),
+    ],
+)
+def test_the_best_by_what_is_not_measured_is_refused(settings, sentence):
+    with pytest.raises(ConfigError) as error:
+        check_best(TrainConfig(**settings))
+    assert sentence in str(error.value)
