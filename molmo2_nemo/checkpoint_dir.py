@@ -264,12 +264,17 @@ def newest_usable(checkpoints: list[Path]) -> tuple[Path | None, list[str]]:
 
 
 def resolve(path: str) -> Path:
-    """A checkpoint given by name: a step_* directory, a run directory or its checkpoints folder (newest complete)."""
+    """A checkpoint given by name: a step_* directory, a run directory or its checkpoints folder (the newest one).
+
+    ConfigError where the newest is damaged: an older one has to be named, since it is not what was asked for.
+    """
     given = Path(path)
     if (given / MARKER).exists() or re.fullmatch(r"step_\d+", given.name):
         return given
     for folder in (given / "checkpoints", given):
-        newest, _ = latest_complete(folder)
+        newest, ignored = latest_complete(folder)
+        if newest is not None and ignored:
+            raise ConfigError(f"{ignored[0]} The newest that is whole is {newest}: to take it, give its path.")
         if newest is not None:
             return newest
     read_marker(given)  # raises with the reason

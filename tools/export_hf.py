@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as in the checkpoint")
     parser.add_argument("--max-shard-gib", type=float, default=4.0, help="size of a safetensors file at most")
+    parser.add_argument("--no-checksums", action="store_true", help="do not compare the checkpoint with its checksums")
     parser.add_argument("--tokenizer", help="folder of the tokenizer; default: the checkpoint's model")
     parser.add_argument("--max-crops", type=int, help="tiles of an image; default: as in training, else 8")
     parser.add_argument("--max-frames", type=int, help="frames of a video; default: as in training, else 384")
@@ -33,6 +34,8 @@ def main() -> None:
         parser.error(f"--max-shard-gib {args.max_shard_gib} is no positive number")
     try:
         checkpoint = checkpoint_dir.resolve(args.checkpoint)
+        if not args.no_checksums:
+            checkpoint_dir.verify(checkpoint)
         trained = training_data_settings(checkpoint)
         export_hf(
             checkpoint,

@@ -444,7 +444,8 @@ def validation_loader(
             packing_buffer_size=data.packing_buffer_size,
             task_encoder=encoder,
         )
-        return ValidationLoader(get_loader(dataset))
+        # Energon's watchdog starts a thread for every iteration, which stays when the iteration is left before its end.
+        return ValidationLoader(get_loader(dataset, watchdog_timeout_seconds=None))
 
 
 def held_out_samples(data: DataConfig, encoder: Encoder, sources: list[Source], run_dir: Path) -> Iterator[RawSample]:

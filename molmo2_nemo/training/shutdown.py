@@ -163,7 +163,7 @@ def told_in_one_line(run_dir: Path, step: Callable[[], int], last: Callable[[], 
                 folder / f"lost_contact_{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
             )
             if speaks:
-                reason += oldest_signs(folder)
+                reason += missing_ranks(folder)
         else:
             speaks = True
         if speaks:
@@ -179,22 +179,35 @@ def told_in_one_line(run_dir: Path, step: Callable[[], int], last: Callable[[], 
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
-def oldest_signs(folder: Path) -> str:
-    """A phrase with the ranks whose last sign (StackDump) is oldest, by step and then by time; "" if none is known."""
-    signs = []
+def missing_ranks(folder: Path) -> str:
+    """A phrase on the ranks that others seem to wait for, by what StackDump has left; "" if none is known.
+
+    In this order: those whose process is gone (on this machine, where that can be seen), those that wrote no stacks
+    though others did when the time was nearly up, and those whose last sign is oldest, by step and then by time.
+    """
+    signs, here = [], socket.gethostname()
     for path in folder.glob("stacks_rank*.txt"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            line = path.open(errors="replace").readline().strip()
-            found = re.fullmatch(r"(rank \d+ on \S+), process \d+: (step (\d+), .*) since (.{19})", line)
+        with contextlib.suppress(OSError):
+            line, has_stacks = path.open(errors="replace").readline().strip(), path.stat().st_size > StackDump.HEADER
+            found = re.fullmatch(r"(rank \d+) on (\S+), process (\d+): (step (\d+), .*) since (.{19})", line)
             if found is not None:
-                signs.append((int(found[3]), found[4], f"{found[1]} ({found[2]} since {found[4]})"))
+                rank, host, pid, place, step, since = found.groups()
+                is_gone = host == here and not Path(f"/proc/{pid}").exists()
+                signs.append((not is_gone, has_stacks, int(step), since, f"{rank} on {host} ({place} since {since})"))
     if not signs:
         return ""
-    oldest = min(sign[:2] for sign in signs)
-    names = [sign[2] for sign in sorted(signs) if sign[:2] == oldest]
-    if len(names) == len(signs):
+    signs.sort()
+    lives, has_stacks, step, since, _ = signs[0]
+    if not lives:
+        what, chosen = "ended already:", [sign for sign in signs if not sign[0]]
+    elif not has_stacks and any(sign[1] for sign in signs):
+        what, chosen = "no sign of life from", [sign for sign in signs if not sign[1]]
+    else:
+        what, chosen = "the oldest sign is from", [sign for sign in signs if sign[2:4] == (step, since)]
+    if len(chosen) == len(signs):
         return "; all ranks gave their last sign at the same time"
-    return f"; the last sign of these is oldest: {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}"
+    names = ", ".join(sign[4] for sign in chosen[:4])
+    return f"; {what} {names}{' and others' if len(chosen) > 4 else ''}"
 
 
 def ignore_ended_children() -> None:

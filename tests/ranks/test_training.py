@@ -108,7 +108,7 @@ def test_a_run_starts_from_base_models_and_from_hugging_face(sample, tmp_path):
         assert losses(tmp_path / "molmo2")[step]["grad_norm"] == record["grad_norm"]
     # Before a run has a checkpoint of its own, a second start finds what the first has made.
     shutil.rmtree(tmp_path / "base" / "checkpoints")
-    result = succeeded(train(1, 2, tmp_path / "base", sample, *base))
+    result = succeeded(train(1, 2, tmp_path / "base", sample, *base, "train.start_over=true"))
     assert f"weights from {start}" in result.stdout and "making " not in result.stdout
     # Rank 0 alone finds what is wrong with a tensor, and all ranks end alike.
     tensors = load_file(tmp_path / "llm" / "model.safetensors")

@@ -176,6 +176,18 @@ def test_only_whole_checkpoints_count_when_older_ones_are_removed(checkpoint):
     assert checkpoint_dir.newest_usable(checkpoint_dir.find_checkpoints(folder)[:-1])[0] == checkpoint
 
 
+def test_a_run_whose_newest_checkpoint_is_damaged_is_not_taken_for_an_older_one(checkpoint, tmp_path):
+    run = tmp_path / "run" / "checkpoints"
+    for step in (7, 8):
+        rewrite_marker(shutil.copytree(checkpoint, run / f"step_{step:08d}"), step=step)
+    assert checkpoint_dir.resolve(str(run.parent)) == run / "step_00000008"
+    (run / "step_00000008" / "model.json").unlink()
+    with pytest.raises(ConfigError, match="model.json is missing.* to take it, give its path") as error:
+        checkpoint_dir.resolve(str(run.parent))
+    advised = str(error.value).split("whole is ")[1].split(": to take")[0]
+    assert checkpoint_dir.resolve(advised) == run / "step_00000007"
+
+
 def test_a_folder_of_the_same_name_is_replaced_only_by_a_whole_one(checkpoint, monkeypatch):
     temporary = checkpoint_dir.aside(checkpoint)
     (temporary / ".metadata").write_bytes((checkpoint / ".metadata").read_bytes())

@@ -450,14 +450,22 @@ def test_sources_appear_by_their_weights(world, tmp_path):
 # --- held-out data --------------------------------------------------------------------------------------------------
 
 
+def num_threads(pid: int) -> int:
+    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Threads:")]
+    return int(line.split()[1])
+
+
 @pytest.mark.parametrize("workers, blend", [(0, "sample_stage1"), (1, "sample_stage2")])
 def test_validation_is_the_same_every_time(world, tmp_path, workers, blend):
     data = config(world, num_workers=workers, blend=blend)
     loader = make(data, tmp_path, validation_loader)
     first = [digest(batch) for batch in loader]
-    for _, batch in zip(range(3), loader):
-        batch = digest(batch)
-    assert batch == first[2]
+    threads = [num_threads(worker.pid) for worker in loader.workers]
+    for _ in range(4):
+        for _, batch in zip(range(3), loader):
+            batch = digest(batch)
+        assert batch == first[2]
+    assert [num_threads(worker.pid) for worker in loader.workers] == threads and len(threads) == workers
     assert [digest(batch) for batch in loader] == first
     loader.close()
     if workers == 0:

@@ -1,6 +1,7 @@
 """When a loss counts as a jump, and whose last sign is oldest."""
 
 import random
+import socket
 import time
 
 import pytest
@@ -30,34 +31,41 @@ def test_the_first_steps_and_equal_losses_raise_no_alarm():
     assert not flat.is_jump(2.2) and flat.is_jump(2.4)
 
 
-def stacks(folder, rank, step, phase, seconds):
+def stacks(folder, rank, step, phase, seconds, host="far", pid=1, text=b""):
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1.8e9 + seconds))
-    line = f"rank {rank} on node{rank}, process {100 + rank}: step {step}, {phase} since {stamp}"
-    (folder / f"stacks_rank{rank:04d}.txt").write_text(line.ljust(199) + "\n")
+    line = f"rank {rank} on {host}, process {pid}: step {step}, {phase} since {stamp}"
+    (folder / f"stacks_rank{rank:04d}.txt").write_bytes(line.ljust(199).encode() + b"\n" + text)
 
 
-def test_the_ranks_whose_last_sign_is_oldest_are_named(tmp_path):
-    assert shutdown.oldest_signs(tmp_path) == ""
+def test_the_ranks_that_others_wait_for_are_named(tmp_path):
+    assert shutdown.missing_ranks(tmp_path) == ""
     for rank in range(4):
         stacks(tmp_path, rank, 12, "forward, backward and update", 50)
-    assert "all ranks gave their last sign at the same time" in shutdown.oldest_signs(tmp_path)
+    assert "all ranks gave their last sign at the same time" in shutdown.missing_ranks(tmp_path)
     stacks(tmp_path, 2, 12, "data", 20)
-    assert "oldest: rank 2 on node2 (step 12, data since 20" in shutdown.oldest_signs(tmp_path)
+    assert "the oldest sign is from rank 2 on far (step 12, data since 20" in shutdown.missing_ranks(tmp_path)
     # Clocks of nodes may differ; an earlier step counts more.
     stacks(tmp_path, 3, 11, "checkpoint", 90)
-    phrase = shutdown.oldest_signs(tmp_path)
-    assert "rank 3 on node3 (step 11, checkpoint since" in phrase and "rank 2" not in phrase
+    phrase = shutdown.missing_ranks(tmp_path)
+    assert "rank 3 on far (step 11, checkpoint since" in phrase and "rank 2" not in phrase
     (tmp_path / "stacks_rank0009.txt").write_bytes(b"\xff\xfe")
-    assert shutdown.oldest_signs(tmp_path) == phrase
+    assert shutdown.missing_ranks(tmp_path) == phrase
+    # Ranks that work write their stacks before the time is up; one that is stopped does not.
+    for rank in (0, 2, 3):
+        stacks(tmp_path, rank, 12, "data", 20 + rank, text=b"Thread 0x1")
+    assert "no sign of life from rank 1 on far" in shutdown.missing_ranks(tmp_path)
+    # What is no longer there at all is named first.
+    stacks(tmp_path, 0, 13, "data", 99, host=socket.gethostname(), pid=2**22 + 1, text=b"Thread 0x1")
+    assert "ended already: rank 0 on " in shutdown.missing_ranks(tmp_path)
 
 
 def test_the_file_that_ranks_write_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "5")
     dump = shutdown.StackDump(tmp_path, 10, ["SIGUSR2"])
     dump.at(3, "validation")
-    assert "rank 5 on " not in shutdown.oldest_signs(tmp_path / "errors").replace("at the same time", "")
     stacks(tmp_path / "errors", 6, 4, "data", 1e6)
-    assert "rank 5 on " in shutdown.oldest_signs(tmp_path / "errors")
+    found = shutdown.missing_ranks(tmp_path / "errors")
+    assert f"oldest sign is from rank 5 on {socket.gethostname()} (step 3, validation since" in found
     dump.close()
 
 
