@@ -77,7 +77,8 @@ def ask(*command):
 
 def value_of(key, command):
     """The value of an override in a command line that Slurm shows, where no shell quoting is left; None: not there."""
-    found = re.search(r"(?:^| )%s=('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S*)" % re.escape(key), command)
+    end = r"(?= [+~]*[\w./@]+=|$)"  # a value without quotes may have spaces: up to the next override
+    found = re.search(r"(?:^| )%s=('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|.*?)%s" % (re.escape(key), end), command)
     if not found:
         return None
     value = found.group(1)
