@@ -115,7 +115,7 @@ def jobs_of(run, root):
             mine = script is not None and any(((script.group(2) or "") + "/").startswith(name) for name in names)
         if mine or job in submitted:  # a Slurm that does not show arguments
             found.append((job, state, script.group(1) if script else submitted[job]))
-    return found
+    return sorted(found, key=lambda entry: int(entry[0]))
 
 
 def in_queue(job):
