@@ -77,6 +77,7 @@ while step < steps and not received:
             file.write("b = 2\n")
         Path("molmo2_nemo/c.py").write_text("")
     elif fault == "touch":
+        time.sleep(1.5)  # rank.sh has looked for the last time
         (run_dir / "slurm" / "stop").touch()
         while not received:
             time.sleep(0.01)

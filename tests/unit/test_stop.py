@@ -60,9 +60,11 @@ def test_a_file_alone_stops_a_stage_and_a_new_job_does_not_lift_it(tmp_path):
         command = ["sbatch", "slurm/stage1.sbatch", "name=chain"]
         assert cluster.do(*command).returncode == 0
         assert cluster.wait() == {"1": "FAILED"} and len(cluster.steps()) == 1, cluster.log()
-        assert "saved at step 1" in cluster.log() and cluster.status()["stages"][0]["state"] == "stopped"
+        assert "SIGUSR1: asking" in cluster.log() and "saved at step 1" in cluster.log()
+        assert cluster.status()["stages"][0]["state"] == "stopped"
         cluster.do(*command, FAULTS="{}")
         assert cluster.wait()["2"] == "FAILED" and len(cluster.steps()) == 1, cluster.log()
+        assert cluster.read("2", "restart") == "", cluster.log()
         resumed = cluster.submit("--resume", FAULTS="{}")
         assert resumed.returncode == 0, resumed.stderr
         assert list(cluster.wait().values())[2:] == ["COMPLETED"] * 5, cluster.log()
