@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # What the batch scripts share: site settings, how Python is started, and one run of a stage with its requeue.
 #
-# srun starts one task per GPU, not one torchrun agent per node: srun forwards SIGUSR1 to every rank, while the signal kills
-# torchrun's agent, and with it the ranks in the middle of their checkpoint. srun also keeps the exit status of the ranks,
-# which torchrun turns into 1. The trainer reads its ranks from Slurm's variables (molmo2_nemo/parallel.py).
+# srun starts one task per GPU, not one torchrun agent per node: srun forwards SIGUSR1 to every rank, while the signal
+# kills torchrun's agent, and with it the ranks in the middle of their checkpoint. srun also keeps the exit status of
+# the ranks, which torchrun turns into 1. The trainer reads its ranks from Slurm's variables (molmo2_nemo/parallel.py).
 
 say() { printf '%s | %s\n' "$(date '+%F %T')" "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
@@ -17,62 +17,75 @@ load_site() {
   elif [[ -n ${SITE_ENV:-} ]]; then
     die "SITE_ENV=$SITE_ENV does not exist: copy slurm/site.example.env there."
   fi
-  RUN_ROOT=${RUN_ROOT:-runs}
+  export RUN_ROOT=${RUN_ROOT:-runs}
   # An empty value would be taken for a path.
   [[ -n ${DATA_ROOT:-} ]] || unset DATA_ROOT
-  # Which molmo2_nemo runs: that of this checkout, or the one that is installed where Python runs (python.sh reads it, too).
+  # Which molmo2_nemo runs: that of this checkout, or the one that is installed where Python runs (python.sh reads it).
   if [[ -z ${CODE:-} ]]; then
     CODE=installed
     if [[ -d molmo2_nemo ]]; then CODE=checkout; fi
   fi
   [[ $CODE == checkout || $CODE == installed ]] || die "CODE=$CODE is unknown: use checkout or installed."
   [[ $CODE == installed || -d molmo2_nemo ]] || die "CODE=checkout, but $PWD has no molmo2_nemo/: use CODE=installed."
-  export CODE
+  # RUNTIME=KIND:WHAT
+  RUNTIME=${RUNTIME:-venv}
+  runtime_kind=${RUNTIME%%:*} runtime_what=''
+  if [[ $RUNTIME == *:* ]]; then runtime_what=${RUNTIME#*:}; fi
+  CODE_IMAGE=''
+  if [[ $runtime_kind == pyxis || $runtime_kind == apptainer ]]; then CODE_IMAGE=$runtime_what; fi
+  export CODE CODE_IMAGE
 }
 
-# find_program NAME: Python's arguments for a program such as tools/preflight, into `program`. -P: not from a molmo2_nemo/ in
-# the working directory.
+# find_program NAME: Python's arguments for a program such as tools/preflight, into `program`. -P: not from a
+# molmo2_nemo/ in the working directory.
 find_program() {
   program=("$1.py")
   if [[ $CODE == installed ]]; then program=(-P -m "molmo2_nemo.${1//\//.}"); fi
 }
 
-# Sets srun_options, inside, python and host_python from RUNTIME: `srun OPTIONS INSIDE PYTHON script.py` runs the script in
-# the virtual environment, with the modules or in the container that RUNTIME names; host_python runs slurm/starts.py outside.
+# The Python of the virtual environment, without a check.
+venv_python() { printf '%s' "${PYTHON:-${runtime_what:-.venv}/bin/python}"; }
+
+# Sets srun_options, inside, python and host_python from RUNTIME: `srun OPTIONS INSIDE PYTHON script.py` runs the script
+# in the virtual environment, with the modules or in the container of RUNTIME; host_python runs slurm/starts.py.
 set_runtime() {
-  local runtime=${RUNTIME:-venv} kind what
-  kind=${runtime%%:*} what=''
-  [[ $runtime == *:* ]] && what=${runtime#*:}
+  local what=$runtime_what mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}" name
   # --export=ALL: after sbatch --export=NONE the ranks would have no PATH.
   # --kill-on-bad-exit: if a rank dies, the step ends, and the other ranks do not wait for it.
   srun_options=(--export=ALL --kill-on-bad-exit=1)
-  local mounts="$PWD:$PWD"
-  case $kind in
+  case $runtime_kind in
     venv)
-      python=("${PYTHON:-${what:-.venv}/bin/python}")
-      command -v "${python[0]}" > /dev/null || die "RUNTIME=$runtime: ${python[0]} does not exist: run tools/setup.sh, or correct RUNTIME in slurm/site.env." ;;
+      python=("$(venv_python)")
+      command -v "${python[0]}" > /dev/null ||
+        die "RUNTIME=$RUNTIME: ${python[0]} does not exist: run tools/setup.sh, or correct RUNTIME in slurm/site.env."
+      ;;
     module)
       [[ -n $what ]] || die "RUNTIME=module needs names: RUNTIME=module:cuda/13.0,python/3.12."
-      type module > /dev/null 2>&1 || die "RUNTIME=$runtime: there is no module command in this shell: source its init script in slurm/site.env."
-      local name
-      for name in ${what//,/ }; do module load "$name" || die "RUNTIME=$runtime: module load $name failed on $(hostname)."; done
+      type module > /dev/null 2>&1 ||
+        die "RUNTIME=$RUNTIME: there is no module command in this shell: source its init script in slurm/site.env."
+      for name in ${what//,/ }; do
+        module load "$name" || die "RUNTIME=$RUNTIME: module load $name failed on $(hostname)."
+      done
       python=("${PYTHON:-python3}") ;;
     pyxis)
       [[ -n $what ]] || die "RUNTIME=pyxis needs an image: RUNTIME=pyxis:/images/molmo2.sqsh."
       # Options of srun only: with an #SBATCH line, clusters without pyxis would refuse the script.
-      [[ $(srun --help 2>&1) == *--container-image* ]] || die "RUNTIME=$runtime needs pyxis, which this Slurm does not have: use apptainer:IMAGE or venv."
-      srun_options+=(--container-image="$what" --container-mounts="$mounts${MOUNTS:+,$MOUNTS}" --container-workdir="$PWD" --no-container-mount-home)
+      [[ $(srun --help 2>&1) == *--container-image* ]] ||
+        die "RUNTIME=$RUNTIME needs pyxis, which this Slurm does not have: use apptainer:IMAGE or venv."
+      srun_options+=(--container-image="$what" --container-mounts="$mounts" --container-workdir="$PWD")
+      srun_options+=(--no-container-mount-home)
       python=("${PYTHON:-python}") ;;
     apptainer)
       [[ -n $what ]] || die "RUNTIME=apptainer needs an image: RUNTIME=apptainer:/images/molmo2.sif."
-      command -v apptainer > /dev/null || die "RUNTIME=$runtime: apptainer is not installed on $(hostname)."
-      inside=(apptainer exec --nv --pwd "$PWD" --bind "$mounts${MOUNTS:+,$MOUNTS}" "$what")
+      command -v apptainer > /dev/null || die "RUNTIME=$RUNTIME: apptainer is not installed on $(hostname)."
+      inside=(apptainer exec --nv --pwd "$PWD" --bind "$mounts" "$what")
       python=("${PYTHON:-python}") ;;
-    *) die "RUNTIME=$runtime is unknown: use venv[:DIR], module:NAMES, pyxis:IMAGE or apptainer:IMAGE." ;;
+    *) die "RUNTIME=$RUNTIME is unknown: use venv[:DIR], module:NAMES, pyxis:IMAGE or apptainer:IMAGE." ;;
   esac
   host_python=${HOST_PYTHON:-python3}
-  [[ $kind == venv || $kind == module ]] && host_python=${HOST_PYTHON:-${python[0]}}
-  command -v "$host_python" > /dev/null || die "HOST_PYTHON=$host_python does not exist on $(hostname): slurm/starts.py needs Python 3.6 or newer."
+  if [[ $runtime_kind == venv || $runtime_kind == module ]]; then host_python=${HOST_PYTHON:-${python[0]}}; fi
+  command -v "$host_python" > /dev/null ||
+    die "HOST_PYTHON=$host_python does not exist on $(hostname): slurm/starts.py needs Python 3.6 or newer."
   python=(bash "$PWD/slurm/python.sh" "${python[@]}")
 }
 
@@ -81,17 +94,18 @@ set_environment() {
   # The nodes in their order; rank 0 is on the first. Set here, since a container has no scontrol to ask.
   JOB_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | xargs)
   MASTER_ADDR=${JOB_NODES%% *}
-  # Below the ports that Linux gives to outgoing connections (from 32768). Each job has two: one is for the pre-flight.
+  # Below the ports that Linux gives to outgoing connections (from 32768). Each job has two: one for the pre-flight.
   export JOB_NODES MASTER_ADDR MASTER_PORT=$((15000 + 2 * (SLURM_JOB_ID % 8000)))
   local tasks=${SLURM_NTASKS:-$SLURM_NNODES}
   tasks_per_node=${SLURM_NTASKS_PER_NODE:-$((tasks / SLURM_NNODES))}
-  ((tasks_per_node > 0 && (tasks == tasks_per_node * SLURM_NNODES))) || die "$tasks task(s) on $SLURM_NNODES nodes: give each the same number, --ntasks-per-node=8."
+  ((tasks_per_node > 0 && (tasks == tasks_per_node * SLURM_NNODES))) ||
+    die "$tasks task(s) on $SLURM_NNODES nodes: give each the same number, --ntasks-per-node=8."
   srun_options+=(--ntasks=$((tasks_per_node * SLURM_NNODES)) --ntasks-per-node="$tasks_per_node")
   # srun does not read SLURM_CPUS_PER_TASK since 22.05. Without --cpus-per-task a rank gets its part of the node.
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / tasks_per_node))}
   if [[ $(scontrol show config) =~ TaskPlugin[[:space:]]*=[^$'\n']*affinity ]]; then
-    # Neighbouring ranks on neighbouring cores: in a node of 8 GPUs the first four are connected to the first socket, while
-    # Slurm's default alternates between sockets. Memory comes from the socket that the rank is bound to.
+    # Neighbouring ranks on neighbouring cores: in a node of 8 GPUs the first four are connected to the first socket,
+    # while Slurm's default alternates between sockets. Memory comes from the socket that the rank is bound to.
     srun_options+=(--distribution=block:block --cpu-bind=cores --mem-bind=local)
   fi
   # Threads of a rank; its loader workers need cores, too.
@@ -105,7 +119,8 @@ set_environment() {
   # A blend of a hundred sources has many shards open at a time.
   ulimit -n "$(ulimit -Hn)"
   # InfiniBand pins the memory that it sends from.
-  ulimit -l unlimited 2> /dev/null || say "ulimit -l stays at $(ulimit -l) KiB: InfiniBand may need more (PropagateResourceLimits in slurm.conf)"
+  ulimit -l unlimited 2> /dev/null ||
+    say "ulimit -l stays at $(ulimit -l) KiB: InfiniBand may need more (PropagateResourceLimits in slurm.conf)"
 }
 
 # quoted VALUE: for Hydra's grammar, so that spaces, commas and brackets have no special meaning.
@@ -128,7 +143,26 @@ wait_for() {
   wait "$1" || status=$?
 }
 
-stopping='' term='' step='' repeat=''
+# stop_asked FOLDER...: whether a person has asked to stop one of these runs or stages (submit.sh --stop). A folder is
+# listed, not asked for the file: a network file system may remember for a minute that a file is not there, and asks its
+# server again when a folder is opened.
+stop_asked() {
+  local folder
+  for folder in "$@"; do
+    if [[ $'\n'$(ls -A -- "$folder/slurm" 2> /dev/null)$'\n' == *$'\nstop\n'* ]]; then return 0; fi
+  done
+  return 1
+}
+
+# A request to stop reaches this script as SIGUSR1, or without a signal within STOP_POLL seconds.
+watch_for_stop() {
+  (while sleep "${STOP_POLL:-10}"; do
+    if stop_asked "${stop_folders[@]}"; then kill -USR1 $$; exit; fi
+  done) > /dev/null 2>&1 &
+  watcher=$!
+}
+
+stopping='' term='' step='' repeat='' watcher=''
 # SIGUSR1 comes from Slurm before the time limit (--signal=B:USR1@300), or from a user: the ranks save and end. It is
 # repeated, since a rank ignores it while it is starting.
 on_usr1() {
@@ -143,7 +177,8 @@ ask_to_stop() {
   (while sleep 15; do kill -USR1 "$step" || exit 0; done 2> /dev/null) &
   repeat=$!
 }
-# After scancel, scontrol requeue or a lost node, Slurm ends the job and decides what happens next. It signals the ranks, too.
+# After scancel, scontrol requeue or a lost node, Slurm ends the job and decides what happens next. It also signals the
+# ranks.
 on_term() { term=yes; say "SIGTERM: Slurm ends this job"; }
 
 # run_stage STAGE RECIPE [OVERRIDE...]: RECIPE is such as recipes/stage1_pretrain
@@ -173,31 +208,42 @@ run_stage() {
     stage3) previous=$(dirname "$run_dir")/stage2 ;;
   esac
   mkdir -p "$run_dir/slurm" || die "$(hostname) cannot write to $run_dir: correct RUN_ROOT in slurm/site.env."
+  # The stage's folder, and the run's that it is in (chain.py has the same rule).
+  local stop_folders=("$run_dir")
+  if [[ $(basename "$run_dir") == stage[123] ]]; then stop_folders+=("$(dirname "$run_dir")"); fi
+  STOP_FILES=$(printf '%s/slurm/stop\n' "${stop_folders[@]}")
+  export STOP_FILES
   if [[ -n $previous && -z $init_from ]]; then init_from=train.init_from=$(quoted "$previous"); else previous=''; fi
   overrides+=(name="$(quoted "$name")" run_dir="$(quoted "$run_dir")" ${init_from:+"$init_from"})
 
-  say "$stage of '$name' in $run_dir: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NNODES node(s) x $tasks_per_node rank(s): $SLURM_JOB_NODELIST"
-  "$host_python" slurm/starts.py begin "$run_dir" || exit 1
+  say "$stage of '$name' in $run_dir: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1))," \
+    "$SLURM_NNODES node(s) x $tasks_per_node rank(s): $SLURM_JOB_NODELIST"
+  "$host_python" slurm/starts.py begin "$run_dir" || exit $?
+  watch_for_stop
+  trap 'kill $watcher $repeat 2> /dev/null || true' EXIT
   # A stage that has a checkpoint continues from it, and does not need the stage before.
   local own=("$run_dir"/checkpoints/step_*/complete.json)
   if [[ -n $previous && ! -e ${own[0]} ]] && ! finished "$previous"; then
-    "$host_python" slurm/starts.py stop "$run_dir" "$stage starts from $previous, which has not finished: train it first, or set train.init_from=CHECKPOINT"
-    exit 2
+    local reason="$stage starts from $previous, which has not finished: train it first, or set"
+    "$host_python" slurm/starts.py stop "$run_dir" "$reason train.init_from=CHECKPOINT" || exit $?
   fi
 
-  local phase=preflight status=0 errors=$run_dir/slurm/srun_errors.txt
-  if [[ ${PREFLIGHT:-yes} == yes ]]; then
+  local phase=preflight status=0 errors=$run_dir/slurm/srun_errors-$SLURM_JOB_ID.txt
+  if [[ ${PREFLIGHT:-yes} == yes && -z $stopping && -z $term ]]; then
     # Twice its own limit: normally it ends by itself and says why.
     find_program tools/preflight
-    timeout $((2 * ${PREFLIGHT_SECONDS:-60})) srun "${srun_options[@]}" "${inside[@]}" "${python[@]}" "${program[@]}" "$stage" "${overrides[@]}" < /dev/null &
+    timeout $((2 * ${PREFLIGHT_SECONDS:-60})) \
+      srun "${srun_options[@]}" "${inside[@]}" "${python[@]}" "${program[@]}" "$stage" "${overrides[@]}" < /dev/null &
     wait_for $!
   fi
+  if stop_asked "${stop_folders[@]}"; then stopping=yes; fi
   if ((status == 0)) && [[ -z $stopping && -z $term ]]; then
     phase=training
     [[ ${RANK_LOGS:-no} == yes ]] && export RANK_LOG_DIR=$run_dir/slurm/ranks
-    : > "$errors"
+    { : > "$errors"; } 2> /dev/null || true  # on a full disk, the trainer says so
     find_program "$recipe"
-    srun "${srun_options[@]}" "${inside[@]}" bash slurm/rank.sh "${python[@]}" "${program[@]}" "${overrides[@]}" < /dev/null 2> >(exec tee -a "$errors" >&2) &
+    srun "${srun_options[@]}" "${inside[@]}" bash slurm/rank.sh "${python[@]}" "${program[@]}" "${overrides[@]}" \
+      < /dev/null 2> >(exec tee -a "$errors" >&2) &
     step=$!
     [[ -n $stopping ]] && ask_to_stop  # the signal came while srun was being started
     wait_for "$step"
@@ -207,7 +253,8 @@ run_stage() {
   fi
 
   local decision action number nodes
-  decision=$("$host_python" slurm/starts.py end "$run_dir" --exit "$status" --phase "$phase" ${stopping:+--usr1} ${term:+--term})
+  decision=$("$host_python" slurm/starts.py end "$run_dir" --exit "$status" --phase "$phase" \
+    ${stopping:+--usr1} ${term:+--term}) || exit 1
   read -r action number nodes <<< "$decision"
   [[ $action == requeue ]] || exit "$number"
   requeue "$run_dir" "$number" "$nodes"
@@ -217,13 +264,20 @@ run_stage() {
 requeue() {
   local before
   before=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+  if stop_asked "${stop_folders[@]}"; then "$host_python" slurm/starts.py stop "$1" || exit $?; fi
   # Slurm sends SIGTERM to this script when the job is requeued.
   trap '' TERM
   if ! scontrol requeue "$SLURM_JOB_ID"; then
-    "$host_python" slurm/starts.py stop "$1" "Slurm refused to queue the job again (--no-requeue, or JobRequeue=0 in slurm.conf)"
-    exit 1
+    "$host_python" slurm/starts.py stop "$1" \
+      "Slurm refused to queue the job again: leave out --no-requeue, or ask for JobRequeue=1 in slurm.conf" || exit $?
   fi
-  # Slurm refuses both settings for a running job, so they follow the requeue. The job cannot start before this script ends.
+  # A request to stop that came since then; a job that starts nevertheless ends at once (starts.py begin).
+  if stop_asked "${stop_folders[@]}"; then
+    scancel "$SLURM_JOB_ID" || true
+    "$host_python" slurm/starts.py stop "$1" || exit $?
+  fi
+  # Slurm refuses both settings for a running job, so they follow the requeue. The job cannot start before this script
+  # ends.
   if [[ $3 != - ]]; then
     [[ $before == "(null)" ]] && before=''
     scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${before:+$before,}$3" || say "$3 could not be excluded"

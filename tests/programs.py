@@ -1,11 +1,13 @@
 """Ways to run the project's commands as a user would."""
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import warm
 
@@ -17,6 +19,18 @@ SOURCES = ("molmo2_nemo", "conf", "recipes", "tools", "slurm", "pyproject.toml",
 
 def with_defaults(environment: dict[str, str]) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
+
+
+def load(path: str) -> ModuleType:
+    """A file of the repository as a module, with its own folder to import from, as when Python runs it."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str((REPOSITORY / path).parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    return module
 
 
 def run(command: list, timeout: float = 600, **environment) -> subprocess.CompletedProcess:

@@ -13,7 +13,9 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 case $stage in
     stage1) exec "$PYTHON" tools/download.py fetch --stage 1 "$@" ;;
     stage2) exec "$PYTHON" tools/download.py fetch --stage 2 "$@" ;;
-    stage3) echo "stage 3 trains on the data of stage 2: nothing more is needed (tools/download_by_stage.sh stage2 if you have not)" ;;
+    stage3)
+      echo "stage 3 trains on the data of stage 2: nothing more is needed" \
+        "(tools/download_by_stage.sh stage2 if you have not)" ;;
     all)
         status=0
         "$PYTHON" tools/download.py fetch --stage 1 "$@" || status=$?

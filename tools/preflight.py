@@ -503,7 +503,8 @@ def leave_verdict(config: Config, kind: str, message: str, nodes: list[str]) -> 
     path = Path(config.run_dir) / "slurm" / "preflight.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"kind": kind, "message": message, "nodes": nodes, "time": time.time()}) + "\n")
+        verdict = {"kind": kind, "message": message, "nodes": nodes}
+        path.write_text(json.dumps(verdict | {"time": time.time(), "job": os.environ.get("SLURM_JOB_ID")}) + "\n")
     except OSError:
         pass
 
@@ -513,7 +514,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("stage1", "stage2", "stage3"))
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for the recipe")
     parser.add_argument(
-        "--settings", type=int, metavar="RANKS", help="check the settings for so many ranks, and no node"
+        "--settings", type=int, metavar="RANKS", help="check the settings for so many ranks, and no node; prints facts"
     )
     args = parser.parse_args()
     prepare([])
@@ -523,6 +524,8 @@ def main() -> None:
         config = compose(args.stage, args.overrides)
         if args.settings is not None:
             check(config, args.settings)
+            # For slurm/checks.py.
+            print(json.dumps({"data_root": config.data.root, "wandb_project": config.train.wandb_project}))
             return
         lines = preflight(args.stage, args.overrides, config, rank, world_size_from_environment())
     except (ConfigError, Fault) as error:

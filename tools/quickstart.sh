@@ -17,7 +17,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 # A second run with the same overrides keeps the stages that are finished; with others it starts over.
 overrides="$* $(cat conf/schedule/quickstart.yaml conf/model/tiny.yaml | cksum)"
-if [[ "$(cat $runs/overrides 2>/dev/null)" != "$overrides" ]]; then
+if [[ "$(cat "$runs/overrides" 2>/dev/null)" != "$overrides" ]]; then
   rm -rf "$runs"
   mkdir -p "$runs"
   echo "$overrides" > "$runs/overrides"
@@ -40,7 +40,8 @@ stage() {
     optim=from_scratch parallel="$layout" name=quickstart run_dir="$runs/stage$number" \
     train.generate_every=1000 train.generate_examples=15 "$@" \
     2> >(tee "$runs/stage$number.err" >&2) || {
-      echo "stage $number failed. Its error is above and in $runs/stage$number.err; docs/troubleshooting.md explains it." >&2
+      echo "stage $number failed. Its error is above and in $runs/stage$number.err;" \
+        "docs/troubleshooting.md explains it." >&2
       exit 1
     }
   echo $((SECONDS - started)) > "$runs/stage$number/seconds"

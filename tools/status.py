@@ -1,6 +1,6 @@
 """Where a run stands: its stages, steps, speed, last checkpoint, restarts, and why something stopped.
 
-    python tools/status.py my-8b                 # the run RUN_ROOT/my-8b, or the path of a run
+    python tools/status.py my-8b                 # the run RUN_ROOT/my-8b, or the path of a run or of a stage
     python tools/status.py my-8b --watch         # again every ten seconds
     python tools/status.py my-8b --json
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,11 +25,20 @@ HOME = next(
 )
 STAGES = ("stage1", "stage2", "stage3")
 COLUMNS = ("stage", "state", "step", "tokens/s", "left", "checkpoint", "restarts")
+STAGE_FILES = ("metrics.jsonl", "ended.json", "config.yaml", "checkpoints", "slurm/starts.jsonl")  # one of them
+NO_LAUNCH = (
+    "the node could not start the job: its log folder, RUN_ROOT or the checkout is not on a file system that all nodes "
+    "share, or is missing there"
+)
 TAIL = 2**20  # bytes of metrics.jsonl that are read
 
 
 def find_run(given: str) -> Path:
-    """The folder of a run: a path, or a name below RUN_ROOT of the site settings. ValueError: there is none."""
+    """The folder of a run, or of a stage that is in no run.
+
+    given: a name below RUN_ROOT of the site settings, or a path: of a run, a stage, its checkpoints or one of them.
+    ValueError: there is none.
+    """
     command = 'source slurm/common.sh && load_site && printf %s "$RUN_ROOT"'
     asked = subprocess.run(["bash", "-c", command], cwd=HOME, capture_output=True, text=True)
     if asked.returncode:
@@ -36,9 +46,24 @@ def find_run(given: str) -> Path:
     root = HOME / asked.stdout
     for folder in (root / given, Path(given)):
         if folder.is_dir():
-            return folder.resolve()
+            return run_around(folder.resolve())
     runs = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     raise ValueError(f"there is no run '{given}' in {root}; there are {', '.join(runs[:20]) or 'none'}")
+
+
+def run_around(folder: Path) -> Path:
+    """The run that a folder is or belongs to. ValueError: it is neither a run nor in one."""
+    while folder.name == "checkpoints" or folder.name.startswith("step_"):
+        folder = folder.parent
+    stage = next(
+        (path for path in (folder, folder.parent) if any((path / name).exists() for name in STAGE_FILES)), None
+    )
+    if stage is not None:
+        return stage.parent if stage.name in STAGES else stage
+    run = folder.parent if folder.name in STAGES else folder
+    if (run / "slurm" / "jobs").exists() or any((run / name).is_dir() for name in STAGES):
+        return run
+    raise ValueError(f"{folder} is no run: it has neither {', '.join(STAGES)} nor the files of a stage")
 
 
 def read_json(path: Path) -> dict:
@@ -123,20 +148,39 @@ def starts_of(folder: Path) -> list[dict]:
     for record in read_lines(folder / "slurm" / "starts.jsonl"):
         if record.get("event") == "begin":
             starts.append({"ended": False, **record})
-        elif starts:
-            starts[-1] |= {**record, "ended": True}
+            continue
+        mine = [start for start in starts if start.get("job") == record.get("job", start.get("job"))]
+        if mine:
+            mine[-1] |= {**record, "ended": True}
     return starts
 
 
-def stage_status(run: Path, stage: str, job: str | None, blocked: str | None) -> dict:
-    """One row of the table. blocked: why the stage before will not finish, if that is known."""
-    folder = run / stage
+def newest_job(*jobs: str | None) -> str | None:
+    return max((job for job in jobs if job), key=lambda job: int(job) if job.isdigit() else 0, default=None)
+
+
+def stop_request(*folders: Path) -> str | None:
+    """When and by whom these folders of a run or a stage were stopped; None: they were not."""
+    for path in (folder / "slurm" / "stop" for folder in folders):
+        try:
+            user, at = path.read_text().strip(), time.strftime("%F %T", time.localtime(path.stat().st_mtime))
+        except OSError:
+            continue
+        return f"at {at}" + (f" by {user}" if user else "")
+    return None
+
+
+def stage_status(folder: Path, job: str | None, blocked: str | None, stop: str | None) -> dict:
+    """One row of the table.
+
+    blocked: which stage before will not finish, if that is known. stop: when the run was stopped.
+    """
     ended, starts, checkpoint = read_json(folder / "ended.json"), starts_of(folder), newest_checkpoint(folder)
     records = [
         r for r in read_lines(folder / "metrics.jsonl") if r.get("kind") == "train" and isinstance(r.get("step"), int)
     ]
     step, total, last = (records[-1]["step"] if records else 0), max_steps(folder), starts[-1] if starts else {}
-    job = job or last.get("job")
+    job = newest_job(job, last.get("job"))
     slurm = job_state(job)
     queue = slurm.get("JobState", "")
     state, why = "not started", None
@@ -145,16 +189,16 @@ def stage_status(run: Path, stage: str, job: str | None, blocked: str | None) ->
         if queue == "RUNNING":
             why = None if records and not last.get("ended") else "starting"
     elif queue == "PENDING":
-        state, why = (
-            "queued",
-            {"Dependency": "waits for the stage before", "BeginTime": "waits after a failure"}.get(
-                slurm["Reason"], f"Slurm says {slurm['Reason']}" if slurm.get("Reason") not in (None, "None") else None
-            ),
-        )
-        if slurm["Reason"] == "BeginTime":
-            why += f", until {slurm.get('StartTime')}"
-        if slurm["Reason"] == "DependencyNeverSatisfied":
+        reason = slurm.get("Reason", "None")
+        state, why = "queued", None if reason == "None" else f"Slurm says {reason}"
+        if reason == "Dependency":
+            why = "waits for the stage before"
+        elif reason == "BeginTime":
+            why = f"waits after a failure, until {slurm.get('StartTime')}"
+        elif reason == "DependencyNeverSatisfied":
             state, why = "cancelled", blocked or "the stage before did not finish"
+        elif "launch" in reason.lower():
+            why = f"Slurm says {reason}: {NO_LAUNCH}"
     elif ended.get("reason") == "finished":
         state = "finished"
     elif last.get("ended") and last.get("action") == "stop":
@@ -165,6 +209,8 @@ def stage_status(run: Path, stage: str, job: str | None, blocked: str | None) ->
     elif last or queue:
         state = "cancelled" if queue == "CANCELLED" else "failed" if queue else "ended"
         why = f"Slurm's state of job {job} is {queue}" if queue else f"job {job} is not in the queue any more"
+        if "launch" in slurm.get("Reason", "").lower():
+            why += f" ({slurm['Reason']}): {NO_LAUNCH}"
         if last.get("ended"):
             why += f"; {last.get('message')}"
     elif records:
@@ -173,10 +219,13 @@ def stage_status(run: Path, stage: str, job: str | None, blocked: str | None) ->
             if ended
             else ("ended or running", "not under Slurm")
         )
+    failed = last.get("action") == "stop" and last.get("kind") != "stopped"
+    if stop and not blocked and state != "finished" and not failed:
+        state, why = ("stopping" if queue in ("RUNNING", "COMPLETING", "PENDING") else "stopped"), None
     pace = seconds_per_step(records)
     left = (total - step) * pace if total and pace and state in ("running", "queued", "ending") else None
     return {
-        "stage": stage,
+        "stage": folder.name,
         "state": state,
         "job": job,
         "step": step,
@@ -211,12 +260,18 @@ def status(run: Path) -> dict:
     jobs = {}
     if (run / "slurm" / "jobs").exists():
         jobs = dict(line.split(" ", 1) for line in (run / "slurm" / "jobs").read_text().splitlines() if " " in line)
+    if any((run / name).exists() for name in STAGE_FILES):
+        stop = stop_request(run)
+        row = stage_status(run, None, None, stop)
+        return {"run": str(run), "name": run.name, "stopped": stop, "stages": [row]}
     rows, blocked = [], None
+    stop = stop_request(run, *(run / stage for stage in STAGES))
     for stage in STAGES:
-        row = stage_status(run, stage, jobs.get(stage), blocked)
+        row = stage_status(run / stage, jobs.get(stage), blocked, stop)
         rows.append(row)
-        if row["state"] in ("failed", "cancelled", "stopped"):
-            blocked = f"{stage} {row['state']}: {row['why']}" if row["state"] != "cancelled" or not blocked else blocked
+        if row["state"] in ("failed", "cancelled", "stopped", "stopping"):
+            blocked = blocked or f"{stage} {row['state']}"
+    stop = None if all(row["state"] == "finished" for row in rows) else stop
     more = {}
     for name, result in (("export", run / "hf" / "config.json"), ("report", run / "report.html")):
         queue = job_state(jobs.get(name)).get("JobState")
@@ -228,7 +283,7 @@ def status(run: Path) -> dict:
             more[name] = f"cancelled, since {blocked}" if name == "export" else "none"
         else:
             more[name] = (queue or "none").lower()
-    return {"run": str(run), "name": run.name, "stages": rows, **more}
+    return {"run": str(run), "name": run.name, "stopped": stop, "stages": rows, **more}
 
 
 def duration(seconds: float) -> str:
@@ -260,20 +315,30 @@ def table(found: dict) -> str:
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    if found["stopped"]:
+        again = f"slurm/submit.sh --name {shlex.quote(found['name'])} --resume"
+        if "export" not in found:
+            again = f"remove {found['run']}/slurm/stop and submit it again"
+        lines.append(f"stopped on request {found['stopped']}; to go on: {again}")
+    reasons = {}
     for row in found["stages"]:
         if row["why"]:
-            lines.append(f"{row['stage']}: {row['why']}")
+            reasons.setdefault(row["why"], []).append(row["stage"])
+    lines += [f"{', '.join(stages)}: {why}" for why, stages in reasons.items()]
+    for row in found["stages"]:
         if row["failed_nodes"]:
             counts = ", ".join(f"{node} {count} time(s)" for node, count in row["failed_nodes"].items())
             out = f"; left out: {', '.join(row['excluded_nodes'])}" if row["excluded_nodes"] else ""
             lines.append(f"{row['stage']}: nodes that failed: {counts}{out}")
-        for end in row["ends"][-3:]:
-            if end["kind"] != "finished" and end["message"] and end["message"] not in (row["why"] or ""):
+        # The last of each message.
+        for end in list({end["message"]: end for end in row["ends"]}.values())[-3:]:
+            told = end["kind"] in ("finished", "stopped") or (end["message"] or "") in (row["why"] or "")
+            if not told:
                 at = time.strftime("%F %T", time.localtime(end["time"]))
                 lines.append(
                     f"{row['stage']}: {at} {end['message']}" + (" (queued again)" if end["action"] == "requeue" else "")
                 )
-    lines += [f"export: {found['export']}", f"report: {found['report']}"]
+    lines += [f"{name}: {found[name]}" for name in ("export", "report") if name in found]
     if shutil.which("squeue") is None:
         lines.append("Slurm's commands are not on this machine: the states are those of the run's files")
     return "\n".join(lines)

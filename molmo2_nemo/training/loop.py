@@ -100,7 +100,7 @@ def train(run: Run) -> tuple[str, str]:
     is "finished", the last step was applied and its checkpoint was compared with its checksums.
     """
     settings, position = run.config.train, run.position
-    reason, why = None, no_better(run)
+    reason, why = run.request.reason(run.device), no_better(run)  # it may have come while the model was built
     for chunk in run.model:
         chunk.train()
     run.log.interval()

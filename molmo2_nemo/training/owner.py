@@ -94,7 +94,7 @@ class Owner:
                 print(f"error: {self.path} {what}: the run ends here and saves nothing more.", file=sys.stderr)
                 sys.stderr.flush()
                 # In the middle of anything: what the folder holds now is not this run's.
-                os._exit(1)
+                os._exit(2)  # for batch scripts: starting again would find an empty folder, and begin anew
             self.me["beat"] += 1
             with contextlib.suppress(OSError):  # a full or read-only disk: saving will say so
                 write_atomically(self.path, json.dumps(self.me))

@@ -1,6 +1,7 @@
 """How a run ends: on request, at its time limit, or by a failure that is reported in one line."""
 
 import contextlib
+import errno
 import faulthandler
 import json
 import multiprocessing
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.data.loader import WorkerDied
 from molmo2_nemo.environment import rank_from_environment
-from molmo2_nemo.files import write_atomically
+from molmo2_nemo.files import is_disk_error, write_atomically
 
 ENDED = "ended.json"
 _TIME_LIMIT = 1000  # beyond any signal's number
@@ -29,6 +30,8 @@ _TIME_LIMIT = 1000  # beyond any signal's number
 _LOST_CONTACT = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 # Gloo has no type of its own: it raises RuntimeError. Its text begins with the source file: "[.../gloo/transport/...]".
 _LOST_CONTACT_GLOO = ("/gloo/transport/", "/gloo/rendezvous/")
+# What CUDA and its libraries write into a RuntimeError when the GPU or its driver failed.
+_GPU_ERRORS = ("CUDA error", "CUDA driver error", "cuDNN error", "CUBLAS_STATUS_")
 
 
 class StopRequest:
@@ -59,29 +62,34 @@ class StopRequest:
         return "time limit" if code == _TIME_LIMIT else signal.Signals(code).name
 
 
-def write_ended(run_dir: Path, reason: str, step: int, message: str = "") -> None:
+def write_ended(run_dir: Path, reason: str, step: int, message: str = "", cause: str | None = None) -> None:
     """Leave ended.json in the run's folder: why it ended, for batch scripts, since launchers do not hand on exit codes.
 
     reason, and what a script should do:
         finished        all steps are taken: start the next stage
         time limit      train.stop_after_minutes is over; saved: start again
         SIGUSR1, ...    a signal of train.stop_signals came; saved: start again
-        error           message says what; a retry may help (a lost node, a full disk), so limit their number
+        error           message says what, and `cause` whether a retry may help
         config error    nothing was trained; message says which key: do not start again
-    step: the last one. The file is removed when a run starts. If there is none after a run, the run was killed, or
-    could not write it.
+    step: the last one. cause: of an error, as in `cause_of`. The file is removed when a run starts. If there is none
+    after a run, the run was killed, or could not write it. The Slurm job is in it, since a job that is refused because
+    another one trains in the folder must not take that one's end for its own.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / ENDED
     ended = {"reason": reason, "step": step, "message": message, "time": time.time()}
+    ended |= {"cause": cause, "job": os.environ.get("SLURM_JOB_ID")}
     write_atomically(path, json.dumps(ended) + "\n")
 
 
 def end_all_ranks(run_dir: Path, message: str, step: int, reason: str = "error") -> NoReturn:
-    """End the run, with exit status 2, for what all ranks have found alike. Collective; rank 0 says so."""
+    """End the run, with exit status 2, for what all ranks have found alike. Collective; rank 0 says so.
+
+    That is never one node's fault, and comes again if nobody changes a setting, the data or the disk.
+    """
     if dist.get_rank() == 0:
         with contextlib.suppress(OSError):  # the disk may be what has failed
-            write_ended(run_dir, reason, step, message)
+            write_ended(run_dir, reason, step, message, cause="user")
         print(f"error: {message}", file=sys.stderr, flush=True)
     dist.barrier()
     sys.exit(2)
@@ -168,7 +176,7 @@ def told_in_one_line(run_dir: Path, step: Callable[[], int], last: Callable[[], 
             speaks = True
         if speaks:
             with contextlib.suppress(OSError):
-                write_ended(run_dir, "error", step(), message=f"{place}: {reason}")
+                write_ended(run_dir, "error", step(), message=f"{place}: {reason}", cause=cause_of(error))
             print(f"error: {place}: {reason} (traceback in {folder})", file=sys.stderr, flush=True)
         sys.stdout.flush()
         for child in multiprocessing.active_children():
@@ -223,6 +231,30 @@ def lost_contact(error: BaseException) -> bool:
     if isinstance(error, _LOST_CONTACT):
         return True
     return isinstance(error, RuntimeError) and any(place in str(error) for place in _LOST_CONTACT_GLOO)
+
+
+def cause_of(error: BaseException) -> str:
+    """Who can fix an error of one rank; slurm/starts.py decides by it what becomes of the job.
+
+    user        the disk is full or may not be written: the same comes again on any node
+    memory      of the GPU or of the host: settings, unless the run got far with them
+    node        the GPU, its driver or the node's disk failed
+    lost contact    another rank is gone or silent: what Slurm says about that one decides
+    transient   anything else, such as a defect of the program: a retry may help, and no node is known to be at fault
+    """
+    if lost_contact(error):
+        return "lost contact"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | WorkerDied):
+        return "memory"
+    if isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in _GPU_ERRORS):
+        return "node"
+    # Libraries report a full disk with errors of their own, for which Python keeps the first one.
+    link: BaseException | None = error
+    while link is not None:
+        if is_disk_error(link):
+            return "node" if link.errno == errno.EIO else "user"
+        link = link.__cause__ or link.__context__
+    return "transient"
 
 
 def describe(error: BaseException) -> str:

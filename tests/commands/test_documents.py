@@ -304,6 +304,7 @@ def sentences() -> str:
 def test_messages_in_troubleshooting_are_those_of_the_code():
     """A part in backticks in the first column is a message of ours, but for those of Slurm and Python."""
     of_others = ("Requested node configuration", "Invalid account or partition", "ModuleNotFoundError")
+    of_others += ("JobLaunchFailure", "launch failed requeued held")
     code, checked = sentences(), 0
     for line in (REPOSITORY / "docs" / "troubleshooting.md").read_text().splitlines():
         if not re.match(r"\| .*`", line):

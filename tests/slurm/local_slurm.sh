@@ -127,7 +127,8 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=node[1-$NODES] NodeAddr=127.0.0.1 Port=[$((PORT + 1))-$((PORT + NODES))] CPUs=$CPUS_PER_NODE RealMemory=2000000 $gres
+NodeName=node[1-$NODES] NodeAddr=127.0.0.1 Port=[$((PORT + 1))-$((PORT + NODES))] \\
+  CPUs=$CPUS_PER_NODE RealMemory=2000000 $gres
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=10
 PartitionName=urgent Nodes=ALL PriorityTier=10
 CONF
@@ -208,12 +209,14 @@ stop() {
 [[ $GPUS_PER_NODE =~ ^[0-9]{1,2}$ ]] || die "GPUS_PER_NODE must be 0 to 99, not '$GPUS_PER_NODE'"
 ((EUID == 0)) || die "run it as root"
 [[ $DIR == /* ]] || DIR=$PWD/$DIR
-[[ $DIR =~ ^[A-Za-z0-9/._-]{2,60}$ ]] || die "SLURM_LOCAL_DIR must be at most 60 plain characters (its sockets have a limit): $DIR"
+[[ $DIR =~ ^[A-Za-z0-9/._-]{2,60}$ ]] ||
+  die "SLURM_LOCAL_DIR must be at most 60 plain characters (its sockets have a limit): $DIR"
 export SLURM_CONF=$DIR/etc/slurm.conf
 
 case $1 in
   start)
-    [[ -e $DIR/lock || -z $(ls -A "$DIR" 2>/dev/null) ]] || die "$DIR holds something else: set SLURM_LOCAL_DIR to a new directory"
+    [[ -e $DIR/lock || -z $(ls -A "$DIR" 2>/dev/null) ]] ||
+      die "$DIR holds something else: set SLURM_LOCAL_DIR to a new directory"
     mkdir -p "$DIR" ;;
   stop) [[ -e $DIR/lock ]] || exit 0 ;;
 esac

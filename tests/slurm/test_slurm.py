@@ -34,19 +34,6 @@ SMALL = ["--nodes=2", "--ntasks-per-node=1"]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
 
-def test_scripts_are_shellcheck_clean():
-    if shutil.which("shellcheck") is None:
-        skip_or_fail("shellcheck is not installed (tools/dev/install_slurm.sh)")
-    scripts = sorted(
-        str(path)
-        for pattern in ("slurm/*.sh", "slurm/*.sbatch", "tools/dev/install_slurm.sh", "tests/slurm/containers/*")
-        for path in REPOSITORY.glob(pattern)
-    )
-    assert len(scripts) >= 9
-    result = run(["shellcheck", *scripts])
-    assert result.returncode == 0, result.stdout
-
-
 def skip_or_fail(why: str):
     if os.environ.get("CI") == "true" and shutil.which("apt-get"):
         pytest.fail(f"{why}: CI must run this; tools/dev/install_slurm.sh installs it")
@@ -160,7 +147,7 @@ def running_cluster(sample, tmp_path_factory):
         data = folder / "da ta" / "sample"
         shutil.copytree(sample, data)
         site = folder / "site.env"
-        site.write_text(f"RUNTIME=venv\nRUN_ROOT='{folder}/run root'\n")
+        site.write_text(f"RUNTIME=venv\nRUN_ROOT='{folder}/run root'\nNODE_LOCAL=\n")  # one machine: all is shared
         yield Cluster(
             folder,
             inherited
@@ -237,11 +224,15 @@ def test_a_chain_of_three_stages_survives_what_happens_to_it(cluster):
         "ended by Slurm (node failure"
     )
 
+    twice = cluster.do("slurm/submit.sh", "--name", name, "--resume")
+    assert twice.returncode == 2 and f"still queued (jobs {jobs['stage3']}" in twice.stderr, twice.stderr
+    second = cluster.sbatch(*SMALL, f"--output={cluster.folder}/second.log", "slurm/stage3.sbatch", f"name='{name}'")
     result = succeeded(cluster.do("slurm/submit.sh", "--name", name, "--stop"))
+    assert f"job {second} is cancelled" in result.stdout, result.stdout
     assert f"job {jobs['stage3']} saves and ends" in result.stdout
     assert cluster.wait_for_end(jobs["stage3"], jobs["export"]) == ["FAILED", "CANCELLED"]
     found = cluster.status(name)
-    assert found["stages"][2]["state"] == "stopped" and found["export"].startswith("cancelled, since stage3 stopped")
+    assert found["stages"][2]["state"] == "stopped" and found["export"] == "cancelled, since stage3 stopped"
     cluster.wait_for_end(jobs["report"])
     stopped_at = json.loads((stage3 / "ended.json").read_text())["step"]
     jobs = cluster.submit("--name", name, "--resume", f"stage3:train.max_steps={stopped_at + 2}")
@@ -279,7 +270,7 @@ def test_a_node_that_kills_ranks_is_left_out(cluster):
     [state] = cluster.wait_for_end(job)
     log = (cluster.folder / f"bad-{job}.log").read_text()
     assert state == "COMPLETED", log
-    assert ends(cluster.runs / "bad" / "stage1") == ["error", "error", "finished"], log
+    assert ends(cluster.runs / "bad" / "stage1") == ["killed", "killed", "finished"], log
     assert "without node1, which failed twice" in log and cluster.field(job, "ExcNodeList") == "node1"
     row = cluster.status("bad")["stages"][0]
     assert row["failed_nodes"] == {"node1": 2} and row["excluded_nodes"] == ["node1"]
@@ -357,14 +348,14 @@ def test_a_stage_that_fails_leaves_its_successors_cancelled_with_the_reason(clus
     found = cluster.status("fails")
     assert [row["state"] for row in found["stages"]] == ["failed", "cancelled", "cancelled"]
     first, second = found["stages"][0]["why"], found["stages"][1]["why"]
-    assert "left no marker" in first and second == f"stage1 failed: {first}"
-    assert found["export"] == f"cancelled, since stage1 failed: {first}"
+    assert "left no marker" in first and second == "stage1 failed"
+    assert found["export"] == "cancelled, since stage1 failed"
     assert len(ends(cluster.runs / "fails" / "stage1")) <= 3
 
 
 @pytest.mark.slow
 def test_wrong_settings_are_refused_before_and_after_the_submission(cluster):
-    refused = cluster.do("slurm/submit.sh", "--name", "wrong", *SMALL, *TINY, "model.num_layer=3")
+    refused = cluster.do("slurm/submit.sh", "--name", "wrong", *SMALL, *TINY, cluster.data, "model.num_layer=3")
     assert refused.returncode == 2 and "did you mean model.num_layers" in refused.stderr
     assert not (cluster.runs / "wrong").exists()
     for arguments, sentence in (
@@ -373,7 +364,7 @@ def test_wrong_settings_are_refused_before_and_after_the_submission(cluster):
         (["--name", "a/b"], "letters, digits"),
         (["--name", "x", "tiny"], "neither an option"),
         (["--name", "x", "--resume"], "there is no run 'x'"),
-        (["--name", "x", "--nodes=4", "--ntasks-per-node=1", *TINY], "node"),  # the cluster has two
+        (["--name", "x", "--nodes=4", "--ntasks-per-node=1", *TINY, cluster.data], "node"),  # the cluster has two
     ):
         result = cluster.do("slurm/submit.sh", *arguments)
         assert result.returncode == 2 and sentence in result.stderr and not (cluster.runs / "x").exists(), result.stderr
@@ -388,7 +379,7 @@ def test_wrong_settings_are_refused_before_and_after_the_submission(cluster):
         text,
         re.MULTILINE,
     ), text
-    assert "a setting that cannot work is not tried again" in text and "Traceback" not in text
+    assert "the same would happen again until somebody changes it" in text and "Traceback" not in text
     assert cluster.status("wrong")["stages"][0]["state"] == "failed"
     # Stage 2 of a run whose stage 1 has not finished.
     job = cluster.sbatch(*SMALL, f"--output={log}", "slurm/stage2.sbatch", "name=wrong", *TINY)
@@ -408,6 +399,7 @@ def test_a_dry_run_shows_every_command_and_submits_nothing(cluster):
             "--dry-run",
             *SMALL,
             *TINY,
+            cluster.data,
             "stage3:--nodes=1",
             "stage3:--ntasks-per-node=2",
             "train.init_from=runs/start",

@@ -81,7 +81,7 @@ def test_who_loses_the_folder_ends_at_once(how, holder, tmp_path):
         while json.loads((run_dir / owner.OWNER).read_text()).get("token") != "t":  # against its own writing
             (run_dir / owner.OWNER).write_text(json.dumps({"host": "far", "pid": 7, "token": "t"}))
             time.sleep(0.2)
-    assert holder.wait(timeout=60) == 1
+    assert holder.wait(timeout=60) == 2
     said = holder.stderr.read()
     assert "the run ends here and saves nothing more" in said
     assert ("belongs to process 7 on far" if how == "taken" else "is gone") in said

@@ -1,11 +1,15 @@
 """What is said and recorded when a run ends in trouble."""
 
+import errno
+import json
 import os
 
+import pytest
+import torch
 import torch.distributed as dist
 
 from molmo2_nemo.data.loader import WorkerDied
-from molmo2_nemo.training.shutdown import describe, lost_contact
+from molmo2_nemo.training.shutdown import cause_of, describe, lost_contact, write_ended
 
 
 def test_what_errors_are_called():
@@ -18,6 +22,38 @@ def test_what_errors_are_called():
     assert "process 7" in describe(WorkerDied(7)) and "lower data.num_workers" in describe(WorkerDied(7))
     assert describe(RuntimeError("DataLoader worker")) == "RuntimeError: DataLoader worker"
     assert describe(ValueError("no")) == "ValueError: no" and describe(KeyboardInterrupt()) == "interrupted"
+
+
+@pytest.mark.parametrize(
+    "error, cause",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "user"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "user"),
+        (PermissionError(errno.EACCES, "Permission denied"), "user"),
+        (OSError(errno.EIO, "Input/output error"), "node"),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "node"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory"),
+        (WorkerDied(7), "memory"),
+        (RuntimeError("shape mismatch"), "transient"),
+        (KeyboardInterrupt(), "transient"),
+    ],
+)
+def test_who_can_fix_an_error(error, cause):
+    assert cause_of(error) == cause
+    try:
+        try:
+            raise error
+        except BaseException as first:
+            raise RuntimeError("the writer failed") from first
+    except RuntimeError as second:
+        assert cause_of(second) == ("user" if cause == "user" else "node" if "Input" in str(error) else "transient")
+
+
+def test_the_end_of_a_run_names_the_job_and_the_cause(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    write_ended(tmp_path, "error", 5, "no", cause="user")
+    ended = json.loads((tmp_path / "ended.json").read_text())
+    assert (ended["job"], ended["cause"], ended["step"]) == ("71", "user", 5)
 
 
 def test_what_the_user_set_of_the_flight_recorder_stays(monkeypatch, tmp_path):

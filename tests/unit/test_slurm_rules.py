@@ -1,19 +1,10 @@
 """The rules of the Slurm scripts, without a cluster: what is started again, and what the pre-flight check refuses."""
 
-import importlib.util
-from pathlib import Path
+import re
 from types import SimpleNamespace
 
 import pytest
-from programs import REPOSITORY
-
-
-def load(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from programs import REPOSITORY, load
 
 starts, preflight = load("slurm/starts.py"), load("tools/preflight.py")
 
@@ -50,6 +41,7 @@ def test_what_is_queued_again():
     )
     # A failure is tried again once where no checkpoint is gained, and as long as one is where it is.
     assert decide(("error", 0))[0] == "requeue"
+    assert decide(("killed", 0), ("killed", 0))[0] == decide(("error", 0), ("killed", 0))[0] == "stop"
     assert decide(("error", 0), ("error", 0))[:2] == ("stop", "2 starts in a row gained no checkpoint")
     assert decide(("error", 3), ("error", 3), ("error", 3), ("error", 0))[0] == "requeue"
     # Interrupted before it began to train, a few times: nothing is wrong with the run.
@@ -63,10 +55,10 @@ def test_the_wait_doubles_with_every_failure_in_a_row():
 
 
 def test_a_node_that_failed_twice_is_left_out_and_earns_one_more_try():
-    twice = [("error", 0, "n7"), ("error", 0, "n7")]
+    twice = [("killed", 0, "n7"), ("killed", 0, "n7")]
     assert starts.excluded(history(*twice)) == ["n7"] and starts.excluded(history(twice[0])) == []
     assert decide(*twice)[0] == "requeue"
-    assert decide(*twice, ("error", 0, "n8"))[0] == "stop"
+    assert decide(*twice, ("killed", 0, "n8"))[0] == "stop"
     # A pre-flight that names a node is no failure of the run.
     other = [("node", 0, f"n{i}") for i in range(6)]
     assert decide(*other)[0] == "requeue" and decide(*other, max_restarts=5)[0] == "stop"
@@ -83,28 +75,107 @@ def test_who_is_to_blame():
     assert starts.nodes_to_blame(None, "", nodes) == [] and starts.nodes_to_blame(None, srun, ["node9"]) == []
 
 
-@pytest.mark.parametrize(
-    "exit_code, phase, marker, verdict, flags, kind",
-    [
-        (1, "training", {"reason": "finished", "step": 9}, {}, "", "finished"),  # a rank fell over after the end
-        (0, "training", {"reason": "SIGUSR1", "step": 9}, {}, "u", "interrupted"),
-        (0, "training", {"reason": "SIGTERM", "step": 9}, {}, "", "interrupted"),  # preemption
-        (0, "training", {"reason": "SIGTERM", "step": 9}, {}, "t", "slurm"),  # scancel
-        (137, "training", {}, {}, "u", "interrupted"),
-        (137, "training", {}, {}, "", "error"),
-        (2, "training", {}, {}, "", "config"),
-        (1, "training", {"reason": "config error", "message": "no"}, {}, "", "config"),
-        (1, "training", {"reason": "error", "message": "no"}, {}, "u", "error"),
-        (3, "preflight", {}, {"kind": "node", "message": "n1: no", "nodes": ["n1"]}, "", "node"),
-        (2, "preflight", {}, {"kind": "config", "message": "no"}, "", "config"),
-        (124, "preflight", {}, {}, "", "error"),
-        (0, "preflight", {}, {"kind": "ok"}, "u", "interrupted"),
-        (0, "training", {"reason": "SIGUSR1", "step": 9}, {}, "us", "stopped"),
+def ended(reason="error", step=9, **more):
+    return {"marker": {"reason": reason, "step": step, "message": "rank 3 on node1, step 9: no"} | more}
+
+
+KILLED = "srun: error: node2: task 1: Killed"
+PREFLIGHT = {"phase": "preflight", "exit_code": 3}
+# First column of the table in docs/operations.md -> what the batch script knows of such an end.
+CASES = {
+    "all steps are taken": [ended("finished"), ended("finished") | {"exit_code": 1}],  # a rank fell over after the end
+    "a person stopped the run": [ended("SIGUSR1") | {"stop": "stopped"}, ended() | {"stop": "stopped"}, {"stop": "s"}],
+    "the time limit is near, or `train.stop_after_minutes` is over": [
+        ended("SIGUSR1") | {"usr1": True},
+        ended("time limit"),
+        {"usr1": True, "exit_code": 137},
+        {"usr1": True, "phase": "preflight"},
     ],
-)
-def test_how_a_start_ended(exit_code, phase, marker, verdict, flags, kind):
-    found, sentence = starts.classify(exit_code, phase, marker, verdict, "u" in flags, "t" in flags, "s" in flags)
-    assert found == kind and sentence
+    "preemption, `scontrol requeue`, `scancel`, a lost node": [
+        ended("SIGTERM") | {"term": True},
+        {"term": True, "exit_code": 143},
+        {"term": True, "phase": "preflight", "exit_code": 143},
+    ],
+    "the pre-flight finds a node with a fault": [
+        PREFLIGHT | {"preflight": {"kind": "node", "message": "n1: no", "nodes": ["n1"]}}
+    ],
+    "a rank is killed or crashes": [
+        {"exit_code": 137, "errors": KILLED},
+        {"exit_code": 139},
+        ended(cause="lost contact") | {"exit_code": 137, "errors": KILLED},
+    ],
+    "a GPU, its driver or a node's disk fails": [ended(cause="node") | {"exit_code": 1}],
+    "any other error, such as a defect of the program or lost contact": [
+        ended(cause="transient") | {"exit_code": 1},
+        ended(cause="lost contact") | {"exit_code": 1},
+        ended() | {"exit_code": 1, "usr1": True},
+        {"exit_code": 1, "errors": "srun: error: node2: task 1: Exited with exit code 1"},
+        {},
+    ],
+    "the pre-flight gives no verdict, or takes too long": [
+        PREFLIGHT | {"exit_code": 124},
+        PREFLIGHT | {"exit_code": 1},
+    ],
+    "memory of a GPU or host used up, after a new checkpoint": [
+        ended(cause="memory") | {"exit_code": 1, "gained": True},
+        {"exit_code": 137, "errors": "error: Detected 1 oom-kill event(s) in step 7.0\n" + KILLED, "gained": True},
+    ],
+    "memory of a GPU or host used up, with none": [
+        ended(cause="memory") | {"exit_code": 1},
+        {"exit_code": 137, "errors": "srun: error: node2: task 1: Out Of Memory"},
+    ],
+    "a setting cannot work": [ended("config error") | {"exit_code": 2}, {"exit_code": 2}],
+    "data or a setting fail the pre-flight on all nodes": [
+        PREFLIGHT | {"preflight": {"kind": "config", "message": "no"}}
+    ],
+    "too many steps without a finite loss or gradient, too many broken samples, no token with loss": [
+        ended(cause="user") | {"exit_code": 2}
+    ],
+    "the disk or the quota is full": [
+        ended(cause="user") | {"exit_code": 2},
+        ended(cause="transient") | {"exit_code": 1, "full": "/run: No space left on device"},
+        {"exit_code": 1, "errors": "error: rank 0: [Errno 28] No space left on device"},
+        {"exit_code": 1, "full": "/run: Disk quota exceeded"},
+    ],
+    "Python is not found": [PREFLIGHT | {"exit_code": 127}, PREFLIGHT | {"exit_code": 126}],
+}
+# Ends that the batch script records without a step: in the table, and tested with stand-ins.
+ELSEWHERE = {
+    "conf/ or the code is not what was submitted",
+    "another job trains in the folder",
+    "the stage before has not finished",
+    "a limit on starts is reached",
+}
+ACTIONS = {
+    "finished": "the next stage starts",
+    "stop": "ends",
+    "slurm": "left to Slurm, which queues it again unless it was cancelled",
+}
+
+
+def table():
+    """First cell -> the other cells of the table of ends in docs/operations.md."""
+    text = (REPOSITORY / "docs" / "operations.md").read_text()
+    lines = re.search(r"\| what happened \|.*?\n\|[-|]+\n(.*?)\n\n", text, re.DOTALL).group(1).splitlines()
+    return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
+
+
+def test_the_table_of_ends_has_every_case():
+    assert set(table()) == {*CASES, *ELSEWHERE} and {row[0] for row in table().values()} == set(starts.CLASSES.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_how_a_start_ended_and_what_follows(name):
+    common = dict(exit_code=0, phase="training", marker={}, preflight={}, errors="", usr1=False, term=False)
+    common |= dict(stop=None, full=None, gained=False)
+    for case in CASES[name]:
+        kind, sentence = starts.classify(**common | case)
+        assert sentence
+        action, _, delay = decide((kind, int(case.get("gained", 0))))
+        follows = ACTIONS.get(action) or f"queued again {'after a wait' if delay else 'at once'}"
+        blamed = "yes" if kind in ("node", "killed") else "no"
+        assert [starts.CLASSES[kind], blamed, follows] == table()[name][:3], (case, kind)
+        assert (starts.exit_status(kind) == 0) is (action == "finished")
 
 
 def facts(name, **changes):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What tests/test_slurm.py needs, where apt is there: Slurm for a cluster on this machine alone, and shellcheck. Starts nothing.
+# What tests/slurm needs, where apt is there: Slurm for a cluster on this machine alone, and shellcheck. Starts nothing.
 set -euo pipefail
 missing=()
 for program in slurmctld:slurm-wlm slurmd:slurm-wlm munged:munge shellcheck:shellcheck; do
@@ -11,7 +11,8 @@ if ! command -v apt-get > /dev/null; then
   exit 0
 fi
 if ((EUID != 0)); then
-  echo "Not root, so ${missing[*]} are not installed: the tests of the Slurm scripts will be skipped, or fail under CI=true." >&2
+  echo "Not root, so ${missing[*]} are not installed: the tests of the Slurm scripts will be skipped, or fail under" \
+    "CI=true." >&2
   exit 0
 fi
 export DEBIAN_FRONTEND=noninteractive

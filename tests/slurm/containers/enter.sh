@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # enter.sh IMAGE MOUNTS FOLDER COMMAND...: run the command as in a container made from IMAGE, a virtual environment.
 #
-# As with a real image, PATH and PYTHONPATH are the image's, whatever the job has: its Python is the only one in reach, and
-# nothing is found in the checkout's .venv. FOLDER must be mounted, or the command could not see it.
+# As with a real image, PATH and PYTHONPATH are the image's, whatever the job has: its Python is the only one in reach,
+# and nothing is found in the checkout's .venv. FOLDER must be mounted, or the command could not see it.
 set -euo pipefail
 image=$1 mounts=$2 folder=$3
 shift 3
