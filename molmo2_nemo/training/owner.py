@@ -41,11 +41,13 @@ class Owner:
             raise ConfigError(
                 f"run_dir={run_dir} cannot be written to ({error}): choose another folder, or make it writable."
             ) from error
-        threading.Thread(target=self._beat, daemon=True).start()
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+        self.thread.start()
 
     def release(self) -> None:
         """Let go of the folder. Safe to call again."""
         self.ended.set()
+        self.thread.join(BEAT_SECONDS)  # it may be writing the file
         if (read(self.path) or {}).get("token") == self.me["token"]:
             self.path.unlink(missing_ok=True)
 
