@@ -129,6 +129,14 @@ def read_marker(path: Path) -> dict:
     return marker
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a checkpoint's files by its marker; 0 for one that is not complete."""
+    try:
+        return sum(read_marker(path)["files"].values())
+    except ConfigError:
+        return 0
+
+
 def is_complete(path: Path) -> bool:
     """Whether `read_marker` has nothing against it."""
     try:

@@ -13,12 +13,15 @@ import torch.distributed as dist
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
+from molmo2_nemo.files import readable_size
 from molmo2_nemo.hf import base_models, convert
 from molmo2_nemo.hf.architecture import model_config_from_hf
 from molmo2_nemo.hf.folder import HuggingFaceWeights
 from molmo2_nemo.training import agreement
 from molmo2_nemo.training.step import refuse_other_architecture
 
+# Bytes of a checkpoint from which on it is said that it is being read.
+WORTH_SAYING = 2**30
 # Longest that the ranks wait for the one that converts.
 _CONVERSION_HOURS = 12
 
@@ -154,6 +157,8 @@ def agree(config: Config, start: Start) -> tuple[Start, str | None]:
 def verified(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint by its checksums, the same on all ranks; None: nothing. Collective."""
     damage = None
+    if dist.get_rank() == 0 and (size := checkpoint_dir.size_of(checkpoint)) > WORTH_SAYING:
+        print(f"comparing {checkpoint} ({readable_size(size)}) with its checksums", flush=True)
     try:
         checkpoint_dir.verify(checkpoint, dist.get_rank(), dist.get_world_size())
     except ConfigError as error:
