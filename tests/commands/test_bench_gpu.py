@@ -128,3 +128,10 @@ def test_no_result_of_the_page_is_made_up():
     table = page[page.index("## Results") :].splitlines()
     rows = [line.split("|")[2:-1] for line in table if line.startswith("|")][2:]
     assert len(rows) >= 10 and all(cell.strip() == "unmeasured" for row in rows for cell in row)
+
+
+def test_checksums_are_measured(tmp_path):
+    result = succeeded(python("tools/bench/checkpoint.py", "--gib", "0.02", "--seconds", "0.1", "--folder", tmp_path))
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["checksum_gb_s"] > 0 and figures["seconds_100_gb"] == 100 / figures["checksum_gb_s"]
+    assert "verify, cached" in result.stdout and not list(tmp_path.iterdir())

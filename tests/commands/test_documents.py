@@ -48,6 +48,7 @@ NOT_RUN = (
     (r"python tools/report_quickstart\.py .*", "part of tools/quickstart.sh, which test_quickstart.py runs"),
     (r"python tools/make_sample_data\.py .*", "a minute; the fixture `sample` runs it at a tenth of the size"),
     (r"(source|export|cp|hf) .*", "of the shell, or another program's"),
+    (r"wandb .*", "needs an account at Weights & Biases"),
     (r"(ruff|pytest) .*", "other programs of the environment"),
     (r"python3\.12 -m pip .*|pip install .*", "needs the network"),
     (r"for .*", "a loop of the shell around a command that stands in the document, too"),

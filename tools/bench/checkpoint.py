@@ -38,6 +38,7 @@ def products_per_second(seconds: float) -> float:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--gib", type=float, default=1.0, help="size of the file (default 1)")
+    arguments.add_argument("--seconds", type=float, default=3.0, help="of each of the two measurements of training")
     arguments.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write it")
     given = arguments.parse_args()
     torch.set_num_threads(1)
@@ -56,7 +57,7 @@ def main() -> None:
             sha256_of(path)
             seconds = time.process_time() - started
             rows.append({"what": what, "seconds": seconds, "GB/s": size / seconds / 1e9})
-        alone = products_per_second(3)
+        alone = products_per_second(given.seconds)
         done = threading.Event()
 
         def hash_until_done() -> None:
@@ -65,7 +66,7 @@ def main() -> None:
 
         thread = threading.Thread(target=hash_until_done)
         thread.start()
-        beside = products_per_second(3)
+        beside = products_per_second(given.seconds)
         done.set()
         thread.join()
     finally:
