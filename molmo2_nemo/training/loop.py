@@ -103,6 +103,10 @@ def train(run: Run) -> tuple[str, str]:
     reason, why = run.request.reason(run.device), no_better(run)  # it may have come while the model was built
     for chunk in run.model:
         chunk.train()
+    if position.step > settings.max_steps:
+        run.log.say(
+            f"train.max_steps={settings.max_steps} lies before step {position.step} of the checkpoint: nothing to do"
+        )
     run.log.interval()
     while position.step < settings.max_steps and reason is None and not why:
         position.step += 1
