@@ -25,12 +25,13 @@ from molmo2_nemo import compat
 from molmo2_nemo.config.checks import check_sizes
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import ModelConfig, model_config_from_json, model_config_to_json
-from molmo2_nemo.files import sha256_of, sync
+from molmo2_nemo.files import sha256_of, sha256_of_text, sync
 
 MARKER = "complete.json"
 MODEL = "model.json"
 INDEX = ".metadata"
 BEST = "best.json"  # beside the checkpoints of a run: the step of the best one, and its measurement
+SEAL = "sha256 of this file"  # a key of the marker
 DAMAGED = "damaged.txt"  # in a checkpoint of which a checksum was found wrong: what is wrong
 # (module, names) of all that the pickled index of a checkpoint is made of, as torch 2.14.1 and megatron-core 0.19.2
 # write it. Anything else is refused before it can run.
@@ -59,6 +60,11 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def is_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint's: step_ and digits."""
+    return re.fullmatch(r"step_\d+", name) is not None
+
+
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
@@ -83,7 +89,8 @@ def publish(
     files = {str(path.relative_to(temporary)): path for path in sorted(temporary.rglob("*")) if path.is_file()}
     sizes = {name: path.stat().st_size for name, path in files.items()}
     sums = {name: (checksums or {}).get(name) or sha256_of(path) for name, path in files.items()}
-    (temporary / MARKER).write_text(json.dumps({**info, "files": sizes, "sha256": sums}, indent=2) + "\n")
+    marker = sealed({**info, "files": sizes, "sha256": sums})
+    (temporary / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
     for path in [*temporary.rglob("*"), temporary]:
         sync(path)
     old = final.with_name(f".{final.name}.old")
@@ -92,6 +99,12 @@ def publish(
         final.rename(old)
     temporary.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sealed(marker: dict) -> dict:
+    """A marker with the SHA-256 of itself, so that damage to it is found, too."""
+    marker = {key: value for key, value in marker.items() if key != SEAL}
+    return marker | {SEAL: sha256_of_text(json.dumps(marker, sort_keys=True))}
 
 
 def read_marker(path: Path) -> dict:
@@ -112,10 +125,13 @@ def read_marker(path: Path) -> dict:
             f"checkpoint {path} has no readable {MARKER}: it is incomplete or not one of ours; use another step_* "
             "directory."
         ) from None
+    # Markers of older versions have neither checksums nor a seal.
+    if (SEAL in marker or "sha256" in marker) and marker != sealed(marker):
+        raise ConfigError(f"checkpoint {path} is damaged: {MARKER} was changed; use another step_* directory.")
     step = marker.get("step")
     if type(step) is not int or step < 0:
         raise ConfigError(f"checkpoint {path} is damaged: {MARKER} has step={step!r}; use another step_* directory.")
-    if re.fullmatch(r"step_\d+", path.name) and step != step_of(path):
+    if is_name(path.name) and step != step_of(path):
         raise ConfigError(
             f"checkpoint {path} is damaged or was renamed: {MARKER} says step {step}; give it the name "
             f"{step_name(step)}, or use another step_* directory."
@@ -209,6 +225,12 @@ def nothing_executed(checkpoint: Path) -> Iterator[None]:
             yield
     except (pickle.UnpicklingError, CheckpointException) as error:  # the latter is a BaseException
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        foreign = [line for line in lines if "Unsupported" in line or "no part of one" in line]
+        if foreign:
+            raise ConfigError(
+                f"checkpoint {checkpoint} holds something that is not data, and was not loaded ({foreign[0]}): it is "
+                "not as it was saved; take another one."
+            ) from error
         raise ConfigError(
             f"checkpoint {checkpoint} cannot be loaded ({lines[-1]}): it is damaged or of another model; "
             "use another one."

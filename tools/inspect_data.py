@@ -3,11 +3,12 @@
     python tools/inspect_data.py --config-name stage2 data=sample --samples 200 --html runs/inspect
     python tools/inspect_data.py --config-name stage1 data=sample --samples 20000 --stats
     python tools/inspect_data.py --config-name stage2 model=molmo2_4b data.blend=my_blend.yaml --samples 5000 --json
-    python tools/inspect_data.py --config-name stage2 data=sample --batch FILE --html runs/inspect
+    python tools/inspect_data.py --batch RUN/errors/batch_step_00000012_dp000.pt
 
 Takes the overrides of the recipes and reads through the training loader, as rank 0 of 1. --html writes DIR/index.html
 and a page for each of --samples examples; --stats and --json count --samples samples, dropped ones included. --batch
-shows what a run has saved of a step whose loss was not finite.
+shows what a run has saved of a step whose loss was not finite, with the settings of that run; without --html, the
+pages are written beside the file.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from molmo2_nemo.command_line import compose, prepare
+from molmo2_nemo.command_line import compose, prepare, to_dataclass
 from molmo2_nemo.config.checks import check_data, check_model
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.paths import CONF_DIR
@@ -75,6 +76,18 @@ def inspect(config: Config, wanted: int, html: Path | None):
     if html:
         write_index(html, config, pages, statistics)
     return statistics, seconds
+
+
+def config_of_run(batch: Path) -> Config:
+    """The settings of the run that has saved a batch in its folder errors/. ValueError: they are not there."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = batch.absolute().parent.parent / "config.yaml"
+    try:
+        return to_dataclass(OmegaConf.load(path))
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} has no settings of a run ({error}): give --config-name and its overrides.") from error
 
 
 def inspect_batch(config: Config, path: Path, html: Path | None):
@@ -282,20 +295,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of the recipes")
     stages = sorted(path.stem for path in CONF_DIR.glob("stage*.yaml"))
-    parser.add_argument("--config-name", choices=stages, required=True, help="the recipe's configuration")
+    parser.add_argument("--config-name", choices=stages, help="the recipe's configuration")
     parser.add_argument("--samples", type=int, default=200, help="how many to look at (default 200)")
     parser.add_argument("--batch", type=Path, metavar="FILE", help="show a batch that a run has saved")
     parser.add_argument("--html", type=Path, metavar="DIR", help="write pages to this folder")
     parser.add_argument("--stats", action="store_true", help="print a table")
     parser.add_argument("--json", action="store_true", help="print the statistics as JSON, and nothing else")
     arguments = parser.parse_intermixed_args()
+    if arguments.batch and not (arguments.html or arguments.stats or arguments.json):
+        arguments.html = arguments.batch.with_suffix("")
+    if arguments.config_name is None and not arguments.batch:
+        parser.error("the following arguments are required: --config-name")
     if not (arguments.html or arguments.stats or arguments.json):
         parser.error("say what to make: --html DIR, --stats or --json")
     if arguments.samples < 1:
         parser.error(f"--samples {arguments.samples}: it must be at least 1")
     prepare(arguments.overrides)
     try:
-        config = compose(arguments.config_name, with_tiny_model(arguments.overrides))
+        if arguments.config_name:
+            config = compose(arguments.config_name, with_tiny_model(arguments.overrides))
+        else:
+            config = config_of_run(arguments.batch)
         check_model(config.model)
         check_data(config.data, config.model.vision, config.parallel)
         if arguments.batch:

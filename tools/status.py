@@ -116,7 +116,7 @@ def job_state(job: str | None) -> dict[str, str]:
 def max_steps(folder: Path) -> int | None:
     """train.max_steps of the resolved configuration."""
     try:
-        text = (folder / "config.yaml").read_text()
+        text = (folder / "config.yaml").read_text(errors="replace")
     except OSError:
         return None
     found = re.search(r"^train:\n(?:  .*\n)*?  max_steps: (\d+)$", text, re.MULTILINE)
@@ -124,7 +124,7 @@ def max_steps(folder: Path) -> int | None:
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, float] | None:
-    """(step, time) of the newest complete checkpoint."""
+    """(step, time) of the newest checkpoint that has its marker; its files are not looked at."""
     found = [
         (int(path.parent.name.removeprefix("step_")), path.stat().st_mtime)
         for path in (folder / "checkpoints").glob("step_*/complete.json")
@@ -156,7 +156,7 @@ def starts_of(folder: Path) -> list[dict]:
 
 
 def newest_job(*jobs: str | None) -> str | None:
-    return max((job for job in jobs if job), key=lambda job: int(job) if job.isdigit() else 0, default=None)
+    return max((str(job) for job in jobs if job), key=lambda job: int(job) if job.isdigit() else 0, default=None)
 
 
 def stop_request(*folders: Path) -> str | None:
@@ -215,7 +215,7 @@ def stage_status(folder: Path, job: str | None, blocked: str | None, stop: str |
             why += f"; {last.get('message')}"
     elif records:
         state, why = (
-            ("ended", f"{ended['reason']} at step {ended.get('step')}")
+            ("ended", f"{ended.get('reason', 'no reason')} at step {ended.get('step')}")
             if ended
             else ("ended or running", "not under Slurm")
         )

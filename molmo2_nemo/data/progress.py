@@ -105,12 +105,13 @@ def read(saved: Sequence[Path], manifest: dict, sources: Sequence[Source]) -> St
                 f"{name} is not what the checkpoint was trained with, which the model cannot unlearn: set the old "
                 "value (the run's config.yaml has it), or start a new run with train.init_from=CHECKPOINT."
             )
+    restart = manifest.get(RESTART) and not old.get(RESTART)
     changed = [key for key in old.keys() | manifest.keys() if key != RANK and old.get(key) != manifest.get(key)]
-    if not changed:
+    if not restart and set(changed) <= {RESTART}:
         return progress
     dealt = beginning(sources)
     dealt.times_dealt = progress.times_dealt + 1
-    if manifest.get(RESTART) and not old.get(RESTART):
+    if restart:
         dealt.note = "training data start again from the beginning, in another order (train.restart_data)"
         return dealt
     total = progress.ahead.astype(np.uint32)

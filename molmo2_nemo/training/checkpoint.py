@@ -238,7 +238,7 @@ class Saver:
             checkpoint_dir.publish(now.temporary, now.final, architecture, {"step": step, **info}, checksums)
             if is_best:
                 write_json(self.folder / checkpoint_dir.BEST, {"step": step, **info["best"]})
-            self._prune(step)
+            self._prune(step, info.get("best", {}).get("step"))
 
         now.publish, now.held_up = publish, time.monotonic() - now.begun
 
@@ -269,12 +269,15 @@ class Saver:
         ends = time.monotonic()
         return Saved(now.step, now.final, now.failure, now.held_up + ends - waits, ends - now.begun)
 
-    def _prune(self, step: int) -> None:
-        """Remove what need not be kept now that there is a checkpoint of `step`. On rank 0."""
+    def _prune(self, step: int, best_step: int | None = None) -> None:
+        """Remove what need not be kept now that there is a checkpoint of `step`. On rank 0.
+
+        best_step: of the best one as the run knows it, should best.json be damaged.
+        """
         found = [path for path in checkpoint_dir.find_checkpoints(self.folder) if checkpoint_dir.step_of(path) <= step]
         best = checkpoint_dir.best(self.folder)
         for old in [path for path in found if checkpoint_dir.is_complete(path)][: -self.keep_last]:
-            if old == best:
+            if old == best or checkpoint_dir.step_of(old) == best_step:
                 continue
             if not self.keep_every or checkpoint_dir.step_of(old) % self.keep_every:
                 shutil.rmtree(old)
@@ -350,6 +353,8 @@ def load(checkpoint: Path, model, optimizer) -> tuple[dict, list[str]]:
             # Other numbers of groups cannot be merged, and those of the checkpoint are wanted for their step alone.
             state["optimizer"].pop("param_groups", None)
             loaded = dist_checkpointing.load(state, str(checkpoint))
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"checkpoint {checkpoint} cannot be continued with these settings ({_last_line(error)}): use"

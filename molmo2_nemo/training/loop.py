@@ -43,6 +43,7 @@ class Position:
 class Best:
     """The best measurement of train.save_best so far. step: of its checkpoint; worse: measurements since that one."""
 
+    metric: str | None = None
     value: float | None = None
     step: int = 0
     worse: int = 0
@@ -159,7 +160,7 @@ def is_better(run: Run, figures: dict[str, float | None]) -> bool:
         return False
     value = figures[metric]
     if finite(value) and (best.value is None or (value < best.value if metric == "loss" else value > best.value)):
-        run.best = Best(value, run.position.step)
+        run.best = Best(metric, value, run.position.step)
         return True
     best.worse += 1
     return False
@@ -170,10 +171,11 @@ def no_better(run: Run) -> str:
     settings, best = run.config.train, run.best
     if not settings.stop_when_no_better or best.worse < settings.stop_when_no_better:
         return ""
-    return (
-        f"{settings.save_best} was no better in {best.worse} measurements (train.stop_when_no_better) than at step "
-        f"{best.step} with {best.value:.4f}, whose checkpoint is kept"
-    )
+    said = f"{settings.save_best} was no better in {best.worse} measurements (train.stop_when_no_better)"
+    if best.value is None:
+        return f"{said}, and has never been a number"
+    kept = checkpoint_dir.best(run.run_dir / "checkpoints")
+    return f"{said} than at step {best.step} with {best.value:.4f}" + (f", kept as {kept}" if kept else "")
 
 
 def train_step(run: Run) -> dict[str, float]:
@@ -293,7 +295,7 @@ def report_skipped(
         parallel.seed_everything(run.config.train.seed + step)  # the same dropout again
         where = first_not_finite(run.model, batches, total_weight)
         files = save_batches(run.run_dir / "errors", step, batches, is_finite, run.replica, names)
-        look = f"; its batch: {', '.join(files[:2])} (tools/inspect_data.py --batch FILE)" if files else ""
+        look = f"; look at its batch: python tools/inspect_data.py --batch {files[0]}" if files else ""
         run.log.say(f"step {step}: first not finite is {where}{look}")
     if run.skipped_in_a_row >= run.config.train.max_skipped_steps:
         end(

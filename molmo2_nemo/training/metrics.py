@@ -213,25 +213,30 @@ def _commit() -> str | None:
 class RunLog:
     """Rank 0's console, TensorBoard, metrics.jsonl, Weights & Biases if asked for; other ranks write nothing.
 
-    first_step: the first that this start of the run trains, one more than that of the checkpoint it resumes. What an
-    earlier start has logged from there on is no longer shown by TensorBoard. Leaves config.yaml and versions.json in
-    the run directory. Writing must not end a run: where the disk is full, what cannot be written is counted, and
-    reported once.
+    Files are written from `begin` on. Writing must not end a run: where the disk is full, what cannot be written is
+    counted, and reported once.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, name: str, config_yaml: str, wandb_project: str | None = None):
+    def __init__(self, run_dir: Path):
         self.main = dist.get_rank() == 0
         self.started = self.last = time.monotonic()
-        self.lost, self.wandb = 0, None
+        self.run_dir, self.lost, self.board, self.file, self.wandb = run_dir, 0, None, None, None
+
+    def begin(self, first_step: int, name: str, config_yaml: str, wandb_project: str | None = None) -> None:
+        """Leave config.yaml and versions.json in the run directory, and open the other files, once nothing can be
+        refused any more.
+
+        first_step: the first that this start of the run trains, one more than that of the checkpoint it resumes. What
+        an earlier start has logged from there on is no longer shown by TensorBoard.
+        """
         if not self.main:
             return
-        self.run_dir = run_dir
+        run_dir = self.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config_yaml)
         (run_dir / "versions.json").write_text(
             json.dumps(versions() | {"ranks": dist.get_world_size()}, indent=2) + "\n"
         )
-        self.board = None
         self.open_board(first_step)
         self.file = open(run_dir / "metrics.jsonl", "a")
         if wandb_project is not None:
@@ -318,7 +323,7 @@ class RunLog:
         return elapsed
 
     def close(self) -> None:
-        if not self.main:
+        if self.file is None:
             return
         if self.lost:
             self.say(f"{self.lost} records of the log could not be written")

@@ -61,6 +61,8 @@ class Owner:
                     return
                 except FileExistsError:
                     pass
+                if self.path.is_dir():
+                    raise ConfigError(f"{self.path} is a folder: remove it, it is the name of a run's own file.")
                 other = read(self.path)
                 if other is not None and is_alive(self.path, other):
                     job = f" (Slurm job {other['slurm_job']})" if other.get("slurm_job") else ""
@@ -84,7 +86,9 @@ class Owner:
                     os.link(aside, self.path)
             aside.unlink()
         if dead is not None:  # what it was writing when it was killed (files.write_atomically)
-            self.path.with_name(f".{OWNER}.{dead.get('host')}.{dead.get('pid')}").unlink(missing_ok=True)
+            name = f".{OWNER}.{dead.get('host')}.{dead.get('pid')}"
+            if "/" not in name:
+                self.path.with_name(name).unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self.ended.wait(BEAT_SECONDS):

@@ -37,7 +37,7 @@ from molmo2_nemo.training.trouble import SpikeAlarm
 
 def run_stage(cfg: DictConfig) -> None:
     """Entry point of the recipes: one sentence and exit status 2 for a setting that cannot work, else train."""
-    rank, release = rank_from_environment(), lambda: None
+    rank, release, before = rank_from_environment(), lambda: None, {}
     try:
         config = to_dataclass(cfg)
         check(config, world_size_from_environment())
@@ -45,9 +45,13 @@ def run_stage(cfg: DictConfig) -> None:
         gpu.check_device(config, device)
         sources = blend.load_blend(config.data)
         blend.check_shards(sources, config.data.max_error_rate)
+        refuse_checkpoint_as_run(config.run_dir)
+        if rank == 0:
+            # Before the checkpoints are looked at: it may wait for another run, which saves meanwhile.
+            release = owner.Owner(Path(config.run_dir)).release
         start = find_start(config)
         if rank == 0:
-            release = owner.Owner(Path(config.run_dir)).release
+            before = shutdown.read_ended(Path(config.run_dir))
             (Path(config.run_dir) / shutdown.ENDED).unlink(missing_ok=True)
         position = Position()
         with shutdown.told_in_one_line(Path(config.run_dir), lambda: position.step, release):
@@ -64,11 +68,15 @@ def run_stage(cfg: DictConfig) -> None:
         if rank == 0 or dist.is_initialized():
             # Where the configuration does not even say which folder is the run's, there is none to write to.
             with contextlib.suppress(OSError, OmegaConfBaseException):
-                if not owner.in_use(Path(cfg.run_dir)):
-                    shutdown.write_ended(Path(cfg.run_dir), "config error", 0, str(error))
+                run_dir = Path(cfg.run_dir)
+                before = before or shutdown.read_ended(run_dir)
+                if not owner.in_use(run_dir) and not checkpoint_dir.is_complete(run_dir):
+                    shutdown.write_ended(run_dir, "config error", 0, str(error))
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
+        if rank == 0 and before.get("reason") == "finished":
+            shutdown.keep_finished(Path(cfg.run_dir), before)
         release()
 
 
@@ -92,12 +100,13 @@ def set_up(
     parallel.make_groups(config.parallel, settings.seed)
     precision = parallel.resolve_precision(settings, device)
 
-    first_step = 1 if start.resume is None else checkpoint_dir.step_of(start.resume) + 1
-    log = RunLog(run_dir, first_step, config.name, config_yaml, settings.wandb_project)
+    log = RunLog(run_dir)
     log.say(banner(config, device, precision, sources))
     log.say(gpu.description(config, precision, device))
     for line in start.ignored:
         log.say(f"ignored: {line}")
+    if start.resume is not None and settings.start_over:
+        log.say(f"train.start_over=true is not used: {start.resume} can be continued")
     init_from = weights_to_start_from(config, start, log)
 
     model, optimizer = build(config, device, precision)
@@ -120,6 +129,9 @@ def set_up(
     if loader is not None and loader.position.note:
         log.say(loader.position.note)
     exam = answers.prepare(config, sources, replica, run_dir) if settings.generate_every else None
+    log.begin(position.step + 1, config.name, config_yaml, settings.wandb_project)
+    if start.resume is not None:
+        log.write("resume", position.step, {})
     names = [source.name for source in sources]
     asynchronous = device == "cuda" if settings.async_checkpoint == "auto" else settings.async_checkpoint == "true"
     rows_at_once = settings.micro_batch_size * parallel_state.get_data_parallel_world_size()
@@ -140,7 +152,7 @@ def set_up(
         exam=exam,
         interval=Interval(LossBySource(names, device), Speed(config, device, precision)),
         data=DataReport(names, device, marker.get("data", {})),
-        best=Best(**marker.get("best", {})),
+        best=best_so_far(marker, settings.save_best),
         alarm=SpikeAlarm(marker.get("losses", ())),
         log=log,
         stacks=stacks,
@@ -149,10 +161,29 @@ def set_up(
     )
 
 
+def refuse_checkpoint_as_run(run_dir: str) -> None:
+    """Refuse to train inside of a checkpoint. Raises ConfigError."""
+    path = Path(run_dir)
+    if (path / checkpoint_dir.MARKER).exists() or checkpoint_dir.is_name(path.name):
+        run = path.parent.parent if path.parent.name == "checkpoints" else "RUN"
+        raise ConfigError(
+            f"run_dir={run_dir} is a checkpoint: run_dir={run} continues from that run's newest one, and a new run_dir "
+            f"with train.init_from={run_dir} starts from its weights."
+        )
+
+
 def end_unless_agreed(run_dir: Path, problem: str | None) -> None:
     """End the run, as for a wrong setting, for what all ranks have found alike. Collective."""
     if problem is not None:
         shutdown.end_all_ranks(run_dir, problem, 0, reason="config error")
+
+
+def best_so_far(marker: dict, metric: str | None) -> Best:
+    """What a checkpoint's marker says of the best one by this metric; another metric has no best one yet."""
+    found = marker.get("best")
+    if not isinstance(found, dict) or found.get("metric") != metric or metric is None:
+        return Best(metric)
+    return Best(metric, found.get("value"), int(found.get("step") or 0), int(found.get("worse") or 0))
 
 
 def banner(config: Config, device: str, precision: str, sources: list[Source]) -> str:
@@ -240,7 +271,6 @@ def resume(
             f"{len(names)} parameters were frozen before; their optimizer state starts fresh: {', '.join(names[:4])}"
             + (" and others" if len(names) > 4 else "")
         )
-    log.write("resume", position.step, {})
     return loader_states, marker
 
 

@@ -82,6 +82,22 @@ def write_ended(run_dir: Path, reason: str, step: int, message: str = "", cause:
     write_atomically(path, json.dumps(ended) + "\n")
 
 
+def read_ended(run_dir: Path) -> dict:
+    """What ended.json says; empty where there is none that can be read."""
+    try:
+        found = json.loads((run_dir / ENDED).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def keep_finished(run_dir: Path, before: dict) -> None:
+    """Put back the end of a run that was finished before a start that was refused."""
+    if read_ended(run_dir).get("reason") == "config error":
+        with contextlib.suppress(OSError):
+            write_atomically(run_dir / ENDED, json.dumps(before) + "\n")
+
+
 def end_all_ranks(run_dir: Path, message: str, step: int, reason: str = "error") -> NoReturn:
     """End the run, with exit status 2, for what all ranks have found alike. Collective; rank 0 says so.
 

@@ -39,7 +39,7 @@ def checkpoint(tmp_path):
 def rewrite_marker(checkpoint, **changes):
     marker = json.loads((checkpoint / "complete.json").read_text())
     marker |= changes
-    (checkpoint / "complete.json").write_text(json.dumps(marker))
+    (checkpoint / "complete.json").write_text(json.dumps(checkpoint_dir.sealed(marker)))
 
 
 def refresh_marker(checkpoint):
@@ -99,6 +99,24 @@ def test_a_damaged_marker_is_named(checkpoint, changes, reason):
     assert not checkpoint_dir.is_complete(checkpoint)
 
 
+@pytest.mark.parametrize(
+    "before, after", [('"stage"', '"stagf"'), ('"sha256": {', '"sha25": {'), ('"step": 7', '"step": 8')]
+)
+def test_damage_of_the_marker_itself_is_found(checkpoint, before, after):
+    text = (checkpoint / "complete.json").read_text()
+    assert before in text
+    (checkpoint / "complete.json").write_text(text.replace(before, after, 1))
+    with pytest.raises(ConfigError, match="complete.json was changed"):
+        checkpoint_dir.read_marker(checkpoint)
+
+
+def test_a_marker_of_an_older_version_is_read(checkpoint):
+    marker = json.loads((checkpoint / "complete.json").read_text())
+    del marker["sha256"], marker[checkpoint_dir.SEAL]
+    (checkpoint / "complete.json").write_text(json.dumps(marker))
+    checkpoint_dir.verify(checkpoint)
+
+
 def test_the_advice_about_a_renamed_one_is_right(checkpoint):
     wrong = checkpoint.rename(checkpoint.with_name("step_00000009"))
     with pytest.raises(ConfigError, match="give it the name step_00000007"):
@@ -133,7 +151,7 @@ def test_an_index_is_not_executed(checkpoint, tmp_path, kind):
     # Also if it has come there after the check.
     with pytest.raises(ConfigError, match="cannot be read"):
         convert.read_tensor(checkpoint, "weight", (4, 3), torch.float32)
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match="cannot be loaded|is not data"):
         convert.checkpoint_dtypes(checkpoint)
     assert not (tmp_path / "exploded").exists()
 
@@ -150,7 +168,7 @@ def test_objects_inside_of_data_files_are_not_executed(tmp_path):
     path, key = tmp_path / "step_00000001", "common_state/shard_0_1"
     bomb = [Bomb(tmp_path / "exploded")]
     dcp.save({key: bomb}, storage_writer=dcp.FileSystemWriter(path, thread_count=1), no_dist=True)
-    with pytest.raises(ConfigError, match="cannot be loaded"), checkpoint_dir.nothing_executed(path):
+    with pytest.raises(ConfigError, match="is not data, and was not loaded"), checkpoint_dir.nothing_executed(path):
         dcp.load({key: io.BytesIO()}, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     assert not (tmp_path / "exploded").exists()
     dcp.load({key: io.BytesIO()}, storage_reader=dcp.FileSystemReader(path), no_dist=True)

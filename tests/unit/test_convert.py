@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
+from molmo2_nemo.files import sha256_of
 from molmo2_nemo.hf import base_models, convert
 from molmo2_nemo.hf.architecture import model_config_from_hf
 from molmo2_nemo.training import start
@@ -188,7 +189,8 @@ def rewrite(path, content):
     path.write_text(content)
     marker = json.loads((path.parent / "complete.json").read_text())
     marker["files"][path.name] = path.stat().st_size
-    (path.parent / "complete.json").write_text(json.dumps(marker))
+    marker["sha256"][path.name] = sha256_of(path)
+    (path.parent / "complete.json").write_text(json.dumps(checkpoint_dir.sealed(marker)))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,8 @@ def test_an_export_of_a_damaged_checkpoint_is_one_sentence(file, content, senten
     convert.import_hf(hf_models["olmo3"], checkpoint, progress=str)
     if isinstance(content, dict):
         values = json.loads((checkpoint / file).read_text()) | content
-        content = json.dumps({key: value for key, value in values.items() if value is not ...})
+        values = {key: value for key, value in values.items() if value is not ...}
+        content = json.dumps(checkpoint_dir.sealed(values) if file == "complete.json" else values)
     (checkpoint / file).write_text(content) if file == "complete.json" else rewrite(checkpoint / file, content)
     command = ["export_hf.py", str(checkpoint), str(tmp_path / "out"), "--tokenizer", "molmo2_nemo/data/tokenizer"]
     monkeypatch.setattr("sys.argv", command)

@@ -22,7 +22,8 @@ def shown(run_dir, tag: str) -> list[tuple[int, float]]:
 
 def log_steps(run_dir, start: int, first: int, last: int) -> None:
     """One start of a run, whose losses tell which start they are of."""
-    log = RunLog(run_dir, first, "test", "name: test\n")
+    log = RunLog(run_dir)
+    log.begin(first, "test", "name: test\n")
     for step in range(first, last + 1):
         log.write("train", step, {"loss": 1000 * start + step, "grad_norm": {"llm": start}})
         if step % 20 == 0:

@@ -92,6 +92,8 @@ def test_data_begin_again_once(saved, tmp_path):
         path.write_bytes(progress.write(position, wanted | {progress.RANK: rank}, None))
     again = progress.read(saved, wanted, OLD)
     assert again.note == "" and again.times_dealt == 1
+    # Leaving the override off again changes nothing.
+    assert progress.read(saved, manifest(OLD, 0, 2), OLD).note == ""
 
 
 def test_a_state_of_an_older_version_goes_on_exactly(tmp_path):

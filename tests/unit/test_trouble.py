@@ -1,15 +1,18 @@
 """When a loss counts as a jump, and whose last sign is oldest."""
 
+import math
 import random
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from molmo2_nemo.config.checks import check_best
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import TrainConfig
-from molmo2_nemo.training import shutdown, trouble
+from molmo2_nemo.training import loop, shutdown, trouble
+from molmo2_nemo.training.run import best_so_far
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -67,6 +70,26 @@ def test_the_file_that_ranks_write_is_read(tmp_path, monkeypatch):
     found = shutdown.missing_ranks(tmp_path / "errors")
     assert f"oldest sign is from rank 5 on {socket.gethostname()} (step 3, validation since" in found
     dump.close()
+
+
+def test_the_best_by_another_measurement_begins_anew():
+    marker = {"best": {"metric": "loss", "value": 6.7, "step": 2, "worse": 1}}
+    assert best_so_far(marker, "loss") == loop.Best("loss", 6.7, 2, 1)
+    assert best_so_far(marker, "point_f1") == loop.Best("point_f1") and best_so_far(marker, None) == loop.Best()
+    for strange in ({}, {"best": None}, {"best": {"worsd": 1}}, {"best": {"metric": "loss"}}):
+        assert best_so_far(strange, "loss") == loop.Best("loss")
+
+
+def test_a_measurement_that_was_never_a_number_ends_in_a_sentence(tmp_path):
+    train = TrainConfig(save_best="loss", stop_when_no_better=2)
+    run = SimpleNamespace(
+        config=SimpleNamespace(train=train), best=loop.Best("loss"), position=loop.Position(4), run_dir=tmp_path
+    )
+    assert not loop.is_better(run, {"loss": math.nan}) and loop.no_better(run) == ""
+    assert not loop.is_better(run, {"loss": None}) and "has never been a number" in loop.no_better(run)
+    assert loop.is_better(run, {"loss": 3.0}) and not loop.is_better(run, {"loss": 3.0})
+    assert not loop.is_better(run, {"loss": 4.0})
+    assert loop.no_better(run).endswith("than at step 4 with 3.0000")  # no word of a checkpoint that is not there
 
 
 @pytest.mark.parametrize(
