@@ -85,7 +85,7 @@ def config_of_run(batch: Path) -> Config:
 
     path = batch.absolute().parent.parent / "config.yaml"
     try:
-        return to_dataclass(OmegaConf.load(path))
+        return to_dataclass(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
     except (OSError, ValueError, OmegaConfBaseException) as error:
         raise ValueError(f"{path} has no settings of a run ({error}): give --config-name and its overrides.") from error
 

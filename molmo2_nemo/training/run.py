@@ -76,7 +76,8 @@ def run_stage(cfg: DictConfig) -> None:
         sys.exit(2)
     finally:
         if rank == 0 and before.get("reason") == "finished":
-            shutdown.keep_finished(Path(cfg.run_dir), before)
+            if checkpoint_dir.latest_complete(Path(cfg.run_dir) / "checkpoints")[0] is not None:
+                shutdown.keep_finished(Path(cfg.run_dir), before)
         release()
 
 
