@@ -11,8 +11,14 @@ import warm
 from filelock import FileLock
 from programs import python, succeeded
 
+from molmo2_nemo.environment import set_cpu_environment
+
 # Longest first: what takes minutes must not begin when one of two processes has nothing left to do.
 FOLDERS = ("slurm", "commands", "ranks", "unit")
+
+# As the recipes do before they import torch: the compiler's import would be a quarter of Megatron's. The server of warm
+# programs inherits the variable.
+set_cpu_environment()
 
 
 def pytest_configure(config):
