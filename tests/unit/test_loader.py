@@ -32,14 +32,11 @@ from molmo2_nemo.data.loader import (
     validation_loader,
 )
 from molmo2_nemo.data.progress import beginning
-from molmo2_nemo.prepare.sample_world.write import generate
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world") / "sample"
-    generate(folder, scale=0.01, progress=lambda line: None)
-    return folder
+@pytest.fixture
+def world(sample):
+    return sample
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,5 +1,6 @@
 import io
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -36,11 +37,10 @@ TOOL = REPOSITORY / "tools" / "make_sample_data.py"
 SCALE = 0.01
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    out = tmp_path_factory.mktemp("world") / "sample"
-    generate(out, seed=3, scale=SCALE, progress=lambda line: None)
-    return out
+@pytest.fixture
+def data(sample):
+    """What the tool has made with the seed 0."""
+    return sample
 
 
 def read_shards(folder, split):
@@ -266,7 +266,7 @@ def test_shapes_do_not_overlap_and_are_inside():
 def test_same_arguments_give_the_same_bytes(data, tmp_path):
     counts = json.loads((data / "sample.json").read_text())["counts"]
     for name in ("captions", "video_qa", "text"):
-        write.write_set(tmp_path / name, name, 3, counts[name])
+        write.write_set(tmp_path / name, name, 0, counts[name])
         for shard in sorted((tmp_path / name).glob("*.tar")):
             assert shard.read_bytes() == (data / name / shard.name).read_bytes()
     assert make_sample("captions", "train", 0, 3).parts() != make_sample("captions", "train", 0, 4).parts()
@@ -318,7 +318,7 @@ def test_energon_reads_each_split(data, name):
 def test_complete_data_are_left_alone(data):
     before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
     lines = []
-    generate(data, seed=3, scale=SCALE, progress=lines.append)
+    generate(data, scale=SCALE, progress=lines.append)
     assert len(lines) == 1 and "complete already" in lines[0]
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
     with pytest.raises(ValueError, match="holds something else"):
@@ -336,12 +336,25 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [".sample.lock"]
 
 
-def test_who_comes_second_waits_and_finds_them(tmp_path):
-    command = [sys.executable, TOOL, "--out", tmp_path / "sample", "--scale", "0.01"]
-    pair = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    output = [process.communicate() for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], output
-    assert sorted(len(stdout.splitlines()) for stdout, _ in output) == [1, len(SETS)], output
+def test_who_comes_second_waits_and_finds_them(tmp_path, monkeypatch):
+    """Two processes. The first makes its set only when the second has begun, which must then wait."""
+    monkeypatch.setattr(write, "SETS", {"text": SETS["text"]})
+    fork = multiprocessing.get_context("fork")
+    both, lines = fork.Barrier(2), [fork.SimpleQueue(), fork.SimpleQueue()]
+
+    def make(said):
+        both.wait(60)
+        generate(tmp_path / "sample", scale=SCALE, progress=said.put)
+
+    pair = [fork.Process(target=make, args=(said,)) for said in lines]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join()
+    assert [process.exitcode for process in pair] == [0, 0]
+    [first, second] = sorted(said.get() for said in lines)
+    assert "complete already" in first and second == "text: 16 samples, 24 held out"
+    assert all(said.empty() for said in lines)
 
 
 def test_a_folder_that_another_process_made_meanwhile_is_left_alone(tmp_path):

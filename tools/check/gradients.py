@@ -27,7 +27,10 @@ def make_shards_whole(model) -> None:
 
 
 def released_gradients(model, architecture, scratch: Path) -> dict[str, torch.Tensor]:
-    """Gradients of all ranks under released names, through the same code that saves and exports weights."""
+    """Gradients of all ranks under released names, through the same code that saves and exports weights.
+
+    On rank 0; nothing on the others.
+    """
     gradients = {id(p): p.main_grad for chunk in unwrap_model(model) for p in chunk.parameters()}
     state = sharded_model_state(model)
     for entry in (entry for chunk in state.values() for entry in chunk.values()):
@@ -38,7 +41,7 @@ def released_gradients(model, architecture, scratch: Path) -> dict[str, torch.Te
     dist.barrier()
     folder = scratch / ".gradients.tmp"
     save_sharded(state, folder)
-    return dict(convert.released_tensors(folder, architecture))
+    return dict(convert.released_tensors(folder, architecture)) if dist.get_rank() == 0 else {}
 
 
 def difference(ours, theirs, floor: float = 0.0) -> float:
