@@ -70,7 +70,9 @@ def run_stage(cfg: DictConfig) -> None:
             with contextlib.suppress(OSError, OmegaConfBaseException):
                 run_dir = Path(cfg.run_dir)
                 before = before or shutdown.read_ended(run_dir)
-                if not owner.in_use(run_dir) and not checkpoint_dir.is_complete(run_dir):
+                # Once the ranks are joined, the folder is this run's.
+                is_ours = dist.is_initialized() or not owner.in_use(run_dir)
+                if is_ours and not checkpoint_dir.is_complete(run_dir):
                     shutdown.write_ended(run_dir, "config error", 0, str(error))
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -165,7 +167,8 @@ def set_up(
 def refuse_checkpoint_as_run(run_dir: str) -> None:
     """Refuse to train inside of a checkpoint. Raises ConfigError."""
     path = Path(run_dir)
-    if (path / checkpoint_dir.MARKER).exists() or checkpoint_dir.is_name(path.name):
+    is_place = path.parent.name == "checkpoints" and checkpoint_dir.is_name(path.name)
+    if (path / checkpoint_dir.MARKER).exists() or is_place:
         run = path.parent.parent if path.parent.name == "checkpoints" else "RUN"
         raise ConfigError(
             f"run_dir={run_dir} is a checkpoint: run_dir={run} continues from that run's newest one, and a new run_dir "
