@@ -299,7 +299,7 @@ def resolve(path: str) -> Path:
     ConfigError where the newest is damaged: an older one has to be named, since it is not what was asked for.
     """
     given = Path(path)
-    if (given / MARKER).exists() or re.fullmatch(r"step_\d+", given.name):
+    if (given / MARKER).exists() or is_name(given.name):
         return given
     for folder in (given / "checkpoints", given):
         newest, ignored = latest_complete(folder)

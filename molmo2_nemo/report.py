@@ -28,6 +28,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 
 from molmo2_nemo.data.counters import BROKEN
 from molmo2_nemo.files import write_atomically
+from molmo2_nemo.text import duration
 
 COLOURS = ["#1f6fb4", "#d9641e", "#2a9d5c", "#8a56b8", "#c23b4b", "#7a5a3a", "#d05fa5", "#555555", "#a8a32a", "#20a5b5"]
 # (heading, figures of training intervals with their title and the lowest value on their axis)
@@ -481,11 +482,6 @@ def run_facts(run: Run) -> dict[str, str | None]:
         "ended": ended[:MAX_TEXT],
         "unreadable lines of metrics.jsonl": run.unreadable or None,
     }
-
-
-def duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours:,}:{rest // 60:02}:{rest % 60:02}"
 
 
 def layout(run: Run) -> str | None:

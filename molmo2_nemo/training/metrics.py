@@ -1,7 +1,6 @@
 """The log of a run: sums over a logging interval, the console line, TensorBoard, metrics.jsonl."""
 
 import contextlib
-import datetime
 import hashlib
 import html
 import importlib.metadata
@@ -27,6 +26,7 @@ from molmo2_nemo.data.counters import BROKEN, COUNTERS, DROPPED
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
 from molmo2_nemo.paths import CHECKOUT
+from molmo2_nemo.text import duration
 from molmo2_nemo.training.speed import speed_note
 
 # What a source's samples kept in part.
@@ -347,8 +347,3 @@ def train_line(step: int, max_steps: int, figures: dict) -> str:
         f" mem {figures['memory_gib']:.2f} GiB | {time.strftime('%H:%M:%S')}, {duration(figures['elapsed'])} since the"
         f" start, {duration(figures['left'])} left"
     )
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, such as 1:02:03; days in front of them from one day on."""
-    return str(datetime.timedelta(seconds=round(seconds)))
