@@ -112,6 +112,8 @@ def train(run: Run) -> tuple[str, str]:
     while position.step < settings.max_steps and reason is None and not why:
         position.step += 1
         rates = train_step(run)
+        if rates is None:  # it went back to a checkpoint: nothing of that step is logged, measured or saved again
+            continue
         report_save(run, run.saver.poll())
         reason = run.request.reason(run.device)
         step = position.step
@@ -156,7 +158,7 @@ def check_finished(run: Run) -> None:
 def is_better(run: Run, figures: dict[str, float | None]) -> bool:
     """Whether train.save_best is among these measurements and better than ever; remembers it. The same on all ranks."""
     metric, best = run.config.train.save_best, run.best
-    if metric not in figures:
+    if metric not in figures or run.skipped_in_a_row:  # nothing is saved while steps are skipped
         return False
     value = figures[metric]
     if finite(value) and (best.value is None or (value < best.value if metric == "loss" else value > best.value)):
@@ -178,8 +180,8 @@ def no_better(run: Run) -> str:
     return f"{said} than at step {best.step} with {best.value:.4f}" + (f", kept as {kept}" if kept else "")
 
 
-def train_step(run: Run) -> dict[str, float]:
-    """Train on one global batch; returns the learning rates by component. Collective.
+def train_step(run: Run) -> dict[str, float] | None:
+    """Train on one global batch; returns the learning rates by component, None if it went back. Collective.
 
     An update whose loss or gradient is not finite is skipped. Ends the run when train.max_skipped_steps were skipped
     in a row, when no token carries loss, or when too many samples are broken.
@@ -204,7 +206,7 @@ def train_step(run: Run) -> dict[str, float]:
     loss = loss_of_step(weighted_losses, total_weight)
     if math.isfinite(loss) and run.config.train.on_loss_jump != "ignore" and run.alarm.is_jump(loss):
         if report_jump(run, batches, loss):
-            return rates
+            return None
     updated, norms = clip_and_step(run.optimizer, optim.clip_grad, is_finite)
     if updated:
         run.skipped_in_a_row = 0

@@ -85,6 +85,9 @@ def test_a_measurement_that_was_never_a_number_ends_in_a_sentence(tmp_path):
     run = SimpleNamespace(
         config=SimpleNamespace(train=train), best=loop.Best("loss"), position=loop.Position(4), run_dir=tmp_path
     )
+    run.skipped_in_a_row = 1
+    assert not loop.is_better(run, {"loss": 1.0}) and run.best == loop.Best("loss")
+    run.skipped_in_a_row = 0
     assert not loop.is_better(run, {"loss": math.nan}) and loop.no_better(run) == ""
     assert not loop.is_better(run, {"loss": None}) and "has never been a number" in loop.no_better(run)
     assert loop.is_better(run, {"loss": 3.0}) and not loop.is_better(run, {"loss": 3.0})
