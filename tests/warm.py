@@ -78,7 +78,11 @@ def watch(connection: socket.socket) -> dict:
             os.dup2(stream, number)
             os.close(stream)
         # On a node of the Slurm tests: with the node's host name and hosts file.
-        if os.readlink(f"/proc/{client}/ns/uts") != os.readlink("/proc/self/ns/uts"):
+        try:
+            is_elsewhere = os.readlink(f"/proc/{client}/ns/uts") != os.readlink("/proc/self/ns/uts")
+        except FileNotFoundError:  # the client was killed meanwhile: nobody waits for the program
+            os._exit(0)
+        if is_elsewhere:
             os.setns(os.pidfd_open(client), os.CLONE_NEWUTS | os.CLONE_NEWNS)
         return json.loads(line)
     for stream in streams:
