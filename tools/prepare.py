@@ -161,6 +161,12 @@ def main_stage(arguments: list[str]) -> None:
     )
     parser.add_argument("--redo", action="store_true", help="prepare again what is finished")
     parser.add_argument("--verify", action="store_true", help="read the bytes of finished data sets again, too")
+    parser.add_argument(
+        "--no-room-check",
+        dest="check_room",
+        action="store_false",
+        help="start even if --out has less room than the raw data take",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, a short report")
     parser.add_argument("--json", action="store_true", help="the report as a list of objects")
     given = parser.parse_args(arguments)

@@ -30,6 +30,7 @@ NO_LAUNCH = (
     "the node could not start the job: its log folder, RUN_ROOT or the checkout is not on a file system that all nodes "
     "share, or is missing there"
 )
+FIGURES = ("step", "seconds", "tokens_per_second", "loss")  # of a training record, as numbers
 TAIL = 2**20  # bytes of metrics.jsonl that are read
 
 
@@ -91,6 +92,19 @@ def read_lines(path: Path, tail: int = TAIL) -> list[dict]:
         if isinstance(record, dict):
             found.append(record)
     return found
+
+
+def read_training(folder: Path) -> tuple[list[dict], int]:
+    """The training records of metrics.jsonl, and how many of its lines have something else where a number belongs."""
+    records = [record for record in read_lines(folder / "metrics.jsonl") if record.get("kind") == "train"]
+    good = [record for record in records if all(is_number(record.get(key, 0)) for key in FIGURES)]
+    good = [record for record in good if isinstance(record.get("step"), int)]
+    return good, len(records) - len(good)
+
+
+def is_number(value) -> bool:
+    """Also None, which stands for a loss that is not finite."""
+    return value is None or isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def ask(*command: str) -> str:
@@ -176,9 +190,7 @@ def stage_status(folder: Path, job: str | None, blocked: str | None, stop: str |
     blocked: which stage before will not finish, if that is known. stop: when the run was stopped.
     """
     ended, starts, checkpoint = read_json(folder / "ended.json"), starts_of(folder), newest_checkpoint(folder)
-    records = [
-        r for r in read_lines(folder / "metrics.jsonl") if r.get("kind") == "train" and isinstance(r.get("step"), int)
-    ]
+    records, strange = read_training(folder)
     step, total, last = (records[-1]["step"] if records else 0), max_steps(folder), starts[-1] if starts else {}
     job = newest_job(job, last.get("job"))
     slurm = job_state(job)
@@ -239,12 +251,24 @@ def stage_status(folder: Path, job: str | None, blocked: str | None, stop: str |
         "why": why,
         "excluded_nodes": last.get("excluded") or [],
         "failed_nodes": failures(starts),
+        "strange_lines": strange,
         "ends": [
             {k: start.get(k) for k in ("time", "kind", "message", "step", "action")}
             for start in starts
             if start["ended"]
         ],
     }
+
+
+def read_stage(folder: Path, *about) -> dict:
+    """`stage_status`. ValueError: a file of the stage holds other values than the run or its job script writes."""
+    try:
+        return stage_status(folder, *about)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}/ended.json or slurm/starts.jsonl was changed: it holds another kind of value than a run writes "
+            f"({type(error).__name__}: {error}); move that file away to see the rest"
+        ) from error
 
 
 def failures(starts: list[dict]) -> dict[str, int]:
@@ -262,12 +286,12 @@ def status(run: Path) -> dict:
         jobs = dict(line.split(" ", 1) for line in (run / "slurm" / "jobs").read_text().splitlines() if " " in line)
     if any((run / name).exists() for name in STAGE_FILES):
         stop = stop_request(run)
-        row = stage_status(run, None, None, stop)
+        row = read_stage(run, None, None, stop)
         return {"run": str(run), "name": run.name, "stopped": stop, "stages": [row]}
     rows, blocked = [], None
     stop = stop_request(run, *(run / stage for stage in STAGES))
     for stage in STAGES:
-        row = stage_status(run / stage, jobs.get(stage), blocked, stop)
+        row = read_stage(run / stage, jobs.get(stage), blocked, stop)
         rows.append(row)
         if row["state"] in ("failed", "cancelled", "stopped", "stopping"):
             blocked = blocked or f"{stage} {row['state']}"
@@ -338,6 +362,8 @@ def table(found: dict) -> str:
                 lines.append(
                     f"{row['stage']}: {at} {end['message']}" + (" (queued again)" if end["action"] == "requeue" else "")
                 )
+        if row["strange_lines"]:
+            lines.append(f"{row['stage']}: {row['strange_lines']} lines of metrics.jsonl without a number: not counted")
     lines += [f"{name}: {found[name]}" for name in ("export", "report") if name in found]
     if shutil.which("squeue") is None:
         lines.append("Slurm's commands are not on this machine: the states are those of the run's files")

@@ -20,9 +20,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from molmo2_nemo.catalogue.datasets import CONF_FILE, Catalogue, DataSet, load_catalogue
-from molmo2_nemo.catalogue.raw import RawSource
+from molmo2_nemo.catalogue.raw import RawSource, size_on_disk
 from molmo2_nemo.fetch.inventory import with_license
-from molmo2_nemo.files import LockHeld, locked, write_json
+from molmo2_nemo.files import LockHeld, locked, missing_room, write_json
 from molmo2_nemo.prepare.dataset_shards import finish, finished, missing_shards, read_provenance, write_shard
 from molmo2_nemo.prepare.records import Provenance
 from molmo2_nemo.prepare.shard_plan import ShardPlan, make_plan
@@ -49,6 +49,7 @@ class StageOptions:
     only_license: tuple[str, ...] = ()  # data sets under one of these licences; none: all
     redo: bool = False  # make again what is finished
     verify: bool = False  # read the bytes of finished sets again
+    check_room: bool = True  # refuse to start without room for shards as large as the raw data
     quiet: bool = False  # no progress bars
 
     def __post_init__(self):
@@ -129,6 +130,8 @@ def prepare_stage(options: StageOptions) -> PreparedStage:
     for state in states:
         examine(state, root, out, options)
     work = [state for state in states if state.plan and not state.made]
+    if options.check_room and (missing := missing_room(out, expected_bytes(work), _what(work))) is not None:
+        raise ValueError(f"{missing} Rows that are dropped need none: --no-room-check starts all the same.")
     if work:
         fork = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(options.jobs, fork, end_with_parent, (os.getpid(),)) as pool:
@@ -146,6 +149,24 @@ def prepare_stage(options: StageOptions) -> PreparedStage:
     if files:
         write_json(out / f"stage{options.stage}.report.json", [result_of(state) for state in states])
     return PreparedStage(out, states, files)
+
+
+def expected_bytes(states: list[DatasetState]) -> int:
+    """Of the shards that are still to be written: those of a set are about as large as its raw data.
+
+    They hold the same pictures and videos as they are, each once.
+    """
+    total = 0
+    for state in states:
+        raw = RawSource(state.plan.root, state.name)
+        size = raw.info.get("bytes")
+        written = size_on_disk(state.plan.work / "shards")
+        total += max(0, (size_on_disk(raw.folder) if size is None else size) - written)
+    return total
+
+
+def _what(states: list[DatasetState]) -> str:
+    return f"writing the shards of {len(states)} data set{'s' if len(states) > 1 else ''}, as large as the raw data,"
 
 
 def result_of(state: DatasetState) -> dict:

@@ -9,6 +9,7 @@ import math
 import platform
 import resource
 import subprocess
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from molmo2_nemo import __version__
 from molmo2_nemo.data.counters import BROKEN, COUNTERS, DROPPED
+from molmo2_nemo.files import is_disk_error
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
 from molmo2_nemo.paths import CHECKOUT
@@ -237,6 +239,7 @@ class RunLog:
         (run_dir / "versions.json").write_text(
             json.dumps(versions() | {"ranks": dist.get_world_size()}, indent=2) + "\n"
         )
+        threading.excepthook = _without_disk_errors
         self.open_board(first_step)
         self.file = open(run_dir / "metrics.jsonl", "a")
         if wandb_project is not None:
@@ -332,6 +335,12 @@ class RunLog:
             self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _without_disk_errors(failed: threading.ExceptHookArgs) -> None:
+    """Instead of threading.excepthook: TensorBoard's thread hands an error of the disk on to `RunLog.write`."""
+    if not is_disk_error(failed.exc_value):
+        threading.__excepthook__(failed)
 
 
 def train_line(step: int, max_steps: int, figures: dict) -> str:

@@ -49,7 +49,8 @@ class Owner:
         self.ended.set()
         self.thread.join(BEAT_SECONDS)  # it may be writing the file
         if (read(self.path) or {}).get("token") == self.me["token"]:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder is read-only by now; the next start sees that we are dead
+                self.path.unlink(missing_ok=True)
 
     def _take(self) -> None:
         own = self.path.with_name(f".{OWNER}.{self.me['token']}")
@@ -135,9 +136,11 @@ def is_alive(path: Path, other: dict) -> bool:
 
 
 def in_use(run_dir: Path) -> bool:
-    """Whether another process holds the folder, as far as can be told without waiting."""
+    """Whether another run holds the folder, as far as can be told without waiting. Ranks of a Slurm job are one run."""
     other, me = read(run_dir / OWNER), _this_process()
     if other is None or (other.get("pid"), other.get("started")) == (me["pid"], me["started"]):
+        return False
+    if me["slurm_job"] and all(other.get(key) == me[key] for key in ("slurm_job", "slurm_restarts")):
         return False
     if all(other.get(key) == me[key] for key in ("boot", "pid_namespace")):
         return _started(other.get("pid")) == other.get("started")

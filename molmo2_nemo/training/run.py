@@ -1,7 +1,9 @@
 """A training run of one stage: check the settings, build, resume or start, train (loop.py), and end."""
 
 import contextlib
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +36,9 @@ from molmo2_nemo.training.start import Start, agree, converted, find_start
 from molmo2_nemo.training.step import build_model, global_names, load_weights
 from molmo2_nemo.training.trouble import SpikeAlarm
 
+# A launcher ends the other ranks this soon after rank 0 has ended.
+SECONDS_FOR_RANK_0 = 5
+
 
 def run_stage(cfg: DictConfig) -> None:
     """Entry point of the recipes: one sentence and exit status 2 for a setting that cannot work, else train."""
@@ -49,7 +54,8 @@ def run_stage(cfg: DictConfig) -> None:
         if rank == 0:
             # Before the checkpoints are looked at: it may wait for another run, which saves meanwhile.
             release = owner.Owner(Path(config.run_dir)).release
-        start = find_start(config)
+        # Rank 0's choice is everybody's (start.agree); another rank may not even see the folder.
+        start = find_start(config) if rank == 0 else Start()
         if rank == 0:
             before = shutdown.read_ended(Path(config.run_dir))
             (Path(config.run_dir) / shutdown.ENDED).unlink(missing_ok=True)
@@ -64,17 +70,20 @@ def run_stage(cfg: DictConfig) -> None:
                 raise
             finish(run, reason, why)
     except ConfigError as error:
-        # Before the ranks are joined all of them find the same error; later it may be one rank's own.
-        if rank == 0 or dist.is_initialized():
-            # Where the configuration does not even say which folder is the run's, there is none to write to.
-            with contextlib.suppress(OSError, OmegaConfBaseException):
-                run_dir = Path(cfg.run_dir)
-                before = before or shutdown.read_ended(run_dir)
-                # Once the ranks are joined, the folder is this run's.
-                is_ours = dist.is_initialized() or not owner.in_use(run_dir)
-                if is_ours and not checkpoint_dir.is_complete(run_dir):
-                    shutdown.write_ended(run_dir, "config error", 0, str(error))
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        message = str(error)
+        if rank and not dist.is_initialized():
+            # All ranks may have found the same. Then rank 0 says so, and the launcher ends the others meanwhile.
+            time.sleep(SECONDS_FOR_RANK_0)
+            message = f"rank {rank} on {socket.gethostname()}: {message}"
+        # Where the configuration does not even say which folder is the run's, there is none to write to.
+        with contextlib.suppress(OSError, OmegaConfBaseException):
+            run_dir = Path(cfg.run_dir)
+            before = before or shutdown.read_ended(run_dir)
+            # Once the ranks are joined, the folder is this run's.
+            is_ours = dist.is_initialized() or not owner.in_use(run_dir)
+            if is_ours and not checkpoint_dir.is_complete(run_dir):
+                shutdown.write_ended(run_dir, "config error", 0, message)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         if rank == 0 and before.get("reason") == "finished":

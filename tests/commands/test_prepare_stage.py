@@ -28,6 +28,7 @@ from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.blend import check_shards, load_blend
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.video import pick_frames
+from molmo2_nemo.files import readable_size
 from molmo2_nemo.prepare import shard_plan, stage_datasets
 from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft
 from molmo2_nemo.prepare.draft_to_sample import Dropped, join, pack
@@ -354,6 +355,18 @@ def test_a_disk_that_is_full_is_one_sentence(prepared, tmp_path):
     assert not (root / "pixmo-points").exists()
     assert run(root, "pixmo-points") == 0
     assert content(root) == {p: value for p, value in content(prepared).items() if p.startswith("pixmo-points/")}
+
+
+def test_too_little_room_is_said_before_anything_is_written(prepared, tmp_path, monkeypatch):
+    root = copy_raw(prepared, tmp_path / "small")
+    monkeypatch.setattr("molmo2_nemo.files.free_bytes", lambda folder: 1000)
+    said = run(root, "pixmo-points", "pixmo-count")
+    assert said.startswith("error: writing the shards of 2 data sets, as large as the raw data, needs ")
+    raw = sum(f.stat().st_size for name in ("pixmo-points", "pixmo-count") for f in (root / "raw" / name).rglob("*.*"))
+    assert f"needs {readable_size(raw)}, {root} has 1000 bytes free, {readable_size(raw - 1000)} are missing" in said
+    assert not (root / ".prepare").exists() and not (root / "pixmo-points").exists()
+    assert run(root, "pixmo-points", "pixmo-count", "--no-room-check") == 0  # what the sentence advises
+    assert run(root, "pixmo-points", "pixmo-count") == 0  # nothing is to be written any more
 
 
 def test_what_is_not_fetched_or_not_usable_is_said(prepared, tmp_path, capsys):

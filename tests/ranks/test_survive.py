@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from programs import REPOSITORY, python, start_ranks, succeeded, with_defaults
+from programs import REPOSITORY, python, run_ranks, start_ranks, succeeded, with_defaults
 
 TINY = [
     "recipes/stage1_pretrain.py",
@@ -168,6 +169,85 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_alive(asynchronous
     if asynchronous == "false":
         resumed = succeeded(python(*TINY, *common, "train.max_steps=4"))
         assert "resumed step 2 from" in resumed.stdout and checkpoints(run_dir)[-1] == "step_00000004"
+
+
+# From step 3 on, the run's folder is mounted read-only, for this process and its children alone.
+BECOMES_READ_ONLY = """
+import os, runpy, subprocess, sys, threading, time
+os.unshare(os.CLONE_NEWNS)
+folder = sys.argv[1]
+
+def mount_read_only():
+    while not os.path.exists(f"{folder}/metrics.jsonl") or '"step": 3' not in open(f"{folder}/metrics.jsonl").read():
+        time.sleep(0.05)
+    subprocess.run(["mount", "--bind", "--make-private", folder, folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+
+threading.Thread(target=mount_read_only, daemon=True).start()
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_that_becomes_read_only_ends_the_run_with_an_error(sample, tmp_path):
+    """Checkpoints of before are kept, training goes on, and the end says that its last step is not saved."""
+    run_dir = tmp_path / "run"
+    common = [f"data.root={sample}", f"run_dir={run_dir}", "train.save_every=2", "train.log_every=1"]
+    result = python("-c", BECOMES_READ_ONLY, run_dir, *TINY, *common, "train.max_steps=10")
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-3000:]
+    assert "Read-only file system" in result.stderr and "step 10/10" in result.stdout
+    assert result.stderr.strip().splitlines()[-1].startswith("error: step 10 could not be saved: ")
+    resumed = succeeded(python(*TINY, *common, "train.max_steps=11"))
+    assert "resumed step " in resumed.stdout and checkpoints(run_dir)[-1] == "step_00000011"
+
+
+# Rank 1 has another, empty folder of checkpoints, as on a node where the shared file system is not mounted.
+OF_ANOTHER_NODE = """
+import os, runpy, subprocess, sys
+if os.environ["RANK"] == "1":
+    os.unshare(os.CLONE_NEWNS)
+    subprocess.run(["mount", "--make-private", "-t", "tmpfs", "none", f"{sys.argv[1]}/checkpoints"], check=True)
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_see_the_checkpoints_is_named(two_steps, sample, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_steps, run_dir)
+    common = [f"data.root={sample}", f"run_dir={run_dir}", "train.save_every=2", "train.max_steps=4"]
+    result = run_ranks(2, "-c", OF_ANOTHER_NODE, run_dir, *TINY, *common)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-3000:]
+    there = run_dir / "checkpoints" / "step_00000002"
+    assert f"error: {there} is there for rank 0, but not for rank 1 on {socket.gethostname()}: " in result.stderr
+    assert "run_dir must be on a file system that all nodes share" in result.stderr
+    assert ended(run_dir)["reason"] == "finished"  # as it was: nothing was begun
+    assert checkpoints(run_dir) == ["step_00000002"]
+
+
+# Of each node there is another copy of the data; rank 1's lacks a source.
+WITHOUT_A_SOURCE = """
+import os, runpy, subprocess, sys
+if os.environ["RANK"] == "1":
+    os.unshare(os.CLONE_NEWNS)
+    subprocess.run(["mount", "--make-private", "-t", "tmpfs", "none", f"{sys.argv[1]}/captions"], check=True)
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_what_only_another_rank_finds_wrong_is_said_once(sample, tmp_path):
+    run_dir = tmp_path / "run"
+    result = run_ranks(2, "-c", WITHOUT_A_SOURCE, sample, *TINY, f"data.root={sample}", f"run_dir={run_dir}")
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-3000:]
+    assert line.startswith(f"error: rank 1 on {socket.gethostname()}: ") and f"{sample}/captions" in line
+    wrong = run_ranks(2, *TINY, f"data.root={tmp_path}", f"run_dir={run_dir}")  # on both
+    [line] = [line for line in wrong.stderr.splitlines() if line.startswith("error: ")]
+    assert wrong.returncode == 2 and not line.startswith("error: rank ")
 
 
 def is_alive(pid: int) -> bool:

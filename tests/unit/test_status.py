@@ -91,3 +91,21 @@ def test_a_job_that_no_node_could_start_comes_with_a_hint(tmp_path, monkeypatch)
         monkeypatch.setattr(status, "ask", lambda *command, shown=shown: shown if command[-1] == "7" else "")
         row = status.status(tmp_path)["stages"][0]
         assert reason in row["why"] and "not on a file system that all nodes share" in row["why"], row
+
+
+@pytest.mark.parametrize("key", status.FIGURES)
+@pytest.mark.parametrize("value", ["12", True, [1], {}])
+def test_a_line_of_metrics_without_a_number_is_counted_and_left_out(run, key, value):
+    good = {"kind": "train", "step": 7, "tokens_per_second": 9.0, "seconds": 1.0, "loss": 2.0}
+    lines = [{**good, "step": 5}, {**good, "step": 6, "loss": None}, good, {**good, "step": 8, key: value}]
+    (run / "stage1" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = status.status(run)
+    assert found["stages"][0]["step"] == 7 and found["stages"][0]["tokens_per_second"] == 9.0
+    assert "stage1: 1 lines of metrics.jsonl without a number: not counted" in status.table(found)
+
+
+def test_a_changed_record_of_starts_is_named(run, tmp_path):
+    record(run / "stage1" / "slurm", event="begin")
+    record(run / "stage1" / "slurm", event="end", action="stop", kind="failed", message=7, failed_nodes=3)
+    with pytest.raises(ValueError, match="stage1/ended.json or slurm/starts.jsonl was changed"):
+        status.status(run)
