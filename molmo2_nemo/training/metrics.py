@@ -310,10 +310,17 @@ class RunLog:
         if self.wandb is not None:
             import wandb
 
-            columns = ["source", "question", "label", "answer", "picture"]
-            pictures = [wandb.Image(str(folder / e["picture"])) if "picture" in e else None for e in entries]
-            cells = [[*(entry[key] for key in columns[:4]), picture] for entry, picture in zip(entries, pictures)]
-            self.wandb.log({"answers": wandb.Table(columns=columns, data=cells)}, step=step)
+            columns = ["source", "question", "label", "answer"]
+            table = wandb.Table(columns=columns, data=[[entry[key] for key in columns] for entry in entries])
+            # Not in the table: its pictures would be kept outside of the run's folder until they are synced.
+            pictures = {
+                f"answers/{number:02d}": wandb.Image(
+                    str(folder / entry["picture"]), caption=f"{entry['question']} {entry['answer']}"
+                )
+                for number, entry in enumerate(entries)
+                if "picture" in entry
+            }
+            self.wandb.log({"answers": table, **pictures}, step=step)
 
     def elapsed(self) -> float:
         """Seconds since this start of the run."""

@@ -1,7 +1,11 @@
-"""What TensorBoard shows of a run that was started several times."""
+"""What TensorBoard shows of a run that was started several times, and what Weights & Biases keeps of a run."""
 
+import json
+
+import numpy as np
 import pytest
 import torch.distributed as dist
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from molmo2_nemo.training.metrics import RunLog
@@ -46,3 +50,29 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_its_curves_anew(one
     log_steps(tmp_path, 1, 1, 9)
     log_steps(tmp_path, 2, 1, 4)
     assert shown(tmp_path, "train/loss") == [(step, 2000 + step) for step in range(1, 5)]
+
+
+def test_weights_and_biases_keeps_scalars_answers_and_pictures_for_a_later_sync(one_rank, tmp_path, monkeypatch):
+    """In the real client's offline files, all of which lie in the run's folder."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    entries = [
+        {"source": "a", "question": "What?", "label": "this", "answer": "that", "picture": "00.png"},
+        {"source": "b", "question": "Who?", "label": "she", "answer": "he"},
+    ]
+    (samples / "answers.json").write_text(json.dumps(entries))
+    Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3)).save(samples / "00.png")
+    log = RunLog(tmp_path)
+    log.begin(1, "test", "name: test\n", wandb_project="project")
+    log.write("train", 1, {"loss": 2.5, "grad_norm": {"llm": 0.5}})
+    log.show_answers(1, samples)
+    log.close()
+    [run] = (tmp_path / "wandb").glob("offline-run-*")  # the pattern in docs/training.md
+    records = next(run.glob("run-*.wandb")).read_bytes()
+    assert b"train/loss" in records and b"train/grad_norm/llm" in records
+    [picture] = (run / "files" / "media" / "images" / "answers").glob("00_1_*.png")
+    assert np.array_equal(Image.open(picture), Image.open(samples / "00.png"))
+    [table] = (run / "files" / "media" / "table").glob("answers_1_*.table.json")
+    assert json.loads(table.read_text())["data"] == [["a", "What?", "this", "that"], ["b", "Who?", "she", "he"]]
