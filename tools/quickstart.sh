@@ -8,9 +8,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh
 
-data=data/sample
+# The tests have data, runs and a Python of their own.
+data=${QUICKSTART_DATA:-data/sample}
 runs=${QUICKSTART_RUNS:-runs/quickstart}
-python=.venv/bin/python
+python=${QUICKSTART_PYTHON:-.venv/bin/python}
 export OMP_NUM_THREADS=1
 
 say() { printf '\n== %s\n' "$*"; }
@@ -24,7 +25,7 @@ if [[ "$(cat "$runs/overrides" 2>/dev/null)" != "$overrides" ]]; then
 fi
 
 say "sample data"
-$python tools/make_sample_data.py --out "$data"
+$python tools/make_sample_data.py --out "$data" --scale "${QUICKSTART_SCALE:-1.0}"
 
 # stage NUMBER RECIPE LAYOUT [OVERRIDE...]: one stage of training; nothing if it is finished.
 stage() {
@@ -36,9 +37,9 @@ stage() {
   fi
   say "stage $number: $recipe on 2 CPU ranks, parallel=$layout"
   local started=$SECONDS
-  .venv/bin/torchrun --standalone --nproc-per-node 2 "recipes/$recipe.py" model=tiny data=sample schedule=quickstart \
-    optim=from_scratch parallel="$layout" name=quickstart run_dir="$runs/stage$number" \
-    train.generate_every=1000 train.generate_examples=15 "$@" \
+  $python -m torch.distributed.run --standalone --nproc-per-node 2 "recipes/$recipe.py" model=tiny data=sample \
+    data.root="$data" schedule=quickstart optim=from_scratch parallel="$layout" name=quickstart \
+    run_dir="$runs/stage$number" train.generate_every=1000 train.generate_examples=15 "$@" \
     2> >(tee "$runs/stage$number.err" >&2) || {
       echo "stage $number failed. Its error is above and in $runs/stage$number.err;" \
         "docs/troubleshooting.md explains it." >&2
@@ -59,4 +60,4 @@ say "questions to the exported model, with plain transformers"
 $python tools/ask.py "$runs/hf" --quiz "$data/quiz/quiz.json" --json "$runs/answers.json"
 
 say "report"
-$python tools/report_quickstart.py "$runs"
+$python tools/report_quickstart.py "$runs" --data "$data"

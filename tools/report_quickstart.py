@@ -67,7 +67,9 @@ def plot(runs: dict[str, Run], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the quickstart, runs/quickstart")
-    folder = parser.parse_args().runs
+    parser.add_argument("--data", type=Path, default=Path("data/sample"), help="the sample data (default data/sample)")
+    given = parser.parse_args()
+    folder, quiz = given.runs, given.data / "quiz"
     runs = {stage: read_run(folder / stage) for stage in STAGES}
     plot(runs, folder / "loss.png")
     write_report([folder / stage for stage in STAGES], folder / "report.html")
@@ -98,8 +100,8 @@ Hugging Face model              {folder}/hf
 each stage's run                {folder}/stage1, stage2, stage3 (checkpoints/, metrics.jsonl, report.html, ...)
 
 Next: ask the model yourself, or train on pictures of your own (docs/own_data.md).
-  .venv/bin/python tools/ask.py {folder}/hf --image data/sample/quiz/image0.png "What colour is the star?"
-  .venv/bin/python tools/prepare.py docs/own_data.jsonl --images data/sample/quiz --out runs/own_data/shards""")
+  .venv/bin/python tools/ask.py {folder}/hf --image {quiz}/image0.png "What colour is the star?"
+  .venv/bin/python tools/prepare.py docs/own_data.jsonl --images {quiz} --out runs/own_data/shards""")
 
 
 if __name__ == "__main__":

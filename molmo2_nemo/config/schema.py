@@ -366,6 +366,8 @@ class TrainConfig:
     """Checkpoints that are kept; older ones are removed."""
     keep_every: int = 5000
     """Keep checkpoints of steps that are multiples of this, however old; 0: none of them."""
+    report: bool = True
+    """Draw report.html in the run's folder when the run ends; tools/report.py does so at any time."""
     verify_checkpoints: bool = True
     """Compare a checkpoint's files with their checksums before anything is loaded from it, and the last one of a run
     after it is saved. Each rank reads a part of the files."""

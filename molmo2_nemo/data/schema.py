@@ -24,6 +24,8 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from molmo2_nemo import limits
+
 # An unknown key or a wrong type is an error, and so are NaN and infinity.
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -184,7 +186,7 @@ Branch = Annotated[
 class Example:
     """A sample. `style`: of branches that name none."""
 
-    branches: Annotated[list[Branch], Field(min_length=1)]
+    branches: Annotated[list[Branch], Field(min_length=1, max_length=limits.MAX_BRANCHES)]
     images: list[Image] = Field(default_factory=list)
     video: Video | None = None
     style: Style | None = None

@@ -1,4 +1,4 @@
-"""Weights from and to Hugging Face folders, tensor by tensor: no process group, one tensor in memory at a time."""
+"""Weights from and to Hugging Face folders, a few tensors in memory at a time, without a process group."""
 
 import contextlib
 import io
@@ -21,13 +21,15 @@ from molmo2_nemo.config.schema import ModelConfig
 from molmo2_nemo.files import disk_errors_told, missing_room
 from molmo2_nemo.hf.architecture import hf_config, model_config_from_hf
 from molmo2_nemo.hf.folder import INDEX_FILE, MODEL_FILE, HuggingFaceWeights, has_weights, is_there
-from molmo2_nemo.hf.names import EMBEDDING_PARTS, NATIVE_EMBEDDING, WrongShape, read_released, tensor_table
+from molmo2_nemo.hf.names import EMBEDDING_PARTS, NATIVE_EMBEDDING, Entry, WrongShape, read_released, tensor_table
 
 _HEAD = "lm_head.weight"
 # The base embedding of a Molmo2 (released, native) and of a language model.
 _TABLES = (EMBEDDING_PARTS[0], NATIVE_EMBEDDING, "model.embed_tokens.weight", "embed_tokens.weight")
 # Bytes: what torch.save puts around a tensor (about 1,700), and its place in the index.
 _AROUND_A_TENSOR = 2048
+# Bytes of tensors that an export reads at a time: each time the checkpoint's index is read.
+READ_AT_ONCE = 2**30
 
 
 class _LazyPlanner(DefaultSavePlanner):
@@ -176,18 +178,29 @@ def _first_failure(error: CheckpointException) -> BaseException:
     return next(iter(error.failures.values()))[0]
 
 
-def read_tensor(checkpoint: Path, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A whole tensor of a checkpoint, whatever layout wrote it. Raises ConfigError."""
-    state = {key: torch.empty(shape, dtype=dtype)}
+def read_tensors(checkpoint: Path, wanted: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+    """Whole tensors of a checkpoint by key, whatever layout wrote it. wanted: key -> (shape, dtype).
+
+    Each call reads the checkpoint's index once. Raises ConfigError, which names the first that cannot be read.
+    """
+    state = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in wanted.items()}
     with checkpoint_dir.nothing_executed(checkpoint):
         try:
             dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
         except CheckpointException as error:
+            if len(wanted) > 1:
+                return {key: read_tensor(checkpoint, key, *one) for key, one in wanted.items()}
             reason = (str(_first_failure(error)).splitlines() or [type(_first_failure(error)).__name__])[0]
             raise ConfigError(
-                f"checkpoint {checkpoint}: {key} cannot be read ({reason}); use another step_* directory."
+                f"checkpoint {checkpoint}: {next(iter(wanted))} cannot be read ({reason}); use another step_* "
+                "directory."
             ) from None
-    return state[key]
+    return state
+
+
+def read_tensor(checkpoint: Path, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """One of them."""
+    return read_tensors(checkpoint, {key: (shape, dtype)})[key]
 
 
 def checkpoint_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
@@ -201,16 +214,31 @@ def checkpoint_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
 
 
 def released_tensors(checkpoint: Path, model: ModelConfig):
-    """Yield (released name, tensor) of a checkpoint, one entry of the table in memory at a time."""
-    dtypes = checkpoint_dtypes(checkpoint)
-    for entry in tensor_table(model):
+    """Yield (released name, tensor) of a checkpoint; READ_AT_ONCE bytes or one entry of the table are in memory."""
+    dtypes, table = checkpoint_dtypes(checkpoint), tensor_table(model)
+    for entry in table:
         if entry.key not in dtypes:
             raise ConfigError(f"checkpoint {checkpoint} lacks {entry.key}: its model.json does not describe it.")
-        tensor = read_tensor(checkpoint, entry.key, entry.shape, dtypes[entry.key])
-        yield from zip(entry.released, entry.split(tensor))
-        if model.tie_embeddings and entry.released == (EMBEDDING_PARTS[0],):
-            # Released folders carry a tied head as a copy.
-            yield "lm_head.weight", entry.split(tensor)[0]
+    for entries in _groups(table, lambda entry: math.prod(entry.shape) * dtypes[entry.key].itemsize):
+        tensors = read_tensors(checkpoint, {entry.key: (entry.shape, dtypes[entry.key]) for entry in entries})
+        for entry in entries:
+            parts = entry.split(tensors.pop(entry.key))
+            yield from zip(entry.released, parts)
+            if model.tie_embeddings and entry.released == (EMBEDDING_PARTS[0],):
+                # Released folders carry a tied head as a copy.
+                yield "lm_head.weight", parts[0]
+
+
+def _groups(entries: list[Entry], size: Callable[[Entry], int]) -> Iterator[list[Entry]]:
+    """Neighbours that have READ_AT_ONCE bytes together, or a larger one alone."""
+    group, total = [], 0
+    for entry in entries:
+        if group and total + size(entry) > READ_AT_ONCE:
+            yield group
+            group, total = [], 0
+        group.append(entry)
+        total += size(entry)
+    yield group
 
 
 def export_hf(
@@ -227,9 +255,9 @@ def export_hf(
     """Write a Hugging Face folder under a temporary name and rename it when it is whole.
 
     dtype: None keeps the checkpoint's. tokenizer: folder whose tokenizer and chat template are written along with the
-    processor; None writes weights and configuration only. Memory stays near `max_shard_bytes` plus one tensor.
-    Raises ConfigError when `folder` exists, for a folder without a tokenizer, and when the disk lacks room or fails;
-    then nothing is left of it.
+    processor; None writes weights and configuration only. Memory stays near `max_shard_bytes` plus READ_AT_ONCE, or one
+    tensor that is larger. Raises ConfigError when `folder` exists, for a folder without a tokenizer, and when the disk
+    lacks room or fails; then nothing is left of it.
     """
     if is_there(folder):
         raise ConfigError(f"{folder} exists: remove it or export to another folder.")

@@ -335,7 +335,7 @@ def worker_deaths(*loaders: Loader | None) -> Iterator[None]:
 
 
 def finish(run: Run, reason: str, why: str) -> None:
-    """Say how the run ended, close everything, and draw report.html. Collective. why: a sentence, or ""."""
+    """Say how the run ended, close everything, and draw report.html if asked. Collective. why: a sentence, or ""."""
     step = run.position.step
     details = f", {why}" if why else ""
     run.log.say(f"{run.config.stage} ended at step {step} ({reason}{details}): {run.position.tokens_seen:,} tokens")
@@ -347,7 +347,7 @@ def finish(run: Run, reason: str, why: str) -> None:
     run.stacks.close()
     dist.barrier()
     dist.destroy_process_group()
-    if run.log.main:
+    if run.log.main and run.config.train.report:
         from molmo2_nemo.report import write_report  # matplotlib is needed here alone
 
         try:

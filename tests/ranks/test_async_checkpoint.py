@@ -17,6 +17,7 @@ TINY = [
     "optim=from_scratch",
     "data.num_workers=2",
     "train.log_every=1",
+    "train.report=false",
     "train.validation_batches=0",
     "train.global_batch_size=4",
     "train.micro_batch_size=1",

@@ -20,6 +20,7 @@ TINY = [
     "schedule=quickstart",
     "optim=from_scratch",
     "train.log_every=1",
+    "train.report=false",
     "train.validation_batches=0",
     "train.global_batch_size=2",
     "train.micro_batch_size=1",

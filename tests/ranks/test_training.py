@@ -9,7 +9,14 @@ from programs import python, run_ranks, start_ranks, succeeded
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-TINY = ["model=tiny", "data=sample", "schedule=quickstart", "optim=from_scratch", "train.log_every=1"]
+TINY = [
+    "model=tiny",
+    "data=sample",
+    "schedule=quickstart",
+    "optim=from_scratch",
+    "train.log_every=1",
+    "train.report=false",
+]
 SMALL = ["train.validation_batches=1", "train.global_batch_size=4", "train.micro_batch_size=2"]
 
 

@@ -28,6 +28,7 @@ TINY = [
     "train.micro_batch_size=1",
     "train.validation_batches=0",
     "train.log_every=1",
+    "train.report=false",
     "data.num_workers=0",
 ]
 SMALL = ["--nodes=2", "--ntasks-per-node=1"]
@@ -251,8 +252,8 @@ def test_a_node_that_kills_ranks_is_left_out(cluster):
     """On node1 the recipe is killed at once. The third try has to be on node2."""
     shim = cluster.folder / "python_bad_on_node1"
     shim.write_text(
-        f'#!/bin/bash\n[[ "$*" == *recipes/* && $SLURMD_NODENAME == node1 ]] && kill -9 $$\nexec {sys.executable}'
-        ' "$@"\n'
+        f'#!/bin/bash\n[[ "$*" == *recipes/* && $SLURMD_NODENAME == node1 ]] && kill -9 $$\n'
+        f'exec {warm.executable()} "$@"\n'
     )
     shim.chmod(0o755)
     job = cluster.sbatch(
@@ -338,7 +339,7 @@ def test_a_stage_runs_in_a_container(cluster, tmp_path):
 def test_a_stage_that_fails_leaves_its_successors_cancelled_with_the_reason(cluster):
     """The ranks are killed wherever they run: one more try, then the end; no time is lost in a loop."""
     shim = cluster.folder / "python_bad"
-    shim.write_text(f'#!/bin/bash\n[[ "$*" == *recipes/* ]] && kill -9 $$\nexec {sys.executable} "$@"\n')
+    shim.write_text(f'#!/bin/bash\n[[ "$*" == *recipes/* ]] && kill -9 $$\nexec {warm.executable()} "$@"\n')
     shim.chmod(0o755)
     jobs = cluster.submit(
         "--name", "fails", *SMALL, *TINY, cluster.data, "train.max_steps=2", PYTHON=str(shim), PREFLIGHT="no"

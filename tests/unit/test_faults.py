@@ -96,6 +96,12 @@ def text(content: bytes) -> dict:
     return {"json": b'{"branches": [[%s, {"role": "assistant", "content": %s}]]}' % (question, content)}
 
 
+def many_branches(number: int) -> bytes:
+    one = text(b'"A"')["json"]
+    branch = one[one.index(b"[") + 1 : one.rindex(b"]")]
+    return one.replace(branch, b",".join([branch] * number))
+
+
 # Name -> (what makes it: some are large, kind, words of the report).
 BROKEN_SAMPLES = {
     "truncated JPEG": (lambda: picture(JPEG[: len(JPEG) // 2]), "undecodable", "image"),
@@ -127,6 +133,7 @@ BROKEN_SAMPLES = {
     "json that is not UTF-8": (lambda: {"json": b"\xff\xfe{}"}, "malformed", "JSON"),
     "lone surrogate": (lambda: text(b'"\\ud800"'), "malformed", "JSON"),
     "huge json": (lambda: text(b'"' + b"a " * (MAX_JSON // 2) + b'"'), "malformed", "more than"),
+    "too many branches": (lambda: {"json": many_branches(10_001)}, "malformed", "at most 10000 items"),
     "deep json": (lambda: {"json": b'{"branches":' * 400_000}, "malformed", "recursion"),
     "huge deep json": (lambda: {"json": b"[" * 200_000_000}, "malformed", "more than"),
     "video of no length": (lambda: clip(duration=-1.0), "malformed", "duration"),

@@ -48,18 +48,49 @@ from molmo2_nemo.training.step import (
 Z_LOSS = 1e-2
 
 
-def oracle(folder: Path, batches: list[dict], places: list[tuple], causal: bool = False):
-    """transformers, one document and one branch at a time: logits per row [S, V] (NaN elsewhere), loss, gradients."""
+def load_oracle(folder: Path):
+    """transformers' model in float32."""
     from transformers import Molmo2ForConditionalGeneration
 
-    hf = Molmo2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    V = hf.config.text_config.vocab_size
+    return Molmo2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def oracle(hf, batches: list[dict], places: list[tuple]):
+    """transformers, one document and one branch at a time: logits per row [S, V] (NaN elsewhere), loss, gradients."""
     total = sum(batch["loss_weights"].sum() for batch in batches)
-    logits = [torch.full((batch["input_ids"].shape[1], V), float("nan")) for batch in batches]
-    loss_sum = 0.0
-    for r, document, (root, *branches) in places:
+    logits, loss_sum = nothing_known(hf, batches), 0.0
+    for row, index, own, out in branches(hf, batches, places):
+        batch = batches[row]
+        logits[row][index[own]] = out.logits[0, own].detach()
+        weights = batch["loss_weights"][0, index].clone()
+        ce = torch.nn.functional.cross_entropy(out.logits[0], batch["labels"][0, index], reduction="none")
+        square = torch.logsumexp(out.logits[0], dim=-1).square()
+        loss = ((ce + Z_LOSS * square) * weights).sum() / total
+        loss.backward()
+        loss_sum += loss.item()
+    gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in hf.named_parameters()}
+    return logits, loss_sum, gradients
+
+
+@torch.no_grad()
+def causal_logits(hf, batches: list[dict], places: list[tuple]) -> list[torch.Tensor]:
+    """The same logits if image tokens saw only what is before them."""
+    logits = nothing_known(hf, batches)
+    for row, index, own, out in branches(hf, batches, places, causal=True):
+        logits[row][index[own]] = out.logits[0, own]
+    return logits
+
+
+def nothing_known(hf, batches: list[dict]) -> list[torch.Tensor]:
+    vocab_size = hf.config.text_config.vocab_size
+    return [torch.full((batch["input_ids"].shape[1], vocab_size), float("nan")) for batch in batches]
+
+
+def branches(hf, batches: list[dict], places: list[tuple], causal: bool = False):
+    """Yield (row, its positions, those of them that are the branch's own, transformers' output) of each branch."""
+    for r, document, (root, *rest) in places:
         batch = batches[r]
-        for m, branch in enumerate(branches):
+        for m, branch in enumerate(rest):
             index = torch.cat([torch.arange(root.start, root.stop), torch.arange(branch.start, branch.stop)])
             types = torch.zeros_like(index)[None] if causal else batch["vision_mask"][0, index].long()[None]
             inputs = {}
@@ -72,16 +103,7 @@ def oracle(folder: Path, batches: list[dict], places: list[tuple], causal: bool 
                     image_grids=torch.tensor([[sum(w for _, w in document.units), 1, 0, 0]]),
                 )
             out = hf(input_ids=batch["input_ids"][0, index][None], mm_token_type_ids=types, use_cache=False, **inputs)
-            own = slice(root.stop - root.start, None) if m else slice(None)
-            logits[r][index[own]] = out.logits[0, own].detach()
-            weights = batch["loss_weights"][0, index].clone()
-            ce = torch.nn.functional.cross_entropy(out.logits[0], batch["labels"][0, index], reduction="none")
-            square = torch.logsumexp(out.logits[0], dim=-1).square()
-            loss = ((ce + Z_LOSS * square) * weights).sum() / total
-            loss.backward()
-            loss_sum += loss.item()
-    gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in hf.named_parameters()}
-    return logits, loss_sum, gradients
+            yield r, index, slice(root.stop - root.start, None) if m else slice(None), out
 
 
 def gathered_logits(model, batches: list[dict], vocab_size: int) -> list[torch.Tensor] | None:
@@ -238,8 +260,9 @@ def compare(args, layout: ParallelConfig, folder: Path) -> dict:
 
 def report(args, folder, model_config, batches, places, logits, loss, gradients) -> dict:
     """Print and return the differences between our figures and transformers'."""
-    theirs, their_loss, native = oracle(folder, batches, places)
-    causal, _, _ = oracle(folder, batches, places, causal=True)
+    hf = load_oracle(folder)
+    theirs, their_loss, native = oracle(hf, batches, places)
+    causal = causal_logits(hf, batches, places)
     known = [~row.isnan().any(-1) for row in theirs]
     logit_difference = max(difference(logits[r][k], theirs[r][k]) for r, k in enumerate(known))
     causal_difference = difference(
