@@ -9,10 +9,10 @@ import sys
 
 from molmo2_nemo.command_line import prepare
 from molmo2_nemo.paths import CONF_DIR
-from molmo2_nemo.recipe import nemo_hydra_runner, run_and_exit
+from molmo2_nemo.recipe import hydra_runner_for, run_and_exit
 
 prepare(sys.argv[1:])
-hydra_runner = nemo_hydra_runner()
+hydra_runner = hydra_runner_for(sys.argv[1:])
 
 
 @hydra_runner(config_path=str(CONF_DIR), config_name="stage2")
