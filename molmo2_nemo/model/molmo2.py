@@ -107,15 +107,17 @@ class Molmo2(LanguageModule):
         labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
         logit_positions: Tensor | None = None,
+        visual_tokens: Tensor | None = None,
     ) -> Tensor:
         """Token losses, logits, or the hidden states for the next stage.
 
         All [B, S] inputs are whole rows on every rank; crops, pooling and vision_units (see VisionTower) matter on
-        the first stage only. With s = S / context parallel size this returns, on the last stage, when `labels` (int64)
-        and `loss_weights` (float32, both [B, S]) are given, float32 [2, B, s]: cross entropy and squared log-partition
-        of this rank's part of the rows, 0 where the weight is 0. Without labels, this tensor-parallel rank's slice of
-        the logits, [B, s, padded V / tensor parallel size]; with `logit_positions` (int64 [N, 2], rows and positions
-        in them) only of these, float32 [N, padded V / tensor parallel size], all N on every context parallel rank. On
+        the first stage only, as does what the tower made of them before, `visual_tokens`, in their place. With s = S /
+        context parallel size this returns, on the last stage, when `labels` (int64) and `loss_weights` (float32, both
+        [B, S]) are given, float32 [2, B, s]: cross entropy and squared log-partition of this rank's part of the rows,
+        0 where the weight is 0. Without labels, this tensor-parallel rank's slice of the logits, [B, s, padded V /
+        tensor parallel size]; with `logit_positions` (int64 [N, 2], rows and positions in them) only of these, float32
+        [N, padded V / tensor parallel size], all N on every context parallel rank. On
         other stages [s, B, H].
         """
         S = input_ids.shape[1]
@@ -123,7 +125,8 @@ class Molmo2(LanguageModule):
         local = context_slice(S, self.cp_group)
         hidden = None
         if self.pre_process:
-            visual_tokens = self.vision(crops, pooling, vision_units)
+            if visual_tokens is None:
+                visual_tokens = self.vision(crops, pooling, vision_units)
             hidden = self.embedding(input_ids, visual_tokens, local)
             if self.config.sequence_parallel:
                 hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from PIL import Image
 from torch import Tensor
 
@@ -266,6 +267,11 @@ def answer(
     for chunk in model:
         chunk.eval()
     with torch.no_grad():
+        # Once, and not for every token: they do not depend on what is answered.
+        for first in (chunk for chunk in unwrap_model(model) if chunk.pre_process):
+            for batch in batches:
+                inputs = model_inputs(batch)
+                batch["visual_tokens"] = first.vision(inputs["crops"], inputs["pooling"], inputs["vision_units"])
         own = generate(model, batches, places[:, 1:], max_tokens, exam.eos_id, group, stop)
     for chunk in model:
         chunk.train()
@@ -330,7 +336,8 @@ def next_tokens(model, batches: list[dict]) -> Tensor | None:
 
     def forward_step(iterator, model):
         batch = next(iterator)
-        inputs = {**model_inputs(batch), "logit_positions": batch["logit_positions"]}
+        own = {name: batch.get(name) for name in ("logit_positions", "visual_tokens")}
+        inputs = {**model_inputs(batch), **own}
         return model(**inputs), lambda output, non_loss_data: likeliest(output)
 
     rows, seq_length = batches[0]["input_ids"].shape

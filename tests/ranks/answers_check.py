@@ -40,7 +40,7 @@ LAYOUTS = {
         "PP 2, interleaved, DP 2": ["pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"],
     },
 }
-MAX_TOKENS = 24
+MAX_TOKENS = 12
 
 
 def configuration(root: str, blend_file: str, run_dir: Path, layout: list[str]):
