@@ -270,9 +270,15 @@ def executable() -> Path:
     return path
 
 
+def pid_behind(stand_in: int) -> int:
+    """The program's process of such a script's process."""
+    return int((Path(os.environ[FOLDER]) / f"pid.{stand_in}").read_text())
+
+
 def stand_in(arguments: list[str]) -> None:
     """What that script does."""
     program = Program(arguments, dict(os.environ), Path.cwd(), [0, 1, 2])
+    (Path(os.environ[FOLDER]) / f"pid.{os.getpid()}").write_text(str(program.pid))
     for number in PASSED_ON:
         signal.signal(number, lambda number, _: program.send_signal(number))
     status = program.wait()

@@ -6,11 +6,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm
 from programs import REPOSITORY, python, run_ranks, start_ranks, succeeded, with_defaults
 
 TINY = [
@@ -43,13 +43,14 @@ class Job:
         self.log = run_dir.with_suffix(".txt")
         self.torchrun = torchrun
         if torchrun:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+            python = str(warm.executable())  # of the launcher and of the ranks
+            launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
             with self.log.open("w") as log:
                 self.processes = [
                     subprocess.Popen(
                         [*launcher, *recipe],
                         cwd=REPOSITORY,
-                        env=with_defaults({}),
+                        env=with_defaults({"PYTHON_EXEC": python}),
                         stdout=log,
                         stderr=subprocess.STDOUT,
                     )
@@ -71,7 +72,7 @@ class Job:
 
     def ranks(self) -> list[int]:
         pids = [process.pid for process in self.processes]
-        return self.children(pids[0]) if self.torchrun else pids
+        return [warm.pid_behind(pid) for pid in self.children(warm.pid_behind(pids[0]))] if self.torchrun else pids
 
     def end(self) -> tuple[list[int], str]:
         return [process.wait() for process in self.processes], self.log.read_text()
