@@ -28,7 +28,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 
 from molmo2_nemo.data.counters import BROKEN
 from molmo2_nemo.files import write_atomically
-from molmo2_nemo.text import duration
+from molmo2_nemo.text import dotted, duration
 
 COLOURS = ["#1f6fb4", "#d9641e", "#2a9d5c", "#8a56b8", "#c23b4b", "#7a5a3a", "#d05fa5", "#555555", "#a8a32a", "#20a5b5"]
 # (heading, figures of training intervals with their title and the lowest value on their axis)
@@ -497,20 +497,13 @@ def layout(run: Run) -> str | None:
 
 def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """(dotted key, a value for each run) for settings that differ between the runs."""
-    settings = [flat(run.config) for run in runs]
+    settings = [
+        {key: json.dumps(value, default=str, ensure_ascii=False) for key, value in dotted(run.config).items()}
+        for run in runs
+    ]
     keys = sorted({key for one in settings for key in one})
     rows = [(key, [one.get(key, "\u2013") for one in settings]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def flat(config: dict, prefix: str = "") -> dict[str, str]:
-    result = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = json.dumps(value, default=str, ensure_ascii=False)
-    return result
 
 
 def sources_table(run: Run) -> list[list[str]]:

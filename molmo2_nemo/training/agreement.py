@@ -11,6 +11,7 @@ import torch.distributed as dist
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.paths import PACKAGE
+from molmo2_nemo.text import dotted
 from molmo2_nemo.training.metrics import package_versions
 
 # Settings that may differ: each node may have its own copy of the data.
@@ -19,7 +20,7 @@ FREE = ("data.root",)
 
 def what_this_rank_has(config: Config, sources: list[Source]) -> dict[str, str]:
     """All that has to be the same on every rank, by a name that a person can look for."""
-    settings = {key: value for key, value in _flat(dataclasses.asdict(config)).items() if key not in FREE}
+    settings = {key: value for key, value in dotted(dataclasses.asdict(config)).items() if key not in FREE}
     blend = {f"source {source.name}": (source.weight, source.num_samples, source.options) for source in sources}
     packages = {f"version of {name}": version for name, version in package_versions().items()}
     everything = {**settings, **blend, **packages, "molmo2_nemo's code": code_digest()}
@@ -57,19 +58,12 @@ def code_digest() -> str:
 
 def changed_settings(before: dict, now: dict) -> list[str]:
     """`key before -> now` for each setting that differs between two resolved configurations."""
-    before, now = _flat(before), _flat(now)
+    before, now = dotted(before), dotted(now)
     return [
         f"{key} {before.get(key, 'unset')} -> {now.get(key, 'unset')}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and {} not in (before.get(key), now.get(key))  # an empty group is no setting
     ]
-
-
-def _flat(settings: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def visible(path: Path) -> str | None:
