@@ -19,10 +19,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import TypeAdapter
+from pydantic import BaseModel, BeforeValidator, OnErrorOmit, TypeAdapter
 
 from molmo2_nemo import compat
 from molmo2_nemo.catalogue.datasets import HubFiles
@@ -53,6 +53,40 @@ class HubFile:
     git_sha1: str | None  # of a small one, as git hashes a blob
 
 
+def _listed(value: Any) -> list:
+    """A card may have one value where it may have several."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _parts(value: Any) -> list:
+    """`data_files` of a card's config, as it is written most fully: split -> patterns is a list of both."""
+    if isinstance(value, dict):
+        return [{"split": split, "path": path} for split, path in value.items()]
+    return [part if isinstance(part, dict) else {"path": part} for part in _listed(value)]
+
+
+class CardFiles(BaseModel):
+    """Patterns of the files of a split; None: of whatever split is asked for."""
+
+    split: str | None = None
+    path: Annotated[list[str], BeforeValidator(_listed)] = []
+
+
+class CardConfig(BaseModel):
+    config_name: str | None = None
+    default: bool = False
+    data_dir: str = ""
+    data_files: Annotated[list[CardFiles], BeforeValidator(_parts)] = []
+
+
+class Card(BaseModel):
+    """The YAML header of a repository's README.md, in the form that the Hub documents
+    (https://huggingface.co/docs/hub/datasets-manual-configuration). A config of another form is left out."""
+
+    license: Annotated[list[Any], BeforeValidator(_listed)] = []
+    configs: Annotated[list[OnErrorOmit[CardConfig]], BeforeValidator(_listed)] = []
+
+
 @dataclass(frozen=True)
 class Repository:
     """A repository at a commit."""
@@ -60,12 +94,11 @@ class Repository:
     repo: str
     revision: str
     files: dict[str, HubFile]
-    card: dict  # the YAML header of its README.md
+    card: Card
 
     @property
     def license(self) -> str | None:
-        value = self.card.get("license")
-        return ", ".join(map(str, value)) if isinstance(value, list) else str(value) if value else None
+        return ", ".join(map(str, self.card.license)) or None
 
 
 def page(repo: str) -> str:
@@ -126,12 +159,12 @@ def open_repository(files: HubFiles, root: Path, rules: Rules) -> Repository:
         raise ValueError(f"{files.repo} answered with the commit {revision} instead of {wanted}: try again later.")
     if files.revision is None:
         _pin(root, files.repo, revision)
-    card = {}
+    card = Card()
     if "README.md" in listed:
         readme = root / "raw" / ".cards" / files.repo.replace("/", "--") / f"{revision}.md"
         with locked(readme.parent / ".lock", wait=True):
             download_file(files.repo, revision, listed["README.md"], readme, rules, lambda count: None)
-        card = _card(readme)
+        card = read_card(readme)
     return Repository(files.repo, revision, listed, card)
 
 
@@ -160,28 +193,19 @@ def choose_files(repository: Repository, wanted: HubFiles) -> dict[str, list[str
 
 
 def _by_card(repository: Repository, config: str | None, split: str) -> list[str]:
-    """By `configs` in the dataset card (https://huggingface.co/docs/hub/datasets-manual-configuration)."""
-    configs = [entry for entry in repository.card.get("configs") or [] if isinstance(entry, dict)]
+    """By `configs` in the dataset card."""
+    configs = repository.card.configs
     if config is None:
-        named = [entry for entry in configs if entry.get("default") or entry.get("config_name") == "default"]
+        named = [entry for entry in configs if entry.default or entry.config_name == "default"]
         configs = named[:1] or (configs if len(configs) == 1 else [])
     else:
-        configs = [entry for entry in configs if entry.get("config_name") == config]
+        configs = [entry for entry in configs if entry.config_name == config]
     names, found = sorted(repository.files), []
     for entry in configs:
-        folder = str(entry.get("data_dir") or "").strip("/")
-        data_files = entry.get("data_files")
-        if isinstance(data_files, dict):
-            data_files = [{"split": key, "path": value} for key, value in data_files.items()]
-        for part in data_files if isinstance(data_files, list) else [data_files]:
-            if isinstance(part, dict):
-                if part.get("split") != split:
-                    continue
-                part = part.get("path")
-            for pattern in part if isinstance(part, list) else [part]:
-                if isinstance(pattern, str):
-                    pattern = f"{folder}/{pattern}" if folder else pattern
-                    found += [name for name in fnmatch.filter(names, pattern) if name not in found]
+        folder = entry.data_dir.strip("/")
+        for pattern in (path for part in entry.data_files if part.split in (None, split) for path in part.path):
+            pattern = f"{folder}/{pattern}" if folder else pattern
+            found += [name for name in fnmatch.filter(names, pattern) if name not in found]
     return found
 
 
@@ -539,16 +563,15 @@ def _is_safe(name: str) -> bool:
     )
 
 
-def _card(readme: Path) -> dict:
-    """The YAML header of a README.md; {}: it has none."""
+def read_card(readme: Path) -> Card:
+    """That of a README.md; an empty one: it has no header that can be read."""
     text = readme.read_text(errors="replace")
     if not text.startswith("---"):
-        return {}
+        return Card()
     try:
-        value = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---"))
+        return Card.model_validate(yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---")))
     except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return Card()
 
 
 def _shown(names: list[str], most: int = 12) -> str:

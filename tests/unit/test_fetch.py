@@ -21,9 +21,10 @@ from fetch_servers import Hub, Media, Repo, picture
 from PIL import Image
 from programs import REPOSITORY, python, run
 
-from molmo2_nemo.catalogue.datasets import load_catalogue
+from molmo2_nemo.catalogue.datasets import HubFiles, load_catalogue
 from molmo2_nemo.catalogue.raw import RawSource, media_name, size_on_disk
 from molmo2_nemo.fetch.data_set import FetchOptions, Meter, fetch_set
+from molmo2_nemo.fetch.hub import HubFile, Repository, choose_files, read_card
 from molmo2_nemo.fetch.inventory import doctor, plan_downloads, state_of
 from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.media_check import BadContent, check_image
@@ -792,3 +793,36 @@ def test_stage_3_needs_nothing_and_a_wrong_name_ends_in_a_sentence(tmp_path):
     assert result.returncode == 1 and result.stderr.startswith("error: there is no data set nothing-like-it")
     result = python("tools/download_stage1_pretraining.py", "--only-license", "mit", "--root", tmp_path)
     assert result.returncode == 1 and "no data set is selected" in result.stderr
+
+
+# The forms of https://huggingface.co/docs/hub/datasets-manual-configuration, and what people make of them.
+CARDS = {
+    "one pattern": ("configs: [{data_files: 'a/*'}]", ["a/test.parquet", "a/train.parquet"]),
+    "a list of patterns": ("configs: [{data_files: ['a/train*', 'b/train*']}]", ["a/train.parquet", "b/train.parquet"]),
+    "splits": (
+        "configs: [{data_files: [{split: train, path: 'b/*'}, {split: test, path: 'a/*'}]}]",
+        ["b/train.parquet"],
+    ),
+    "splits as a mapping": ("configs: [{data_files: {train: 'b/*', test: 'a/*'}}]", ["b/train.parquet"]),
+    "a folder": ("configs: [{data_dir: b, data_files: [{split: train, path: ['*.parquet']}]}]", ["b/train.parquet"]),
+    "the default one": (
+        "configs: [{config_name: x, data_files: 'a/*'}, {config_name: y, default: true, data_files: 'b/*'}]",
+        ["b/train.parquet"],
+    ),
+    "one of another form": ("configs: [7, {config_name: [x]}, {data_files: 'b/*'}]", ["b/train.parquet"]),
+    "none of a known form": ("configs: 3", ["a/train.parquet", "b/train.parquet"]),  # by their names
+    "a list": ("[1, 2]", ["a/train.parquet", "b/train.parquet"]),
+    "no YAML": ("a: [", ["a/train.parquet", "b/train.parquet"]),
+    "nothing": ("", ["a/train.parquet", "b/train.parquet"]),
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_card_of_a_repository_says_which_files_are_of_a_split(card, tmp_path):
+    header, expected = CARDS[card]
+    (tmp_path / "README.md").write_text(f"---\nlicense: odc-by\n{header}\n---\n# A data set\n")
+    names = ("a/train.parquet", "a/test.parquet", "b/train.parquet")
+    files = {name: HubFile(name, 1, None, None) for name in names}
+    repository = Repository("a/b", "5" * 40, files, read_card(tmp_path / "README.md"))
+    assert choose_files(repository, HubFiles(repo="a/b")) == {"train": expected}
+    assert repository.license == (None if card in ("a list", "no YAML") else "odc-by")
