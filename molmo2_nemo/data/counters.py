@@ -28,6 +28,8 @@ COUNTERS = (
     "dropped_not_shown",  # nothing is left of it, because no frame, or kept image, shows what it is about
     "dropped_too_many_branches",
 )
+# What was changed because of the images and frames that are shown.
+CHOSEN = COUNTERS[COUNTERS.index("images_left_out") : COUNTERS.index("unseen_branches") + 1]
 # Samples that were left out, by reason.
 DROPPED = tuple(name for name in COUNTERS if name.startswith("dropped_") and name != "dropped_branches")
 # Those of them that are broken: the JSON, the pixels, or the file itself.
