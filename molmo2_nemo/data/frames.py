@@ -126,7 +126,7 @@ def _at_rate(video: Video, fps: float, marks: Annotated, frames: int, place: flo
     else:
         # Two frames, so that an object can be followed from one to the other.
         start = float(starts[np.minimum(inside, 2).argmax()])
-    return Shown(times.tolist(), start, start + frames / rate, whole=False)
+    return Shown(times.tolist(), start, min(start + frames / rate, length), whole=False)
 
 
 def _holding(times: list[float], marks: Annotated, frames: int) -> list[float]:

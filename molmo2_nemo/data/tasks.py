@@ -160,6 +160,7 @@ class _Draw:
         self.example, self.templates = talk.example, talk.templates
         self.counts_without_points = talk.counts_without_points
         self.rng, self.shown, self.counts = rng, shown, Counter()
+        self._at_rate: list[TrackFrame] | None = None
 
     def one(self, items: Sequence):
         return items[int(self.rng.integers(len(items)))]
@@ -193,6 +194,12 @@ class _Draw:
             else:
                 near.append((abs(seconds - self.shown.start - stamp), stamp, objects))
         return [(stamp, objects) for _, stamp, objects in sorted(near, key=lambda item: item[0])]
+
+    def at_rate(self, task: Tracking) -> list[TrackFrame]:
+        """The frames at the rate of the branch's task that are shown."""
+        if self._at_rate is None:
+            self._at_rate = self.tracks([frame for frame in task.frames if is_multiple(frame[0], task.fps)])
+        return self._at_rate
 
 
 def _first_images(example: Example, most: int | None) -> Example:
@@ -234,7 +241,7 @@ def _style(task: Task, draw: _Draw) -> str:
     styles = task.style or draw.example.style or _default_style(task, draw.example)
     if isinstance(styles, str):
         return styles
-    if isinstance(task, Tracking) and not _followed(_at_rate(task, draw)):
+    if isinstance(task, Tracking) and not _followed(draw.at_rate(task)):
         styles = [style for style in styles if style not in TRACK_ONE] or styles
     return draw.one(styles)
 
@@ -360,7 +367,7 @@ def _pointing(task: Pointing, style: str, draw: _Draw) -> list[Message]:
 def _tracking(task: Tracking, style: str, draw: _Draw) -> list[Message]:
     if not draw.example.video:
         raise ValueError("Only a video can have tracks.")
-    frames, fps = _at_rate(task, draw), f"{task.fps:g}"
+    frames, fps = draw.at_rate(task), f"{task.fps:g}"
     if style not in TRACK_ALL | TRACK_ENDS | TRACK_ONE:
         known = ", ".join(sorted(TRACK_ALL | TRACK_ENDS | TRACK_ONE))
         raise ValueError(f"The style {style} says nothing of how to track; those that do are {known}.")
@@ -389,11 +396,6 @@ def _tracking(task: Tracking, style: str, draw: _Draw) -> list[Message]:
         question = sets.fill(draw.one(choices), task.label, fps=fps) if draw.templates else task.label
         question = task.question or question
     return _turn(question, "<points 0/>", Tracks(task.label, frames, style.endswith("start_end")))
-
-
-def _at_rate(task: Tracking, draw: _Draw) -> list[TrackFrame]:
-    """The frames at the rate of the task that are shown."""
-    return draw.tracks([frame for frame in task.frames if is_multiple(frame[0], task.fps)])
 
 
 def _followed(frames: list[TrackFrame]) -> dict[int | str, list[tuple[float, float, float]]]:

@@ -240,12 +240,14 @@ def test_tracks_are_cut_at_the_end_and_only_where_they_begin_late_before():
         return [[k / 2, [["a", *place(k / 2)]]] for k in range(int(2 * first), int(2 * last))]
 
     for first, begins in ((0, 0.0), (10, 0.0), (40, None)):
-        task = {"task": "tracking", "label": "dot", "frames": frames(first, 60), "fps": 2, "style": sorted(ONE)[0]}
+        task = {"task": "tracking", "label": "dot", "frames": frames(first, 60), "fps": 2, "style": sorted(ONE)}
         video = video_of(63.0, annotation_fps=2)
         plan = plan_of(DEFAULT, sample_of(branches=[task], video=video)[0], rng())
         assert plan.video.start == begins if begins is not None else 18 < plan.video.start <= 40
         [(question, answer)] = turns(plan)
         assert parse(question) and parse(answer) and plan.counters["videos_cut"]
+        unseen = [t for t, _ in frames(first, 60) if plan.shown.stamp(t) is None]
+        assert plan.counters["unseen_points"] == len(unseen) > 0
 
 
 def test_the_rate_has_frames_at_the_points():
