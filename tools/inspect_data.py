@@ -266,6 +266,7 @@ def template(name: str):
 
 def print_table(statistics, seconds: float, waiting: int) -> None:
     """waiting: samples of the loader's pools, which were drawn and are in no row yet."""
+    from molmo2_nemo.data.counters import CHOSEN
     from molmo2_nemo.data.inspection import num_samples
 
     heads, lines = statistics.table()
@@ -280,6 +281,9 @@ def print_table(statistics, seconds: float, waiting: int) -> None:
         f" {counts['dropped_branches']:,} branches, {counts['frames_thinned']:,} frames of {counts['videos_thinned']:,}"
         f" videos; {counts['images_shrunk']:,} images got fewer crops"
     )
+    chosen = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in CHOSEN if counts[name])
+    if chosen:
+        print(f"changed for what is shown: {chosen}")
     if num_samples(counts) < 10 * waiting:
         print(
             f"note: {waiting} more samples wait for a row that they fit, so that the shares of so few rows are not yet"

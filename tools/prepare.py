@@ -127,7 +127,7 @@ def print_own_report(
     limit = DataConfig.max_images
     many = [len(line.files) for line in lines if len(line.files) > limit]
     if many:
-        print(f"{len(many):,} samples have more than {limit} images and train only with data.max_images={max(many)}")
+        print(f"of {len(many):,} samples only {limit} images are used, unless with data.max_images={max(many)}")
     blend = shlex.quote(f"data.blend={arguments.out / 'blend.yaml'}")
     print("\nLook at them, then train on them:")
     print(f"  python tools/inspect_data.py --config-name stage2 {blend} --samples 20 --html runs/inspect")

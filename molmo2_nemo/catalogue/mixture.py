@@ -44,6 +44,8 @@ def options(entry: DataSet) -> dict:
             values["high_res_probability"] = part["p_high_res"]
         if "without_style" in part:
             values["without_style"] = part["without_style"]
+        if "counts_without_points" in part:
+            values["counts_without_points"] = part["counts_without_points"]
     return values
 
 
@@ -84,7 +86,7 @@ def roots(members: list[DataSet]) -> dict[str, dict]:
 
 
 def root(entry: DataSet) -> dict:
-    """Of one source. Parts without a size have the source's size divided by their number."""
+    """Of one source. Parts without a size have the source's size divided by their number, times their uses."""
     parts = entry.sft["code_datasets"]
     sizes = {part.get("root_size_factor") for part in parts}
     assert len(sizes) == 1, f"{entry.name}: parts with unlike sizes"
@@ -92,7 +94,9 @@ def root(entry: DataSet) -> dict:
     if sizes != {None}:
         values = {"size": sizes.pop(), "factor": rounded(factor)}
     else:
-        values = {"factor": rounded(factor / math.sqrt(len(parts)))}
+        uses = {part.get("uses", 1) for part in parts}
+        assert len(uses) == 1, f"{entry.name}: parts with unlike uses"
+        values = {"factor": rounded(factor * math.sqrt(uses.pop() / len(parts)))}
     return {key: value for key, value in values.items() if (key, value) != ("factor", 1)}
 
 

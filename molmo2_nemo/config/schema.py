@@ -231,7 +231,8 @@ class DataConfig:
     """Wording of a task's question: `templates` draws it from a set of sentences, `none` gives the label alone or
     nothing. Source: allenai/molmo2 (none in stage 1)."""
     max_images: int = 5
-    """Images of one sample; samples with more are dropped and counted. Source: allenai/molmo2."""
+    """Images of one sample; of more the first are used, and what is about the others is left out. Source:
+    allenai/molmo2."""
     high_res_crops: int = 24
     """Crops of a single image of a source with `high_res_probability`, that often. Source: allenai/molmo2."""
     skip_missing: bool = False

@@ -53,6 +53,9 @@ class SourceOptions:
     token_weight: float | None = None  # the weight of every target token instead
     high_res_probability: float = 0.0  # that a single image gets up to data.high_res_crops crops
     without_style: str | None = None  # branches of this style are left out, where a sample has others
+    # Questions and chats that count get half a sentence that wants no points, as in the data of Molmo2 that people
+    # answered in words (allenai/molmo2: olmo/data/pixmo_datasets.py, prefix_how_many).
+    counts_without_points: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class _SourceDocument(BaseModel):
     )
     high_res_probability: float = Field(0.0, ge=0, le=1, description="make it a number from 0 to 1")
     without_style: str | None = Field(None, description="name one style, such as transcript")
+    counts_without_points: bool = Field(False, description="choose true or false")
     token_weight: float = Field(None, gt=0, description=_NUMBER)
 
 

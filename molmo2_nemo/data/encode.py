@@ -7,8 +7,9 @@ The two halves are apart so that samples can wait for their packed row undecoded
     branch    <|im_start|>user\n question <|im_end|>\n<|im_start|>assistant\n answer EOS, repeated; a later turn starts
               with <|im_end|>\n after the EOS, as in Molmo2's training data
 
-The token budget decides what is seen. A video gets as many uniformly sampled frames as fit beside its text; of texts
-that would take more than half of the row, branches are dropped first. Images keep their resolution if the first branch
+The token budget decides what is seen. A video gets as many frames as fit beside its text (frames.py chooses them), and
+its text is written for these; of texts that would take more than half of the row, branches are dropped first. Images
+keep their resolution if the first branch
 fits beside them, otherwise all of them get the most crops that do; then branches that do not fit are dropped, and the
 last one kept may lose its end. Text that is certain not to fit is not even tokenized, because that takes minutes.
 
@@ -28,11 +29,12 @@ import numpy as np
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data.blend import SourceOptions
+from molmo2_nemo.data.frames import Shown, annotated, choose
 from molmo2_nemo.data.points import render_content
 from molmo2_nemo.data.processor import VisualInputs, build_processor, read_image
 from molmo2_nemo.data.schema import Example, Image, Message, Video
-from molmo2_nemo.data.tasks import Conversation, converse
-from molmo2_nemo.data.video import annotation_times, frame_times, pick_frames
+from molmo2_nemo.data.tasks import Conversation, Talk
+from molmo2_nemo.data.video import pick_frames
 from molmo2_nemo.model.mask import ROOT_SEGMENT
 
 # Tokens of a turn at least: half of the truth, so that a long conversation is cut and not left out.
@@ -44,23 +46,29 @@ SUBTITLE_REACH = 1.0
 
 PLAIN = SourceOptions()
 
-# Styles without a prefix in stages 2 and 3: what a demo's user asks for, and multiple choice, which explains itself;
-# the variants of video_multiple_choice are among them.
+# Styles without a prefix in stages 2 and 3: what a demo's user asks for, and multiple choice, which explains itself
+# (allenai/molmo2: olmo/preprocessing/data_formatter.py, DEMO_STYLES, IMAGE_MC_STYLES and VIDEO_MC_STYLES; the variants
+# of video_multiple_choice are recognised by their beginning). data/tokenizer/chat_template.jinja has the released list.
 DEMO_STYLES = frozenset(
     """pointing point_count cosyn_point user_qa correction_qa text_sft long_caption short_caption video_long_caption
-    video_short_caption video_transcript clip_caption clip_transcript frame_caption frame_transcript video_point
-    video_point_count video_count video_count_point video_point_track_per_frame video_point_track_start_end
-    video_single_point_track_start_end multi_image_pointing multi_image_counting multi_image_point_then_count
-    multi_image_count_then_point a_okvqa_mc ai2_diagram ai2_diagram_no_letter science_qa eval_multiple_choice
-    multi_image_mc multi_image_mc_exp mantis_instruct_mc eval_multi_image_mc video_multiple_choice""".split()
+    video_short_caption video_transcript video_clip_caption_start_end video_clip_caption_start_end_in_seconds
+    video_clip_transcript_start_end video_clip_transcript_start_end_in_seconds video_frame_caption_timestamp
+    video_frame_caption_timestamp_in_seconds video_point video_point_count video_count video_count_point
+    video_point_track_per_frame video_point_track_start_end video_single_point_track_start_end multi_image_pointing
+    multi_image_counting multi_image_point_then_count multi_image_count_then_point a_okvqa_mc ai2_diagram
+    ai2_diagram_no_letter science_qa eval_multiple_choice multi_image_mc multi_image_mc_exp mantis_instruct_mc
+    eval_multi_image_mc video_multiple_choice""".split()
 )
+# Questions that count and are answered in words: their styles are written as those without the ending.
+WITHOUT_POINTING = "_count_without_pointing"
 # In stage 1, how often the prefix tells the length of the answer; the noise on it, a standard deviation, and its unit,
 # both in characters.
 LENGTH_SHARE, LENGTH_NOISE, LENGTH_UNIT = 0.9, 25, 15
 POINTING_WORDS = frozenset("point pointing count counting track tracking".split())
 # Captions of videos as Molmo2-Cap has them; those of other sets weigh as any answer.
 VIDEO_CAPTIONS = frozenset(
-    "video_long_caption video_short_caption video_merged_caption clip_caption frame_caption".split()
+    """video_long_caption video_short_caption video_merged_caption video_clip_caption_start_end
+    video_frame_caption_timestamp""".split()
 )
 
 
@@ -80,9 +88,14 @@ class SamplePlan:
     vision_units: list[tuple[int, int]]  # (crops, pooling windows) of each image or frame
     counters: Counter
     images: list[Image] = field(default_factory=list)
-    video: Video | None = None
-    times: list[float] = field(default_factory=list)  # seconds, of the video's frames
+    video: Video | None = None  # with the clip of it that is shown
+    shown: Shown | None = None  # frames of the video
     max_crops: int = 0  # limit of tiles of each image
+
+    @property
+    def times(self) -> list[float]:
+        """Seconds of the video's frames since the start of what is shown."""
+        return self.shown.times if self.shown else []
 
     @property
     def num_tokens(self) -> int:
@@ -126,7 +139,7 @@ class _Fitted:
     units: list[tuple[int, int]]
     branches: Iterable[_Branch]
     counts: dict[str, int]
-    times: list[float] = field(default_factory=list)
+    shown: Shown | None = None
     max_crops: int = 0
 
 
@@ -160,42 +173,54 @@ class Encoder:
         rng: decides what tasks ask, the order of branches, the lengths in style prefixes, and the resolution.
         options: of the sample's source. ValueError: the sample makes no sense.
         """
-        if len(example.images) > self.data.max_images:
-            return dropped("too_many_images")
         if len(example.branches) > self.data.seq_length:  # each has several tokens
             return dropped("too_many_branches")
+        return self.plan_talk(self.talk(example, rng, options), rng, options)
+
+    def talk(
+        self, example: Example, rng: np.random.Generator, options: SourceOptions = PLAIN, turns: int | None = None
+    ) -> Talk:
+        """What is asked about the example, with up to `turns` turns of each conversation."""
         if options.without_style:
             asked = [branch for branch in example.branches if getattr(branch, "style", None) != options.without_style]
             example = replace(example, branches=asked or example.branches)
-        return self.plan_conversations(example, converse(example, rng, self.data.prompts), rng, options)
+        return Talk(
+            example,
+            rng,
+            self.data.prompts,
+            counts_without_points=options.counts_without_points,
+            turns=turns,
+            max_images=self.data.max_images,
+        )
 
-    def plan_conversations(
-        self,
-        example: Example,
-        conversations: list[Conversation],
-        rng: np.random.Generator,
-        options: SourceOptions = PLAIN,
-    ) -> SamplePlan:
-        """The same with conversations that are written already."""
-        if len(conversations) > 1:
-            conversations = [conversations[i] for i in rng.permutation(len(conversations))]
+    def plan_talk(self, talk: Talk, rng: np.random.Generator, options: SourceOptions = PLAIN) -> SamplePlan:
+        """The same of what was drawn already."""
+        example, order = talk.example, rng.permutation(talk.number).tolist()
         high_res = len(example.images) == 1 and rng.random() < options.high_res_probability
+        if not order:
+            return dropped("not_shown")
         if example.video:
-            fitted = self._fit_video(example.video, conversations, rng)
+            fitted = self._fit_video(talk, order, rng)
         else:
-            branches = (self._branch(conversation, rng) for conversation in conversations)
+            conversations = talk.conversations()
+            branches = (self._branch(conversations[number], rng) for number in order)
             fitted = self._fit_images(example.images, branches, high_res)
         if sum(crops for crops, _ in fitted.units) > self.data.max_crops:
             return dropped("too_many_crops")
         root = np.concatenate([np.array([self.bos_id], dtype=np.int32), fitted.ids])
         counters = Counter(fitted.counts)
+        seen = len(order) - counters["unseen_branches"]
         kept = self._keep(fitted.branches, self.data.seq_length - len(root), counters)
         if not kept:
-            return dropped("too_long")
-        counters["dropped_branches"] = len(conversations) - len(kept)
+            return dropped("too_long" if seen else "not_shown")
+        counters["dropped_branches"] = seen - len(kept)
+        counters["images_left_out"] = talk.num_images_left_out
         plan = self._assemble(root, kept, options, counters)
         plan.vision_units, plan.images, plan.video = fitted.units, example.images, example.video
-        plan.times, plan.max_crops = fitted.times, fitted.max_crops
+        plan.shown, plan.max_crops = fitted.shown, fitted.max_crops
+        if plan.shown and plan.shown.start:
+            start = plan.video.start
+            plan.video = replace(plan.video, clip=(start + plan.shown.start, start + plan.shown.end))
         counters.update(
             examples=1,
             branches=len(kept),
@@ -256,19 +281,19 @@ class Encoder:
         raise ValueError("A text spells a visual token that the tokenizer does not treat as special.")
 
     def _branch(self, conversation: Conversation, rng: np.random.Generator) -> _Branch:
-        return self._tokens(conversation, self._prefix(conversation, rng), None)
+        return self._tokens(conversation, self._prefix(conversation, rng))
 
     def _prefix(self, conversation: Conversation, rng: np.random.Generator) -> str:
-        first = next(message for message in conversation.messages if message.role == "assistant")
-        return style_prefix(conversation.style, len(self._render(first, None)), self.data.style_prefix, rng)
+        length = len(self._render(conversation.messages[-1]))  # of the last answer (molmo2: data_formatter.py)
+        return style_prefix(conversation.style, length, self.data.style_prefix, rng)
 
-    def _render(self, message: Message, times: list[float] | None) -> str:
-        return render_content(message.content, message.points, self.data.point_separator, times)
+    def _render(self, message: Message) -> str:
+        return render_content(message.content, message.points, self.data.point_separator)
 
-    def _tokens(self, conversation: Conversation, prefix: str, times: list[float] | None) -> _Branch:
-        """Tokens of one conversation: [system] (user assistant)+. `times`: of the frames that tracks are cut to."""
+    def _tokens(self, conversation: Conversation, prefix: str) -> _Branch:
+        """Tokens of one conversation: [system] (user assistant)+."""
         messages = conversation.messages
-        texts = [self._render(message, times) for message in messages]
+        texts = [self._render(message) for message in messages]
         system = None
         if messages[0].role == "system":
             system, texts = texts[0], texts[1:]
@@ -333,68 +358,75 @@ class Encoder:
     def _count_patches(self, ids: np.ndarray) -> int:
         return int((ids == self.visual.patch_id).sum())
 
-    def _fit_video(self, video: Video, conversations: list[Conversation], rng: np.random.Generator) -> _Fitted:
-        """The most frames, at least one, that fit beside the text and into the crops of a row."""
-        prefixes = [self._prefix(conversation, rng) for conversation in conversations]
+    def _fit_video(self, talk: Talk, order: list[int], rng: np.random.Generator) -> _Fitted:
+        """The most frames, at least one, that fit beside the text about them and into the crops of a row."""
+        video, marks, place = talk.example.video, annotated(talk.example), rng.random()
+        seeds = rng.integers(2**63, size=len(order)).tolist()
+        known: dict[int, tuple[Conversation, _Branch]] = {}
 
         @functools.cache
-        def fixed(number: int) -> _Branch:
-            return self._tokens(conversations[number], prefixes[number], None)
+        def written(frames: int) -> tuple[Shown, list[Conversation | None], np.ndarray]:
+            shown = choose(video, marks, frames, self.data.max_fps, place)
+            ids = np.concatenate([self.visual.video_tokens(shown.times), self._subtitles(video, shown)])
+            return shown, talk.conversations(shown), ids
 
-        def visual(frames: int) -> tuple[list[float], np.ndarray]:
-            times = self._times(video, frames)
-            return times, np.concatenate([self.visual.video_tokens(times), self._subtitles(video, times)])
+        def branch(number: int, conversation: Conversation) -> _Branch:
+            """Tokenized again only where other frames have changed the text."""
+            if number not in known or known[number][0] != conversation:
+                known[number] = conversation, self._branch(conversation, np.random.default_rng(seeds[number]))
+            return known[number][1]
 
-        def text(times: list[float]) -> list[_Branch]:
+        def text(frames: int) -> list[_Branch]:
             """Every branch if there is room beside all frames, otherwise the first ones, up to half of the row."""
-            branches, length = [], 0
-            for number, conversation in enumerate(conversations):
-                depends = _depends_on_times(conversation)
-                branch = self._tokens(conversation, prefixes[number], times) if depends else fixed(number)
-                length += branch.num_inputs
-                if branches and length > text_room:
-                    break
-                branches.append(branch)
+            branches, length, conversations = [], 0, written(frames)[1]
+            for number in order:
+                if conversations[number]:
+                    branches.append(branch(number, conversations[number]))
+                    length += branches[-1].num_inputs
+                    if len(branches) > 1 and length > text_room:
+                        return branches[:-1]
             return branches
 
         def fits(frames: int, most_text: int = self.data.seq_length) -> bool:
-            times, ids = visual(frames)
-            length = sum(branch.num_inputs for branch in text(times))
-            return 1 + len(ids) + min(length, most_text) <= self.data.seq_length
+            length = sum(branch.num_inputs for branch in text(frames))
+            return 1 + len(written(frames)[2]) + min(length, most_text) <= self.data.seq_length
 
-        wanted = len(self._times(video, self.data.max_frames))
+        wanted = len(choose(video, marks, self.data.max_frames, self.data.max_fps, place).times)
         frames = min(wanted, self.data.max_crops)
-        text_room = max(self.data.seq_length // 2, self.data.seq_length - 1 - len(visual(frames)[1]))
+        text_room = max(self.data.seq_length // 2, self.data.seq_length - 1 - len(written(frames)[2]))
         if not fits(frames):
             # A text too long even beside one frame is cut anyway: then the frames get half of the row.
             most_text = self.data.seq_length if fits(1) else self.data.seq_length // 2
             frames = _largest(lambda count: fits(count, most_text), 1, frames)
-        times, ids = visual(frames)
-        branches = text(times)
-        counts = {
-            "frames": len(times),
-            "frames_thinned": wanted - len(times),
-            "videos_thinned": int(len(times) < wanted),
-        }
-        return _Fitted(ids, [(1, self.frame_patches)] * len(times), branches, counts, times)
+        shown, conversations, ids = written(frames)
+        thinned = wanted - len(shown.times)
+        counts = sum((asked.counts for asked in conversations if asked), Counter())
+        counts.update(
+            frames=len(shown.times),
+            frames_thinned=thinned,
+            videos_thinned=int(thinned > 0),
+            videos_cut=int(not shown.whole),
+            unseen_branches=conversations.count(None),
+        )
+        return _Fitted(ids, [(1, self.frame_patches)] * len(shown.times), text(frames), counts, shown)
 
-    def _times(self, video: Video, max_frames: int) -> list[float]:
-        if video.annotation_fps is None:
-            return frame_times(video.seconds, max_frames, self.data.max_fps)
-        return annotation_times(video.seconds, max_frames, video.annotation_fps, video.fps)
+    def _subtitles(self, video: Video, shown: Shown) -> np.ndarray:
+        """Tokens of "subtitle" and a line for each subtitle near a frame; nothing for a video without subtitles.
 
-    def _subtitles(self, video: Video, times: list[float]) -> np.ndarray:
-        """Tokens of "subtitle" and a line for each subtitle near a frame, or nothing. `times` ascend."""
-        lines, row = [], self.data.seq_length
+        Every line ends with a line break, and the first stands there even if no subtitle is near, as in Molmo2's
+        training data (allenai/molmo2: olmo/preprocessing/video_preprocessor.py).
+        """
+        if not video.subtitles:
+            return np.zeros(0, dtype=np.int32)
+        lines, times, row = ["subtitle"], shown.times, self.data.seq_length
         for start, end, text in video.subtitles:
+            start, end = start - shown.start, end - shown.start
             first = bisect_left(times, start - SUBTITLE_REACH)
             if first < len(times) and times[first] <= end + SUBTITLE_REACH:
-                lines.append(f"{start:.1f} - {end:.1f} {text}")
+                lines.append(f"{max(0.0, start):.1f} - {end:.1f} {text}")
                 if len(lines) > row:
                     break
-        if not lines:
-            return np.zeros(0, dtype=np.int32)
-        text = "\n".join(["subtitle", *lines])
+        text = "\n".join([*lines, ""])
         if len(lines) > row or self._least_tokens(text) > row:
             return np.full(row + 1, self.eos_id, dtype=np.int32)  # fits no row either
         return np.array(self._text(text), dtype=np.int32)
@@ -443,13 +475,14 @@ class Encoder:
 def loss_weight(style: str, num_targets: int, num_branches: int, weighting: str) -> float:
     """Weight of each target of a branch (molmo2: `root_subsegments_root_tokens` and the mixture's overrides).
 
-    weighting "flat": 1. "root": 0.2 for pointing and tracking, 0.1 for VIDEO_CAPTIONS, otherwise
-    2 / sqrt(num_targets) / sqrt(num_branches). num_targets counts all targets of the branch, cut off or not.
+    weighting "flat": 1. "root": 0.2 for pointing and tracking (not for what counts without pointing), 0.1 for
+    VIDEO_CAPTIONS, otherwise 2 / sqrt(num_targets) / sqrt(num_branches). num_targets counts all targets of the branch,
+    cut off or not.
     "root_report": 4 in the place of 2, as the report has it.
     """
     if weighting == "flat":
         return 1.0
-    if POINTING_WORDS & set(style.split("_")):
+    if POINTING_WORDS & set(style.split("_")) and not style.endswith(WITHOUT_POINTING):
         return 0.2
     if style in VIDEO_CAPTIONS:
         return 0.1
@@ -464,6 +497,7 @@ def style_prefix(style: str, answer_length: int, rule: str, rng: np.random.Gener
     ten, and always for pointing. rule "demo" (stages 2 and 3): "style:" except for DEMO_STYLES.
     """
     if rule == "demo":
+        style = style.removesuffix(WITHOUT_POINTING)
         return "" if style in DEMO_STYLES or style.startswith("video_multiple_choice") else f"{style}:"
     if style in ("pointing", "point_count", "cosyn_point") or rng.random() >= LENGTH_SHARE:
         return f"{style}:"
@@ -474,11 +508,6 @@ def _count_runs(text: str) -> int:
     """Number of characters that differ from the one before, the first included."""
     values = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     return int(np.count_nonzero(values[1:] != values[:-1])) + (len(values) > 0)
-
-
-def _depends_on_times(conversation: Conversation) -> bool:
-    """Whether its text depends on the frames that are seen: tracks do."""
-    return any(entry.get("type") == "tracks" for message in conversation.messages for entry in message.points)
 
 
 def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:

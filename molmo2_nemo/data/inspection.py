@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from molmo2_nemo.data.blend import Source
-from molmo2_nemo.data.counters import BROKEN, DROPPED
+from molmo2_nemo.data.counters import BROKEN, CHOSEN, DROPPED
 from molmo2_nemo.data.encode import ROOT_SEGMENT, Encoder
 from molmo2_nemo.data.packing import Batch
 from molmo2_nemo.data.points import Points, parse
@@ -377,6 +377,7 @@ class Statistics:
             "frames_thinned": total["frames_thinned"],
             "videos_thinned": total["videos_thinned"],
             "images_shrunk": total["images_shrunk"],
+            **{name: total[name] for name in CHOSEN},
         }
 
     def table(self) -> tuple[list[str], list[list[str]]]:

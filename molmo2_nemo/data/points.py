@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import re
-from bisect import bisect_left
 from dataclasses import asdict, dataclass
 
 SEPARATORS = ("\t", ";")
@@ -21,6 +20,8 @@ NO_POINTS = "There are none."
 NO_TRACKS = "No tracks available."
 # Seconds: an annotation this close to a frame is of that frame (times are written with one decimal).
 SAME_TIME = 0.05
+# Points of videos are at multiples of 1 / POINT_FPS seconds (molmo2: Molmo2VideoPoint, "two_fps_timestamps").
+POINT_FPS = 2
 # Characters of a message at most, its points and tracks included: twice what a sample's JSON may have.
 MAX_RENDERED = 2**25
 
@@ -37,7 +38,8 @@ class Points:
     """Points with one label.
 
     `groups` is a list of (frame, [(x, y), ...]): x and y are fractions (0..1) of width and height; frame is the index
-    of the image from 1 if `kind` is "image", and seconds from the start if it is "video".
+    of the image from 1 if `kind` is "image", or "images" for one question about several images, and seconds from the
+    start if it is "video".
     """
 
     label: str
@@ -60,15 +62,16 @@ class Tracks:
 def format_points(points: Points, separator: str = ";") -> str:
     """Text of the points, ordered by frame, then x, then y; NO_POINTS if there are none.
 
-    The labels of images are lower-cased. Coordinates outside the picture are clipped. ValueError: see `_check`,
-    and if `kind` is unknown, an image index is not a positive integer or a coordinate is not finite.
+    The label of kind "image" is lower-cased, as in Molmo2's training data. Coordinates outside the picture are
+    clipped. ValueError: see `_check`, and if `kind` is unknown, an image index is not a positive integer or a
+    coordinate is not finite.
     """
     _check(points.label, separator)
-    if points.kind not in ("image", "video"):
-        raise ValueError(f"The kind of points must be image or video, not {points.kind!r}.")
+    if points.kind not in ("image", "images", "video"):
+        raise ValueError(f"The kind of points must be image, images or video, not {points.kind!r}.")
     frames = {}
     for frame, coordinates in points.groups:
-        key = _image_index(frame) if points.kind == "image" else _seconds(frame)
+        key = written_seconds(frame) if points.kind == "video" else _image_index(frame)
         frames.setdefault(key, []).extend((_thousandths(x), _thousandths(y)) for x, y in coordinates)
     texts, count = [], 0
     for frame in sorted(frames):
@@ -92,7 +95,7 @@ def format_tracks(tracks: Tracks, separator: str = ";") -> str:
     _check(tracks.label, separator)
     frames = {}
     for seconds, objects in tracks.frames:
-        frame = frames.setdefault(_seconds(seconds), {})
+        frame = frames.setdefault(written_seconds(seconds), {})
         for name, x, y in objects:
             frame.setdefault(name, (_thousandths(x), _thousandths(y)))
     if tracks.ends:
@@ -160,26 +163,19 @@ def from_json(value: dict) -> Points | Tracks:
     raise ValueError(f"Neither points nor tracks: {json.dumps(value, default=repr)[:200]}")
 
 
-def render_content(content: str, entries: list[dict], separator: str = ";", times: list[float] | None = None) -> str:
+def render_content(content: str, entries: list[dict], separator: str = ";") -> str:
     """The content of a message, each marker `<points k/>` in it replaced by entry k as text.
 
-    entries: dictionaries of `to_json`; without any the content is returned as it is. times: seconds of the frames that
-    are seen; tracks lose what lies more than SAME_TIME away from all of them. ValueError: a marker has no
+    entries: dictionaries of `to_json`; without any the content is returned as it is. ValueError: a marker has no
     entry, an entry cannot be formatted, or the text would have more than MAX_RENDERED characters.
     """
     if not entries:
         return content
 
-    seen = None if times is None else sorted(times)
-
     @functools.cache
     def entry(index: int) -> str:
         value = from_json(entries[index])
-        if isinstance(value, Points):
-            return format_points(value, separator)
-        if seen is not None:
-            value.frames = [frame for frame in value.frames if _is_near(frame[0], seen)]
-        return format_tracks(value, separator)
+        return format_points(value, separator) if isinstance(value, Points) else format_tracks(value, separator)
 
     size = len(content)
 
@@ -197,12 +193,6 @@ def render_content(content: str, entries: list[dict], separator: str = ";", time
     return _MARKER.sub(replace, content)
 
 
-def _is_near(seconds: float, times: list[float]) -> bool:
-    """Whether one of the ascending times is at most SAME_TIME away."""
-    after = bisect_left(times, seconds)
-    return any(abs(seconds - time) <= SAME_TIME for time in times[max(0, after - 1) : after + 1])
-
-
 def _ends(frames: dict[float, dict]) -> dict[float, dict]:
     """Of seconds -> object -> point, what is the first or the last of an object."""
     spans = {}
@@ -218,6 +208,11 @@ def _ends(frames: dict[float, dict]) -> dict[float, dict]:
 def _attribute(text: str) -> str:
     """Text that cannot end an attribute or a tag."""
     return text.replace('"', "'").replace("<", "").replace(">", "")
+
+
+def point_time(seconds: float) -> float:
+    """The time of a point in a video, rounded down to one that points are at."""
+    return math.floor(POINT_FPS * seconds + 1e-6) / POINT_FPS
 
 
 def _check(label: str, separator: str) -> None:
@@ -240,7 +235,8 @@ def _image_index(value) -> int:
     return int(value)
 
 
-def _seconds(value: float) -> float:
+def written_seconds(value: float) -> float:
+    """A time as points and tracks name it, with one decimal. ValueError: it is not from 0 to 1e8."""
     if not 0 <= value < 1e8:
         raise ValueError(f"The time of a frame must be seconds from the start, not {value}.")
     return round(float(value), 1) + 0.0  # no negative zero

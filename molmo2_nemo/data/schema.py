@@ -54,8 +54,8 @@ class Video:
     fps: PositiveFloat | None = None
     num_frames: PositiveInt | None = None
     clip: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
-    # Annotations are at multiples of 1 / annotation_fps seconds: frames are taken there, and the end is cut off if
-    # they are too many. None: uniformly over the whole, the last frame included.
+    # Annotations are at multiples of 1 / annotation_fps seconds: frames are taken there, and if they are too many, a
+    # part of the video is shown (frames.py). None: uniformly over the whole, the last frame included.
     annotation_fps: PositiveFloat | None = None
     subtitles: list[tuple[float, float, str]] = Field(default_factory=list)  # (start, end, text)
 

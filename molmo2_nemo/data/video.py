@@ -33,14 +33,28 @@ def frame_times(duration: float, max_frames: int, max_fps: float = 2.0) -> list[
 
 
 def annotation_times(
-    duration: float, max_frames: int, annotation_fps: float, video_fps: float | None = None
+    duration: float,
+    max_frames: int,
+    annotation_fps: float,
+    video_fps: float | None = None,
+    marks: Sequence[float] = (),
 ) -> list[float]:
     """Seconds from the start of a video at which to look so that annotations at `annotation_fps` stay aligned.
 
-    Multiples of 1 / fps below `duration`, at most `max_frames`: a longer video is cut, never sampled more thinly. fps
-    is the highest of the candidates at which max_frames / fps still reaches `duration`, otherwise the annotations'
-    own. Candidates: multiples of annotation_fps, up to 10, that divide the video's (Molmo2's sampler mode `fps`).
-    ValueError: annotation_fps does not divide video_fps.
+    Multiples of 1 / `annotation_rate` below `duration`, at most `max_frames`: a longer video is cut, never sampled
+    more thinly (Molmo2's sampler mode `fps`). ValueError: as of `annotation_rate`.
+    """
+    times = np.arange(max_frames) / annotation_rate(duration, max_frames, annotation_fps, video_fps, marks)
+    return times[times < duration].tolist() or [0.0]
+
+
+def annotation_rate(
+    duration: float, max_frames: int, annotation_fps: float, video_fps: float | None, marks: Sequence[float] = ()
+) -> float:
+    """Frames a second: the highest of the candidates at which max_frames still reach `duration`, or else the lowest.
+
+    Candidates: multiples of annotation_fps, up to 10, that divide the video's (Molmo2's sampler mode `fps`); only those
+    that have a frame at each of the `marks`, if there are such. ValueError: annotation_fps does not divide video_fps.
     """
     if not 0 <= duration < float("inf"):
         raise ValueError(f"The duration of a video must be seconds, not {duration}.")
@@ -48,17 +62,20 @@ def annotation_times(
         raise ValueError(
             f"A video needs max_frames >= 1 and annotation_fps > 0, not {max_frames} and {annotation_fps}."
         )
-    fps = annotation_fps
-    if video_fps is not None:
-        if not _divides(annotation_fps, video_fps):
-            raise ValueError(
-                f"annotation_fps={annotation_fps} does not divide the video's {video_fps} frames a second."
-            )
-        multiples = [annotation_fps * k for k in range(1, int(MAX_TRACKING_FPS / annotation_fps) + 1)]
-        candidates = [candidate for candidate in multiples if _divides(candidate, video_fps)]
-        fps = max((fps for fps in candidates if max_frames / fps >= duration), default=annotation_fps)
-    times = np.arange(max_frames) / fps
-    return times[times < duration].tolist() or [0.0]
+    if video_fps is None:
+        return annotation_fps
+    if not _divides(annotation_fps, video_fps):
+        raise ValueError(f"annotation_fps={annotation_fps} does not divide the video's {video_fps} frames a second.")
+    multiples = [annotation_fps * k for k in range(1, int(MAX_TRACKING_FPS / annotation_fps) + 1)]
+    candidates = [fps for fps in multiples if _divides(fps, video_fps)]
+    candidates = [fps for fps in candidates if all(is_multiple(mark, fps) for mark in marks)] or candidates
+    reaching = (fps for fps in candidates if max_frames / fps >= duration)
+    return max(reaching, default=min(candidates, default=annotation_fps))
+
+
+def is_multiple(seconds: float, fps: float) -> bool:
+    """Whether there is a frame at this time, at so many frames a second."""
+    return abs(seconds * fps - round(seconds * fps)) < 0.01 * max(1.0, fps)
 
 
 def _divides(fps: float, video_fps: float) -> bool:

@@ -34,7 +34,6 @@ from molmo2_nemo.data.loader import RawSample, held_out_samples
 from molmo2_nemo.data.packing import Batch, Row, collate, make_row
 from molmo2_nemo.data.points import render_content
 from molmo2_nemo.data.schema import read_example
-from molmo2_nemo.data.tasks import Conversation, converse
 from molmo2_nemo.training import score
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.step import iterators, model_inputs
@@ -146,19 +145,15 @@ def read_question(sample: RawSample, source: Source, data: DataConfig, encoder: 
     digest = hashlib.sha256(repr((data.seed, source.name, sample.__key__)).encode()).digest()
     rng = np.random.default_rng(list(digest))
     branch = example.branches[int(rng.integers(len(example.branches)))]
-    example = replace(example, branches=[branch], multi_turn=0.0)
-    if len(example.images) > data.max_images:
-        return None
-    (whole,) = converse(example, rng, data.prompts)
-    answer = next(i for i, message in enumerate(whole.messages) if message.role == "assistant")
-    conversation = Conversation(whole.style, whole.messages[: answer + 1])
-    asked = conversation.messages[answer - 1]
-    plan = encoder.plan_conversations(example, [conversation], rng, source.options)
+    talk = encoder.talk(replace(example, branches=[branch], multi_turn=0.0), rng, source.options, turns=1)
+    plan = encoder.plan_talk(talk, rng, source.options)
     if not plan.num_tokens or plan.labels[-1] != encoder.eos_id:
         return None
+    (conversation,) = talk.conversations(plan.shown)
+    asked = conversation.messages[-2]
     first = int(((plan.labels != 0) | (plan.loss_weights > 0)).argmax())  # predicts the answer's first token
     prompt = first + 1
-    video = example.video
+    video = plan.video
     return Question(
         source.name,
         sample.__key__,
@@ -174,7 +169,7 @@ def read_question(sample: RawSample, source: Source, data: DataConfig, encoder: 
             segment_ids=plan.segment_ids[:prompt],
         ),
         encoder.pixels(plan, sample.parts),
-        [(entry.width, entry.height) for entry in ([video] if video else example.images)],
+        [(entry.width, entry.height) for entry in ([video] if video else plan.images)],
         video.seconds if video else None,
     )
 

@@ -32,7 +32,10 @@ from molmo2_nemo.text import duration
 from molmo2_nemo.training.speed import speed_note
 
 # What a source's samples kept in part.
-SHORTENED = ("truncated", "dropped_branches", "videos_thinned", "images_shrunk")
+SHORTENED = (
+    *("truncated", "dropped_branches", "videos_thinned", "videos_cut", "images_shrunk", "images_left_out"),
+    *("unseen_branches", "recounted_answers"),
+)
 # With fewer broken samples than this, a source's error rate is not judged.
 MIN_BROKEN = 20
 # Broken samples of a source that are reported one by one; further ones are only counted.

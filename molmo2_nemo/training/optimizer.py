@@ -184,14 +184,21 @@ def _device() -> str:
 
 
 def learning_rate(peak: float, warmup_steps: int, step: int, max_steps: int, optim: OptimConfig) -> float:
-    """Linear warm-up from 0, then decay to `min_lr_ratio` x peak at `max_steps`; `step` counts from 1."""
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
+    """Linear warm-up from 0, then decay to `min_lr_ratio` x peak at `max_steps`; `step` counts from 1.
+
+    With a decay every run ends at its minimum: beside a warm-up that is as long as the run, or longer, the rate is the
+    lower one of the warm-up's and of a decay over the whole run.
+    """
+    warm_up = step / warmup_steps if step <= warmup_steps else 1.0
     if optim.decay == "constant":
-        return peak
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+        return peak * warm_up
+    if step <= warmup_steps < max_steps:
+        return peak * warm_up
+    before = warmup_steps if warmup_steps < max_steps else 0
+    progress = min(1.0, (step - before) / (max_steps - before))
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if optim.decay == "cosine" else 1 - progress
-    return peak * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape)
+    decayed = optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape
+    return peak * (decayed if step >= max_steps else min(warm_up, decayed))
 
 
 def set_learning_rates(optimizer: MegatronOptimizer, cfg: Config, step: int) -> dict[str, float]:

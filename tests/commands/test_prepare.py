@@ -207,7 +207,8 @@ BAD = [
     (TRACKS | {"frames": [[12, []]]}, "at 12 seconds, and the video has 10"),
     (TRACKS | {"fps": 2, "frames": [[0.5, [["a", 0.1, 0.2]]]]}, "does not divide"),
     (TRACKS | {"frames": [[0.5, [["a", 0.1, 0.2]]]], "style": "video_point_track_per_frame"}, "no track is at"),
-    (TRACKS | {"frames": []}, "there is none"),
+    (TRACKS | {"frames": []}, "no track is at"),
+    (TRACKS | {"style": "video_single_point_track_per_frame"}, "seen at two times"),
     (TRACKS | {"unit": "pixels", "frames": [[0.4, [["a", 645, 0]]]]}, "a coordinate is 1.008"),
     (
         {

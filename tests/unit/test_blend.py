@@ -280,11 +280,13 @@ def test_reading_a_blend_imports_neither_torch_nor_energon():
 
 
 def size(name):
-    """Training examples: message trees where they are known. One figure covers both halves of one source."""
+    """Samples on disk: message trees where they are known. One figure covers both halves of one source. The report
+    counts an example for each of its modes, which are drawn from one sample here."""
     narratives = ("video-localized-narratives-qa", "video-localized-narratives-caption")
     if name in narratives:
         return ENTRIES[narratives[0]]["examples"] // 2
-    return ENTRIES[name]["counts"].get("paper_examples") or ENTRIES[name]["examples"]
+    uses = max([part.get("uses", 1) for part in (ENTRIES[name].get("sft") or {}).get("code_datasets", [])], default=1)
+    return (ENTRIES[name]["counts"].get("paper_examples") or ENTRIES[name]["examples"]) // uses
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +346,10 @@ def test_options_of_stages_2_and_3(shipped):
             expected = 0.2 if pointing or name == "Molmo2-VideoTrack" else 0.1 if name == "Molmo2-Cap" else None
             images = ("pixmo-points", "pixmo-count", "cosyn-point", "Molmo2-MultiImagePoint")
             without = "transcript" if name == "pixmo-cap" else None  # captions alone after stage 1
-            assert source.options == SourceOptions(None, expected, 0.3 if name in images else 0.0, without), name
+            # Questions by people that count, answered in words (molmo2: prefix_how_many).
+            counts = name in ("pixmo-ask-model-anything", "pixmo-cap-qa", "Molmo2-MultiImageQA")
+            options = SourceOptions(None, expected, 0.3 if name in images else 0.0, without, counts)
+            assert source.options == options, name
 
 
 def test_groups_of_the_report(shipped):
@@ -380,6 +385,8 @@ def test_rates_of_the_report(shipped):
         elif published is not None and not name.startswith("video-localized-narratives"):
             rounding = 0.005 if published < 0.1 else 0.05
             assert got == pytest.approx(published, abs=rounding + 0.025 * published), name
+    shares = [sources[name].weight for name in ("pixmo-points", "Molmo2-MultiImagePoint", "pixmo-count", "cosyn-point")]
+    assert [100 * share / sum(shares) for share in shares] == pytest.approx([51.1, 22.2, 13.3, 13.3], abs=0.4)
     both = [sources[f"video-localized-narratives-{half}"].weight for half in ("qa", "caption")]
     assert 100 * sum(both) == pytest.approx(1.1, abs=0.2)  # the sizes of the halves are not published
 

@@ -148,19 +148,24 @@ def test_multi_image_points_ask_of_all_images_or_of_some():
         "image_urls": [f"https://a.b/{k}" for k in range(3)],
         "image_sha256s": ["h"] * 3,
         "counts": [1, 0, 2],
-        "labels": ["Cats", "cats", "cats "],
+        "labels": ["Cats", "dogs", "cats "],
         "collection_method": ["pointing"] * 3,
-        "points": [[{"x": 1.0, "y": 2.0}], [], [{"x": 3.0, "y": 4.0}, {"x": 5.0, "y": 6.0}]],
+        "points": [[{"x": 1.0, "y": 2.0}], [{"x": 8.0, "y": 8.0}], [{"x": 3.0, "y": 4.0}, {"x": 5.0, "y": 6.0}]],
     }
-    every = {1: [[1.0, 2.0]], 2: [], 3: [[3.0, 4.0], [5.0, 6.0]]}
-    asked = []
-    for number in range(40):
-        [draft] = convert("Molmo2-MultiImagePoint", row | {"image_urls": [f"{u}-{number}" for u in row["image_urls"]]})
+    every = {"Cats": {1: [[1.0, 2.0]], 3: [[3.0, 4.0], [5.0, 6.0]]}, "dogs": {2: [[8.0, 8.0]]}}
+    asked, none, number = [], 0, 400
+    for k in range(number):
+        [draft] = convert("Molmo2-MultiImagePoint", row | {"image_urls": [f"{u}-{k}" for u in row["image_urls"]]})
         [task] = draft.branches
         asked.append(task.get("images"))
-        assert task["label"] == "cats" and task["points"] == [[k, every[k]] for k in task.get("images", (1, 2, 3))]
+        of = task.get("images", [1, 2, 3])
+        assert task["points"] == [[k, p] for k, p in every[task["label"]].items() if k in of]
         assert draft.unit == "percent" and len(draft.images) == 3
-    assert 10 < asked.count(None) < 30
+        none += not task["points"]
+    assert {tuple(images) for images in asked if images} >= {(1,), (2,), (3,), (1, 2), (1, 3), (2, 3)}
+    assert asked.count(None) / number == pytest.approx(0.5, abs=0.1)
+    # Half of the time of some images, one to three of them: none has the one label in 1/9, the other in 1/3 of these.
+    assert none / number == pytest.approx((1 / 9 + 1 / 3) / 2 / 2, abs=0.05)
     # The form of the other repository: several labels an image, in normal form.
     nested = row | {
         "normalized_labels": [["cat", "dog"], ["dog"], ["dog"]],
@@ -171,7 +176,7 @@ def test_multi_image_points_ask_of_all_images_or_of_some():
         convert("Molmo2-MultiImagePoint", nested | {"image_urls": [str(k), "b", "c"]})[0].branches[0] for k in range(30)
     ]
     assert {task["label"] for task in tasks} == {"cat", "dog"}
-    assert all(task["images"] == [1] for task in tasks if task["label"] == "cat")
+    assert all(frame == 1 for task in tasks if task["label"] == "cat" for frame, _ in task["points"])
 
 
 def video_point_row(**more):
@@ -427,7 +432,8 @@ def test_headless_tables_and_lines_of_text_are_clips(tmp_path):
     }
     files = {"hub/highlight_train_release.jsonl": lines(row, row | {"relevant_windows": [[0, 2]] * 6})}
     kept, dropped = read(tmp_path, "qvhighlights", files)
-    assert kept.branches[0]["answers"] == ["Segments: [0.0-4.0], [82.0-150.0]"] and "5 windows" in dropped
+    assert kept.branches[0]["answers"] == ["Segments: [<time 0.0/>-<time 4.0/>], [<time 82.0/>-<time 150.0/>]"]
+    assert "5 windows" in dropped
 
 
 def test_ego4d_messages_are_ready():

@@ -285,6 +285,8 @@ def test_leading_line_breaks_of_a_question_are_joined_as_transformers_joins_them
         ("video_object_caption", 2 / 3 / 2),
         ("long_caption", 2 / 3 / 2),
         ("video_short_answer", 2 / 3 / 2),
+        ("video_short_answer_count_without_pointing", 2 / 3 / 2),
+        ("video_multiple_choice_count_without_pointing", 2 / 3 / 2),
     ],
 )
 def test_weights_by_style(style, weight):
@@ -295,7 +297,9 @@ def test_weights_by_style(style, weight):
 def test_style_prefixes():
     assert {style_prefix(style, 9, "demo", rng()) for style in DEMO_STYLES} == {""}
     assert style_prefix("vqa2", 9, "demo", rng()) == "vqa2:"
-    assert style_prefix("video_multiple_choice_with_subtitles", 9, "demo", rng()) == ""
+    assert style_prefix("video_multiple_choice_w_subtitle", 9, "demo", rng()) == ""
+    assert style_prefix("video_multiple_choice_count_without_pointing", 9, "demo", rng()) == ""
+    assert style_prefix("video_short_answer_count_without_pointing", 9, "demo", rng()) == "video_short_answer:"
     assert {style_prefix("pointing", 9, "length", rng(i)) for i in range(50)} == {"pointing:"}
     drawn = [style_prefix("long_caption", 900, "length", rng(i)) for i in range(2000)]
     assert 0.07 < drawn.count("long_caption:") / 2000 < 0.13
@@ -311,6 +315,17 @@ def test_prefixes_stand_before_the_question():
     branches = [[user(""), assistant("so")]]
     plan = plan_of(make_encoder(style_prefix="length"), sample_of(branches=branches, style="pointing")[0], rng())
     assert "user\npointing:<" in TOKENIZER.decode(plan.input_ids)
+
+
+def test_the_prefix_tells_the_length_of_the_last_answer():
+    turns = [user("A?"), assistant("x" * 900), user("B?"), assistant("y" * 90)]
+    encoder = make_encoder(style_prefix="length")
+    text = [
+        TOKENIZER.decode(plan_of(encoder, sample_of(branches=[turns], style="x")[0], rng(k)).input_ids)
+        for k in range(30)
+    ]
+    lengths = [int(found[1]) for found in (re.search(r"user\nx (\d+): A", one) for one in text) if found]
+    assert len(lengths) > 20 and max(lengths) < 15
 
 
 # --- message trees --------------------------------------------------------------------------------------------------
@@ -497,7 +512,7 @@ def test_subtitles_near_the_frames_follow_them():
     near = [(s, e, t) for s, e, t in lines if any(s - 1 <= time <= e + 1 for time in times)]
     assert [t for _, _, t in near] == ["far away", "just before", "hello"]
     messages = [
-        {"role": "subtitle", "content": "\n".join(f"{s:.1f} - {e:.1f} {t}" for s, e, t in near)},
+        {"role": "subtitle", "content": "".join(f"{s:.1f} - {e:.1f} {t}\n" for s, e, t in near)},
         {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is it?"}]},
     ]
     text = TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -505,7 +520,10 @@ def test_subtitles_near_the_frames_follow_them():
     before, after = text.split("<|video|>")
     expected = [EOS, *TOKENIZER.encode(before), *visual, *TOKENIZER.encode(after)]
     assert plan.input_ids[: len(expected)].tolist() == expected
-    without = plan_of(encoder, sample_of(video=video | {"subtitles": lines[-1:]})[0], rng())
+    # Where none is near the block says so, and a video without subtitles has no block.
+    far = plan_of(encoder, sample_of(video=video | {"subtitles": lines[-1:]})[0], rng())
+    assert "subtitle\n<|im_start|>user" in TOKENIZER.decode(far.input_ids)
+    without = plan_of(encoder, sample_of(video=video | {"subtitles": []})[0], rng())
     assert "subtitle" not in TOKENIZER.decode(without.input_ids)
 
 
@@ -567,9 +585,16 @@ def test_images_get_the_most_crops_that_fit(seq_length):
     assert len(crops) == plan.num_crops and len(pooling) == (plan.input_ids == IM_PATCH).sum()
 
 
-def test_more_images_than_allowed_are_counted():
-    plan = plan_of(ENCODER, sample_of([noise(9, 9)] * 6)[0], rng())
-    assert plan.counters == {"dropped_too_many_images": 1}
+def test_of_more_images_than_allowed_the_first_are_kept():
+    images = [noise(20 + 9 * k, 30) for k in range(6)]
+    sample, media = sample_of(images)
+    plan, five = plan_of(ENCODER, sample, rng()), plan_of(ENCODER, sample_of(images[:5])[0], rng())
+    assert plan.counters == five.counters | {"images_left_out": 1} and plan.counters["images"] == 5
+    assert plan.input_ids.tolist() == five.input_ids.tolist()
+    assert np.array_equal(ENCODER.pixels(plan, media)[0], ENCODER.pixels(five, media)[0])
+    # A sample about the others alone is left out, and counted.
+    task = {"task": "pointing", "label": "cat", "points": [[6, [[0.1, 0.2]]]]}
+    assert plan_of(ENCODER, sample_of(images, [task])[0], rng()).counters == {"dropped_not_shown": 1}
 
 
 def test_tracks_hold_only_what_the_frames_show():

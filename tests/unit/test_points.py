@@ -151,15 +151,6 @@ def test_render_content():
     assert render_content("<points 0/>", []) == "<points 0/>"
 
 
-@given(tracks, st.lists(st.floats(0, 20), max_size=8))
-def test_tracks_are_cut_to_the_frames_that_are_seen(value, times):
-    kept = [frame for frame in value.frames if any(abs(frame[0] - time) <= 0.05 for time in times)]
-    entry = json.loads(json.dumps(to_json(value)))
-    assert render_content("<points 0/>", [entry], ";", times) == format_tracks(Tracks(value.label, kept))
-    points = to_json(Points("a", [(7.0, [(0.1, 0.2)])], "video"))
-    assert render_content("<points 0/>", [points], ";", times) == '<points coords="7.0 1 100 200">a</points>'
-
-
 @given(tracks)
 def test_ends_are_the_first_and_last_point_of_each_object(value):
     value.ends = True

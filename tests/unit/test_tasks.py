@@ -11,25 +11,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molmo2_nemo.data import prompts
+from molmo2_nemo.data.frames import Shown
 from molmo2_nemo.data.points import Points, Tracks, parse, render_content
 from molmo2_nemo.data.schema import read_example
-from molmo2_nemo.data.tasks import EVALUATION_LAYOUT, converse
+from molmo2_nemo.data.tasks import EVALUATION_LAYOUT, Talk
 
 IMAGE = {"part": "img0.jpg", "width": 64, "height": 48}
 VIDEO = {"part": "video.mp4", "width": 64, "height": 48, "duration": 30.0, "fps": 30.0}
 DRAWS = 1500
 
 
-def talk(branches, seed=0, templates=True, images=1, times=None, **sample):
-    """(style, [(role, text), ...]) of each conversation."""
+def talk(branches, seed=0, templates=True, images=1, times=None, options=None, **sample):
+    """(style, [(role, text), ...]) of each conversation that is about something shown."""
     branches = branches if isinstance(branches, list) else [branches]
     if "video" not in sample:
         sample["images"] = [IMAGE] * images
     example = read_example(json.dumps({"branches": branches, **sample}))
-    conversations = converse(example, np.random.default_rng(seed), "templates" if templates else "none")
+    rng, prompts = np.random.default_rng(seed), "templates" if templates else "none"
+    shown = times and Shown(times, 0.0, times[-1], whole=False)
     return [
-        (c.style, [(m.role, render_content(m.content, m.points, ";", times)) for m in c.messages])
-        for c in conversations
+        (c.style, [(m.role, render_content(m.content, m.points)) for m in c.messages])
+        for c in Talk(example, rng, prompts, **(options or {})).conversations(shown)
+        if c
     ]
 
 
@@ -84,19 +87,27 @@ def test_explanations_come_before_the_answer():
     assert one(task, templates=False)[0] == "Why?"
 
 
-def test_counting_questions_of_people_want_no_points():
-    chat = [{"role": "user", "content": "How many cats are there?"}, {"role": "assistant", "content": "two"}]
-    question = one([chat])[0]
-    assert question.endswith(" How many cats are there?")
-    assert question.removesuffix(" How many cats are there?") in prompts.NO_POINTS
-    plain = "How many cats are there?"
-    assert one([chat], templates=False)[0] == plain
-    assert one([chat], images=0)[0] == plain  # nothing to point to
-    assert one([chat], style="vqa2")[0] == plain  # its style says how to answer
+def test_counting_questions_of_people_want_no_points_where_a_source_says_so():
+    plain, wants = "How many cats are there?", {"options": {"counts_without_points": True}}
+    chat = [{"role": "user", "content": plain}, {"role": "assistant", "content": "two"}]
+    other = [{"role": "user", "content": "Is it red?"}, chat[1]]
+    for style in ("user_qa", "correction_qa", "vqa2", None):
+        assert one([chat], style=style)[0] == plain  # nobody's own question is changed
+    question = {"task": "question", "question": plain, "answers": ["two"]}
+    for branch in ([chat], question):
+        asked = {one(branch, seed, **wants)[0] for seed in range(200)}
+        assert asked == {f"{before} {plain}" for before in prompts.NO_POINTS}
+    assert one([chat], templates=False, **wants)[0] == plain
+    assert one([chat], images=0, **wants)[0] == plain  # nothing to point to
     entry = {"type": "points", "label": "cat", "groups": [[1, [[0.1, 0.1]]]], "kind": "image"}
     pointed = [chat[0], {"role": "assistant", "content": "<points 0/>", "points": [entry]}]
-    assert one([pointed])[0] == plain
-    assert one([[{"role": "user", "content": "Is it red?"}, chat[1]]])[0] == "Is it red?"
+    assert one([pointed], **wants)[0] == plain
+    assert one([other], **wants)[0] == "Is it red?"
+    # Each question that counts, wherever it stands; and tasks of pointing are left alone.
+    [(_, turns)] = talk([[*other, *chat, *other, *chat]], **wants)
+    changed = [text != said["content"] for (_, text), said in zip(turns, [*other, *chat, *other, *chat])]
+    assert changed == [False, False, True, False] * 2
+    assert one(pointing(style="counting", question=plain), **wants)[0] == plain
 
 
 # --- multiple choice ------------------------------------------------------------------------------------------------
@@ -162,7 +173,7 @@ TAG = '<points coords="1 1 100 200 2 500 250">cat</points>'
         ("cosyn_point", TAG, "There are none."),
         ("point_count", f"Counting the {TAG} shows a total of 2.", "There are none."),
         ("count_point", f"There are 2 {TAG}.", "There are none."),
-        ("counting", "2", "0"),
+        ("counting", "2", "There are none."),
     ],
 )
 def test_modes_of_pointing(style, answer, none):
@@ -202,6 +213,31 @@ def test_pointing_in_some_of_several_images():
     assert all("all images" in question for question in counting)
     with pytest.raises(ValueError, match="none of 2"):
         one(pointing(groups), images=2)
+
+
+def test_labels_keep_their_case_but_for_those_of_a_single_image():
+    groups = [[1, [[0.1, 0.5]]], [2, [[0.2, 0.5]]]]
+    several = {one(pointing(groups, style="multi_image_pointing"), seed, images=2) for seed in range(40)}
+    assert all("Cat" in question and ">Cat<" in answer for question, answer in several)
+    single = {one(pointing(style="pointing"), seed) for seed in range(40)}
+    assert all("cat" in question and ">cat<" in answer for question, answer in single)
+
+
+def test_only_the_first_images_are_kept_and_what_is_about_them():
+    most = {"options": {"max_images": 2}, "images": 3}
+    groups = [[k, [[0.1 * k, 0.5]]] for k in (1, 2, 3)]
+    _, answer = one(pointing(groups, style="multi_image_point_then_count"), **most)
+    assert [frame for frame, _ in parse(answer)[0].groups] == [1, 2] and "a total of 2" in answer
+    question, answer = one(pointing(groups, style="multi_image_counting", images=[1, 3]), **most)
+    assert "image_1" in question and "image_3" not in question and answer == "1"
+    assert one(pointing([[3, []]], style="multi_image_pointing"), **most)[1] == "There are none."
+    for lost in (pointing(groups[2:]), pointing(groups, images=[3])):
+        assert talk(lost, **most) == []
+    entry = {"type": "points", "label": "cat", "groups": groups, "kind": "image"}
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<points 0/>", "points": [entry]}]
+    assert talk([chat], **most) == []
+    entry["groups"] = groups[:2]
+    assert len(talk([chat], **most)) == 1
 
 
 def test_a_label_with_an_article_is_asked_for_with_one_article():
@@ -263,8 +299,9 @@ def test_first_and_last_of_what_is_seen():
     # Only frames that were sampled count: the last of what is left is another.
     _, answer = one(tracking(style), video=VIDEO, times=[0.5, 1.0, 1.5])
     assert {t: set(f) for t, f in told(answer).items()} == {0.5: {1, 2}, 1.5: {1}}
-    _, answer = one(tracking(style), video=VIDEO, times=[29.0])
-    assert answer == "No tracks available."
+    # Nothing is taught of what is not shown.
+    for other in ("video_point_track_per_frame", style, "video_single_point_track_per_frame"):
+        assert talk(tracking(other), video=VIDEO, times=[29.0]) == []
 
 
 def test_one_object_from_a_point_on():
@@ -275,12 +312,25 @@ def test_one_object_from_a_point_on():
         assert isinstance(point, Points) and point.label == "dog"
         [(start, [(x, y)])] = point.groups
         name = {0.2: "a", 0.8: "b"}[x]
-        want = {t: {1: f[name]} for t, f in expected(lambda t, n: t >= start).items() if name in f}
-        assert told(answer) == want and want[start][1] == (x, y)
+        assert expected(lambda t, n: True)[start][name] == (x, y)
+        # What follows begins after the point of the question, as in the released models' training data.
+        assert told(answer) == {t: {1: f[name]} for t, f in expected(lambda t, n: t > start).items() if name in f}
         starts[name, start] += 1
-    assert (starts["a", 0.0] + starts["b", 0.0]) / DRAWS == pytest.approx(0.8 + 0.2 * (1 / 5 + 1 / 7) / 2, abs=0.04)
+    assert (starts["a", 0.0] + starts["b", 0.0]) / DRAWS == pytest.approx(0.8 + 0.2 * (1 / 4 + 1 / 6) / 2, abs=0.04)
     assert sum(n for (name, _), n in starts.items() if name == "a") / DRAWS == often(0.5)
-    assert len(starts) == 5 + 7
+    assert len(starts) == 4 + 6  # nothing follows the last point of each
+
+
+def test_one_object_among_those_that_are_seen_twice():
+    style = "video_single_point_track_per_frame"
+    for seed in range(60):
+        question, answer = one(tracking(style), seed, video=VIDEO, times=[0.5, 1.0, 1.5])
+        assert parse(question)[0].groups[0][1][0][0] == 0.2  # b is hidden from 1.0 on
+        assert set(told(answer)) <= {1.0, 1.5}
+    assert talk(tracking(style), video=VIDEO, times=[0.5, 29.0]) == []
+    # Where nothing can be followed, another style is drawn.
+    styles = {talk(tracking(None), seed, video=VIDEO, times=[0.5])[0][0] for seed in range(60)}
+    assert styles == {"video_point_track_per_frame", "video_point_ground_start_end"}
 
 
 def test_tracking_that_makes_no_sense():

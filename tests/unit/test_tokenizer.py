@@ -11,6 +11,7 @@ from programs import REPOSITORY
 from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
 
 from molmo2_nemo.config.schema import EXTRA_TOKENS
+from molmo2_nemo.data.encode import DEMO_STYLES, style_prefix
 
 ROOT = REPOSITORY
 FOLDER = ROOT / "molmo2_nemo" / "data" / "tokenizer"
@@ -85,6 +86,24 @@ def test_chat_template_puts_subtitles_between_the_video_and_the_first_turn():
     subtitle = {"role": "subtitle", "content": "0.0 - 0.5 Look."}
     prompt = TOKENIZER.apply_chat_template([subtitle, *content(VIDEO, text("What?"))], tokenize=False)
     assert prompt == "<|video|>subtitle\n0.0 - 0.5 Look.<|im_start|>user\nWhat?<|im_end|>\n"
+    headed = {"role": "subtitle", "content": "subtitle\n0.0 - 0.5 Look."}  # as the released template takes it
+    assert TOKENIZER.apply_chat_template([headed, *content(VIDEO, text("What?"))], tokenize=False) == prompt
+
+
+def test_chat_template_writes_a_style_as_training_does():
+    def asked(style):
+        part = text("What?") | {"style": style}
+        prompt = TOKENIZER.apply_chat_template(content(IMAGE, part, text("Why?")), tokenize=False)
+        return prompt.removeprefix("<|image|><|im_start|>user\n").removesuffix("What? Why?<|im_end|>\n")
+
+    # The released template and the released training data differ in these.
+    prefixed_by_template, plain_in_template = {"eval_multiple_choice", "eval_multi_image_mc"}, {"demo"}
+    styles = ["vqa2", "video_short_answer", "video_multiple_choice_w_subtitle", *DEMO_STYLES - prefixed_by_template]
+    for style in styles:
+        prefix = style_prefix(style, 9, "demo", np.random.default_rng(0))
+        assert asked(style) == (f"{prefix} " if prefix else ""), style
+    assert asked("vqa2") == "vqa2: " and asked("pointing") == "" == asked(*plain_in_template)
+    assert all(asked(style) == f"{style}: " for style in prefixed_by_template)
 
 
 @pytest.mark.parametrize("roles", [["tool"], ["user", "subtitle"]])

@@ -23,6 +23,8 @@ VIDEO_MODES = ["video_point", "video_point_count"]
 MAX_SECONDS = 63.0
 # How often these become turns of one conversation (molmo2: Molmo2-VideoPoint).
 MULTI_TURN = 0.2
+# How often all images are asked of (molmo2: launch_scripts/sft.py, p_multi_point_all_image).
+ALL_IMAGES_SHARE = 0.5
 TOO_MANY = f"more than {MAX_POINTS} points"
 
 
@@ -69,27 +71,35 @@ def cosyn_point(row: dict) -> Iterator[Draft | Drop]:
 def multi_image_point(row: dict) -> Iterator[Draft | Drop]:
     """One label, asked of all images (in half of the samples) or of some of them; in percent.
 
-    Each image has a label or a list of labels, and points for each. Of several labels one is drawn.
+    Each image has a label or a list of labels, and points for each. Of several labels one is drawn. Of an image that
+    was annotated with another label it is asked, too: there are none, which is how the model learns to say so
+    (allenai/molmo2: olmo/preprocessing/data_formatter.py, format_multi_points). Labels are compared in normal form, and
+    written as the annotator did.
     """
-    images = row.get("image_urls") or row["images"]
-    names = row.get("normalized_labels") or row["labels"]
+    images = list(row.get("image_urls") or row["images"])
+    said = row.get("labels") or row["normalized_labels"]
     found: dict[str, dict[int, list]] = {}
-    for index, (labels, points) in enumerate(together(names, row["points"]), 1):
-        several = isinstance(labels, list)
-        for label, of_label in together(labels, points) if several else [(labels, points)]:
-            found.setdefault(label.strip().lower(), {}).setdefault(index, []).extend(xy(of_label))
+    spelt: dict[str, str] = {}
+    for index, (plain, label, points) in enumerate(
+        together(row.get("normalized_labels") or said, said, row["points"]), 1
+    ):
+        several = isinstance(plain, list)
+        label = label if isinstance(label, list) == several else plain
+        for name, text, of_name in together(plain, label, points) if several else [(plain, label, points)]:
+            key = name.strip().lower()
+            spelt.setdefault(key, text.strip())
+            found.setdefault(key, {}).setdefault(index, []).extend(xy(of_name))
     draw = fixed_random(*map(str, images), *sorted(found))
-    label = draw.choice(sorted(found))
-    # An image that nobody was asked about may show the label, too.
-    asked = sorted(found[label])
-    if len(asked) > 1 and draw.random() < 0.5:
-        asked = sorted(draw.sample(asked, draw.randint(1, len(asked) - 1)))
-    groups = [[index, found[label][index]] for index in asked]
+    label, asked = draw.choice(sorted(found)), range(1, len(images) + 1)
+    some = {}
+    if len(images) > 1 and draw.random() >= ALL_IMAGES_SHARE:
+        asked = sorted(draw.sample(asked, draw.randint(1, len(images))))
+        some = {"images": asked}
+    groups = [[index, found[label][index]] for index in asked if index in found[label]]
     if sum(len(points) for _, points in groups) > MAX_POINTS:
         yield Drop(TOO_MANY)
         return
-    some = {} if len(asked) == len(images) else {"images": asked}
-    yield Draft([pointing(label, groups, MULTI_IMAGE_MODES, **some)], list(images), unit="percent")
+    yield Draft([pointing(spelt[label], groups, MULTI_IMAGE_MODES, **some)], images, unit="percent")
 
 
 def video_points(label: str, times: list, points: list, start: float) -> dict | Drop:

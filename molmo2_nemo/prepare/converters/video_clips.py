@@ -128,7 +128,8 @@ def qvhighlights(row: dict) -> Iterator[Draft | Drop]:
     if not 1 <= len(windows) <= MAX_WINDOWS:
         yield Drop(f"not 1 to {MAX_WINDOWS} windows")
         return
-    answer = "Segments: " + ", ".join(f"[{float(start):.1f}-{float(end):.1f}]" for start, end in sorted(windows))
+    spans = (f"[<time {float(start):.1f}/>-<time {float(end):.1f}/>]" for start, end in sorted(windows))
+    answer = f"Segments: {', '.join(spans)}"
     task = question(pick(WHEN, row["qid"]).format(query=row["query"].strip()), answer, "qv_highlights")
     yield Draft([task], video=clip([row["vid"], f"videos/{row['vid']}"]))
 
