@@ -1,0 +1,111 @@
+"""What is in a file of annotations: JSON lines, a JSON array, a table, shards, or the export of a tool."""
+
+import codecs
+import json
+import tarfile
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+from molmo2_nemo.catalogue.raw import UnreadableFile, json_items
+from molmo2_nemo.prepare.formats import coco, conversations, cvat, label_studio, shards, table
+from molmo2_nemo.prepare.formats.line import FORMATS, Line, Row, Unpacked
+
+MAX_LINE = 16 * 2**20  # bytes
+CONVERSATIONS = ("conversations", "conversation")
+
+
+def rows(file: Path, number: int, form: str | None, columns: dict[str, str], unpacked: Unpacked) -> Iterator[Row]:
+    """The records of a file, `number` being that of the first. form: of --format; None: whatever it is.
+
+    ValueError: it is not in that format, or broken as a whole.
+    """
+    suffix = file.suffix.lower()
+    if columns and suffix not in table.SUFFIXES:
+        raise ValueError(f"--columns is for tables ({', '.join(table.SUFFIXES)}), and {file} is none")
+    start = _start(file)
+    if suffix in table.SUFFIXES:
+        return table.rows(file, number, columns, unpacked)
+    if suffix == ".xml" or start.startswith(b"<"):
+        return cvat.rows(file, number)
+    if suffix in (".tar", ".tgz") or (suffix == ".gz" and tarfile.is_tarfile(file)):
+        return shards.rows(file, number, unpacked)
+    if start.startswith(b"["):
+        return _items(file, number)
+    if suffix == ".json" and start.startswith(b"{"):
+        try:
+            document = json.loads(file.read_bytes())
+        except (ValueError, RecursionError):
+            return _lines(file, number)  # lines, as is common
+        if form == "coco" or (form is None and coco.is_coco(document)):
+            return coco.rows(file, number)
+        return iter([Row("the object", number, document)])
+    return _lines(file, number)
+
+
+def recognised(record: dict) -> str:
+    """The format of a record, by its keys."""
+    if any(isinstance(record.get(key), list) for key in CONVERSATIONS):
+        return "conversations"
+    if isinstance(record.get("messages"), list):
+        return "messages" if _is_others(record) else "own"
+    if "task" in record or "branches" in record:
+        return "own"
+    if {"instruction", "output"} <= record.keys() or {"query", "response"} <= record.keys():
+        return "instructions"
+    return "label_studio" if label_studio.is_task(record) else "own"
+
+
+def to_line(record: dict, form: str | None, unpacked: Unpacked) -> Line:
+    """A record as a line of ours. form: None: recognise it. ValueError: it cannot be understood."""
+    form = form or recognised(record)
+    try:
+        if form in ("conversations", "messages", "instructions"):
+            return conversations.read(record, form, unpacked)
+        if form == "label_studio":
+            if not label_studio.is_task(record):
+                raise ValueError("it has no data with annotations")
+            return label_studio.read(record)
+    except (KeyError, StopIteration, TypeError, AttributeError, IndexError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else f"{error}" or "it lacks its main key"
+        raise ValueError(f"it is not in the format {form} ({FORMATS[form]}): {reason}") from error
+    return Line(record, form)
+
+
+def _is_others(record: dict) -> bool:
+    """Whether messages are as other trainers have them: with placeholders, typed content, or several videos' key."""
+    if "videos" in record or "system" in record or not all(isinstance(turn, dict) for turn in record["messages"]):
+        return True
+    if any(turn.get("role") not in ("system", "user", "assistant") for turn in record["messages"]):
+        return True
+    contents = [turn.get("content") for turn in record["messages"]]
+    return any(
+        isinstance(content, list) or (isinstance(content, str) and conversations.PLACEHOLDER.search(content))
+        for content in contents
+    )
+
+
+def _start(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()[:64]
+
+
+def _items(file: Path, number: int) -> Iterator[Row]:
+    try:
+        for k, item in enumerate(json_items(file)):
+            yield Row(f"item {k + 1}", number + k, item)
+    except ValueError as error:
+        raise UnreadableFile(file, error) from error
+
+
+def _lines(file: Path, number: int) -> Iterator[Row]:
+    """The lines that are not blank. Of a line that is too long only the beginning is kept."""
+    with file.open("rb") as lines:
+        for k in count():
+            line = rest = lines.readline(MAX_LINE + 1)
+            if not line:
+                return
+            while rest and not rest.endswith(b"\n"):
+                rest = lines.readline(MAX_LINE)
+            if line.strip():
+                yield Row(f"line {k + 1}", number + k, line.removeprefix(codecs.BOM_UTF8) if not k else line)
