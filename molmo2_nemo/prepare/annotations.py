@@ -19,7 +19,7 @@ from molmo2_nemo.data.schema import (
     Tracking,
     ValueMistake,
 )
-from molmo2_nemo.data.tasks import converse
+from molmo2_nemo.data.tasks import TRACK_ALL, converse
 from molmo2_nemo.data.video import annotation_times
 
 # Of coordinates.
@@ -184,10 +184,12 @@ def _snap(task: Tracking, frame_seconds: float) -> Counter:
 
 
 def _rate_of(frames: list) -> float | None:
-    """The rate at which most of the tracks' frames follow one another."""
+    """The rate at which most of the tracks' frames follow one another, if there are frames at multiples of 1 / rate."""
     times = sorted({seconds for seconds, objects in frames if objects})
-    steps = np.diff(times)
-    return round(1 / float(np.median(steps)), 3) if len(steps) and np.median(steps) > 0 else None
+    if len(times) < 2:
+        return None
+    rate = round(1 / float(np.median(np.diff(times))), 3)
+    return rate if any(abs(seconds * rate - round(seconds * rate)) < 0.01 for seconds in times) else None
 
 
 # -- answers and texts ------------------------------------------------------------------------------------------------
@@ -202,7 +204,10 @@ def check_answers(example: Example) -> None:
         styles = getattr(branch, "style", None)
         if styles == []:
             raise ValueMistake((*place, "style"), "is an empty list")
-        for style in styles if isinstance(styles, list) else [styles]:
+        tried = styles if isinstance(styles, list) else [styles]
+        if isinstance(branch, Tracking) and branch.frames:
+            tried = [*TRACK_ALL, *tried]  # the plainest first: without a track, the others say less of why
+        for style in tried:
             styled = branch if isinstance(branch, list) else replace(branch, style=style)
             [talk] = _at(place, converse, replace(example, branches=[styled]), np.random.default_rng(0), "templates")
             answers = [_at(place, render_content, m.content, m.points) for m in talk.messages if m.role == "assistant"]

@@ -23,7 +23,7 @@ from molmo2_nemo.prepare.annotations import (
     use_fractions,
     without_nothing,
 )
-from molmo2_nemo.prepare.formats import files
+from molmo2_nemo.prepare.formats import files, table
 from molmo2_nemo.prepare.formats.line import Line, Row, Unpacked, file_name
 from molmo2_nemo.prepare.line_names import LineNames, with_groups
 from molmo2_nemo.prepare.media import MAX_MEDIA, image_facts, suffix, video_facts
@@ -118,7 +118,7 @@ def read_row(row: Row, reading: Reading) -> Outcome:
     """A row that can be used. LineMistakes, ValueError, OSError: what is wrong with it, in its own names."""
     record = _record(row)
     line = (
-        Line(record, row.form, sizes=row.sizes)
+        Line(record, row.form, table.NAMES if row.form == "table" else {}, row.sizes)
         if row.form
         else files.to_line(record, reading.form, Unpacked(reading.unpacked))
     )

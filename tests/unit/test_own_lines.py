@@ -1,14 +1,11 @@
 """One line of a user's own annotations: what is accepted, and the sentence for each mistake, in the line's names."""
 
-import json
 import re
 
 import pytest
-from own_pictures import make_pictures
+from own_pictures import example_of, make_pictures, read
 
-from molmo2_nemo.data.schema import read_example
-from molmo2_nemo.prepare import own_data
-from molmo2_nemo.prepare.formats.line import Row
+from molmo2_nemo.prepare.mistakes import kind_of
 
 TURN = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
 CAT, BIKES = {"image": "cat.jpg"}, {"video": "bikes.mp4"}  # 451 x 300 pixels; 10 s, 25 fps, 640 x 272
@@ -17,21 +14,6 @@ CAT, BIKES = {"image": "cat.jpg"}, {"video": "bikes.mp4"}  # 451 x 300 pixels; 1
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return make_pictures(tmp_path_factory.mktemp("own") / "pictures").resolve()
-
-
-def read(pictures, line, **options):
-    """The outcome of a line, its example, and all mistakes of it."""
-    reading = own_data.Reading(pictures, pictures.parent / "unpacked", **options)
-    row = line if isinstance(line, Row) else Row("line 1", 1, line if isinstance(line, str) else json.dumps(line))
-    if isinstance(row.content, str):
-        row.content = row.content.encode()
-    return own_data._try_row(row, reading)
-
-
-def example_of(pictures, line, **options):
-    outcome = read(pictures, line, **options)
-    assert not outcome.mistakes, outcome.mistakes
-    return read_example(outcome.sample.sample)
 
 
 POINTS = {"task": "pointing", "label": "x", "points": [[0.1, 0.2]]}
@@ -189,3 +171,51 @@ def test_all_mistakes_of_a_line_are_named(pictures):
     assert [m.split(" ")[0] for m in read(pictures, line).mistakes] == ["question", "answers[0]", "answers[2]"]
     line = CAT | {"task": "pointing", "label": 3, "Points": [], "colour": 1}
     assert len(read(pictures, line).mistakes) == 2  # the two keys; the others when these are right
+
+
+TRACK_TASK = BIKES | {"task": "tracking", "label": "bike"}
+
+
+def test_tracks_whose_rate_does_not_divide_the_video_s(pictures):
+    """2 fps of 25: a multiple of half a second lies between two frames, and either may have been annotated."""
+    near = [[seconds, [["a", 0.1, 0.2]]] for seconds in (0, 0.48, 1.0, 1.52, 1.7)]
+    outcome = read(pictures, TRACK_TASK | {"fps": 2, "frames": near})
+    example = example_of(pictures, TRACK_TASK | {"fps": 2, "frames": near})
+    assert [seconds for seconds, _ in example.branches[0].frames] == [0, 0.5, 1, 1.5]
+    # Without the video's rate its frames are looked for where the annotations are.
+    assert (example.video.annotation_fps, example.video.fps) == (2, None)
+    assert sorted(outcome.notes) == [
+        "frames of tracks between multiples of 1 / fps, left out",
+        *["frames of tracks moved to the nearest multiple of 1 / fps"] * 2,
+    ]
+    # Where all are elsewhere, the rate that the sentence says to write is accepted.
+    elsewhere = [[k / 2.5, [["a", 0.1, 0.2]]] for k in range(1, 5)]
+    [mistake] = read(pictures, TRACK_TASK | {"fps": 1, "frames": elsewhere}).mistakes
+    assert mistake.endswith('write "fps": 2.5')
+    assert example_of(pictures, TRACK_TASK | {"fps": 2.5, "frames": elsewhere}).video.fps == 25
+
+
+@pytest.mark.parametrize("step, fps, times", [(1, 2, [0, 0.5, 1]), (5, 2.5, [0, 0.4, 0.8]), (10, 2.5, [0, 0.4, 0.8])])
+def test_times_as_numbers_of_frames(pictures, step, fps, times):
+    frames = [[number, [["a", 0.1, 0.2]]] for number in range(0, 26, step)]
+    task = example_of(pictures, TRACK_TASK | {"time_unit": "frames", "frames": frames}).branches[0]
+    assert task.fps == fps and [seconds for seconds, _ in task.frames][:3] == times
+
+
+def test_links_are_followed_on_request(pictures):
+    line = {"image": "link.jpg", "messages": TURN}
+    assert read(pictures, line).mistakes and not read(pictures, line, follow_links=True).mistakes
+    assert read(pictures, {"image": "../secret.jpg", "messages": TURN}, follow_links=True).mistakes
+    # A path in full, if it is below the folder.
+    assert not read(pictures, {"image": str(pictures / "cat.jpg"), "messages": TURN}).mistakes
+
+
+def test_points_as_objects(pictures):
+    line = CAT | POINTS | {"points": [{"x": 0.25, "y": 0.5}]}
+    assert example_of(pictures, line).branches[0].points == [(1, [(0.25, 0.5)])]
+
+
+def test_kinds_of_mistakes():
+    assert kind_of('image = "a.jpg" is not in /x') == kind_of('image = "b.jpg" is not in /x')
+    assert kind_of("points[3] = [0.5, 2.0] is outside") == kind_of("points[12] = [1.5, 0.0] is outside")
+    assert kind_of("answers[0] is empty") != kind_of("options[0] is empty")

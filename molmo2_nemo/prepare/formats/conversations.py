@@ -57,6 +57,9 @@ def read(record: dict, form: str, unpacked: Unpacked) -> Line:
     media = _media(record, unpacked)
     _flatten(messages, media, names, unpacked)
     _name_pictures(messages, media, names, form)
+    if form == "instructions":
+        keys = ("instruction", "output") if "instruction" in record else ("query", "response")
+        names |= {f"messages[{len(messages) - 2 + k}].content": key for k, key in enumerate(keys)}
     document = {key: record[key] for key in KEPT if record.get(key) is not None} | {"messages": messages}
     if media["video"]:
         if len(media["video"]) > 1 or media["image"]:

@@ -73,12 +73,13 @@ def to_line(record: dict, form: str | None, unpacked: Unpacked) -> Line:
 
 
 def _is_others(record: dict) -> bool:
-    """Whether messages are as other trainers have them: with placeholders, typed content, or several videos' key."""
-    if "videos" in record or "system" in record or not all(isinstance(turn, dict) for turn in record["messages"]):
+    """Whether messages are those of other trainers: with placeholders, typed content, or keys and roles of theirs."""
+    if record.keys() & {"videos", "system", *conversations.REFUSED}:
         return True
-    if any(turn.get("role") not in ("system", "user", "assistant") for turn in record["messages"]):
+    turns = record["messages"]
+    if any(not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant") for turn in turns):
         return True
-    contents = [turn.get("content") for turn in record["messages"]]
+    contents = [turn.get("content") for turn in turns]
     return any(
         isinstance(content, list) or (isinstance(content, str) and conversations.PLACEHOLDER.search(content))
         for content in contents

@@ -15,6 +15,8 @@ from molmo2_nemo.prepare.formats.line import Row, Unpacked
 TEXT_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
 POINT_KEYS = {"x", "y", "label"}
+# What a value of a sample is called in a row.
+NAMES = {"answers[0]": "answer"}
 # Keys of a sample that a column may have.
 KEYS = ("image", "video", "label", "x", "y", "unit", "text", "question", "answer", "answers", "style", "id")
 
