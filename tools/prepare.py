@@ -38,6 +38,16 @@ from molmo2_nemo.prepare.webdataset import SHARD_SAMPLES, write_shards
 # Kinds of mistakes that are listed, sentences of each, and lines of which only the number is named.
 SHOWN_KINDS, SHOWN_LINES, SHOWN_PLACES = 20, 3, 10
 SHOWN_REASONS = 5
+# What rows are, by the first word of their place.
+ROWS = {
+    "line": "lines",
+    "item": "items of a JSON array",
+    "row": "rows",
+    "sample": "samples of a shard",
+    "image": "images",
+    "video": "video",
+    "the": "JSON object",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -157,7 +167,7 @@ class ReadAll:
 
     lines: list[OwnSample] = field(default_factory=list)
     mistakes: list[Outcome] = field(default_factory=list)
-    forms: dict[Path, Counter] = field(default_factory=dict)  # of the rows of each file that can be used
+    forms: dict[Path, Counter] = field(default_factory=dict)  # (kind of row, format) of those that can be used
     notes: Counter = field(default_factory=Counter)
 
     @property
@@ -169,7 +179,8 @@ class ReadAll:
         if outcome.mistakes:
             self.mistakes.append(outcome)
         else:
-            self.forms.setdefault(file, Counter())[outcome.form] += 1
+            kind = outcome.place.removeprefix(f"{file.name} ").split()[0]
+            self.forms.setdefault(file, Counter())[ROWS.get(kind, kind), outcome.form] += 1
         if outcome.sample is not None:
             self.lines.append(outcome.sample)
 
@@ -177,8 +188,8 @@ class ReadAll:
 def print_forms(read: ReadAll) -> None:
     """Say as what each file was read; --format would force another."""
     for file, forms in read.forms.items():
-        parts = ", ".join(f"{number:,} {FORMATS[form]}" for form, number in forms.most_common())
-        print(f"{file.name} is read as {parts}")
+        parts = [f"{number:,} {kind}: {FORMATS[form]}" for (kind, form), number in forms.most_common()]
+        print(f"{file.name} is read as {'; '.join(parts)}")
     for note, number in read.notes.most_common():
         print(f"note: {note}: {number:,} times")
 

@@ -193,7 +193,7 @@ def _unknown_keys(document: dict) -> list[str]:
     own, keys = set(_LineDocument.model_fields), set(document)
     task, known, owner = document.get("task"), own | set(TAUGHT), "a line"
     if "task" in document:
-        if task not in TASKS:
+        if not isinstance(task, str) or task not in TASKS:
             meant = nearest_key(task, TASKS) if isinstance(task, str) else None
             advice = f'write "{meant}"' if meant else f"it is one of {', '.join(TASKS)}"
             return [f"task = {shown(task)} is unknown: {advice}"]
@@ -209,7 +209,9 @@ def _unknown_keys(document: dict) -> list[str]:
     if meant := [key for key in document if key not in own and nearest_key(key, TAUGHT)]:
         return [f"it {unknown_key(key, TAUGHT, 'a line')}" for key in meant]
     missing = "it has no task, no messages and no list of branches"
-    return [f'{missing}: add "task": "{meant}"' if (meant := task_meant(keys)) else missing]
+    if meant := task_meant(keys):
+        return [f'{missing}: add "task": "{meant}"']
+    return [f"{missing}, but {', '.join(map(shown, sorted(keys))) or 'nothing'}: see docs/own_data.md for what is read"]
 
 
 # -- pictures and videos ----------------------------------------------------------------------------------------------
@@ -275,12 +277,13 @@ def _branches(document: dict, video: dict) -> tuple[list, set[int]]:
     if "task" in document:
         names = set(task_keys(document["task"])) - set(_LineDocument.model_fields) | {"style"}
         branches = [{name: document[name] for name in document if name in names}]
-    elif "messages" in document:
-        return [document["messages"]], set()
-    elif isinstance(document["branches"], list):
-        branches = list(document["branches"])
     else:
-        raise ValueError(f"branches = {shown(document['branches'])} is not a list")
+        name = "messages" if "messages" in document else "branches"
+        if not isinstance(document[name], list):
+            raise ValueError(f"{name} = {shown(document[name])} is not a list")
+        if name == "messages":
+            return [document["messages"]], set()
+        branches = list(document["branches"])
     pictures = 1 if "image" in document else len(document.get("images", []))
     grouped = set()
     for number, branch in enumerate(branches):
@@ -344,6 +347,8 @@ def _use_seconds(example: Example) -> None:
 
 def _same_shape(name: str, annotated: tuple[int, int], measured: tuple[int, int]) -> tuple[int, int]:
     """The size that coordinates in pixels are of. ValueMistake: it is not the file's, and not a scaled copy's."""
+    if min(annotated) <= 0:
+        raise ValueMistake((), f'The annotations give "{name}" {annotated[0]} x {annotated[1]} pixels')
     scales = [a / m for a, m in zip(annotated, measured)]
     if max(scales) <= 1.02 * min(scales) or all(abs(a - m) <= 1 for a, m in zip(annotated, measured)):
         return annotated
@@ -383,6 +388,8 @@ def read_files(
                     outcome.mistakes.append(f"id={outcome.sample.key} is that of {twice} too")
                     outcome.sample = None
                 outcome.place = place
+                if sys.stderr.isatty() and len(seen) % 100 == 0:
+                    print(f"\r{len(seen):,} lines", end="", file=sys.stderr)
                 yield file, outcome
     if sys.stderr.isatty():
         print("\r", end="", file=sys.stderr)

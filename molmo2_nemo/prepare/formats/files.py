@@ -24,18 +24,27 @@ def rows(file: Path, number: int, form: str | None, columns: dict[str, str], unp
     if columns and suffix not in table.SUFFIXES:
         raise ValueError(f"--columns is for tables ({', '.join(table.SUFFIXES)}), and {file} is none")
     start = _start(file)
-    if suffix in table.SUFFIXES:
+    is_whole = {
+        "table": suffix in table.SUFFIXES,
+        "cvat": suffix == ".xml" or start.startswith(b"<"),
+        "coco": suffix == ".json" and start.startswith(b"{"),
+    }
+    if not is_whole.get(form, True):
+        raise ValueError(f"--format {form}: {file} is not {FORMATS[form]}")
+    if is_whole["table"]:
         return table.rows(file, number, columns, unpacked)
-    if suffix == ".xml" or start.startswith(b"<"):
+    if is_whole["cvat"]:
         return cvat.rows(file, number)
     if suffix in (".tar", ".tgz") or (suffix == ".gz" and tarfile.is_tarfile(file)):
         return shards.rows(file, number, unpacked)
     if start.startswith(b"["):
         return _items(file, number)
-    if suffix == ".json" and start.startswith(b"{"):
+    if is_whole["coco"]:
         try:
             document = json.loads(file.read_bytes())
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError) as error:
+            if form == "coco":
+                raise ValueError(f"{file} is not JSON: {error}") from error
             return _lines(file, number)  # lines, as is common
         if form == "coco" or (form is None and coco.is_coco(document)):
             return coco.rows(file, number)
@@ -45,7 +54,7 @@ def rows(file: Path, number: int, form: str | None, columns: dict[str, str], unp
 
 def recognised(record: dict) -> str:
     """The format of a record, by its keys."""
-    if any(isinstance(record.get(key), list) for key in CONVERSATIONS):
+    if any(key in record for key in CONVERSATIONS):
         return "conversations"
     if isinstance(record.get("messages"), list):
         return "messages" if _is_others(record) else "own"

@@ -17,9 +17,9 @@ FORMATS = {
     "messages": "messages with <image> or typed content",
     "instructions": "instruction and output, or query and response",
     "label_studio": "tasks of Label Studio",
-    "coco": "boxes, keypoints or captions of COCO",
+    "coco": "a file of COCO: boxes, keypoints or captions",
     "cvat": "an export of CVAT",
-    "table": "rows of a table",
+    "table": "a table, CSV or parquet",
 }
 # A file that came inside of another one has this name, and its path then lies below the folder of unpacked files.
 _SUFFIXES = re.compile(r"\.[A-Za-z0-9]{1,6}")
