@@ -191,7 +191,7 @@ def print_forms(read: ReadAll) -> None:
         parts = [f"{number:,} {kind}: {FORMATS[form]}" for (kind, form), number in forms.most_common()]
         print(f"{file.name} is read as {'; '.join(parts)}")
     for note, number in read.notes.most_common():
-        print(f"note: {note}: {number:,} times")
+        print(f"note, {number:,} x: {note}")
 
 
 def print_mistakes(mistakes: list[Outcome], every_line: bool) -> None:

@@ -173,7 +173,7 @@ def _mistake(place: Place, details: list[dict], branches: list) -> ValueMistake:
     }.get(frozenset(kinds))
     problem = wanted or {
         "string_type": f"is not a text{f': write {shown(str(value))}' if isinstance(value, int | float) else ''}",
-        "list_type": f"is not a list{f': write [{shown(value)}]' if isinstance(value, str) else ''}",
+        "list_type": f"is not a list{_list_advice(place, value)}",
         "tuple_type": "is not a list",
         "float_type": "is not a number",
         "int_type": "is not a whole number",
@@ -189,6 +189,12 @@ def _mistake(place: Place, details: list[dict], branches: list) -> ValueMistake:
         "string_pattern_mismatch": "is not made of letters, digits, - and _",
     }.get(kind, f"is not accepted ({detail['msg']})")
     return ValueMistake(place, f"= {shown(value)} {problem}")
+
+
+def _list_advice(place: Place, value) -> str:
+    if place[-1:] in (("points",), ("frames",)):
+        return ": write [[x, y], ...]" if place[-1] == "points" else ": write [[seconds, [[object, x, y], ...]], ...]"
+    return f": write [{shown(value)}]" if isinstance(value, str) else ""
 
 
 def _text_or_list(value) -> str:

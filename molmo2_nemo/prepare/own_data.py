@@ -3,11 +3,12 @@
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,7 +66,9 @@ class _LineDocument(BaseModel):
         description=f"is not up to {MAX_ID} letters, digits, - and _",
     )
     image: str = Field(None, min_length=1, description="names no file")
-    images: list[Annotated[str, Field(min_length=1)]] = Field(None, description="is not a list of files")
+    images: list[Annotated[str, Field(min_length=1)]] = Field(
+        None, description='is not a list of files: write ["FILE"], or image'
+    )
     video: str = Field(None, min_length=1, description="names no file")
     unit: Literal[UNITS] = Field(None, description=f"is not one of {', '.join(UNITS)}")
     time_unit: Literal["seconds", "frames"] = Field(None, description="is not one of seconds, frames")
@@ -158,6 +161,8 @@ def _record(row: Row) -> dict:
             raise ValueError(f"the line has more than {files.MAX_LINE:,} bytes")
         try:
             record = json.loads(record)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"it is not JSON: {error.msg}, at its column {error.colno}") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(record, dict):
@@ -252,12 +257,28 @@ def _find(name: str, key: str, line: Line, reading: Reading) -> Path:
     if not reading.follow_links and not any(resolved.is_relative_to(root) for root in roots):
         raise ValueError(f'{key} = "{name}" leads out of {folder} by a link: --follow-links allows that')
     if not resolved.is_file():
-        above = folder.parent
-        advice = f" but in {above}: --images {above}" if (above / name).is_file() else ""
-        raise ValueError(f'{key} = "{name}" is not in {folder}{advice}')
+        raise ValueError(f'{key} = "{name}" is not in {folder}{_place_of(name, folder)}')
     if (size := resolved.stat().st_size) > MAX_MEDIA:
         raise ValueError(f'{key} = "{name}" has {size:,} bytes, more than {MAX_MEDIA:,}: cut it')
     return resolved
+
+
+def _place_of(name: str, folder: Path) -> str:
+    """Where a file is that is not where its name says: in the folder above, or spelt with other capitals."""
+    if (folder.parent / name).is_file():
+        return f" but in {folder.parent}: --images {folder.parent}"
+    path = folder / name
+    spelt = _names_in(path.parent).get(path.name.lower())
+    return f": there is {spelt} beside it" if spelt else ""
+
+
+@lru_cache(maxsize=16)
+def _names_in(folder: Path) -> dict[str, str]:
+    """Names of the files of a folder by their lower case."""
+    try:
+        return {entry.name.lower(): entry.name for entry in os.scandir(folder)}
+    except OSError:
+        return {}
 
 
 def _facts(name: str, key: str, file: Path, look: Callable[[bytes], dict]) -> dict:

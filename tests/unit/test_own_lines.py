@@ -128,6 +128,7 @@ VALUES = [
     ({"video": "cat.jpg", "messages": TURN}, 'video = "cat.jpg": it is a picture, not a video: write "image"'),
     ({"image": "https://example.org/cat.jpg", "messages": TURN}, "is an address: download the file"),
     ({"image": "pictures/cat.jpg", "messages": TURN}, "--images "),
+    ({"image": "deep/Turned.JPG", "messages": TURN}, "there is turned.jpg beside it"),
     ({"image": "link.jpg", "messages": TURN}, "by a link: --follow-links allows that"),
     # Keys.
     (
@@ -144,6 +145,7 @@ VALUES = [
     (CAT | {"task": "pointing", "label": "x"}, "it has no points, which pointing needs"),
     (CAT | POINTS | {"label": 3}, 'label = 3 is not a text: write "3"'),
     (CAT | POINTS | {"points": [0.1, 0.2]}, "write [[0.1, 0.2]]"),
+    (CAT | POINTS | {"points": "0.1, 0.2"}, 'points = "0.1, 0.2" is not a list: write [[x, y], ...]'),
     (CAT | POINTS | {"points": [[0.1, 0.2], [0.1, 0.2, 0.3]]}, "points[1] = [0.1, 0.2, 0.3] has 3 values"),
     (CAT | POINTS | {"points": [["0.1", 0.2]]}, 'points[0][0] = "0.1" is not a number'),
     (

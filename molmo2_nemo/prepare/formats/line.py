@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 # Names of the formats of --format, and what each is.
 FORMATS = {
-    "own": "lines of docs/own_data.md",
+    "own": "our own form (docs/own_data.md)",
     "conversations": "conversations of LLaVA or ShareGPT",
     "messages": "messages with <image> or typed content",
     "instructions": "instruction and output, or query and response",
