@@ -47,6 +47,8 @@ TAUGHT = ("task", "messages", "branches")
 # Formats whose files have pictures on which nothing is marked.
 EXPORTS = ("coco", "cvat", "label_studio")
 NOTHING_MARKED = "a picture on which nothing is marked, left out"
+# What is taken for true of a file that cannot be read.
+UNREAD, MAX_SECONDS = {"width": 1, "height": 1}, 1e6
 # Frames a second of tracks for which no rate is given, or the nearest that there is (Molmo2's tracks have mostly 2).
 USUAL_FPS = 2.0
 
@@ -128,7 +130,7 @@ def read_row(row: Row, reading: Reading) -> Outcome:
     if line.form in EXPORTS and not line.document["branches"]:
         return Outcome(row.place, line.form, notes=[*row.notes, *line.notes, NOTHING_MARKED])
     document = _checked(line.document)
-    media, parts, names = _media(document, line, reading)
+    media, parts, names, problems = _media(document, line, reading)
     branches, grouped = _branches(document, media.get("video") or {})
     said = LineNames(line, document, grouped)
     sample = media | {name: document[name] for name in ("style", "multi_turn") if name in document}
@@ -136,13 +138,15 @@ def read_row(row: Row, reading: Reading) -> Outcome:
         sample.pop("style", None)  # it is the task's, where it may be a list
     try:
         example = read_example(json.dumps(sample | {"branches": branches}))
+        if problems:
+            raise LineMistakes([*problems, *map(said.of, [*mistakes_in(example), *doubtful_texts(example)])])
         moved = _check(example, document, line, names, reading)
     except ValueMistake as mistake:
-        raise LineMistakes([said.of(mistake)]) from mistake
+        raise LineMistakes([*problems, said.of(mistake)]) from mistake
     except ValueError as error:
         if not isinstance(error.__cause__, ValidationError):
             raise
-        raise LineMistakes(map(said.of, mistakes_of_form(error.__cause__, branches))) from error
+        raise LineMistakes([*problems, *map(said.of, mistakes_of_form(error.__cause__, branches))]) from error
     except ExceptionGroup as group:
         raise LineMistakes(map(said.of, group.exceptions)) from group
     tasks = ["chat" if isinstance(branch, list) else branch.task for branch in example.branches]
@@ -222,22 +226,31 @@ def _unknown_keys(document: dict) -> list[str]:
 # -- pictures and videos ----------------------------------------------------------------------------------------------
 
 
-def _media(document: dict, line: Line, reading: Reading) -> tuple[dict, list[tuple[str, Path]], list[str]]:
-    """`images` or `video` of the sample, the (part, file) of each, and their names."""
+def _media(document: dict, line: Line, reading: Reading) -> tuple[dict, list[tuple[str, Path]], list[str], list[str]]:
+    """`images` or `video` of the sample, the (part, file) of each, their names, and what is wrong with the files.
+
+    A file that cannot be read has the size of UNREAD, so that the rest of the line can be checked.
+    """
     if "video" in document:
-        file = _find(document["video"], line.names.get("video", "video"), line, reading)
-        part = f"video{suffix(file)}"
-        given = {name: document[name] for name in OF_VIDEO if name in document and name != "time_unit"}
-        facts = _facts(document["video"], line.names.get("video", "video"), file, video_facts)
-        return {"video": {"part": part, **facts, **given}}, [(part, file)], [document["video"]]
-    names = document.get("images") or ([document["image"]] if "image" in document else [])
-    images, parts = [], []
+        names, kind, look = [document["video"]], "video", video_facts
+    else:
+        names = document.get("images") or ([document["image"]] if "image" in document else [])
+        kind, look = "image" if "image" in document else "images", image_facts
+    media, parts, problems = [], [], []
     for index, name in enumerate(names):
-        key = "image" if "image" in document else line.names.get("images", f"images[{index}]")
-        file = _find(name, line.names.get(key, key), line, reading)
-        parts.append((f"img{index}{suffix(file)}", file))
-        images.append({"part": parts[-1][0], **_facts(name, line.names.get(key, key), file, image_facts)})
-    return {"images": images} if images else {}, parts, names
+        key = line.names.get(kind, f"images[{index}]" if kind == "images" else kind)
+        facts, file = UNREAD | ({"duration": MAX_SECONDS} if kind == "video" else {}), Path(name)
+        try:
+            file = _find(name, key, line, reading)
+            facts = _facts(name, key, file, look)
+        except (ValueError, OSError, RuntimeError) as error:  # pathlib raises RuntimeError for a circle of links
+            problems.append(str(error))
+        parts.append((f"{'video' if kind == 'video' else f'img{index}'}{suffix(file)}", file))
+        media.append({"part": parts[-1][0], **facts})
+    if kind == "video":
+        given = {name: document[name] for name in OF_VIDEO if name in document and name != "time_unit"}
+        return {"video": media[0] | given}, parts, names, problems
+    return {"images": media} if media else {}, parts, names, problems
 
 
 def _find(name: str, key: str, line: Line, reading: Reading) -> Path:
@@ -389,7 +402,7 @@ def _try_row(row: Row, reading: Reading) -> Outcome:
         return read_row(row, reading)
     except LineMistakes as error:
         return Outcome(row.place, row.form, mistakes=error.sentences)
-    except (ValueError, OSError, RuntimeError) as error:  # pathlib raises RuntimeError for a circle of links
+    except ValueError as error:
         return Outcome(row.place, row.form, mistakes=LineMistakes([str(error)]).sentences)
 
 

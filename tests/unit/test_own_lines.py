@@ -171,6 +171,8 @@ def test_every_mistake_has_its_sentence(pictures, line, reason):
 def test_all_mistakes_of_a_line_are_named(pictures):
     line = CAT | {"task": "question", "question": "", "answers": ["", "red", "<image>"]}
     assert [m.split(" ")[0] for m in read(pictures, line).mistakes] == ["question", "answers[0]", "answers[2]"]
+    line = {"images": ["dog.jpg", "cut.jpg"], "task": "question", "question": "", "answers": ["red"]}
+    assert [m.split(" ")[0] for m in read(pictures, line).mistakes] == ["images[0]", "images[1]", "question"]
     line = CAT | {"task": "pointing", "label": 3, "Points": [], "colour": 1}
     assert len(read(pictures, line).mistakes) == 2  # the two keys; the others when these are right
 
