@@ -167,7 +167,7 @@ class ReadAll:
 
     lines: list[OwnSample] = field(default_factory=list)
     mistakes: list[Outcome] = field(default_factory=list)
-    forms: dict[Path, Counter] = field(default_factory=dict)  # (kind of row, format) of those that can be used
+    forms: dict[Path, Counter] = field(default_factory=dict)  # (kind of row, format)
     notes: Counter = field(default_factory=Counter)
 
     @property
@@ -178,7 +178,7 @@ class ReadAll:
         self.notes.update(outcome.notes)
         if outcome.mistakes:
             self.mistakes.append(outcome)
-        else:
+        if outcome.form:
             kind = outcome.place.removeprefix(f"{file.name} ").split()[0]
             self.forms.setdefault(file, Counter())[ROWS.get(kind, kind), outcome.form] += 1
         if outcome.sample is not None:

@@ -139,22 +139,26 @@ def _check_unit(points: list[tuple], unit: str) -> None:
 # -- rates ------------------------------------------------------------------------------------------------------------
 
 
-def check_rates(example: Example) -> Counter:
-    """Set the video's annotation_fps from its tracks, if it is not given, and move their times to multiples of 1 / fps.
+def check_rates(example: Example, nearest: bool = False) -> Counter:
+    """Set the video's annotation_fps from its tracks, if it is not given.
 
-    Where the rate does not divide the video's, the frames on screen at those multiples are taken, so what lies half a
-    frame beside one of them is of it. Returns how many frames of tracks were moved or left out, and why.
+    Without `nearest`, ValueError: the rate does not divide the video's (public allenai/molmo2 drops such samples). With
+    it, the frames on screen at multiples of 1 / annotation_fps are taken, and the times of tracks are moved to the
+    multiples of 1 / fps that are at most half a frame away. Returns how many frames of tracks were moved or left out.
     """
     video, moved = example.video, Counter()
     tracks = [branch for branch in example.branches if isinstance(branch, Tracking)]
-    for task in tracks:
-        moved += _snap(task, _frame_seconds(video))
+    if nearest:
+        for task in tracks:
+            moved += _snap(task, _frame_seconds(video))
     if tracks and video.annotation_fps is None:
         video.annotation_fps = min(task.fps for task in tracks)
     if video.annotation_fps is not None:
         try:
             annotation_times(video.seconds, 1, video.annotation_fps, video.fps)
         except ValueError:
+            if not nearest:
+                raise
             video.fps = None  # of a video without a rate the frames on screen at the annotations' times are taken
     return moved
 

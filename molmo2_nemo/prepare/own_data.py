@@ -363,7 +363,7 @@ def _check(example: Example, document: dict, line: Line, names: list[str], readi
     use_fractions(example, document.get("unit") or reading.unit)
     for medium, size in zip(media, measured):
         medium.width, medium.height = size
-    moved = check_rates(example) if example.video else {}
+    moved = check_rates(example, nearest=True) if example.video else {}
     check_answers(example)
     return [reason for reason, number in moved.items() for _ in range(number)]
 
@@ -401,9 +401,17 @@ def _try_row(row: Row, reading: Reading) -> Outcome:
     try:
         return read_row(row, reading)
     except LineMistakes as error:
-        return Outcome(row.place, row.form, mistakes=error.sentences)
+        return Outcome(row.place, _form_of(row, reading), mistakes=error.sentences)
     except ValueError as error:
-        return Outcome(row.place, row.form, mistakes=LineMistakes([str(error)]).sentences)
+        return Outcome(row.place, _form_of(row, reading), mistakes=LineMistakes([str(error)]).sentences)
+
+
+def _form_of(row: Row, reading: Reading) -> str | None:
+    """As what a row that has mistakes was read; None: it is no record."""
+    try:
+        return row.form or reading.form or files.recognised(_record(row))
+    except ValueError:
+        return None
 
 
 def read_files(

@@ -47,8 +47,8 @@ def _row(file: Path, key: str, parts: dict[str, bytes], number: int, unpacked: U
     if "json" in parts:
         try:
             record = json.loads(parts["json"])
-        except (ValueError, RecursionError) as error:
-            return Row(place, number, parts["json"], notes=[f"{error}"])
+        except (ValueError, RecursionError):
+            return Row(place, number, parts["json"])  # as text, so that whoever reads it says what is wrong
         record = {"messages": record} if isinstance(record, list) else record
         if not isinstance(record, dict):
             return Row(place, number, record)
