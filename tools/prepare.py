@@ -1,4 +1,4 @@
-"""Turn your own annotations, one JSON object a line, into shards to train on. The format: docs/own_data.md
+"""Turn your own annotations into shards to train on. The formats that are read: docs/own_data.md
 
     python tools/prepare.py my_annotations.jsonl --images DIR --out SHARDS
     python recipes/stage2_sft.py data.blend=SHARDS/blend.yaml ...
@@ -7,18 +7,19 @@ Or the public data sets of a stage, once tools/download.py has fetched them (opt
 
     python tools/prepare.py --stage 1 --shards 512 --out $DATA_ROOT
 
-Every line is read, every picture decoded and every video opened before anything is written. Lines with a mistake are
-listed by number, and nothing is written unless --skip-bad says to go on without them.
+Every line is read, every picture decoded and every video opened before anything is written. Mistakes are listed by
+kind with their lines, and nothing is written unless --skip-bad says to go on without these lines.
 """
 
 import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -27,12 +28,26 @@ from molmo2_nemo.catalogue.datasets import CONF_FILE
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.files import disk_errors_told, missing_room, published
 from molmo2_nemo.prepare.annotations import UNITS
-from molmo2_nemo.prepare.own_data import OwnSample, held_out_keys, read_lines, samples
+from molmo2_nemo.prepare.formats.line import FORMATS
+from molmo2_nemo.prepare.formats.table import KEYS
+from molmo2_nemo.prepare.mistakes import kind_of
+from molmo2_nemo.prepare.own_data import Outcome, OwnSample, Reading, held_out_keys, read_files, samples
 from molmo2_nemo.prepare.stage_datasets import PreparedStage, StageOptions, prepare_stage, result_of
 from molmo2_nemo.prepare.webdataset import SHARD_SAMPLES, write_shards
 
-SHOWN_ERRORS = 20
+# Kinds of mistakes that are listed, sentences of each, and lines of which only the number is named.
+SHOWN_KINDS, SHOWN_LINES, SHOWN_PLACES = 20, 3, 10
 SHOWN_REASONS = 5
+# What rows are, by the first word of their place.
+ROWS = {
+    "line": "lines",
+    "item": "items of a JSON array",
+    "row": "rows",
+    "sample": "samples of a shard",
+    "image": "images",
+    "video": "video",
+    "the": "JSON object",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,18 +63,39 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def main_own_annotations(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("annotations", type=Path, help="JSON lines, see docs/own_data.md")
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images and videos")
+    formats = "\n".join(f"  {name:<14} {what}" for name, what in FORMATS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"formats:\n{formats}",
+    )
+    parser.add_argument(
+        "annotations",
+        type=Path,
+        nargs="+",
+        help="files: JSON lines, JSON, CSV, parquet, WebDataset shards, XML of CVAT",
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="folder of the images and videos (default: that of the annotations)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="folder to make")
     parser.add_argument("--name", help="of the source in the blend (default: the folder's)")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="of the annotations, listed below (default: recognised line by line)"
+    )
+    parser.add_argument(
+        "--columns", nargs="+", default=[], metavar="KEY=COLUMN", help="of a table, such as image=file label=class x=px"
+    )
     parser.add_argument("--unit", choices=UNITS, default="fraction", help="of coordinates, if a line does not say")
+    parser.add_argument("--follow-links", action="store_true", help="read links that lead out of --images")
     parser.add_argument("--val-share", type=float, default=0.02, help="held out for validation (default 0.02)")
     parser.add_argument(
         "--repeat", type=int, default=1, metavar="N", help="write training samples N times, if they are few"
     )
     parser.add_argument("--shard-size", type=int, default=SHARD_SAMPLES, help=f"samples (default {SHARD_SAMPLES})")
     parser.add_argument("--skip-bad", action="store_true", help="go on without the lines that have a mistake")
+    parser.add_argument("--all-errors", action="store_true", help="list every line that has a mistake")
+    parser.add_argument("--errors", type=Path, metavar="FILE", help="write every mistake to FILE, as JSON lines")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that check media")
     arguments = parser.parse_args(arguments)
     try:
@@ -71,25 +107,27 @@ def main_own_annotations(arguments: list[str]) -> None:
 
 
 def prepare_own_annotations(arguments: argparse.Namespace) -> None:
-    if not arguments.images.is_dir():
-        raise ValueError(f"--images {arguments.images} is no folder")
-    if not 0 <= arguments.val_share < 1:
-        raise ValueError(f"--val-share {arguments.val_share} is not from 0 to below 1")
-    for name in ("repeat", "shard_size", "workers"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is below 1")
+    check_options(arguments)
+    images = (arguments.images or arguments.annotations[0].parent).resolve()
     with published(arguments.out) as folder:
-        images = arguments.images.resolve()
-        lines, errors = read_lines(arguments.annotations, images, arguments.unit, arguments.workers)
-        for number, reason in errors[:SHOWN_ERRORS]:
-            print(f"line {number}: {reason}", file=sys.stderr)
-        if len(errors) > SHOWN_ERRORS:
-            print(f"... and {len(errors) - SHOWN_ERRORS} more", file=sys.stderr)
-        total = len(lines) + len(errors)
-        if errors and not arguments.skip_bad:
-            raise ValueError(f"{len(errors)} of {total} lines cannot be used (--skip-bad leaves them out)")
+        unpacked = folder.resolve() / "unpacked"
+        reading = Reading(images, unpacked, arguments.unit, arguments.format, arguments.follow_links)
+        read, columns = ReadAll(), dict(pair.split("=", 1) for pair in arguments.columns)
+        for file, outcome in read_files(arguments.annotations, reading, columns, arguments.workers):
+            read.add(file, outcome)
+        lines = read.lines
+        print_forms(read)
+        if read.mistakes:
+            print_mistakes(read.mistakes, arguments.all_errors)
+            if arguments.errors:
+                write_mistakes(read.mistakes, arguments.errors)
+            if not arguments.skip_bad:
+                raise ValueError(
+                    f"{len(read.mistakes)} of {read.total} lines cannot be used (--skip-bad leaves them out)"
+                )
         if not lines:
-            raise ValueError(f"{arguments.annotations} has {total} lines and none to train on")
+            names = ", ".join(map(str, arguments.annotations))
+            raise ValueError(f"{names} has {read.total} lines and none to train on")
         held_out = held_out_keys(lines, arguments.val_share)
         splits = {"train": samples([line for line in lines if line.key not in held_out], arguments.repeat)}
         if held_out:
@@ -102,7 +140,86 @@ def prepare_own_annotations(arguments: argparse.Namespace) -> None:
             name, path = arguments.name or arguments.out.resolve().name, str(arguments.out.resolve())
             blend = {"weighting": "sqrt", "sources": {name: {"path": path}}}
             (folder / "blend.yaml").write_text(yaml.safe_dump(blend, sort_keys=False))
-    print_own_report(arguments, lines, len(errors), counts)
+        shutil.rmtree(unpacked, ignore_errors=True)
+    print_own_report(arguments, lines, len(read.mistakes), counts)
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    if arguments.images and not arguments.images.is_dir():
+        raise ValueError(f"--images {arguments.images} is no folder")
+    for file in arguments.annotations:
+        if not file.is_file():
+            raise ValueError(f"{file} is no file: name the files of annotations")
+    if not 0 <= arguments.val_share < 1:
+        raise ValueError(f"--val-share {arguments.val_share} is not from 0 to below 1")
+    for name in ("repeat", "shard_size", "workers"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is below 1")
+    for pair in arguments.columns:
+        key, _, column = pair.partition("=")
+        if key not in KEYS or not column:
+            raise ValueError(f"--columns {pair} is not KEY=COLUMN with a KEY of {', '.join(KEYS)}")
+
+
+@dataclass
+class ReadAll:
+    """What became of all rows."""
+
+    lines: list[OwnSample] = field(default_factory=list)
+    mistakes: list[Outcome] = field(default_factory=list)
+    forms: dict[Path, Counter] = field(default_factory=dict)  # (kind of row, format)
+    notes: Counter = field(default_factory=Counter)
+
+    @property
+    def total(self) -> int:
+        return len(self.lines) + len(self.mistakes)
+
+    def add(self, file: Path, outcome: Outcome) -> None:
+        self.notes.update(outcome.notes)
+        if outcome.mistakes:
+            self.mistakes.append(outcome)
+        if outcome.form:
+            kind = outcome.place.removeprefix(f"{file.name} ").split()[0]
+            self.forms.setdefault(file, Counter())[ROWS.get(kind, kind), outcome.form] += 1
+        if outcome.sample is not None:
+            self.lines.append(outcome.sample)
+
+
+def print_forms(read: ReadAll) -> None:
+    """Say as what each file was read; --format would force another."""
+    for file, forms in read.forms.items():
+        parts = [f"{number:,} {kind}: {FORMATS[form]}" for (kind, form), number in forms.most_common()]
+        print(f"{file.name} is read as {'; '.join(parts)}")
+    for note, number in read.notes.most_common():
+        print(f"note, {number:,} x: {note}")
+
+
+def print_mistakes(mistakes: list[Outcome], every_line: bool) -> None:
+    """List mistakes by kind, the commonest first."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for outcome in mistakes:
+        for sentence in outcome.mistakes:
+            kinds.setdefault(kind_of(sentence), []).append((outcome.place, sentence))
+    found = sorted(kinds.values(), key=len, reverse=True)
+    for lines in found if every_line else found[:SHOWN_KINDS]:
+        shown = lines if every_line else lines[:SHOWN_LINES]
+        for place, sentence in shown:
+            print(f"{place}: {sentence}", file=sys.stderr)
+        if len(lines) > len(shown):
+            others = [place for place, _ in lines[len(shown) :]]
+            named = ", ".join([*others[:SHOWN_PLACES], *["..."][: len(others) > SHOWN_PLACES]])
+            print(f"    and {len(others):,} more like it: {named}", file=sys.stderr)
+    if not every_line and len(found) > SHOWN_KINDS:
+        print(f"... and {len(found) - SHOWN_KINDS} other kinds of mistakes (--all-errors lists all)", file=sys.stderr)
+
+
+def write_mistakes(mistakes: list[Outcome], file: Path) -> None:
+    with file.open("w", encoding="utf-8") as lines:
+        for outcome in mistakes:
+            for sentence in outcome.mistakes:
+                entry = {"place": outcome.place, "kind": kind_of(sentence), "mistake": sentence}
+                lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    print(f"all mistakes are in {file}", file=sys.stderr)
 
 
 def print_own_report(

@@ -29,6 +29,9 @@ from molmo2_nemo import limits
 # An unknown key or a wrong type is an error, and so are NaN and infinity.
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+# Where a value is: the keys and indices from the Example down to it, as ("branches", 0, "options", 2).
+Place = tuple[str | int, ...]
+
 Frame = tuple[NonNegativeFloat, list[tuple[float, float]]]  # image index from 1 or seconds, [(x, y), ...]
 TrackFrame = tuple[NonNegativeFloat, list[tuple[int | str, float, float]]]  # seconds, [(object, x, y), ...]
 Style = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$", max_length=80)]
@@ -194,25 +197,48 @@ class Example:
     multi_turn: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
+class ValueMistake(ValueError):
+    """What is wrong with the value at a place. `problem` goes on from the value's name, or is a sentence of its own."""
+
+    def __init__(self, place: Place, problem: str):
+        super().__init__(said_of(spelt(place), problem))
+        self.place, self.problem = place, problem
+
+
+def spelt(place: Place) -> str:
+    """branches[0].options[2]"""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+
+
+def said_of(name: str, problem: str) -> str:
+    """One sentence about what has that name."""
+    if not name:
+        return problem
+    return f"{name}: {problem}" if problem[:1].isupper() else f"{name} {problem}"
+
+
 _ADAPTER, _BRANCH_ADAPTER = TypeAdapter(Example), TypeAdapter(Branch)
 
 
 def read_example(text: bytes | str) -> Example:
-    """An Example from its JSON. ValueError, one sentence: what is wrong with it, and where."""
+    """An Example from its JSON. ValueError, one sentence: what is wrong with it, and where.
+
+    It is a ValueMistake, or was caused by pydantic's ValidationError, which has all mistakes of form.
+    """
     example = _validated(_ADAPTER, text)
     if example.images and example.video:
         raise ValueError("images and video: a sample has images or a video, not both.")
     video = example.video
     if video and video.clip and not video.clip[0] < video.clip[1] <= video.duration + 1e-3:
-        raise ValueError(f"video.clip: {list(video.clip)} is no part of {video.duration} seconds.")
+        raise ValueMistake(("video", "clip"), f"= {list(video.clip)} is no part of {video.duration} seconds")
     for number, branch in enumerate(example.branches):
-        _check_branch(branch, f"branches.{number}")
+        _check_branch(branch, ("branches", number))
     return example
 
 
 def check_branch(text: bytes | str) -> None:
     """ValueError, one sentence: this JSON is no branch of an Example."""
-    _check_branch(_validated(_BRANCH_ADAPTER, text), "branch")
+    _check_branch(_validated(_BRANCH_ADAPTER, text), ("branch",))
 
 
 def _validated(adapter: TypeAdapter, text: bytes | str):
@@ -224,11 +250,12 @@ def _validated(adapter: TypeAdapter, text: bytes | str):
         raise ValueError(f"{where}: {first['msg']}.") from error
 
 
-def _check_branch(branch, where: str) -> None:
+def _check_branch(branch, place: Place) -> None:
     if isinstance(branch, list | Chat):
         roles = [message.role for message in (branch if isinstance(branch, list) else branch.messages)]
         turns = roles[1:] if roles[:1] == ["system"] else roles
         if len(turns) < 2 or turns != ["user", "assistant"] * (len(turns) // 2):
-            raise ValueError(f"{where}: the roles are {roles}, not user and assistant in turn.")
+            raise ValueMistake(place, f"The roles are {roles}, not user and assistant in turn")
     elif isinstance(branch, MultipleChoice) and not 0 <= branch.answer < len(branch.options):
-        raise ValueError(f"{where}.answer: {branch.answer} is none of {len(branch.options)} options.")
+        last = len(branch.options) - 1
+        raise ValueMistake((*place, "answer"), f"= {branch.answer} is none of 0 to {last}, the indices of the options")

@@ -1,12 +1,25 @@
 """Checks of a sample's annotations against its pictures or video, and their change to what the schema wants."""
 
-from dataclasses import replace
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields, replace
 
 import numpy as np
 
 from molmo2_nemo.data.points import NO_TRACKS, SAME_TIME, Points, from_json, render_content
-from molmo2_nemo.data.schema import Chat, Example, Pointing, Tracking
-from molmo2_nemo.data.tasks import converse
+from molmo2_nemo.data.schema import (
+    Caption,
+    Chat,
+    Example,
+    Message,
+    MultipleChoice,
+    Place,
+    Pointing,
+    Tracking,
+    ValueMistake,
+)
+from molmo2_nemo.data.tasks import TRACK_ALL, converse
 from molmo2_nemo.data.video import annotation_times
 
 # Of coordinates.
@@ -14,72 +27,290 @@ UNITS = ("fraction", "percent", "pixels")
 # A point that is outside the picture by less than this share of its side is moved to the border: it was rounded.
 SLACK = 0.005
 
+MARKER = re.compile(r"<points [0-9]{1,4}/>")
+POINTS_TAG = re.compile(r"</?(?:points|tracks)\b[^>]*>?")
+# What other programs replace by a picture, a video, a sound or a box before their model sees the text (LLaVA, and
+# ms-swift's docs/source_en/Customization/Custom-dataset.md). In ours nothing replaces them.
+PLACEHOLDER = re.compile(r"</?(?:image|video|audio|img|bbox|box|ref-object)>", re.IGNORECASE)
+# Tokens that chat models and Molmo2 keep for themselves (allenai/molmo2: olmo/tokenizer.py).
+SPECIAL_TOKEN = re.compile(
+    r"<\|[A-Za-z0-9_]{1,40}\|>|<(?:im_start|im_end|im_patch|im_col|low_res_im_start|im_low|frame_start|frame_end)>"
+)
+# Options that begin with labels of their own: "A. red", "B) green".
+LABELLED = re.compile(r"\(?([A-Za-z])[.):]\s")
+
+
+# -- coordinates ------------------------------------------------------------------------------------------------------
+
 
 def use_fractions(example: Example, unit: str) -> None:
-    """Change coordinates to fractions, in place. ValueError: one is outside its picture, or of no picture."""
+    """Change coordinates to fractions, in place. ValueMistake: one is outside its picture, or of no picture."""
 
-    def size(frame: float) -> tuple[int, int]:
+    def side_of(frame: float) -> tuple[int, int]:
         """Width and height of what the coordinates of a frame are of."""
         video = example.video
         if video and frame > video.seconds + SAME_TIME:
-            raise ValueError(f"points are at {frame:g} seconds, and the video has {video.seconds:g}")
+            raise ValueError(f"is at {frame:g} seconds, and the video has {video.seconds:g}")
         if not video and frame not in range(1, len(example.images) + 1):
-            raise ValueError(f"points are of image {frame:g}, and there are {len(example.images)}")
+            raise ValueError(f"is of image {frame:g}, and there are {len(example.images)}")
         seen = video or example.images[int(frame) - 1]
         return seen.width, seen.height
 
-    def fraction(value: float, side: int) -> float:
-        value /= {"fraction": 1, "percent": 100, "pixels": side}[unit]
-        if not -SLACK <= value <= 1 + SLACK:
-            raise ValueError(
-                f"a coordinate is {value:.3f} of the picture's side, outside of it: is unit={unit} right? "
-                f"({', '.join(UNITS)})"
-            )
-        return min(max(value, 0.0), 1.0)
+    def in_fractions(place: Place, groups: list) -> list:
+        """The (frame, points) of a task, or of an entry of a message's points."""
+        sides = [_at((*place, index), side_of, frame) for index, (frame, _) in enumerate(groups)]
+        points = [
+            ((*place, index, 1, k), side, point[-2:])
+            for index, ((_, group), side) in enumerate(zip(groups, sides))
+            for k, point in enumerate(group)
+        ]
+        _check_unit(points, unit)
+        return [
+            (frame, [(*name, *_fractions((x, y), side, unit)) for *name, x, y in group])
+            for (frame, group), side in zip(groups, sides)
+        ]
 
-    def scaled(frame: float, points: list[tuple]) -> list[tuple]:
-        width, height = size(frame)
-        return [(*name, fraction(x, width), fraction(y, height)) for *name, x, y in points]
-
-    for branch in example.branches:
+    for number, branch in enumerate(example.branches):
+        here = ("branches", number)
         if isinstance(branch, Pointing):
-            branch.points = [(frame, scaled(frame, points)) for frame, points in branch.points]
+            branch.points = in_fractions((*here, "points"), branch.points)
         elif isinstance(branch, Tracking):
-            branch.frames = [(seconds, scaled(seconds, objects)) for seconds, objects in branch.frames]
+            branch.frames = in_fractions((*here, "frames"), branch.frames)
         else:
-            messages = branch if isinstance(branch, list) else branch.messages if isinstance(branch, Chat) else []
-            for entry in (from_json(entry) for message in messages for entry in message.points):
+            for place, entry in _entries(branch, here):
+                value = _at(place, from_json, entry)
                 if unit != "fraction":
-                    raise ValueError("points of messages are fractions: leave out unit")
-                if (isinstance(entry, Points) and entry.kind == "image") == bool(example.video):
-                    raise ValueError("points of a message are of an image, and the sample has a video, or the reverse")
-                for frame, points in entry.groups if isinstance(entry, Points) else entry.frames:
-                    scaled(frame, points)
+                    raise ValueMistake(place, "are fractions, as all points of messages: leave out unit")
+                if (isinstance(value, Points) and value.kind == "image") == bool(example.video):
+                    raise ValueMistake(
+                        place, "is of an image, and the sample has a video, or the reverse: correct its kind"
+                    )
+                is_points = isinstance(value, Points)
+                in_fractions((*place, "groups" if is_points else "frames"), value.groups if is_points else value.frames)
 
 
-def check_rates(example: Example) -> None:
-    """Set the video's annotation_fps from its tracks, if it is not given. ValueError: the video has no frames there."""
-    video, tracks = example.video, [branch for branch in example.branches if isinstance(branch, Tracking)]
+def _at(place: Place, function, *args):
+    """What the function returns; its ValueError becomes one with a place."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise ValueMistake(place, str(error)) from error
+
+
+def _entries(branch, here: Place) -> Iterator[tuple[Place, dict]]:
+    """The entries of `points` of a conversation's messages."""
+    messages = branch if isinstance(branch, list) else branch.messages if isinstance(branch, Chat) else []
+    inside = here if isinstance(branch, list) else (*here, "messages")
+    for number, message in enumerate(messages):
+        for k, entry in enumerate(message.points):
+            yield (*inside, number, "points", k), entry
+
+
+def _fractions(point: tuple, side: tuple[int, int], unit: str) -> tuple[float, float]:
+    scales = {"fraction": (1, 1), "percent": (100, 100), "pixels": side}[unit]
+    return tuple(min(max(value / scale, 0.0), 1.0) for value, scale in zip(point, scales))
+
+
+def _fits(point: tuple, side: tuple[int, int], unit: str) -> bool:
+    scales = {"fraction": (1, 1), "percent": (100, 100), "pixels": side}[unit]
+    return all(-SLACK <= value / scale <= 1 + SLACK for value, scale in zip(point, scales))
+
+
+def _check_unit(points: list[tuple], unit: str) -> None:
+    """points: (place, (width, height), (x, y)) of one task. ValueMistake: they cannot be in this unit."""
+    for place, side, point in points:
+        if not _fits(point, side, unit):
+            others = [name for name in UNITS if all(_fits(p, s, name) for _, s, p in points)]
+            advice = f'write "unit": "{others[-1]}"' if others else "give fractions, percent or pixels of it"
+            raise ValueMistake(
+                place,
+                f"= {list(point)} is outside of its picture of {side[0]} x {side[1]} pixels: is unit={unit} right? "
+                f"If not, {advice}",
+            )
+    values = [value for _, _, point in points for value in point]
+    if unit != "fraction" and values and max(values) <= 1 and any(value != int(value) for value in values):
+        raise ValueMistake(
+            points[0][0],
+            f"and all the others are at most 1, as fractions are, and unit={unit} puts them into the upper left "
+            'corner: write "unit": "fraction"',
+        )
+
+
+# -- rates ------------------------------------------------------------------------------------------------------------
+
+
+def check_rates(example: Example, nearest: bool = False) -> Counter:
+    """Set the video's annotation_fps from its tracks, if it is not given.
+
+    Without `nearest`, ValueError: the rate does not divide the video's (public allenai/molmo2 drops such samples). With
+    it, the frames on screen at multiples of 1 / annotation_fps are taken, and the times of tracks are moved to the
+    multiples of 1 / fps that are at most half a frame away. Returns how many frames of tracks were moved or left out.
+    """
+    video, moved = example.video, Counter()
+    tracks = [branch for branch in example.branches if isinstance(branch, Tracking)]
+    if nearest:
+        for task in tracks:
+            moved += _snap(task, _frame_seconds(video))
     if tracks and video.annotation_fps is None:
         video.annotation_fps = min(task.fps for task in tracks)
     if video.annotation_fps is not None:
-        annotation_times(video.seconds, 1, video.annotation_fps, video.fps)
+        try:
+            annotation_times(video.seconds, 1, video.annotation_fps, video.fps)
+        except ValueError:
+            if not nearest:
+                raise
+            video.fps = None  # of a video without a rate the frames on screen at the annotations' times are taken
+    return moved
+
+
+def _frame_seconds(video) -> float:
+    """How long a frame of the video is on screen, if it is known."""
+    if video.fps:
+        return 1 / video.fps
+    return video.duration / video.num_frames if video.num_frames else 0.0
+
+
+def _snap(task: Tracking, frame_seconds: float) -> Counter:
+    """Move the times of tracks to multiples of 1 / fps that are at most half a frame away; leave out the others."""
+    reach, nearest, moved = max(0.01 / task.fps, 0.51 * frame_seconds), {}, Counter()
+    for seconds, objects in sorted(task.frames, key=lambda frame: frame[0]):
+        multiple = round(seconds * task.fps)
+        away = abs(seconds - multiple / task.fps)
+        if away > reach or (multiple in nearest and nearest[multiple][0] <= away):
+            moved["frames of tracks between multiples of 1 / fps, left out"] += bool(objects)
+            continue
+        nearest[multiple] = (away, objects)
+        moved["frames of tracks moved to the nearest multiple of 1 / fps"] += away > 1e-3
+    if not nearest and any(objects for _, objects in task.frames):
+        return Counter()  # check_answers says what is wrong
+    task.frames = [(multiple / task.fps, objects) for multiple, (_, objects) in sorted(nearest.items())]
+    return +moved
+
+
+def _rate_of(frames: list) -> float | None:
+    """The rate at which most of the tracks' frames follow one another, if there are frames at multiples of 1 / rate."""
+    times = sorted({seconds for seconds, objects in frames if objects})
+    if len(times) < 2:
+        return None
+    rate = round(1 / float(np.median(np.diff(times))), 3)
+    return rate if any(abs(seconds * rate - round(seconds * rate)) < 0.01 for seconds in times) else None
+
+
+# -- answers and texts ------------------------------------------------------------------------------------------------
 
 
 def check_answers(example: Example) -> None:
-    """ValueError: a branch cannot be asked in one of its styles, or an answer is empty."""
-    for branch in example.branches:
+    """ValueMistake: a value cannot be taught, or a branch cannot be asked in one of its styles."""
+    for mistake in mistakes_in(example):
+        raise mistake
+    for number, branch in enumerate(example.branches):
+        place: Place = ("branches", number)
         styles = getattr(branch, "style", None)
         if styles == []:
-            raise ValueError("style is an empty list")
-        for style in styles if isinstance(styles, list) else [styles]:
+            raise ValueMistake((*place, "style"), "is an empty list")
+        tried = styles if isinstance(styles, list) else [styles]
+        if isinstance(branch, Tracking) and branch.frames:
+            tried = [*TRACK_ALL, *tried]  # the plainest first: without a track, the others say less of why
+        for style in tried:
             styled = branch if isinstance(branch, list) else replace(branch, style=style)
-            [talk] = converse(replace(example, branches=[styled]), np.random.default_rng(0), "templates")
-            answers = [render_content(m.content, m.points) for m in talk.messages if m.role == "assistant"]
-            if not all(answer.strip() for answer in answers):
-                raise ValueError("an answer is empty")
+            [talk] = _at(place, converse, replace(example, branches=[styled]), np.random.default_rng(0), "templates")
+            answers = [_at(place, render_content, m.content, m.points) for m in talk.messages if m.role == "assistant"]
             if isinstance(branch, Tracking) and NO_TRACKS in answers:
-                raise ValueError(f"no track is at a multiple of 1 / fps = {1 / branch.fps:g} seconds")
+                rate = _rate_of(branch.frames)
+                advice = f'; their times follow one another at {rate:g} fps: write "fps": {rate:g}' if rate else ""
+                raise ValueMistake(
+                    (*place, "frames"), f"have nothing at a multiple of 1 / fps = {1 / branch.fps:g} seconds{advice}"
+                )
+
+
+def mistakes_in(example: Example) -> Iterator[ValueMistake]:
+    """Every value of the annotations that is empty or would teach something else than it says."""
+    for place, text in texts_of(example):
+        is_content = place[-1] == "content"
+        if not text.strip():
+            yield ValueMistake(place, "is empty")
+        elif "\n" in text.strip() and place[-2:-1] == ("options",):
+            yield ValueMistake(place, "has a line break: options are written one a line")
+        elif "\n" in text and place[-1] == "label":
+            yield ValueMistake(place, "has a line break")
+        elif tag := POINTS_TAG.search(MARKER.sub("", text) if is_content else text):
+            yield ValueMistake(place, f"holds the tag {tag[0][:40]!r}: {_tag_advice(is_content)}")
+    sees = bool(example.images or example.video)
+    for number, branch in enumerate(example.branches):
+        here: Place = ("branches", number)
+        if isinstance(branch, Caption | Pointing | Tracking) and not sees:
+            yield ValueMistake(here, f"Nothing is there to see, and the task {branch.task} needs an image or a video")
+        if isinstance(branch, MultipleChoice):
+            yield from _mistakes_in_options(branch.options, (*here, "options"))
+        if isinstance(branch, list | Chat):
+            inside = here if isinstance(branch, list) else (*here, "messages")
+            messages: list[Message] = branch if isinstance(branch, list) else branch.messages
+            for k, message in enumerate(messages):
+                if not message.points and (marker := MARKER.search(message.content)):
+                    yield ValueMistake((*inside, k), f"has the marker {marker[0]} and no points for it")
+
+
+def doubtful_texts(example: Example) -> Iterator[ValueMistake]:
+    """Texts that spell a token or a placeholder of another program, and options that come with their letters.
+
+    Training takes all of it for plain text, which it may be in public data sets about code and web pages, but hardly
+    in a user's own.
+    """
+    for place, text in texts_of(example):
+        if token := SPECIAL_TOKEN.search(text):
+            yield ValueMistake(
+                place, f"holds the special token {token[0]}: remove it, the chat format is written by the trainer"
+            )
+        elif token := PLACEHOLDER.search(text):
+            yield ValueMistake(
+                place,
+                f"holds {token[0]}, which stands for nothing here: remove it, or if the text is about such a tag, "
+                f"write {token[0].replace('<', '< ')}",
+            )
+    for number, branch in enumerate(example.branches):
+        labels = [LABELLED.match(option) for option in branch.options] if isinstance(branch, MultipleChoice) else []
+        if labels and all(labels) and [m[1].upper() for m in labels] == [chr(ord("A") + k) for k in range(len(labels))]:
+            yield ValueMistake(
+                ("branches", number, "options"),
+                f"begin with their letters, as {branch.options[0]!r}: leave these out, training writes letters itself",
+            )
+
+
+def texts_of(example: Example) -> Iterator[tuple[Place, str]]:
+    """All texts of the annotations, each with its place."""
+    for number, branch in enumerate(example.branches):
+        here: Place = ("branches", number)
+        if isinstance(branch, list | Chat):
+            inside = here if isinstance(branch, list) else (*here, "messages")
+            for k, message in enumerate(branch if isinstance(branch, list) else branch.messages):
+                yield (*inside, k, "content"), message.content
+            for place, entry in _entries(branch, here):
+                if isinstance(entry.get("label"), str):
+                    yield (*place, "label"), entry["label"]
+            continue
+        for field in fields(branch):
+            value = getattr(branch, field.name)
+            if field.name in ("task", "style") or value is None:
+                continue
+            if isinstance(value, str):
+                yield (*here, field.name), value
+            elif isinstance(value, list):
+                yield from (((*here, field.name, k), item) for k, item in enumerate(value) if isinstance(item, str))
+    for k, (_, _, text) in enumerate(example.video.subtitles if example.video else []):
+        yield ("video", "subtitles", k, 2), text
+
+
+def _tag_advice(is_content: bool) -> str:
+    if not is_content:
+        return "write it without"
+    return 'put <points 0/> in its place and the points into "points" of the message, which checks and orders them'
+
+
+def _mistakes_in_options(options: list[str], place: Place) -> Iterator[ValueMistake]:
+    seen: dict[str, int] = {}
+    for k, option in enumerate(options):
+        if option.strip() and seen.setdefault(option.strip(), k) != k:
+            yield ValueMistake((*place, k), f"is the same as option {seen[option.strip()]}, {option.strip()!r}")
 
 
 def without_nothing(value):

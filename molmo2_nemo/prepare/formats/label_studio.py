@@ -1,0 +1,130 @@
+"""Label Studio's exports JSON and JSON-MIN (HumanSignal/label-studio, docs/source/guide/export.md): keypoints as they
+are, rectangles, ellipses and polygons by the centre of their box, in percent of the picture.
+
+In a file of JSON each task has `data` and `annotations` with a `result`; of JSON-MIN, the regions of each tag directly.
+"""
+
+import math
+import re
+from collections import defaultdict
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from molmo2_nemo.prepare.formats.coco import STYLES
+from molmo2_nemo.prepare.formats.line import Line
+
+# Types of regions that are no places in a picture.
+NO_PLACES = frozenset(["choices", "textarea", "rating", "number", "taxonomy", "relation", "pairwise", "datetime"])
+# Label Studio puts eight digits and a dash before the name of an uploaded file.
+UPLOADED = re.compile(r"[0-9a-f]{8}-")
+SEVERAL = "annotations of a task after its first (other annotators, or later ones), not used"
+
+
+def is_task(record: dict) -> bool:
+    """Whether it is a task of JSON, or a row of JSON-MIN."""
+    if isinstance(record.get("data"), dict):
+        return any(isinstance(record.get(key), list) for key in ("annotations", "completions"))
+    return any(isinstance(value, list) and any(map(_is_region, value)) for value in record.values())
+
+
+def read(record: dict) -> Line:
+    """ValueError: a region has a form that is not read, or the picture cannot be told."""
+    notes = []
+    if isinstance(record.get("data"), dict):
+        data = record["data"]
+        done = [a for a in record.get("annotations", record.get("completions")) if not a.get("was_cancelled")]
+        done.sort(key=lambda annotation: not annotation.get("ground_truth"))
+        notes += [SEVERAL] * (len(done) - 1)
+        results = done[0].get("result", []) if done else []
+        regions = [_with_size(result) for result in results if result.get("type") not in NO_PLACES]
+        sources = [str(result.get("source", "")).removeprefix("$") for result in results]
+    else:
+        data, sources = record, []
+        regions = [region for value in record.values() if isinstance(value, list) for region in value]
+        regions = [(region, "") for region in regions if isinstance(region, dict)]
+    key = next((key for key in (*sources, "image", *data) if _is_file(data.get(key))), None)
+    if key is None:
+        raise ValueError("data names no picture")
+    labels: dict[str, list] = defaultdict(list)
+    sizes = set()
+    labelled = {id_of for region, id_of in regions if id_of and _label(region)}
+    for region, id_of in regions:
+        label = _label(region)
+        if label is None and id_of in labelled:  # <KeyPoint> beside <Labels>: the same region twice
+            continue
+        if region.get("image_rotation"):
+            raise ValueError("image_rotation is not 0: turn the picture's file and label it again")
+        if {"original_width", "original_height"} <= region.keys():
+            sizes.add((region["original_width"], region["original_height"]))
+        labels[label or key].append(_point(region))
+    names = _file_names(data[key])
+    document = {"image": names[0], "unit": "percent"}
+    document["branches"] = [
+        {"task": "pointing", "label": label, "points": points, "style": STYLES} for label, points in labels.items()
+    ]
+    return Line(
+        document,
+        "label_studio",
+        {"image": f"data.{key}" if data is not record else key},
+        {names[0]: sizes.pop()} if len(sizes) == 1 else {},
+        {names[0]: names[1:]},
+        notes,
+    )
+
+
+def _with_size(result: dict) -> tuple[dict, str]:
+    """A region's value with the size and rotation that stand beside it, and its id."""
+    beside = {key: result[key] for key in ("original_width", "original_height", "image_rotation") if key in result}
+    value = result.get("value")
+    if not isinstance(value, dict):
+        raise ValueError(f'a result of the type "{result.get("type")}" has no value')
+    return value | beside | {"type": result.get("type")}, str(result.get("id") or "")
+
+
+def _is_region(value) -> bool:
+    return isinstance(value, dict) and _label(value) is not None and bool({"x", "points"} & value.keys())
+
+
+def _label(region: dict) -> str | None:
+    """The first label of `keypointlabels`, `rectanglelabels`, `labels` and the like."""
+    for key, value in region.items():
+        if key.endswith("labels") and isinstance(value, list) and value:
+            return str(value[0])
+    return None
+
+
+def _is_file(value) -> bool:
+    return isinstance(value, str) and bool(
+        re.search(r"\.[A-Za-z0-9]{2,5}$", urlsplit(value).path or value) or "?d=" in value
+    )
+
+
+def _file_names(address: str) -> list[str]:
+    """Paths that the file may have below --images: as it is named, ever shorter, and without what an upload adds."""
+    parts = urlsplit(address)
+    path = parse_qs(parts.query)["d"][0] if "d=" in parts.query else unquote(parts.path)
+    folders = [part for part in path.split("/") if part not in ("", "..", ".")]
+    names = ["/".join(folders[k:]) for k in range(len(folders))]
+    base = folders[-1] if folders else address
+    return [*names, UPLOADED.sub("", base, count=1)] if UPLOADED.match(base) else names or [address]
+
+
+def _point(region: dict) -> list[float]:
+    """What a region points at, in percent."""
+    if isinstance(region.get("points"), list) and region["points"]:
+        xs, ys = zip(*region["points"])
+        return [(min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2]
+    if not {"x", "y"} <= region.keys():
+        raise ValueError(f'a region of the type "{region.get("type")}" is not read: draw keypoints, boxes or outlines')
+    x, y = region["x"], region["y"]
+    if "height" not in region or "radiusX" in region:  # a keypoint's width is its size on screen; x, y of an ellipse
+        return [x, y]
+    # A rectangle turns around its upper left corner; the angle is one of pixels, not of percent.
+    if region.get("rotation") and not region.get("original_height"):
+        raise ValueError("a rectangle has a rotation, and no original_width and original_height with which to turn it")
+    ratio = (region.get("original_width") or 1) / (region.get("original_height") or 1)
+    angle = math.radians(region.get("rotation") or 0)
+    half_width, half_height = region["width"] / 2 * ratio, region["height"] / 2
+    return [
+        x + (half_width * math.cos(angle) - half_height * math.sin(angle)) / ratio,
+        y + half_width * math.sin(angle) + half_height * math.cos(angle),
+    ]

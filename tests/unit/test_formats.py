@@ -1,0 +1,409 @@
+"""Annotations in the formats that people have: each small file becomes the samples that it means.
+
+The files are written here in the forms that the documents named in molmo2_nemo/prepare/formats/ show.
+"""
+
+import base64
+import io
+import json
+import tarfile
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from own_pictures import example_of, make_pictures, read
+
+from molmo2_nemo.data.schema import Message, read_example
+from molmo2_nemo.prepare import own_data
+from molmo2_nemo.prepare.formats import files
+from molmo2_nemo.prepare.formats.line import Unpacked
+
+ASKED = [Message("user", "What is it?"), Message("assistant", "A cat.")]
+STYLES = ["pointing", "point_count", "counting"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("own") / "pictures").resolve()
+
+
+def read_file(pictures, file, form=None, columns=None, **options):
+    """(outcome, example) of each row of a file."""
+    unpacked = Unpacked(pictures.parent / "unpacked")
+    outcomes = [read(pictures, row, form=form, **options) for row in files.rows(file, 1, form, columns or {}, unpacked)]
+    return [(outcome, outcome.sample and read_example(outcome.sample.sample)) for outcome in outcomes]
+
+
+def examples(pictures, file, **options):
+    found = read_file(pictures, file, **options)
+    assert not [outcome.mistakes for outcome, _ in found if outcome.mistakes]
+    return [example for _, example in found if example]
+
+
+# -- conversations ----------------------------------------------------------------------------------------------------
+
+
+def llava(question="<image>\nWhat is it?", answer="A cat.", **keys):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": "1/2", "image": "cat.jpg", "conversations": turns} | keys
+
+
+def messages(*contents, **keys):
+    roles = ["user", "assistant"] * len(contents)
+    return {"messages": [{"role": r, "content": c} for r, c in zip(roles, contents)]} | keys
+
+
+def data_url(pictures):
+    return "data:image/jpeg;base64," + base64.b64encode((pictures / "cat.jpg").read_bytes()).decode()
+
+
+TYPED_TEXT, TYPED_ANSWER = {"type": "text", "text": "What is it?"}, [{"type": "text", "text": "A cat."}]
+ONE_PICTURE = [
+    llava(),
+    llava("What is it?\n<image>"),
+    llava("What is it?"),
+    llava(image=["cat.jpg"]),
+    messages("<image>What is it?", "A cat.", images=["cat.jpg"]),
+    messages("<image>What is it?", "A cat.", image="cat.jpg"),
+    messages("<image>What is it?", "A cat.", images=[{"path": "cat.jpg"}]),
+    messages("<image>What is it?", "A cat.", images=[{"bytes": None, "path": "cat.jpg"}]),
+    messages([{"type": "image", "path": "cat.jpg"}, TYPED_TEXT], TYPED_ANSWER),
+    messages([{"type": "image", "image": "file://cat.jpg"}, TYPED_TEXT], "A cat."),
+    messages([{"type": "image_url", "image_url": {"url": "cat.jpg"}}, TYPED_TEXT], "A cat."),
+    messages([{"type": "image"}, TYPED_TEXT], TYPED_ANSWER, images=["cat.jpg"]),
+    {"instruction": "<image>What is it?", "input": "", "output": "A cat.", "images": ["cat.jpg"]},
+    {"query": "<image>What is it?", "response": "A cat.", "images": ["cat.jpg"], "history": []},
+    {"conversation": [{"human": "<image>What is it?", "assistant": "A cat."}], "images": ["cat.jpg"]},
+]
+
+
+@pytest.mark.parametrize("line", ONE_PICTURE)
+def test_a_question_about_one_picture(pictures, line):
+    example = example_of(pictures, line)
+    assert example.branches == [ASKED] and [image.width for image in example.images] == [451]
+
+
+def test_a_picture_inside_of_the_line(pictures):
+    part = {"type": "image_url", "image_url": {"url": data_url(pictures)}}
+    outcome = read(pictures, messages([part, TYPED_TEXT], "A cat."))
+    [(name, file)] = outcome.sample.files
+    assert name == "img0.jpeg" and file.read_bytes() == (pictures / "cat.jpg").read_bytes()
+
+
+TWO = {"images": ["cat.jpg", "deep/turned.jpg"]}
+TEXTS = [
+    # All pictures come first, so placeholders at the edge of the first question say nothing.
+    (messages("<image><image>Which?", "A.", **TWO), ["Which?", "A."]),
+    (messages("<image>\n<image>\nWhich?", "A.", **TWO), ["Which?", "A."]),
+    # Elsewhere they name a picture, as Molmo2 does before each of several.
+    (messages("Is <image> like <image>?", "No.", **TWO), ["Is Image 1 like Image 2?", "No."]),
+    (messages("<image>is a cat, <image>?", "A cup.", **TWO), ["Image 1 is a cat, Image 2?", "A cup."]),
+    (messages("<image>What?", "A.", "<image>And?", "B.", **TWO), ["Image 1 What?", "A.", "Image 2 And?", "B."]),
+    (messages("In <image> I see", "a cat.", images=["cat.jpg"]), ["In the image I see", "a cat."]),
+    (messages("Hello", "Hi.", "<image>What?", "A cat.", images=["cat.jpg"]), ["Hello", "Hi.", "What?", "A cat."]),
+    (messages("<video>What?", "Bikes.", videos=["bikes.mp4"]), ["What?", "Bikes."]),
+    (messages([{"type": "video", "path": "bikes.mp4"}, {"type": "text", "text": "What?"}], "B."), ["What?", "B."]),
+    (llava("<image>\nWhat?", "Bikes.") | {"video": "bikes.mp4", "image": None}, ["What?", "Bikes."]),
+    (messages("Hello", "Hi.", images=[], system="Be kind."), ["Be kind.", "Hello", "Hi."]),
+    ({"instruction": "Add.", "input": "2 + 2", "output": "4", "history": [["Hi", "Hello"]]}, None),
+]
+
+
+@pytest.mark.parametrize("line, texts", TEXTS)
+def test_what_placeholders_become(pictures, line, texts):
+    line = {key: value for key, value in line.items() if value is not None}
+    [talk] = example_of(pictures, line).branches
+    assert [message.content for message in talk] == (texts or ["Hi", "Hello", "Add.\n2 + 2", "4"])
+
+
+REFUSED = [
+    (
+        messages("<image><image>Which?", "A.", images=["cat.jpg"]),
+        "messages have <image> 2 times, and there is 1 image:",
+    ),
+    (messages("<image>Which?", "A."), "messages have <image> 1 times, and there are 0 images"),
+    (llava("<image>\n<image>\nWhich?"), "conversations have <image> 2 times"),
+    (llava(answer=""), "conversations[1].value is empty"),
+    (llava("<image>"), "conversations[0].value is empty"),
+    (llava("<image>\nWhat <bbox>?"), "conversations[0].value holds <bbox>, which stands for nothing here"),
+    (llava(image="dog.jpg"), 'image = "dog.jpg" is not in'),
+    (llava() | {"conversations": [{"from": "robot", "value": "x"}]}, 'conversations[0].from="robot" is none of user'),
+    (messages("<audio>What?", "A.", audios=["a.wav"]), "audios: sounds are not read"),
+    (messages("<image>A <ref-object>?", "A.", images=["cat.jpg"], objects={"ref": ["a"]}), "objects: write the boxes"),
+    (messages("<image><video>Q", "A.", images=["cat.jpg"], videos=["bikes.mp4"]), "one video, or images"),
+    (messages([{"type": "audio", "path": "a.wav"}], "A."), 'messages[0].content[0] is a part of the type "audio"'),
+    (messages([{"type": "image", "url": "https://a.b/c.jpg"}], "A."), "is an address: download"),
+    (messages([{"type": "image"}], "A."), "names no image, and there is none beside the messages"),
+    ({"instruction": "What?", "output": " "}, "output is empty"),
+    ({"query": "", "response": "A."}, "query is empty"),
+]
+
+
+@pytest.mark.parametrize("line, reason", REFUSED)
+def test_conversations_that_cannot_be_understood(pictures, line, reason):
+    mistakes = read(pictures, line).mistakes
+    assert any(reason in mistake for mistake in mistakes), mistakes
+
+
+def test_keys_that_are_not_used_are_said(pictures):
+    outcome = read(pictures, llava(source="web", height=3))
+    assert outcome.notes == ["the key height is not used", "the key source is not used"]
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_in_a_file_is_recognised(pictures, tmp_path):
+    line = {"image": "cat.jpg", "task": "caption", "text": "A cat."}
+    texts = {
+        "array.json": json.dumps([line, llava()]),
+        "pretty.json": json.dumps(line, indent=1),
+        "lines.json": f"{json.dumps(line)}\n{json.dumps(llava())}\n",
+        "lines.txt": f"\ufeff{json.dumps(line)}\n\n{json.dumps(llava())}",
+        "array.jsonl": json.dumps([line]),
+    }
+    places = {}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        found = read_file(pictures, tmp_path / name)
+        assert all(example for _, example in found)
+        places[name] = [(outcome.place, outcome.form) for outcome, _ in found]
+    assert places["array.json"] == [("item 1", "own"), ("item 2", "conversations")]
+    assert places["lines.json"] == [("line 1", "own"), ("line 2", "conversations")]
+    assert places["lines.txt"] == [("line 1", "own"), ("line 3", "conversations")]
+    assert places["pretty.json"] == [("the object", "own")] and places["array.jsonl"] == [("item 1", "own")]
+    # A format that is forced is that of every line.
+    (tmp_path / "lines.txt").write_text(json.dumps(line))
+    [(outcome, _)] = read_file(pictures, tmp_path / "lines.txt", form="conversations")
+    assert "it is not in the format conversations" in outcome.mistakes[0]
+    (tmp_path / "broken.json").write_text("[" + json.dumps(line) + ", {")
+    with pytest.raises(ValueError, match="broken.json cannot be read: it is broken after item 1"):
+        read_file(pictures, tmp_path / "broken.json")
+
+
+def coco(**changes):
+    return {
+        "images": [{"id": 7, "file_name": "cat.jpg", "width": 451, "height": 300}]
+        + [{"id": 8, "file_name": "deep/turned.jpg", "width": 400, "height": 600}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "person", "keypoints": ["left_eye", "right_eye"]}],
+        "annotations": [
+            {"image_id": 7, "category_id": 1, "bbox": [0, 0, 90.2, 60], "iscrowd": 0},
+            {"image_id": 7, "category_id": 1, "bbox": [90.2, 0, 90.2, 60]},
+            {"image_id": 7, "category_id": 2, "bbox": [0, 0, 451, 300], "keypoints": [45.1, 30, 2, 90.2, 30, 1]},
+        ],
+    } | changes
+
+
+def pointed(example):
+    return {task.label: [tuple(round(v, 4) for v in p) for _, group in task.points for p in group] for task in example}
+
+
+def test_coco(pictures, tmp_path):
+    file = tmp_path / "instances.json"
+    file.write_text(json.dumps(coco()))
+    (first, example), (second, nothing) = read_file(pictures, file)
+    # Centres of boxes; of keypoints those that can be seen.
+    assert pointed(example.branches) == {
+        "cat": [(0.1, 0.1), (0.3, 0.1)],
+        "person": [(0.5, 0.5)],
+        "left eye": [(0.1, 0.1)],
+    }
+    assert first.form == "coco" and example.branches[0].style == STYLES
+    assert nothing is None and not second.mistakes and second.notes == [own_data.NOTHING_MARKED]
+    # A copy of another size has the same points; a turned one does not.
+    for size, mistake in (((902, 600), None), ((300, 451), "after its EXIF rotation"), ((400, 400), "another file")):
+        document = coco()
+        document["images"][0] |= dict(zip(("width", "height"), size))
+        file.write_text(json.dumps(document))
+        outcome, example = read_file(pictures, file)[0]
+        assert mistake in outcome.mistakes[0] if mistake else pointed(example.branches)["cat"][0] == (0.05, 0.05)
+    # Around a crowd nobody has counted, and of unlabelled keypoints nobody knows.
+    document = coco()
+    document["annotations"] += [
+        {"image_id": 7, "category_id": 1, "bbox": [0, 0, 9, 9], "iscrowd": 1},
+        {"image_id": 7, "category_id": 2, "bbox": [0, 0, 9, 9], "keypoints": [0] * 6},
+    ]
+    file.write_text(json.dumps(document))
+    assert list(pointed(read_file(pictures, file)[0][1].branches)) == ["person"]
+    file.write_text(json.dumps(coco(annotations=[{"image_id": 7, "caption": "A cat. "}])))
+    assert examples(pictures, file)[0].branches[0].text == ["A cat."]
+    file.write_text(json.dumps(coco(annotations=[{"image_id": 7, "category_id": 1, "bbox": [900, 0, 2, 2]}])))
+    assert read_file(pictures, file)[0][0].mistakes[0].startswith('point 1 of "cat" = [901.0, 1.0] is outside')
+
+
+IMAGES_OF_CVAT = """<?xml version="1.0" encoding="utf-8"?><annotations><version>1.1</version>
+<image id="0" name="cat.jpg" width="451" height="300">
+  <points label="eye" points="45.10,30.00;90.20,30.00" occluded="0"></points>
+  <box label="cat" xtl="0" ytl="0" xbr="90.2" ybr="60" occluded="0"><attribute name="a">b</attribute></box>
+  <polygon label="cat" points="0,0;180.4,0;180.4,60" occluded="0"></polygon>
+  <tag label="good"></tag>
+</image><image id="1" name="deep/turned.jpg" width="400" height="600"></image></annotations>"""
+VIDEO_OF_CVAT = """<annotations><version>1.1</version><meta><task><source>bikes.mp4</source>
+<original_size><width>640</width><height>272</height></original_size></task></meta>
+<track id="3" label="bike">{}</track></annotations>"""
+
+
+def test_cvat(pictures, tmp_path):
+    file = tmp_path / "annotations.xml"
+    file.write_text(IMAGES_OF_CVAT)
+    [example] = examples(pictures, file)
+    assert pointed(example.branches) == {"eye": [(0.1, 0.1), (0.2, 0.1)], "cat": [(0.1, 0.1), (0.2, 0.1)]}
+    shape = '<box frame="{}" xtl="0" ytl="0" xbr="{}" ybr="136" outside="{}" occluded="0" keyframe="1"></box>'
+    file.write_text(VIDEO_OF_CVAT.format("".join(shape.format(k, 128 + 5.12 * k, int(k > 30)) for k in range(60))))
+    [example] = examples(pictures, file)
+    [task] = example.branches
+    # Every frame is annotated, so those nearest to half seconds are taken: 0, 12 or 13, 25.
+    assert task.fps == 2 and [seconds for seconds, _ in task.frames] == [0, 0.5, 1]
+    assert task.frames[0][1] == [("3", 0.1, 0.25)] and task.frames[2][1] == [("3", 0.2, 0.25)]
+    for text, reason in (
+        ("<annotations><image", "is not XML"),
+        ("<dataset/>", "has <dataset> on top"),
+        (IMAGES_OF_CVAT.replace("<tag", "<mask"), "the shape <mask> is not read"),
+        (VIDEO_OF_CVAT.replace("<source>bikes.mp4</source>", "").format(""), "no <source> that names the video"),
+    ):
+        file.write_text(text.replace("</tag>", "</mask>") if "<mask" in text else text)
+        with pytest.raises(ValueError, match=reason):
+            read_file(pictures, file)
+
+
+def region(kind, **value):
+    size = {"original_width": 451, "original_height": 300, "image_rotation": 0}
+    return {"id": "a", "type": kind, "from_name": "tag", "to_name": "img", "value": value} | size
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/data/upload/3/0a1b2c3d-cat.jpg",
+        "/data/local-files/?d=some/where/cat.jpg",
+        "s3://bucket/cat.jpg",
+        "cat.jpg",
+        "https://a.b/c/cat.jpg?x=1",
+    ],
+)
+def test_label_studio(pictures, tmp_path, name):
+    regions = [
+        region("keypointlabels", x=10, y=20, width=0.5, keypointlabels=["eye"]),
+        region("rectanglelabels", x=10, y=20, width=20, height=40, rotation=0, keypointlabels=["cat"]),
+        region("ellipselabels", x=30, y=40, radiusX=5, radiusY=9, rotation=0, ellipselabels=["cat"]),
+        {"type": "choices", "value": {"choices": ["good"]}},
+    ]
+    annotations = [{"result": [], "was_cancelled": True}, {"result": regions, "was_cancelled": False}]
+    task = {"id": 5, "data": {"image": name}, "annotations": annotations, "predictions": [{"result": regions[:1]}]}
+    smallest = {"image": name, "id": 5, "kp": [regions[0]["value"] | {"original_width": 451, "original_height": 300}]}
+    file = tmp_path / "project.json"
+    file.write_text(json.dumps([task, smallest]))
+    found = read_file(pictures, file)
+    assert [outcome.form for outcome, _ in found] == ["label_studio"] * 2 and all(example for _, example in found)
+    assert pointed(found[0][1].branches) == {"eye": [(0.1, 0.2)], "cat": [(0.2, 0.4), (0.3, 0.4)]}
+    assert pointed(found[1][1].branches) == {"eye": [(0.1, 0.2)]}
+
+
+def test_regions_of_label_studio(pictures):
+    def outcome(*regions, **task):
+        return read(pictures, {"data": {"image": "cat.jpg"}, "annotations": [{"result": list(regions)}]} | task)
+
+    turned = region("rectanglelabels", x=50, y=50, width=20, height=30, rotation=90, rectanglelabels=["cat"])
+    # By a quarter around its upper left corner: 45.1 pixels down and 45 pixels to the left.
+    [(_, [point])] = read_example(outcome(turned).sample.sample).branches[0].points
+    assert point == pytest.approx((0.5 - 45 / 451, 0.5 + 45.1 / 300))
+    assert "original_width" in outcome({key: turned[key] for key in ("type", "value")}).mistakes[0]
+    # <KeyPoint> and <Labels> give each region twice, and only one has the label.
+    pair = [region("keypoint", x=10, y=20, width=1), region("labels", x=10, y=20, width=1, labels=["eye"])]
+    assert pointed(read_example(outcome(*pair).sample.sample).branches) == {"eye": [(0.1, 0.2)]}
+    assert (
+        'the type "brushlabels" is not read' in outcome(region("brushlabels", rle=[1], brushlabels=["a"])).mistakes[0]
+    )
+    assert "image_rotation is not 0" in outcome(pair[1] | {"image_rotation": 90}).mistakes[0]
+    assert outcome().notes == [own_data.NOTHING_MARKED]
+    assert 'data.image = "dog.jpg" is not in' in outcome(pair[1], data={"image": "dog.jpg"}).mistakes[0]
+
+
+POINTS_TABLE = (
+    "file;class;px;py\ncat.jpg;eye;45.1;30\ncat.jpg;eye;90.2;30\ncat.jpg;dog;;\ndeep/turned.jpg;cup;200;300\n"
+)
+COLUMNS = {"image": "file", "label": "class", "x": "px", "y": "py"}
+
+
+def test_tables_of_text(pictures, tmp_path):
+    file = tmp_path / "points.csv"
+    file.write_text(POINTS_TABLE)
+    cat, cup = examples(pictures, file, columns=COLUMNS, unit="pixels")
+    assert pointed(cat.branches) == {"eye": [(0.1, 0.1), (0.2, 0.1)], "dog": []}
+    assert pointed(cup.branches) == {"cup": [(0.5, 0.5)]}
+    with pytest.raises(
+        ValueError, match="has the columns file, class, px, py, and none is called .*--columns image=file"
+    ):
+        read_file(pictures, file)
+    with pytest.raises(ValueError, match="has no column name .--columns., but file, class"):
+        read_file(pictures, file, columns=COLUMNS | {"label": "name"})
+    file.write_text(POINTS_TABLE.replace("45.1", "45,1"))
+    with pytest.raises(ValueError, match='line 2: x = "45,1" is not a number'):
+        read_file(pictures, file, columns=COLUMNS)
+    file.write_text('\ufeffimage,question,answer\ncat.jpg,"What, then?",A cat.\ncat.jpg,Why?,\n', encoding="utf-8")
+    (_, example), (outcome, _) = read_file(pictures, file)
+    assert (example.branches[0].question, example.branches[0].answers) == ("What, then?", ["A cat."])
+    assert (outcome.place, outcome.mistakes) == ("line 3", ["answer is empty"])
+    file.write_text("image\ttext\ncat.jpg\tA cat.\n")
+    assert examples(pictures, file)[0].branches[0].text == "A cat."
+    file.write_text("image,text\ncat.jpg,A cat, asleep.\n")
+    with pytest.raises(ValueError, match="line 2 has more cells than the first line"):
+        read_file(pictures, file)
+
+
+def test_parquet(pictures, tmp_path):
+    """As Hugging Face `datasets` writes pictures: the bytes of the file, and its name."""
+    data = (pictures / "cat.jpg").read_bytes()
+    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
+    tables = {
+        "talks": {"image": [{"bytes": data, "path": "a.jpg"}], "conversations": [talk]},
+        "captions": {"image": [{"bytes": data, "path": None}], "caption": ["A cat."]},
+        "named": {"image": ["cat.jpg"], "caption": ["A cat."]},
+        "points": {"image": ["cat.jpg"] * 2, "label": ["eye"] * 2, "x": [0.1, 0.2], "y": [0.1, 0.1]},
+    }
+    found = {}
+    for name, columns in tables.items():
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+        named = {"text": "caption"} if "caption" in columns else None
+        [(outcome, found[name])] = read_file(pictures, tmp_path / f"{name}.parquet", columns=named)
+        assert outcome.sample.files[0][1].read_bytes() == data
+    assert found["talks"].branches == [ASKED]
+    assert found["captions"].branches[0].text == found["named"].branches[0].text == "A cat."
+    assert pointed(found["points"].branches) == {"eye": [(0.1, 0.1), (0.2, 0.1)]}
+
+
+def test_shards(pictures, tmp_path):
+    data = (pictures / "cat.jpg").read_bytes()
+    talk = json.dumps({"messages": messages("<image>What is it?", "A cat.")["messages"], "image": "0001.jpg"}).encode()
+    members = {
+        "a/0001.jpg": data,
+        "a/0001.json": talk,
+        "a/0002.jpg": data,
+        "a/0002.txt": b"A cat.\n",
+        "a/0002.json": b'{"url": "https://a.b/c.jpg", "width": 451}',
+        "a/0003.mp4": (pictures / "bikes.mp4").read_bytes(),
+        "a/0003.json": b'{"task": "caption", "text": "Bikes."}',
+        "a/0004.jpg": data,
+        "a/0004.json": b'{"task": "caption"',
+    }
+    write_tar(tmp_path / "shard.tar", members)
+    talked, captioned, filmed, broken = read_file(pictures, tmp_path / "shard.tar")
+    assert talked[1].branches == [ASKED] and talked[0].sample.files[0][1].read_bytes() == data
+    assert captioned[1].branches[0].text == "A cat." and filmed[1].video.num_frames == 250
+    assert broken[0].place == 'sample "a/0004"' and "it is not JSON" in broken[0].mistakes[0]
+    write_tar(
+        tmp_path / "ours.tar", {"1.json": b'{"images": [{"part": "img0.jpg"}], "branches": []}', "1.img0.jpg": data}
+    )
+    with pytest.raises(ValueError, match="is a shard of prepared samples: name its folder in a blend"):
+        read_file(pictures, tmp_path / "ours.tar")
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "shard.tar").read_bytes()[:20000])
+    with pytest.raises(ValueError, match="is no whole tar file"):
+        read_file(pictures, tmp_path / "cut.tar")
+
+
+def write_tar(file, members):
+    with tarfile.open(file, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
