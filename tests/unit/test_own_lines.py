@@ -63,7 +63,7 @@ BAD = [
         TRACKS | {"frames": [[0.5, [["a", 0.1, 0.2]]]], "style": "video_point_track_per_frame"},
         "have nothing at a multiple",
     ),
-    (TRACKS | {"frames": []}, "there is none"),
+    (TRACKS | {"frames": []}, "frames have nothing at a multiple"),
     (TRACKS | {"unit": "pixels", "frames": [[0.4, [["a", 645, 0]]]]}, "frames[0][1][0] = [645.0, 0.0] is outside"),
     (
         {
