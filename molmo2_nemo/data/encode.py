@@ -28,8 +28,9 @@ import numpy as np
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data.blend import SourceOptions
+from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.points import render_content
-from molmo2_nemo.data.processor import VisualInputs, build_processor, read_image
+from molmo2_nemo.data.processor import VisualInputs, build_processor
 from molmo2_nemo.data.schema import Example, Image, Message, Video
 from molmo2_nemo.data.tasks import Conversation, converse
 from molmo2_nemo.data.video import annotation_times, frame_times, pick_frames

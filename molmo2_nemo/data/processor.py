@@ -5,19 +5,15 @@ pooling windows are transformers' own. What is done to every pixel is implemente
 time and gives the same bytes.
 """
 
-import io
 from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
-from transformers.image_transforms import convert_to_rgb
 from transformers.models.molmo2.image_processing_molmo2 import select_tiling
 
-from molmo2_nemo import limits
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import VisionConfig
 
@@ -189,31 +185,3 @@ def _as_floats(image: np.ndarray) -> torch.Tensor:
     """float32 [1, 3, H, W]. Left in the order of [H, W, 3], which torch resizes twice as fast, to the same floats."""
     pixels = torch.from_numpy(np.array(image[None], dtype=np.float32, order="C"))
     return pixels.permute(0, 3, 1, 2)
-
-
-def read_image(data: bytes) -> np.ndarray:
-    """A picture as uint8 [H, W, 3], turned as its EXIF orientation says, transparency on white; the first of several.
-
-    ValueError: the bytes are no readable picture, or it has more than limits.MAX_IMAGE_PIXELS.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=limits.IMAGE_FORMATS)
-        if image.width * image.height > limits.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} are more than {limits.MAX_IMAGE_PIXELS:,} pixels")
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I;16"):  # PIL would clip
-            grey = (np.array(image).astype(np.uint32) + 128) // 257
-            return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-        if image.mode == "RGB" and "transparency" not in image.info:
-            return np.array(image)  # the same without a copy
-        return convert_to_rgb(image, return_numpy=True)
-    except MemoryError:
-        raise
-    except Image.DecompressionBombError as error:  # before its size can be asked for
-        raise ValueError(
-            f"The image cannot be decoded: it has more than {limits.MAX_IMAGE_PIXELS:,} pixels."
-        ) from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"The image cannot be decoded: it is none of {', '.join(limits.IMAGE_FORMATS)}.") from error
-    except Exception as error:  # PIL's decoders raise errors of any type on broken files
-        raise ValueError(f"The image cannot be decoded: {error}.") from error

@@ -24,7 +24,8 @@ from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data.blend import SourceOptions
 from molmo2_nemo.data.counters import COUNTERS
 from molmo2_nemo.data.encode import DEMO_STYLES, ROOT_SEGMENT, Encoder, _count_runs, loss_weight, style_prefix
-from molmo2_nemo.data.processor import build_processor, read_image
+from molmo2_nemo.data.pictures import read_image
+from molmo2_nemo.data.processor import build_processor
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.video import frame_times
 from molmo2_nemo.model.mask import dense_mask
