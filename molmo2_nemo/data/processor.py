@@ -175,10 +175,19 @@ class VisualInputs:
 
     def _patches(self, pixels: torch.Tensor, height: int, width: int) -> np.ndarray:
         """A picture (float32 [1, 3, H, W]) resized to height x width: uint8 [rows, columns, patch_dim]."""
-        resized = interpolate(pixels, (height, width), mode="bilinear", align_corners=False).round_()
-        resized = resized[0].permute(1, 2, 0).numpy().astype(np.uint8)
+        resized = _resized(pixels, height, width)
         p, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
         return resized.reshape(rows, p, columns, 3 * p).transpose(0, 2, 1, 3).reshape(rows, columns, self.patch_dim)
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture, uint8 [H, W, 3], as uint8 [height, width, 3], as it is resized for the model."""
+    return _resized(_as_floats(image), height, width)
+
+
+def _resized(pixels: torch.Tensor, height: int, width: int) -> np.ndarray:
+    resized = interpolate(pixels, (height, width), mode="bilinear", align_corners=False).round_()
+    return resized[0].permute(1, 2, 0).numpy().astype(np.uint8)
 
 
 def _as_floats(image: np.ndarray) -> torch.Tensor:

@@ -9,9 +9,8 @@ import numpy as np
 
 from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.video import TOLERANCE, list_frames, pick_frames
+from molmo2_nemo.limits import MAX_MEDIA
 
-# Bytes of one file: it is held in memory here, and later in the pool of every loader worker.
-MAX_MEDIA = 2 * 2**30
 SEEK_BACK = 0.5  # seconds before a clip's start at which to look for a key frame
 # Option of the containers that are written: no random identity and no time of day in them.
 BIT_EXACT = {"fflags": "+bitexact"}
