@@ -244,6 +244,6 @@ def test_what_is_mirrored_or_turned_shows_the_same_scene():
         "mirrored": plain[:, ::-1],
         "upside down and mirrored": plain[::-1],
         "turned by a phone": np.rot90(plain, -1),
-        "turned and mirrored": np.rot90(plain[:, ::-1], 1),
+        "turned and mirrored": np.rot90(plain[:, ::-1], -1),
     }.items():
         assert np.array_equal(next(iter(pick_frames(VIDEOS[kind](), [1.0]))), expected), kind
