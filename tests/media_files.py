@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw
 
 
@@ -61,13 +62,18 @@ PICTURES = {
 }  # fmt: skip
 
 
-def film(format="mp4", codec="libx264", times=None, matrix=None, size=(96, 64), pix_fmt="yuv420p", skip=0.0):
+def film(
+    format="mp4", codec="libx264", times=None, matrix=None, size=(96, 64), pix_fmt="yuv420p", skip=0.0, bt709=False
+):
     """matrix: of the display, (a, b, c, d), by hand. skip: seconds before the first frame."""
     file, times = io.BytesIO(), [i / 10 for i in range(31)] if times is None else times
     with av.open(file, "w", format=format) as container:
         stream = container.add_stream(codec, rate=10, options={"threads": "1", "g": "7"})
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
+        if more.get("bt709"):
+            stream.codec_context.colorspace = Colorspace.ITU709
+            stream.codec_context.color_range = ColorRange.JPEG
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         for number, time in enumerate(times):
             picture = scene(*size)
@@ -104,6 +110,7 @@ VIDEOS = {
     "changing rate": lambda: film(times=[0, 0.04, 0.5, 0.52, 1.3, 2.9, 3.0]),
     "late start": lambda: film("matroska", skip=7.3),
     "10 bits": lambda: film(codec="libx265", pix_fmt="yuv420p10le"),
+    "10 bits of BT.709": lambda: film(codec="libx265", pix_fmt="yuv420p10le", bt709=True, size=(90, 62)),
     "one frame": lambda: film(times=[0.0]),
     "longer than its frames": lambda: film(times=range(40)),
 }

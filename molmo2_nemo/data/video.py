@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -281,7 +282,10 @@ def _open(video: bytes | Path) -> av.container.InputContainer:
 
 def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     """The frame as it is displayed: its display matrix may turn it by quarters and mirror it."""
-    pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    if max(component.bits for component in frame.format.components) > 8:
+        pixels = _rgb_of_deep(frame)
+    else:
+        pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
         return pixels
@@ -290,3 +294,18 @@ def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     if abs(a) + abs(d) < abs(b) + abs(c):
         pixels, a, d = pixels.transpose(1, 0, 2), c, b
     return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _rgb_of_deep(frame: av.VideoFrame) -> np.ndarray:
+    """A frame of more than 8 bits a channel, by the filter that FFmpeg's command line and torchcodec use.
+
+    A reformatter interpolates colours of 4:2:0 in another way, which is up to 76 grey levels away at their borders.
+    """
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format.name, time_base=frame.time_base or Fraction(1, 1000)
+    )
+    graph.link_nodes(source, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull().to_ndarray()

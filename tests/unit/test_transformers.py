@@ -49,7 +49,7 @@ print("the same frames")
 def test_a_video_is_asked_about_by_its_path_and_has_the_frames_of_torchcodec(export, tmp_path):
     """With the FFmpeg of PyAV, as tools/setup.sh links it."""
     pytest.importorskip("torchcodec", reason="run tools/setup.sh: requirements.lock has torchcodec")
-    for number, kind in enumerate(("plain", "turned by a phone", "changing rate")):
+    for number, kind in enumerate(("plain", "turned by a phone", "changing rate", "10 bits", "10 bits of BT.709")):
         (tmp_path / f"{number}.mp4").write_bytes(VIDEOS[kind]())
     links = make_links(tmp_path / "ffmpeg")
     content = f'{{"type": "video", "path": "{tmp_path}/0.mp4"}}'
