@@ -71,7 +71,7 @@ def film(
         stream = container.add_stream(codec, rate=10, options={"threads": "1", "g": "7"})
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
-        if more.get("bt709"):
+        if bt709:
             stream.codec_context.colorspace = Colorspace.ITU709
             stream.codec_context.color_range = ColorRange.JPEG
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
