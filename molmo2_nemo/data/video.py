@@ -116,7 +116,7 @@ def list_frames(video: bytes | Path, num_frames: int | None = None) -> Listing:
         listed = [_Packet.of(packet) for packet in packets]
         if is_untimed:  # a bare stream, such as raw H.264
             unit = float(1 / (fps or UNTIMED_FPS))
-            listed = [packet._replace(stamp=number, shown=True) for number, packet in enumerate(listed)]
+            listed = [_Packet(number, False, packet.is_key, True) for number, packet in enumerate(listed)]
         else:
             unit = float(stream.time_base)
         stamps = np.array(sorted(packet.stamp for packet in listed if packet.shown), dtype=np.int64)
