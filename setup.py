@@ -14,6 +14,7 @@ setup(
     package_dir={f"molmo2_nemo.{folder}": folder for folder in FOLDERS},
     package_data={
         "molmo2_nemo": ["report.html"],
+        "molmo2_nemo.ask": ["page.html"],
         "molmo2_nemo.data": ["tokenizer/*"],
         "molmo2_nemo.conf": ["*.yaml", "*/*.yaml"],
         "molmo2_nemo.tools": ["inspect_pages/*"],

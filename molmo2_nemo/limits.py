@@ -9,6 +9,9 @@ MAX_IMAGE_PIXELS = 100_000_000
 # Pixels of a frame of a video; 8K has 7,680 x 4,320 = 33,177,600.
 MAX_FRAME_PIXELS = 2**25
 
+# Bytes of one file of media: it is held in memory while it is prepared, and later in the pool of every loader worker.
+MAX_MEDIA = 2 * 2**30
+
 # Pillow's names of the formats that are read. It knows many more, some of which it reads by running other programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # Those that a download from a list of addresses may give, with their suffix: every build of Pillow reads them, and a

@@ -84,6 +84,14 @@ def bases(made_once) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def export(made_once) -> Path:
+    """The tiny model with random weights as tools/export_hf.py leaves one. Not to be changed."""
+    import exports
+
+    return made_once("export", exports.save)
+
+
+@pytest.fixture(scope="session")
 def sample(made_once) -> Path:
     """The sample world, a hundredth of it: 16 training samples of a source or a few more. Not to be changed."""
 

@@ -1,105 +1,236 @@
-"""Ask an exported model about a picture or a video. It uses only transformers; nothing of this repository is imported.
+"""Ask an exported model about pictures or a video, which it sees as in training.
 
 python tools/ask.py HF_DIR --image photo.png "What colour is the circle?"
-python tools/ask.py HF_DIR --video clip.mp4 "Which way does it move?"
-python tools/ask.py HF_DIR --quiz data/sample/quiz/quiz.json --json answers.json
+python tools/ask.py HF_DIR --image left.png --image right.png "What has changed?"
+python tools/ask.py HF_DIR --video clip.mp4 "Track the ball." --draw tracks.mp4
+python tools/ask.py HF_DIR --image photo.png "What is it?" "And what is beside it?"
+python tools/ask.py HF_DIR --batch data/sample/quiz/quiz.json --out answers.jsonl
+python tools/ask.py HF_DIR --web --image pictures/ --compare OTHER_HF_DIR
+
+Several questions are the turns of one conversation; without any, they are read from the terminal. A line of a batch:
+{"image": "a.png", "question": "..."}, with "images", "video", "system" or "messages" as you need them, and "answer" for
+a score; paths are relative to the file. docs/ask.md has more.
 """
 
 import argparse
 import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging
+EXIT_STOPPED = 130  # as a shell has it after Ctrl-C
 
 
-def answer(model, processor, question: str, image: Path | None = None, video: Path | None = None) -> str:
-    """The model's greedy answer."""
-    content = [{"type": "text", "text": question}]
-    kwargs = {}
-    if image is not None:
-        content.insert(0, {"type": "image", "image": Image.open(image).convert("RGB")})
-    if video is not None:
-        frames, metadata = read_video(video, processor.video_processor)
-        content.insert(0, {"type": "video", "video": frames})
-        kwargs = {"processor_kwargs": {"videos_kwargs": {"video_metadata": [metadata], "do_sample_frames": False}}}
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-        **kwargs,
-    )
-    with torch.no_grad():
-        tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-    return processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-
-
-def read_video(path: Path, video_processor):
-    """Frames uint8 [T, 3, H, W] at max_fps with the last one included, as in training, and their metadata.
-
-    transformers' own sampler leaves out the last frame (5.23), so the frames are chosen here.
-    """
-    import av
-    from transformers.video_utils import VideoMetadata
-
-    with av.open(str(path)) as container:
-        rate = float(container.streams.video[0].average_rate)
-        frames = list(container.decode(video=0))
-        times = [float(frame.time - frames[0].time) for frame in frames]
-    duration = times[-1] + 1 / rate
-    step, limit = 1 / video_processor.max_fps, video_processor.num_frames
-    if (limit - 1) * step < duration:
-        wanted = torch.linspace(0, duration, limit).tolist()
-    else:
-        wanted = [i * step for i in range(int(duration / step) + 1) if i * step < duration] + [duration]
-    # The frame on screen at a time is the last one that began by then.
-    chosen = [max(i for i, begin in enumerate(times) if begin <= t + 1e-6) for t in wanted]
-    pixels = torch.stack([torch.from_numpy(frames[i].to_ndarray(format="rgb24")).permute(2, 0, 1) for i in chosen])
-    # The prompt's timestamps are index / fps: indices in milliseconds give the times exactly.
-    metadata = VideoMetadata(
-        total_num_frames=len(times),
-        fps=1000,
-        duration=duration,
-        frames_indices=[round(t * 1000) for t in wanted],
-        height=pixels.shape[2],
-        width=pixels.shape[3],
-    )
-    return pixels, metadata
-
-
-def main() -> None:
+def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="HF_DIR")
-    parser.add_argument("question", nargs="?")
-    parser.add_argument("--image", type=Path)
-    parser.add_argument("--video", type=Path)
-    parser.add_argument("--quiz", type=Path, help="JSON list of {image or video, question, answer}, paths beside it")
-    parser.add_argument("--json", type=Path, help="write questions, answers and labels here")
-    args = parser.parse_intermixed_args()  # the question may follow --image
-    if not Path(args.model).is_dir():
-        parser.error(f"{args.model} is not a folder: export a checkpoint with tools/export_hf.py first")
-    if (args.question is None) == (args.quiz is None):
-        parser.error("give a question, or --quiz")
-    logging.disable_progress_bar()
-    model = AutoModelForImageTextToText.from_pretrained(args.model).eval()
-    processor = AutoProcessor.from_pretrained(args.model)
-    if args.question is not None:
-        print(answer(model, processor, args.question, args.image, args.video))
-        return
-    results = []
-    for item in json.loads(args.quiz.read_text()):
-        media = {kind: args.quiz.parent / item[kind] for kind in ("image", "video") if kind in item}
-        said = answer(model, processor, item["question"], **media)
-        results.append({**item, "said": said})
-        print(f"{next(iter(media.values())).name}: {item['question']} -> {said} (label: {item['answer']})", flush=True)
-    right = sum(r["said"].lower().rstrip(".") == r["answer"].lower().rstrip(".") for r in results)
-    print(f"{right} of {len(results)} right")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    parser.add_argument("model", metavar="HF_DIR", type=Path)
+    parser.add_argument("questions", nargs="*", metavar="QUESTION")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; give it again for more")
+    parser.add_argument("--video", type=Path, action="append", default=[])
+    parser.add_argument("--system", help="a system prompt")
+    parser.add_argument("--max-new-tokens", type=_positive, default=2048, help="of an answer (default: %(default)s)")
+    parser.add_argument("--max-crops", type=_positive, help="of a picture (default: the export's; 24 for small print)")
+    parser.add_argument("--max-frames", type=_positive, help="of a video (default: the export's)")
+    parser.add_argument("--max-fps", type=_positive_number, help="frames a second (default: the export's)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="points and tracks on a .png, or of a video an .mp4")
+    parser.add_argument("--batch", type=Path, metavar="FILE", help="questions, a JSON object a line, or an array")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="answers of --batch, a JSON object a line")
+    parser.add_argument("--compare", type=Path, metavar="HF_DIR", help="ask this model the same, too")
+    parser.add_argument(
+        "--web", action="store_true", help="a page on this machine to click through --image and --video"
+    )
+    parser.add_argument("--port", type=int, default=8765, help="of --web (default: %(default)s; 0: any)")
+    args = parser.parse_intermixed_args(arguments)  # a question may follow --image
+    if args.batch and (args.questions or args.image or args.video or args.draw or args.web):
+        parser.error(
+            "--batch has the questions and their files: leave out questions, --image, --video, --draw and --web"
+        )
+    if args.out and not args.batch:
+        parser.error("--out is for the answers of --batch")
+    if args.web and (args.questions or args.draw):
+        parser.error("--web is asked on its page, which draws: leave out questions and --draw")
+    if not args.web and (len(args.video) > 1 or args.video and args.image):
+        parser.error("a question is about pictures or about one video: ask several questions, or use --batch or --web")
+    if args.compare and (args.batch or args.draw):
+        parser.error("--compare is for single questions and --web: run --batch or --draw once with each model")
+    if not 0 <= args.port < 65536:
+        parser.error(f"--port {args.port}: a port is a number from 0 to 65535")
+    return args
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
+def _positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = read_arguments(arguments)
+    try:
+        if args.batch:
+            ask_batch(args)
+        elif args.web:
+            show_page(args)
+        else:
+            ask_questions(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_STOPPED)
+
+
+def load(args: argparse.Namespace, folder: Path):
+    """The model of a folder, with the limits of the command line."""
+    from molmo2_nemo.ask.model import Asker
+
+    asker = Asker(folder, args.device, lambda text: print(text, file=sys.stderr))
+    for name in ("max_crops", "max_frames", "max_fps"):
+        if getattr(args, name) is not None:
+            setattr(asker, name, getattr(args, name))
+    return asker
+
+
+def ask_questions(args: argparse.Namespace) -> None:
+    """Each question after the answer to the one before, by one model or by two."""
+    from transformers import TextStreamer
+
+    from molmo2_nemo.ask import drawing
+    from molmo2_nemo.ask.requests import conversation
+
+    video = args.video[0] if args.video else None
+    if args.draw:
+        drawing.check_target(args.draw, bool(video))
+        if not (video or args.image):
+            raise ValueError(f"--draw {args.draw}: there is nothing to draw on without --image or --video")
+    for question in args.questions:
+        conversation(question, args.system)
+    folders = [args.model, *([args.compare] if args.compare else [])]
+    askers = [load(args, folder) for folder in folders]
+    seen = [asker.see(args.image, video) for asker in askers]
+    histories = [[] for _ in askers]
+    for question in iter(args.questions) if args.questions else typed_questions():
+        asked = conversation(question, None if histories[0] else args.system)
+        for asker, about, history in zip(askers, seen, histories):
+            streams = sys.stdout.isatty() and len(askers) == 1
+            streamer = TextStreamer(asker.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
+            reply = asker.answer([*history, *asked], about, args.max_new_tokens, streamer)
+            history += [*asked, {"role": "assistant", "content": reply.text}]
+            if len(askers) > 1:
+                print(f"{asker.folder}: {reply.text}", flush=True)
+            elif not streams:
+                print(reply.text, flush=True)
+            if reply.is_cut:
+                print("the answer was cut off: allow it more with --max-new-tokens", file=sys.stderr)
+        if args.draw:
+            number = drawing.draw(reply.text, seen[0], video, args.draw)
+            print(
+                f"{args.draw}: {number} points" if number else f"{args.draw}: no points in the answer", file=sys.stderr
+            )
+
+
+def typed_questions() -> Iterator[str]:
+    """From standard input, a line each, until its end or an empty line at a terminal."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        print("ask; an empty line ends the conversation", file=sys.stderr)
+    while True:
+        if is_terminal:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or is_terminal and not line.strip():
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def ask_batch(args: argparse.Namespace) -> None:
+    """Answer the questions of a file, and write each with its answer as soon as it is there."""
+    from tqdm import tqdm
+
+    from molmo2_nemo.ask.requests import read_records, read_request
+
+    records = read_records(args.batch)
+    results = finished_results(args.out, records, str(args.model)) if args.out else []
+    if results:
+        print(
+            f"{args.out} has the first {len(results)} of {len(records)} answers: going on behind them", file=sys.stderr
+        )
+    rest = records[len(results) :]
+    asker = load(args, args.model) if rest else None
+    out = args.out.open("a", encoding="utf-8") if args.out else None
+    seconds = 1 if sys.stderr.isatty() else 30  # between two states of the progress bar
+    with tqdm(total=len(records), initial=len(results), unit=" questions", mininterval=seconds) as progress:
+        for record in rest:
+            try:
+                request = read_request(record, args.batch.parent, args.system)
+                seen = asker.see(request.images, request.video)
+                reply = asker.answer(request.messages, seen, args.max_new_tokens)
+                result = {"said": reply.text} | ({"cut": True} if reply.is_cut else {})
+            except ValueError as error:
+                result = {"error": " ".join(str(error).split())}
+            result = {**record, **result, "model": str(args.model)}
+            results.append(result)
+            progress.update()
+            if out:
+                out.write(json.dumps(result, ensure_ascii=False) + "\n")
+                out.flush()
+            else:
+                progress.write(json.dumps(result, ensure_ascii=False))  # the bar moves out of the way
+    if out:
+        out.close()
+    report_score(results)
+
+
+def finished_results(out: Path, records: list[dict], model: str) -> list[dict]:
+    """What an earlier run has written. ValueError: of another model, or to other questions."""
+    from molmo2_nemo.ask.requests import read_records
+
+    if not out.exists() or not out.stat().st_size:
+        return []
+    content = out.read_bytes()
+    if not content.endswith(b"\n"):  # it was stopped in the middle of a line
+        content = content[: content.rfind(b"\n") + 1]
+        os.truncate(out, len(content))
+    results = read_records(out) if content.strip() else []
+    expected = [{**result, **record, "model": model} for result, record in zip(results, records)]
+    if expected != results:
+        raise ValueError(f"{out} has answers of another model or to other questions: name another --out, or remove it")
+    return results
+
+
+def report_score(results: list[dict]) -> None:
+    """Of the answers to questions with a right answer; and how many questions failed. Exits with 1 if any did."""
+    marked = [result for result in results if isinstance(result.get("answer"), str) and "said" in result]
+    right = sum(result["said"].lower().rstrip(".") == result["answer"].lower().rstrip(".") for result in marked)
+    if marked:
+        print(f"{right} of {len(marked)} right", file=sys.stderr)
+    failed = [(number, result) for number, result in enumerate(results, start=1) if "error" in result]
+    for number, result in failed[:10]:
+        print(f"question {number}: {result['error']}", file=sys.stderr)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(results)} questions have no answer")
+
+
+def show_page(args: argparse.Namespace) -> None:
+    from molmo2_nemo.ask.web import find_media, make_server
+
+    media = find_media(args.image, args.video)
+    askers = [load(args, folder) for folder in [args.model, *([args.compare] if args.compare else [])]]
+    server = make_server(askers, media, args.port, args.max_new_tokens, args.system)
+    print(f"http://127.0.0.1:{server.server_address[1]}/ shows {len(media)} files; Ctrl-C ends it", flush=True)
+    server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ def write_page(folder: Path, number: int, example, row: int, counters: dict[str,
     """The page of one example with its pictures; what the index says of it."""
     from PIL import Image
 
-    from molmo2_nemo.data.inspection import colour_of, draw_marks, draw_mask
+    from molmo2_nemo.data.inspection import draw_mask
+    from molmo2_nemo.data.marks import colour_of, draw_marks
 
     name = f"{number:05d}"
     pictures = folder / "samples" / name

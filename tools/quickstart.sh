@@ -53,11 +53,11 @@ stage 2 stage2_sft tp2 train.log_every=50 train.init_from="$runs/stage1" "$@"
 stage 3 stage3_long_context cp2 train.log_every=10 train.init_from="$runs/stage2" "$@"
 
 say "export"
-rm -rf "$runs/hf"
+rm -rf "$runs/hf" "$runs/answers.jsonl"
 $python tools/export_hf.py "$runs/stage3" "$runs/hf"
 
-say "questions to the exported model, with plain transformers"
-$python tools/ask.py "$runs/hf" --quiz "$data/quiz/quiz.json" --json "$runs/answers.json"
+say "questions to the exported model"
+$python tools/ask.py "$runs/hf" --batch "$data/quiz/quiz.json" --out "$runs/answers.jsonl" --max-new-tokens 64
 
 say "report"
 $python tools/report_quickstart.py "$runs" --data "$data"

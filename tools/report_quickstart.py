@@ -84,7 +84,7 @@ def main() -> None:
             f"{stage + ' ' + title:20} {train[-1]['step']:>6} {found[0][2]:>7.3f} {found[-1][2]:>7.3f} "
             f"{held_out:>9} {train[-1]['tokens_seen']:>10,} {seconds:>8}"
         )
-    answers = json.loads((folder / "answers.json").read_text())
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     print()
     for kind in ("image", "video"):
         for item in [a for a in answers if kind in a][:4]:
@@ -95,7 +95,7 @@ def main() -> None:
 report (open it in a browser)   {folder}/report.html
 loss curves                     {folder}/loss.png
 answers while it trained        {folder}/stage2/samples/
-answers of the exported model   {folder}/answers.json
+answers of the exported model   {folder}/answers.jsonl
 Hugging Face model              {folder}/hf
 each stage's run                {folder}/stage1, stage2, stage3 (checkpoints/, metrics.jsonl, report.html, ...)
 

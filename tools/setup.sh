@@ -62,5 +62,6 @@ if [[ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]]; then
   imported="molmo2_nemo.training.run, molmo2_nemo.report, torch.distributed.run"
   imported+=", transformers.models.molmo2.modeling_molmo2"
   .venv/bin/python -W ignore -c "import $imported" > /dev/null
+  .venv/bin/python -m molmo2_nemo.ffmpeg_links .venv/lib/ffmpeg > /dev/null  # for torchcodec, see there
   echo "$wanted" > .venv/.installed
 fi

@@ -9,9 +9,9 @@ The two halves are apart so that samples can wait for their packed row undecoded
 
 The token budget decides what is seen. A video gets as many frames as fit beside its text (frames.py chooses them), and
 its text is written for these; of texts that would take more than half of the row, branches are dropped first. Images
-keep their resolution if the first branch
-fits beside them, otherwise all of them get the most crops that do; then branches that do not fit are dropped, and the
-last one kept may lose its end. Text that is certain not to fit is not even tokenized, because that takes minutes.
+keep their resolution if the first branch fits beside them, otherwise all of them get the most crops that do; then
+branches that do not fit are dropped, and the last one kept may lose its end. A text that is far too long is cut before
+it is tokenized, because that takes minutes.
 
 Source of the rules: public `olmo/preprocessing` and `olmo/data` of allenai/molmo2, and arXiv 2601.10611.
 """
@@ -30,8 +30,9 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data.blend import SourceOptions
 from molmo2_nemo.data.frames import Shown, annotated, choose
+from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.points import render_content
-from molmo2_nemo.data.processor import VisualInputs, build_processor, read_image
+from molmo2_nemo.data.processor import VisualInputs, build_processor
 from molmo2_nemo.data.schema import Example, Image, Message, Video
 from molmo2_nemo.data.tasks import Conversation, Talk
 from molmo2_nemo.data.video import pick_frames
@@ -39,6 +40,8 @@ from molmo2_nemo.model.mask import ROOT_SEGMENT
 
 # Tokens of a turn at least: half of the truth, so that a long conversation is cut and not left out.
 LEAST_TURN = 4
+# Characters that become one at most, where a tokenizer composes them (NFC).
+COMPOSED = 4
 # No more branches are tokenized when those that did not fit had this many rows of tokens.
 ROWS_IN_VAIN = 8
 # Seconds: a subtitle is shown if a frame is seen while it lasts, or this long before or after.
@@ -304,17 +307,29 @@ class Encoder:
         if system is not None:
             questions[0] = f"System: {system}\n{questions[0]}"
         row = self.data.seq_length
-        if len(answers) > row // LEAST_TURN or self._least_tokens("".join([*questions, *answers])) > row:
+        is_endless = len(answers) > row // LEAST_TURN or self._least_tokens("".join([*questions, *answers])) > row
+        if is_endless and self._least_tokens(questions[0]) > row:
             # In its place a prompt that no row can hold.
             return _Branch(np.full(row + 2, self.eos_id, np.int32), np.arange(row + 2) > row, conversation.style)
         ids, is_target = [], []
         for turn, (question, answer) in enumerate(zip(questions, answers)):
+            if is_endless:
+                if len(ids) > row:
+                    break
+                question, answer = self._start(question), self._start(answer)
             before = [*self.turn_end, self.im_start] if turn else [self.im_start]
             prompt = [*before, *self._text(f"user\n{question}"), *self.turn_end, *self.assistant]
             reply = [*self._text(answer), self.eos_id]
             ids += prompt + reply
             is_target += [False] * len(prompt) + [True] * len(reply)
         return _Branch(np.array(ids, dtype=np.int32), np.array(is_target), conversation.style)
+
+    def _start(self, text: str) -> str:
+        """As much of a text as is certain to have more tokens than a row, or all of it."""
+        values = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        changes = np.flatnonzero(values[1:] != values[:-1])
+        most = COMPOSED * (self.data.seq_length + 1) * self.longest_token
+        return text if len(changes) <= most else text[: changes[most] + 1]
 
     def _least_tokens(self, text: str) -> int:
         """A number of tokens that the text has at least, found without the tokenizer; 0 where it may fit into a row.

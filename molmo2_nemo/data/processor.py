@@ -5,19 +5,15 @@ pooling windows are transformers' own. What is done to every pixel is implemente
 time and gives the same bytes.
 """
 
-import io
 from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 from transformers import AutoTokenizer, Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
-from transformers.image_transforms import convert_to_rgb
 from transformers.models.molmo2.image_processing_molmo2 import select_tiling
 
-from molmo2_nemo import limits
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import VisionConfig
 
@@ -179,41 +175,22 @@ class VisualInputs:
 
     def _patches(self, pixels: torch.Tensor, height: int, width: int) -> np.ndarray:
         """A picture (float32 [1, 3, H, W]) resized to height x width: uint8 [rows, columns, patch_dim]."""
-        resized = interpolate(pixels, (height, width), mode="bilinear", align_corners=False).round_()
-        resized = resized[0].permute(1, 2, 0).numpy().astype(np.uint8)
+        resized = _resized(pixels, height, width)
         p, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
         return resized.reshape(rows, p, columns, 3 * p).transpose(0, 2, 1, 3).reshape(rows, columns, self.patch_dim)
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture, uint8 [H, W, 3], as uint8 [height, width, 3], as it is resized for the model."""
+    return _resized(_as_floats(image), height, width)
+
+
+def _resized(pixels: torch.Tensor, height: int, width: int) -> np.ndarray:
+    resized = interpolate(pixels, (height, width), mode="bilinear", align_corners=False).round_()
+    return resized[0].permute(1, 2, 0).numpy().astype(np.uint8)
 
 
 def _as_floats(image: np.ndarray) -> torch.Tensor:
     """float32 [1, 3, H, W]. Left in the order of [H, W, 3], which torch resizes twice as fast, to the same floats."""
     pixels = torch.from_numpy(np.array(image[None], dtype=np.float32, order="C"))
     return pixels.permute(0, 3, 1, 2)
-
-
-def read_image(data: bytes) -> np.ndarray:
-    """A picture as uint8 [H, W, 3], turned as its EXIF orientation says, transparency on white; the first of several.
-
-    ValueError: the bytes are no readable picture, or it has more than limits.MAX_IMAGE_PIXELS.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=limits.IMAGE_FORMATS)
-        if image.width * image.height > limits.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} are more than {limits.MAX_IMAGE_PIXELS:,} pixels")
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I;16"):  # PIL would clip
-            grey = (np.array(image).astype(np.uint32) + 128) // 257
-            return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-        if image.mode == "RGB" and "transparency" not in image.info:
-            return np.array(image)  # the same without a copy
-        return convert_to_rgb(image, return_numpy=True)
-    except MemoryError:
-        raise
-    except Image.DecompressionBombError as error:  # before its size can be asked for
-        raise ValueError(
-            f"The image cannot be decoded: it has more than {limits.MAX_IMAGE_PIXELS:,} pixels."
-        ) from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"The image cannot be decoded: it is none of {', '.join(limits.IMAGE_FORMATS)}.") from error
-    except Exception as error:  # PIL's decoders raise errors of any type on broken files
-        raise ValueError(f"The image cannot be decoded: {error}.") from error

@@ -2,10 +2,14 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import VideoReformatter
 
 from molmo2_nemo import limits
@@ -14,6 +18,12 @@ from molmo2_nemo import limits
 TOLERANCE = 1e-6
 # Frames a second of videos with tracks (molmo2: the cap of the sampler's candidates).
 MAX_TRACKING_FPS = 10
+# What is left of a file that was cut off is used if it is this share of what the file's index promises.
+WHOLE = 0.9
+# Containers that say at their beginning how long they are, by FFmpeg's names.
+INDEXED = {"mp4", "mov", "avi", "matroska", "webm", "flv", "asf"}
+# Frames a second of a stream that names no rate (what FFmpeg takes, too).
+UNTIMED_FPS = 25
 
 
 def frame_times(duration: float, max_frames: int, max_fps: float = 2.0) -> list[float]:
@@ -83,43 +93,104 @@ def _divides(fps: float, video_fps: float) -> bool:
     return round(video_fps / fps) >= 1 and abs(video_fps / fps / round(video_fps / fps) - 1) < 0.002
 
 
+@dataclass
+class Listing:
+    """What a video file says of its frames, without any of them decoded."""
+
+    packets: list["_Packet"]  # in the order of decoding
+    stamps: np.ndarray  # int64 [frames], ascending: when each frame is shown, in units of `unit` seconds
+    unit: float
+    is_stamped: bool  # False: frames come without stamps, and are those of `stamps` in their order
+    fps: float | None  # that the file names
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """When each frame is shown, after the first: float64 [frames]."""
+        return (self.stamps - self.stamps[0]) * self.unit
+
+
+def list_frames(video: bytes | Path, num_frames: int | None = None) -> Listing:
+    """The frames of a video file. Reads all of it.
+
+    num_frames: what other metadata promise of the whole file. ValueError: the file is no video that FFmpeg reads, has
+    frames of an unreasonable size or none, or was cut off: more than a tenth is missing of what its index, or
+    num_frames, promises.
+    """
+    with _open(video) as container:
+        stream = container.streams.best("video")
+        packets, reached = [], 0.0  # seconds, of any stream
+        for packet in _packets(container, [stream, *container.streams.audio]):
+            stamp = packet.dts if packet.pts is None else packet.pts
+            if stamp is not None and not packet.is_corrupt:
+                reached = max(reached, float((stamp + (packet.duration or 0)) * packet.time_base))
+            if packet.stream is stream:
+                packets.append(packet)
+        fps = stream.average_rate or stream.guessed_rate
+        # Half a packet at the end of a file that was cut off.
+        while packets and packets[-1].is_corrupt:
+            packets.pop()
+        is_untimed = all(packet.pts is None and packet.dts is None for packet in packets)
+        listed = [_Packet.of(packet) for packet in packets]
+        if is_untimed:  # a bare stream, such as raw H.264
+            unit = float(1 / (fps or UNTIMED_FPS))
+            listed = [_Packet(number, False, packet.is_key, True) for number, packet in enumerate(listed)]
+        else:
+            unit = float(stream.time_base)
+        stamps = np.array(sorted(packet.stamp for packet in listed if packet.shown), dtype=np.int64)
+        if not len(stamps):
+            raise ValueError("The video holds no frame with a time stamp.")
+        if num_frames is not None and len(stamps) < WHOLE * num_frames:
+            raise ValueError(f"The video ends after {len(stamps)} of {num_frames} frames.")
+        if not is_untimed:
+            _check_length(container, stream, len(packets), float(stamps[0]) * unit, reached)
+    # Frames of AVI and of files without presentation times are stamped in the order in which they come out.
+    is_stamped = container.format.name != "avi" and all(packet.stamped for packet in listed)
+    return Listing(listed, stamps, unit, is_stamped, float(fps) if fps else None)
+
+
+def _check_length(
+    container: av.container.InputContainer, stream: av.VideoStream, count: int, first: float, reached: float
+) -> None:
+    """ValueError: the file was cut off, by its own index. first, reached: seconds of its first frame and its very end.
+
+    Frames alone do not tell: the index of a video that was trimmed by an edit list has all those of the original.
+    """
+    if not INDEXED & set(container.format.name.split(",")):
+        return
+    if stream.duration is not None:
+        end = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    else:  # Matroska and FLV count it from 0, wherever the first frame is
+        end = (container.duration or 0) / av.time_base
+    if reached - first < WHOLE * (end - first) and (not stream.frames or count < WHOLE * stream.frames):
+        ratio = f"{reached - first:.1f} of {end - first:.1f} seconds"
+        raise ValueError(f"The video ends after {f'{count} of {stream.frames} frames' if stream.frames else ratio}.")
+
+
 def pick_frames(
     video: bytes, times: Sequence[float], num_frames: int | None = None, start: float = 0.0
 ) -> Iterator[np.ndarray]:
     """The frames on screen at ascending `times` (seconds after `start`): uint8 [H, W, 3], one for each time.
 
     `start`: seconds after the first frame, where a clip begins. Works on presentation time stamps, so variable frame
-    rates and late starts are right; a time past the end gives the last frame. Frames are turned as they are displayed.
-    What no wanted frame needs is not decoded. Instead of a frame that cannot be decoded comes the one before it.
-    `num_frames`: what the metadata promise of the whole file. ValueError: a tenth of the file's frames is missing
-    (truncated), more than a tenth of the wanted ones cannot be decoded, or there is no video of a reasonable size.
+    rates and late starts are right; a time past the end gives the last frame. Frames are turned and mirrored as they
+    are displayed. What no wanted frame needs is not decoded. Instead of a frame that cannot be decoded comes the one
+    before it. ValueError: as of `list_frames`, or more than a tenth of the wanted frames cannot be decoded.
     """
-    with _open(video) as container:
-        stream = container.streams.best("video")
-        packets = [_Packet.of(packet) for packet in _packets(stream)]
-        # Frames of AVI and of files without presentation times are stamped in the order in which they come out.
-        stamped = container.format.name != "avi" and all(packet.stamped for packet in packets)
-        seconds = float(stream.time_base)
-    stamps = np.array(sorted(packet.stamp for packet in packets if packet.shown), dtype=np.int64)
-    if not len(stamps):
-        raise ValueError("The video holds no frame with a time stamp.")
-    if num_frames is not None and len(stamps) < 0.9 * num_frames:
-        raise ValueError(f"The video ends after {len(stamps)} of {num_frames} frames.")
-    on_screen = (stamps - stamps[0]) * seconds
-    indices = np.searchsorted(on_screen, np.asarray(times) + start + TOLERANCE, side="right") - 1
-    wanted = stamps[np.maximum(indices, 0)].tolist()
-    if stamped:
-        needed, picked = _needed(packets, set(wanted))
+    listing = list_frames(video, num_frames)
+    indices = np.searchsorted(listing.seconds, np.asarray(times) + start + TOLERANCE, side="right") - 1
+    wanted = listing.stamps[np.maximum(indices, 0)].tolist()
+    if listing.is_stamped:
+        needed, picked = _needed(listing.packets, set(wanted))
         frames = ((frame.pts, frame) for frame in _decode(video, needed, picked) if frame.pts is not None)
     else:
-        every = np.ones(len(packets), dtype=bool)
-        frames = zip(stamps.tolist(), _decode(video, every, every))
+        every = np.ones(len(listing.packets), dtype=bool)
+        frames = zip(listing.stamps.tolist(), _decode(video, every, every))
     yield from _match(frames, wanted)
 
 
 class _Packet(NamedTuple):
     stamp: int | None  # of presentation, in the stream's time base
-    stamped: bool  # False: `stamp` is the time of decoding
+    stamped: bool  # False: `stamp` is the time of decoding, or a number
     is_key: bool
     shown: bool
 
@@ -129,10 +200,10 @@ class _Packet(NamedTuple):
         return cls(stamp, packet.pts is not None, packet.is_keyframe, stamp is not None and not packet.is_discard)
 
 
-def _packets(stream: av.VideoStream) -> Iterator[av.Packet]:
-    """In the order of decoding."""
+def _packets(container: av.container.InputContainer, streams: Sequence[av.stream.Stream]) -> Iterator[av.Packet]:
+    """In the order of the file."""
     try:
-        yield from (packet for packet in stream.container.demux(stream) if packet.size)
+        yield from (packet for packet in container.demux(streams) if packet.size)
     except av.FFmpegError as error:
         raise ValueError(f"The video cannot be read: {error}.") from error
 
@@ -164,7 +235,7 @@ def _decode(video: bytes, needed: np.ndarray, picked: np.ndarray) -> Iterator[av
         except av.FFmpegError as error:
             raise ValueError(f"The video cannot be decoded: {error}.") from error
         skipped = False
-        for is_needed, is_picked, packet in zip(needed.tolist(), picked.tolist(), _packets(stream)):
+        for is_needed, is_picked, packet in zip(needed.tolist(), picked.tolist(), _packets(container, [stream])):
             if not is_needed:
                 skipped = True
                 continue
@@ -202,13 +273,18 @@ def _match(frames: Iterator[tuple[int, av.VideoFrame]], wanted: Sequence[int]) -
         yield pixels
 
 
-def _open(video: bytes) -> av.container.InputContainer:
+def _open(video: bytes | Path) -> av.container.InputContainer:
     try:
-        container = av.open(io.BytesIO(video))
+        # No file may have others opened, as lists of files do.
+        container = av.open(
+            str(video) if isinstance(video, Path) else io.BytesIO(video), options={"protocol_whitelist": "file"}
+        )
     except Exception as error:
         raise ValueError(f"The video cannot be opened: {error}.") from error
     stream, problem = container.streams.best("video"), None
-    if stream is None:
+    if container.format.name.endswith("_pipe"):  # FFmpeg's readers of single pictures
+        problem = "The file is a picture, not a video."
+    elif stream is None:
         problem = "The file holds no video stream."
     elif stream.codec_context is None:
         problem = "The video's codec is unknown."
@@ -222,5 +298,31 @@ def _open(video: bytes) -> av.container.InputContainer:
 
 
 def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    return np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
+    """The frame as it is displayed: its display matrix may turn it by quarters and mirror it."""
+    if max(component.bits for component in frame.format.components) > 8:
+        pixels = _rgb_of_deep(frame)
+    else:
+        pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
+        return pixels
+    # Rows (a, b, u), (c, d, v), (x, y, w) send a pixel (p, q) to (ap + cq + x, bp + dq + y) (libavutil/display.h).
+    a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _rgb_of_deep(frame: av.VideoFrame) -> np.ndarray:
+    """A frame of more than 8 bits a channel, by the filter that FFmpeg's command line and torchcodec use.
+
+    A reformatter interpolates colours of 4:2:0 in another way, which is up to 76 grey levels away at their borders.
+    """
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format.name, time_base=frame.time_base or Fraction(1, 1000)
+    )
+    graph.link_nodes(source, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull().to_ndarray()

@@ -15,8 +15,8 @@ from molmo2_nemo.paths import PACKAGE
 # Modules whose code decides which rows become samples, and the bytes of these; all of converters/ is added.
 CONTENT_MODULES = (
     "catalogue/raw.py",  # reading rows, finding media
+    "data/pictures.py",  # reading pictures
     "data/points.py",  # checking answers
-    "data/processor.py",  # reading pictures
     "data/schema.py",
     "data/tasks.py",  # checking answers
     "data/video.py",  # reading frames

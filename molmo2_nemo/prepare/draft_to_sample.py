@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from molmo2_nemo.catalogue.raw import RawSource
-from molmo2_nemo.data.processor import read_image
+from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.prepare.annotations import check_answers, check_rates, use_fractions, without_nothing
 from molmo2_nemo.prepare.converters.common import VIDEO_SUFFIXES, Clip, Converter, Draft, digest

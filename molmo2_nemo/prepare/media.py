@@ -6,14 +6,11 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
 
-from molmo2_nemo import limits
-from molmo2_nemo.data.processor import read_image
-from molmo2_nemo.data.video import TOLERANCE, pick_frames
+from molmo2_nemo.data.pictures import read_image
+from molmo2_nemo.data.video import TOLERANCE, list_frames, pick_frames
+from molmo2_nemo.limits import MAX_MEDIA
 
-# Bytes of one file: it is held in memory here, and later in the pool of every loader worker.
-MAX_MEDIA = 2 * 2**30
 SEEK_BACK = 0.5  # seconds before a clip's start at which to look for a key frame
 # Option of the containers that are written: no random identity and no time of day in them.
 BIT_EXACT = {"fflags": "+bitexact"}
@@ -39,40 +36,22 @@ def image_facts(data: bytes) -> dict:
 def video_facts(data: bytes) -> dict:
     """Displayed size, seconds to the end of the last frame, number of frames, and their rate if it is constant.
 
-    The first and the last frame are decoded. ValueError: it cannot be read, or is a picture, which FFmpeg would take
-    for a video of one frame.
+    The first and the last frame are decoded. ValueError: see data/video.pick_frames.
     """
-    if _is_picture(data):
-        raise ValueError("it is a picture, not a video")
-    try:
-        with av.open(io.BytesIO(data)) as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise ValueError("the file holds no video")
-            stamps = [p.dts if p.pts is None else p.pts for p in container.demux(stream) if p.size and not p.is_discard]
-            stamps = np.sort([stamp * float(stream.time_base) for stamp in stamps if stamp is not None])
-            rate = float(stream.average_rate or 0)
-    except av.FFmpegError as error:
-        raise ValueError(f"the video cannot be opened: {error}") from error
-    if not len(stamps):
-        raise ValueError("the video holds no frame")
-    last, steps = float(stamps[-1] - stamps[0]), np.diff(stamps)
+    listing = list_frames(data)
+    stamps, rate = listing.seconds, listing.fps
+    last, steps = float(stamps[-1]), np.diff(stamps)
     typical = float(np.median(steps)) if len(steps) else 1 / rate if rate else 0.0
     frames = list(pick_frames(data, [0.0, last], len(stamps)))
     height, width = frames[0].shape[:2]
     facts = {"width": width, "height": height, "duration": round(last + typical, 6), "num_frames": len(stamps)}
-    # Stamps may be rounded to milliseconds.
-    is_constant = rate and (not len(steps) or np.ptp(steps) < 0.2 * typical)
+    if len(steps):
+        # Stamps may be rounded to milliseconds, and the rate that a file names may be another than its frames'.
+        mean = last / len(steps)
+        is_constant, rate = np.ptp(steps) < 0.2 * typical, rate if rate and abs(rate * mean - 1) < 0.02 else 1 / mean
+    else:
+        is_constant = bool(rate)
     return facts | ({"fps": round(rate, 6)} if is_constant else {})
-
-
-def _is_picture(data: bytes) -> bool:
-    """Whether Pillow finds one picture. A GIF of several is a video, too."""
-    try:
-        with Image.open(io.BytesIO(data), formats=limits.IMAGE_FORMATS) as image:
-            return getattr(image, "n_frames", 1) == 1
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
 
 
 def _is_video(data: bytes) -> bool:

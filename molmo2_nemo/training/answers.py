@@ -29,8 +29,9 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, DataConfig
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.encode import Encoder, SamplePlan
-from molmo2_nemo.data.inspection import Visual, draw_marks, pixels_of, read_answer
+from molmo2_nemo.data.inspection import pixels_of
 from molmo2_nemo.data.loader import RawSample, held_out_samples
+from molmo2_nemo.data.marks import Visual, draw_marks, read_answer
 from molmo2_nemo.data.packing import Batch, Row, collate, make_row
 from molmo2_nemo.data.points import render_content
 from molmo2_nemo.data.schema import read_example

@@ -15,7 +15,7 @@ from PIL import Image
 from programs import python, succeeded
 from sources import chat, write_blend, write_source
 
-from molmo2_nemo.data.inspection import COLOURS, Visual, draw_marks, read_answer
+from molmo2_nemo.data.marks import COLOURS, Visual, draw_marks, read_answer
 
 HOSTILE = '</script><script>alert("x")</script> & <b>bold</b>'
 POINT = (0.25, 0.75)

@@ -38,7 +38,7 @@ def test_quickstart_from_sample_data_to_answers(sample, tmp_path):
     assert last < 0.6 * first
     assert "held-out questions answered right" in result.stdout
     # What the end names is there.
-    for name in ("report.html", "loss.png", "stage2/samples/", "answers.json", "hf", "stage1"):
+    for name in ("report.html", "loss.png", "stage2/samples/", "answers.jsonl", "hf", "stage1"):
         assert re.search(rf" {re.escape(f'{tmp_path}/runs/{name}')}(,| |$)", result.stdout, re.M), name
         assert (tmp_path / "runs" / name).exists(), name
     assert f"tools/ask.py {tmp_path / 'runs' / 'hf'} --image {sample}/quiz/image0.png" in result.stdout

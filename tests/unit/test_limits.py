@@ -7,7 +7,7 @@ from PIL import Image
 
 from molmo2_nemo import limits
 from molmo2_nemo.catalogue.raw import MEDIA_SUFFIXES
-from molmo2_nemo.data.processor import read_image
+from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.video import pick_frames
 from molmo2_nemo.fetch.media_check import BadContent, check_image, check_video
 from molmo2_nemo.prepare.media import image_facts, video_facts

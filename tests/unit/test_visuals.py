@@ -20,7 +20,8 @@ from transformers.video_utils import load_video
 
 from molmo2_nemo import limits
 from molmo2_nemo.config.schema import VisionConfig
-from molmo2_nemo.data.processor import VisualInputs, build_processor, read_image
+from molmo2_nemo.data.pictures import read_image
+from molmo2_nemo.data.processor import VisualInputs, build_processor
 from molmo2_nemo.data.video import pick_frames
 
 TOKENIZER_FOLDER = str(REPOSITORY / "molmo2_nemo" / "data" / "tokenizer")

@@ -1,0 +1,1 @@
+"""Asking an exported model: what `tools/ask.py` is made of."""

@@ -1,0 +1,156 @@
+"""The points and tracks of an answer, drawn onto its pictures (PNG) or onto its video (PNG of frames, or MP4)."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+from molmo2_nemo.ask.model import Seen
+from molmo2_nemo.data.marks import MARKED_SIDE, Answer, Mark, draw_marks, read_answer
+from molmo2_nemo.data.points import SAME_TIME, Tracks, parse
+from molmo2_nemo.data.video import list_frames, pick_frames
+
+SUFFIXES = (".png", ".mp4")
+GAP = 12  # pixels between pictures
+# Of the shorter side of a picture: how large a mark is.
+MARK_SHARE = 1 / 70
+# A sheet has this many frames at most, each of this width in pixels.
+SHEET_FRAMES, SHEET_WIDTH = 16, 480
+MAX_FPS = 30  # of a video that is written
+MAX_SIDE = 1920  # pixels of its longer side
+# Seconds: how long a point stays in a video, at least.
+LEAST_HOLD = 0.5
+
+
+def check_target(out: Path, has_video: bool) -> None:
+    """ValueError, one sentence: nothing can be drawn into a file of this name."""
+    if out.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--draw {out}: give it the ending {' or '.join(SUFFIXES)}")
+    if out.suffix.lower() == ".mp4" and not has_video:
+        raise ValueError(f"--draw {out}: an MP4 is drawn of a video; give it the ending .png")
+    if not out.parent.is_dir():
+        raise ValueError(f"--draw {out}: there is no folder {out.parent}")
+
+
+def draw(text: str, seen: Seen, video: Path | None, out: Path) -> int:
+    """Draw the points of the answer `text`; returns their number. What has none is drawn without any.
+
+    video: the file that `seen` is of. OSError: `out` cannot be written.
+    """
+    answer = read_answer(text, seen.visuals)
+    if out.suffix.lower() == ".mp4":
+        fps = _fps(list_frames(video).seconds)
+        _write_video(_video_with_marks(text, seen, video.read_bytes(), fps), fps, out)
+    elif video is None:
+        _side_by_side([_picture(picture, answer, number) for number, picture in enumerate(seen.pictures)]).save(out)
+    else:
+        _sheet(answer, seen, video.read_bytes()).save(out)
+    return len(answer.marks)
+
+
+def _picture(picture: np.ndarray, answer: Answer, visual: int) -> Image.Image:
+    """With marks that can be seen at its size."""
+    scale = max(1, round(MARKED_SIDE / max(picture.shape)))  # of draw_marks
+    radius = max(5, round(min(picture.shape[:2]) * scale * MARK_SHARE))
+    return draw_marks(picture, answer, visual, mark_radius=radius, font_size=3 * radius)
+
+
+def _side_by_side(pictures: list[Image.Image]) -> Image.Image:
+    """At the height of the lowest, from left to right."""
+    height = min(picture.height for picture in pictures)
+    scaled = [
+        p.resize((max(1, round(p.width * height / p.height)), height)) if len(pictures) > 1 else p for p in pictures
+    ]
+    sheet = Image.new("RGB", (sum(p.width for p in scaled) + GAP * (len(scaled) - 1), height), "white")
+    left = 0
+    for picture in scaled:
+        sheet.paste(picture, (left, 0))
+        left += picture.width + GAP
+    return sheet
+
+
+def _sheet(answer: Answer, seen: Seen, video: bytes) -> Image.Image:
+    """Frames with marks, or the first ones where there are none, in rows of four, each with its time."""
+    marked = sorted({mark.visual for mark in answer.marks}) or list(range(len(seen.times)))
+    if len(marked) > SHEET_FRAMES:
+        marked = [marked[i] for i in np.linspace(0, len(marked) - 1, SHEET_FRAMES).round().astype(int)]
+    tiles = []
+    for visual, frame in zip(marked, pick_frames(video, [seen.times[visual] for visual in marked])):
+        tile = _picture(frame, answer, visual)
+        tile = tile.resize((SHEET_WIDTH, max(1, round(tile.height * SHEET_WIDTH / tile.width))))
+        ImageDraw.Draw(tile).text(
+            (8, 6), f"{seen.times[visual]:.1f} s", "white", font_size=20, stroke_width=2, stroke_fill="black"
+        )
+        tiles.append(tile)
+    columns, width, height = min(4, len(tiles)), SHEET_WIDTH + GAP, tiles[0].height + GAP
+    sheet = Image.new("RGB", (columns * width - GAP, -(-len(tiles) // columns) * height - GAP), "white")
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile, (number % columns * width, number // columns * height))
+    return sheet
+
+
+def marks_at(text: str, seconds: float, step: float) -> Answer:
+    """What an answer says of one moment of a video, as marks of its only visual.
+
+    step: seconds between the frames that the model saw. A point stays for one, and tracks move evenly between two
+    points that are no further apart than two.
+    """
+    moment = Answer(text)
+    for found in parse(text):
+        paths, count = {}, 0
+        for time, group in found.frames if isinstance(found, Tracks) else found.groups:
+            for point in group:
+                count += 1
+                number, x, y = point if isinstance(found, Tracks) else (count, *point)
+                paths.setdefault(number, []).append((time, x, y))
+        for number, path in paths.items():
+            moment.objects.append((number, found.label))
+            place = _place(sorted(path), seconds, step)
+            if place is not None:
+                moment.marks.append(Mark(0, *place, len(moment.objects) - 1))
+    return moment
+
+
+def _place(path: list[tuple[float, float, float]], seconds: float, step: float) -> tuple[float, float] | None:
+    """Where an object is at a time. path: (seconds, x, y), ascending."""
+    before = [point for point in path if point[0] <= seconds + SAME_TIME]
+    after = path[len(before) :]
+    if not before:
+        return None
+    (begin, x, y) = before[-1]
+    if after and after[0][0] - begin <= 2 * step + SAME_TIME:
+        share = min(max((seconds - begin) / (after[0][0] - begin), 0.0), 1.0)
+        return x + share * (after[0][1] - x), y + share * (after[0][2] - y)
+    return (x, y) if seconds < begin + max(step, LEAST_HOLD) else None
+
+
+def _fps(stamps: np.ndarray) -> float:
+    """A constant rate for a video with frames at these seconds."""
+    return min(MAX_FPS, max(1.0, (len(stamps) - 1) / stamps[-1])) if len(stamps) > 1 else 1.0
+
+
+def _video_with_marks(text: str, seen: Seen, video: bytes, fps: float) -> Iterator[Image.Image]:
+    """Frames at a constant rate, the marks of each moment on them."""
+    step = float(np.median(np.diff(seen.times))) if len(seen.times) > 1 else LEAST_HOLD
+    times = np.arange(max(1, round(seen.duration * fps))) / fps
+    for time, frame in zip(times, pick_frames(video, times)):
+        yield _picture(frame, marks_at(text, float(time), step), 0)
+
+
+def _write_video(pictures: Iterator[Image.Image], fps: float, out: Path) -> None:
+    """H.264 as browsers play it."""
+    with av.open(str(out), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"})
+        stream.pix_fmt = "yuv420p"
+        size = None
+        for picture in pictures:
+            if size is None:
+                scale = min(1.0, MAX_SIDE / max(picture.size))
+                size = tuple(max(2, round(side * scale) // 2 * 2) for side in picture.size)  # 4:2:0 wants even sides
+                stream.width, stream.height = size
+            picture = picture if picture.size == size else picture.resize(size)
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())

@@ -1,0 +1,114 @@
+"""The points and tracks of an answer, and where they are in the pictures or frames that it is about."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from molmo2_nemo.data.points import Points, parse
+
+# RGB of objects by number: Okabe and Ito's colours, which the colour-blind can tell apart, without black and grey.
+COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+MARK_RADIUS = 5  # pixels
+# Pixels of a side that pictures with marks are enlarged to, if they are smaller.
+MARKED_SIDE = 336
+
+
+@dataclass
+class Visual:
+    """An image, or a frame of a video."""
+
+    crops: list[np.ndarray]  # uint8 [H, W, 3], the whole picture first
+    seconds: float | None = None  # of a frame
+
+
+@dataclass
+class Mark:
+    """A point of an answer, where it is drawn. x, y: fractions of width and height."""
+
+    visual: int  # index into ShownExample.visuals
+    x: float
+    y: float
+    object: int  # index into Answer.objects
+
+
+@dataclass
+class Answer:
+    """A run of targets, and the points and tracks in it."""
+
+    text: str
+    objects: list[tuple[int, str]] = field(default_factory=list)  # (number, label)
+    marks: list[Mark] = field(default_factory=list)
+    num_outside: int = 0  # points of images that the example does not have
+    largest_gap: float = 0.0  # seconds between a point and the frame that it is drawn on
+
+
+def read_answer(text: str, visuals: list[Visual]) -> Answer:
+    """An answer with its points on the images that they name, or on the frames that are nearest in time."""
+    answer = Answer(text)
+    times = [visual.seconds for visual in visuals if visual.seconds is not None]
+    for found in parse(text):
+        if isinstance(found, Points):
+            number, frames = 0, []
+            for where, group in found.groups:
+                frames.append((where, [(number + i, x, y) for i, (x, y) in enumerate(group, start=1)]))
+                number += len(group)
+        else:
+            frames = found.frames
+        objects = {}
+        for where, triplets in frames:
+            if times:
+                visual = min(range(len(times)), key=lambda index: abs(times[index] - where))
+                answer.largest_gap = max(answer.largest_gap, abs(times[visual] - where))
+            elif 1 <= where <= len(visuals) and where == int(where):
+                visual = int(where) - 1
+            else:
+                answer.num_outside += len(triplets)
+                continue
+            for number, x, y in triplets:
+                if number not in objects:
+                    objects[number] = len(answer.objects)
+                    answer.objects.append((number, found.label))
+                answer.marks.append(Mark(visual, x, y, objects[number]))
+    return answer
+
+
+def colour_of(index: int) -> tuple[int, int, int]:
+    return COLOURS[index % len(COLOURS)]
+
+
+def draw_marks(
+    picture: np.ndarray,
+    answer: Answer,
+    visual: int,
+    colour: tuple[int, int, int] | None = None,
+    mark_radius: int = MARK_RADIUS,
+    font_size: int = 15,
+) -> Image.Image:
+    """The picture, enlarged if it is small, with the answer's points on it, each with its object's number.
+
+    colour: of all points; None: each object has its own.
+    """
+    scale = max(1, round(MARKED_SIDE / max(picture.shape)))
+    image = Image.fromarray(picture)
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(image)
+    marks = [mark for mark in answer.marks if mark.visual == visual]
+    apart = 9 + mark_radius - MARK_RADIUS
+    centres = [(mark.x * (image.width - 1), mark.y * (image.height - 1)) for mark in marks]
+    for mark, (x, y) in zip(marks, centres):
+        right = x < image.width - 2 * font_size
+        draw.text(
+            (x + (apart if right else -apart), y),
+            str(answer.objects[mark.object][0]),
+            "white",
+            anchor="lm" if right else "rm",
+            font_size=font_size,
+            stroke_width=2,
+            stroke_fill="black",
+        )
+    for mark, (x, y) in zip(marks, centres):
+        own = colour_of(mark.object) if colour is None else colour
+        for radius, fill in ((mark_radius + 2, "black"), (mark_radius + 1, "white"), (mark_radius, own)):
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
+    return image
