@@ -18,8 +18,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Required, TypedDict
 
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError, with_config
 
 from molmo2_nemo import compat
 from molmo2_nemo.config.checks import check_sizes
@@ -54,6 +56,22 @@ INDEX_CONTENT = {
     "torch.distributed.checkpoint.planner": {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem"}
     | {"WriteItemType"},
 }
+
+
+@with_config(ConfigDict(extra="allow", strict=True))
+class Marker(TypedDict, total=False):
+    """What is used of complete.json; those of imports and of older versions lack some of it."""
+
+    step: Required[NonNegativeInt]
+    files: Required[dict[str, NonNegativeInt]]  # bytes
+    sha256: dict[str, str]
+    tokens_seen: NonNegativeInt
+    data: dict[str, dict[str, NonNegativeInt]]  # counts by source
+    best: dict[str, Any]
+    losses: list[float]
+
+
+_MARKER = TypeAdapter(Marker)
 
 
 def step_name(step: int) -> str:
@@ -119,30 +137,38 @@ def read_marker(path: Path) -> dict:
         )
     try:
         marker = json.loads((path / MARKER).read_text())
-        files = [(name, int(size)) for name, size in marker["files"].items()]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        _MARKER.validate_python(marker)
+    except (OSError, ValueError, RecursionError) as error:
+        problem = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
+        what = f" ({'.'.join(map(str, problem['loc']))}: {problem['msg']})" if problem else ""
         raise ConfigError(
-            f"checkpoint {path} has no readable {MARKER}: it is incomplete or not one of ours; use another step_* "
-            "directory."
+            f"checkpoint {path} has no readable {MARKER}{what}: it is incomplete or not one of ours; use another "
+            "step_* directory."
         ) from None
     # Markers of older versions have neither checksums nor a seal.
     if (SEAL in marker or "sha256" in marker) and marker != sealed(marker):
         raise ConfigError(f"checkpoint {path} is damaged: {MARKER} was changed; use another step_* directory.")
-    step = marker.get("step")
-    if type(step) is not int or step < 0:
-        raise ConfigError(f"checkpoint {path} is damaged: {MARKER} has step={step!r}; use another step_* directory.")
+    step = marker["step"]
     if is_name(path.name) and step != step_of(path):
         raise ConfigError(
             f"checkpoint {path} is damaged or was renamed: {MARKER} says step {step}; give it the name "
             f"{step_name(step)}, or use another step_* directory."
         )
-    for name, size in files:
-        found = (path / name).stat().st_size if (path / name).is_file() else None
+    for name, size in marker["files"].items():
+        found = _size(path / name)
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise ConfigError(f"checkpoint {path} is damaged: {name} {state}; use another step_* directory.")
     _refuse_foreign_index(path / INDEX)
     return marker
+
+
+def _size(file: Path) -> int | None:
+    """Bytes; None: there is no such file, or there cannot be one of this name."""
+    try:
+        return file.stat().st_size if file.is_file() else None
+    except (OSError, ValueError):
+        return None
 
 
 def size_of(path: Path) -> int:
@@ -265,9 +291,9 @@ def best(folder: Path) -> Path | None:
     """The best checkpoint of a run's folder of checkpoints, by train.save_best; None: there is none."""
     try:
         path = folder / step_name(int(json.loads((folder / BEST).read_text())["step"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return path if path.is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return path if path.is_dir() else None
 
 
 def mark_damaged(path: Path, damage: str) -> None:

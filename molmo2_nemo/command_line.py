@@ -5,7 +5,7 @@ import difflib
 import re
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.schema import Config
@@ -95,6 +95,25 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
                 )
                 raise ConfigError(f"{key}={value}: {where or 'the configuration'} has no key {name}; {known}.")
             cls = types[name]
+        else:
+            if not match[1] and not dataclasses.is_dataclass(cls):
+                refuse_value(cls, argument)
+
+
+def refuse_value(kind: type, argument: str) -> None:
+    """Raise ConfigError where the override `argument` gives a field of this type a value of another one."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if "${" in argument:  # a reference, of which Hydra finds the value
+        return
+    field = dataclasses.make_dataclass("Field", [("value", kind, dataclasses.field(default=MISSING))])
+    try:
+        OmegaConf.structured(field).value = OverridesParser.create().parse_override(argument).value()
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error).strip().splitlines()[0].replace("field 'value' is not Optional", "it cannot be null")
+        raise ConfigError(f"{argument}: {reason}; docs/settings.md has its type.") from error
 
 
 def to_dataclass(cfg: DictConfig) -> Config:

@@ -54,7 +54,7 @@ def resolve_precision(train: TrainConfig, device: str) -> str:
 def initialize(parallel: ParallelConfig, device: str, timeout_minutes: float, seed: int) -> None:
     """Join the ranks, then make Megatron's groups. Raises ConfigError as `join_ranks` does."""
     join_ranks(device, timeout_minutes)
-    make_groups(parallel, seed)
+    make_groups(parallel, timeout_minutes, seed)
 
 
 def join_ranks(device: str, timeout_minutes: float) -> None:
@@ -83,13 +83,17 @@ def join_ranks(device: str, timeout_minutes: float) -> None:
         )
 
 
-def make_groups(parallel: ParallelConfig, seed: int) -> None:
-    """Megatron's process groups, then the seeds. Collective."""
+def make_groups(parallel: ParallelConfig, timeout_minutes: float, seed: int) -> None:
+    """Megatron's process groups, then the seeds. Collective.
+
+    timeout_minutes: a group has a limit of its own, of half an hour where none is given.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
     )
     seed_everything(seed)
 
@@ -141,14 +145,15 @@ def solo_groups() -> ProcessGroupCollection:
     return solo
 
 
-def model_replica_group() -> dist.ProcessGroup:
+def model_replica_group(timeout_minutes: float) -> dist.ProcessGroup:
     """All tensor x context x pipeline parallel ranks that work on the same rows. Collective."""
     replica = parallel_state.get_data_parallel_rank()
     replicas = [None] * dist.get_world_size()
     dist.all_gather_object(replicas, replica)
     own = None
     for index in sorted(set(replicas)):
-        group = dist.new_group([rank for rank, r in enumerate(replicas) if r == index])
+        ranks = [rank for rank, r in enumerate(replicas) if r == index]
+        group = dist.new_group(ranks, timeout=datetime.timedelta(minutes=timeout_minutes))
         own = group if index == replica else own
     return own
 

@@ -337,10 +337,14 @@ def _catalogue_stages() -> dict[str, int]:
 
 
 def _files(root: Path, folders: set[str]) -> set[str]:
-    """What is in `folders` of root, relative to it: one listing for a folder is cheaper than asking for every file."""
+    """The files in `folders` of root, relative to it: one listing for a folder is cheaper than asking for every file.
+
+    Pipes and devices are none: reading them would never end.
+    """
     return {
-        os.path.join(folder, name)
+        os.path.join(folder, entry.name)
         for folder in folders
         if (root / folder).is_dir()
-        for name in os.listdir(root / folder)
+        for entry in os.scandir(root / folder)
+        if entry.is_file()
     }

@@ -149,7 +149,10 @@ def _read_file(path: Path, rank: int) -> tuple[dict, StreamPosition]:
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle raises errors of any type
-        raise ConfigError(f"the saved data state is damaged ({error}): start a new run from the weights.") from error
+        raise ConfigError(
+            f"{path} is damaged ({error}): move {path.parent} away to go on from the checkpoint before it, or start a "
+            f"new run with train.init_from={path.parent}."
+        ) from error
 
 
 def _note(old: dict, new: dict, changed: list[str], anew: list[str]) -> str:

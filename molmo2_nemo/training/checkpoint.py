@@ -302,7 +302,7 @@ def _no_room(folder: Path, needed: int) -> str | None:
     """A sentence if the disk has less room than a checkpoint takes. Collective."""
 
     def missing():
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # not its parents: a run that was moved away does not come back at the old place
         return missing_room(folder, needed, "a checkpoint")
 
     failure, sentence = _on_rank_0(missing)

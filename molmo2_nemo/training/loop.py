@@ -22,7 +22,7 @@ from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog, memory_gib, train_line
 from molmo2_nemo.training.optimizer import clip_and_step, set_learning_rates
 from molmo2_nemo.training.speed import Speed, impossible_mfu
-from molmo2_nemo.training.start import verified
+from molmo2_nemo.training.start import newest_verified, verified
 from molmo2_nemo.training.step import forward_backward, global_weight
 from molmo2_nemo.training.trouble import SpikeAlarm, finite, first_not_finite, loss_of_step, save_batches
 from molmo2_nemo.training.validate import validate, validation_line
@@ -234,7 +234,9 @@ def report_jump(run: Run, batches: list[dict], loss: float) -> bool:
     if dist.get_rank() == 0:
         newest = [checkpoint_dir.latest_complete(run.run_dir / "checkpoints")[0]]
     dist.broadcast_object_list(newest)
-    [path] = newest
+    path, damaged = newest_verified(run.run_dir / "checkpoints", newest[0], run.config.train.verify_checkpoints)
+    for line in damaged:
+        run.log.say(f"ignored: {line}")
     if path is None:
         run.log.say(f"step {step}: there is no checkpoint yet to go back to; the run goes on")
         return False
@@ -356,9 +358,14 @@ def run_validation(run: Run) -> float | None:
     """Write the loss on held-out data to the log and return it; None: no held-out token carries loss. Collective."""
     run.stacks.at(run.position.step, "validation")
     names = [source.name for source in run.sources]
-    figures, note = validate(run.config, run.model, run.validation, run.replica, run.device, names)
+    figures, data, broken = validate(run.config, run.model, run.validation, run.replica, run.device, names)
     run.log.write("validation", run.position.step, figures)
-    run.log.say(validation_line(run.position.step, figures) + note)
+    for line in broken:
+        run.log.say(f"broken held-out sample: {line}")
+    run.log.say(validation_line(run.position.step, figures) + data.note())
+    too_broken = data.too_broken(run.config.data.max_error_rate, run.config.data.blend)
+    if too_broken:
+        end(run, f"held-out data: {too_broken}")
     run.log.interval()
     return figures["loss"]
 

@@ -126,12 +126,20 @@ def _is_torch_adam(part: MegatronOptimizer) -> bool:
     return isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam)
 
 
-def check_freeze_patterns(names: list[str], optim: OptimConfig) -> None:
-    """Raise ConfigError for a pattern that matches no parameter's name. names: those of this rank. Collective."""
+def check_frozen(names: list[str], trained: int, optim: OptimConfig) -> None:
+    """Raise ConfigError for a pattern that matches no parameter's name, and where all parameters are frozen.
+
+    Collective. names: of this rank's parameters. trained: how many of them are trained.
+    """
     everybodys = [None] * dist.get_world_size()
-    dist.all_gather_object(everybodys, [p for p in optim.freeze_patterns if any(re.search(p, name) for name in names)])
+    found = [pattern for pattern in optim.freeze_patterns if any(re.search(pattern, name) for name in names)]
+    dist.all_gather_object(everybodys, (found, trained))
+    if not any(trained for _, trained in everybodys):
+        how = [f"optim.{c}.freeze=true" for c in COMPONENTS if getattr(optim, c).freeze]
+        how += [f"optim.freeze_patterns={optim.freeze_patterns}"] if optim.freeze_patterns else []
+        raise ConfigError(f"{', '.join(how)} leave no parameter that is trained: take one of them back.")
     for pattern in optim.freeze_patterns:
-        if not any(pattern in found for found in everybodys):
+        if not any(pattern in found for found, _ in everybodys):
             raise ConfigError(
                 f"optim.freeze_patterns: {pattern} is in no parameter's name; names are like {', '.join(names[:3])}."
             )

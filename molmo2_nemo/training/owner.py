@@ -39,7 +39,8 @@ class Owner:
             self._take()
         except OSError as error:
             raise ConfigError(
-                f"run_dir={run_dir} cannot be written to ({error}): choose another folder, or make it writable."
+                f"run_dir={run_dir} cannot be written to ({error}): make it writable, make room, or choose another "
+                "folder."
             ) from error
         self.thread = threading.Thread(target=self._beat, daemon=True)
         self.thread.start()
@@ -54,8 +55,8 @@ class Owner:
 
     def _take(self) -> None:
         own = self.path.with_name(f".{OWNER}.{self.me['token']}")
-        own.write_text(json.dumps(self.me))
         try:
+            own.write_text(json.dumps(self.me))
             while True:
                 try:
                     os.link(own, self.path)  # fails if the file is there, also over NFS
@@ -121,6 +122,11 @@ def is_alive(path: Path, other: dict) -> bool:
     me = _this_process()
     if all(other.get(key) == me[key] for key in ("boot", "pid_namespace")):
         return _started(other.get("pid")) is not None and _started(other.get("pid")) == other.get("started")
+    print(
+        f"{path} is of process {other.get('pid')} on {other.get('host')}: watching for up to {PATIENCE_SECONDS} s "
+        "whether it is alive",
+        flush=True,
+    )
     same_job = me["slurm_job"] and other.get("slurm_job") == me["slurm_job"]
     if same_job and int(other.get("slurm_restarts") or 0) < int(me["slurm_restarts"] or 0):
         return False  # Slurm has ended that start of the job before it began this one

@@ -30,7 +30,7 @@ from molmo2_nemo.training import agreement, answers, checkpoint, loop, owner, sh
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.loop import Best, Interval, Position, Run
 from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog
-from molmo2_nemo.training.optimizer import build_optimizer, check_freeze_patterns, parameter_table
+from molmo2_nemo.training.optimizer import build_optimizer, check_frozen, parameter_table
 from molmo2_nemo.training.speed import Speed
 from molmo2_nemo.training.start import Start, agree, converted, find_start
 from molmo2_nemo.training.step import build_model, global_names, load_weights
@@ -42,7 +42,7 @@ SECONDS_FOR_RANK_0 = 5
 
 def run_stage(cfg: DictConfig) -> None:
     """Entry point of the recipes: one sentence and exit status 2 for a setting that cannot work, else train."""
-    rank, release, before = rank_from_environment(), lambda: None, {}
+    rank, release, before, position = rank_from_environment(), lambda: None, {}, Position()
     try:
         config = to_dataclass(cfg)
         check(config, world_size_from_environment())
@@ -54,13 +54,12 @@ def run_stage(cfg: DictConfig) -> None:
         if rank == 0:
             # Before the checkpoints are looked at: it may wait for another run, which saves meanwhile.
             release = owner.Owner(Path(config.run_dir)).release
-        # Rank 0's choice is everybody's (start.agree); another rank may not even see the folder.
-        start = find_start(config) if rank == 0 else Start()
-        if rank == 0:
-            before = shutdown.read_ended(Path(config.run_dir))
-            (Path(config.run_dir) / shutdown.ENDED).unlink(missing_ok=True)
-        position = Position()
         with shutdown.told_in_one_line(Path(config.run_dir), lambda: position.step, release):
+            if rank == 0:
+                before = shutdown.read_ended(Path(config.run_dir))
+                (Path(config.run_dir) / shutdown.ENDED).unlink(missing_ok=True)
+            # Rank 0's choice is everybody's (start.agree); another rank may not even see the folder.
+            start = find_start(config) if rank == 0 else Start()
             run = set_up(config, OmegaConf.to_yaml(cfg, resolve=True), device, sources, start, position)
             try:
                 with worker_deaths(run.loader, run.validation):
@@ -70,26 +69,44 @@ def run_stage(cfg: DictConfig) -> None:
                 raise
             finish(run, reason, why)
     except ConfigError as error:
-        message = str(error)
-        if rank and not dist.is_initialized():
-            # All ranks may have found the same. Then rank 0 says so, and the launcher ends the others meanwhile.
-            time.sleep(SECONDS_FOR_RANK_0)
-            message = f"rank {rank} on {socket.gethostname()}: {message}"
-        # Where the configuration does not even say which folder is the run's, there is none to write to.
-        with contextlib.suppress(OSError, OmegaConfBaseException):
-            run_dir = Path(cfg.run_dir)
-            before = before or shutdown.read_ended(run_dir)
-            # Once the ranks are joined, the folder is this run's.
-            is_ours = dist.is_initialized() or not owner.in_use(run_dir)
-            if is_ours and not checkpoint_dir.is_complete(run_dir):
-                shutdown.write_ended(run_dir, "config error", 0, message)
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        refuse(cfg, rank, before, str(error))
         sys.exit(2)
     finally:
-        if rank == 0 and before.get("reason") == "finished":
-            if checkpoint_dir.latest_complete(Path(cfg.run_dir) / "checkpoints")[0] is not None:
-                shutdown.keep_finished(Path(cfg.run_dir), before)
+        if rank == 0 and is_still_finished(cfg, before):
+            shutdown.keep_finished(Path(cfg.run_dir), before)
         release()
+
+
+def refuse(cfg: DictConfig, rank: int, before: dict, message: str) -> None:
+    """Say why the run cannot start, and leave ended.json, where the folder is this run's."""
+    if rank and not dist.is_initialized():
+        # All ranks may have found the same. Then rank 0 says so, and the launcher ends the others meanwhile.
+        time.sleep(SECONDS_FOR_RANK_0)
+        message = f"rank {rank} on {socket.gethostname()}: {message}"
+    # Where the configuration does not even say which folder is the run's, there is none to write to.
+    with contextlib.suppress(OSError, OmegaConfBaseException):
+        run_dir = Path(cfg.run_dir)
+        before |= {} if before else shutdown.read_ended(run_dir)
+        # Once the ranks are joined, the folder is this run's.
+        is_ours = dist.is_initialized() or not owner.in_use(run_dir)
+        if is_ours and not checkpoint_dir.is_complete(run_dir):
+            shutdown.write_ended(run_dir, "config error", 0, message)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def is_still_finished(cfg: DictConfig, before: dict) -> bool:
+    """Whether a run that had finished is so after this start, too: nothing more is asked for, and what it ended with is
+    there. A start that was refused for another reason then leaves no trace.
+
+    A run that ended before its last step (train.stop_when_no_better) says why in its message.
+    """
+    if before.get("reason") != "finished":
+        return False
+    with contextlib.suppress(OmegaConfBaseException, AttributeError, TypeError, ValueError):
+        newest, _ = checkpoint_dir.latest_complete(Path(cfg.run_dir) / "checkpoints")
+        if newest is not None and checkpoint_dir.step_of(newest) == before.get("step"):
+            return bool(before.get("message")) or before["step"] >= int(cfg.train.max_steps)
+    return False
 
 
 def set_up(
@@ -109,7 +126,7 @@ def set_up(
     stacks = shutdown.StackDump(run_dir, settings.timeout_minutes, settings.stop_signals)
     start, problem = agree(config, start)
     end_unless_agreed(run_dir, problem)
-    parallel.make_groups(config.parallel, settings.seed)
+    parallel.make_groups(config.parallel, settings.timeout_minutes, settings.seed)
     precision = parallel.resolve_precision(settings, device)
 
     log = RunLog(run_dir)
@@ -134,7 +151,7 @@ def set_up(
     else:
         log.say("weights: random (train.init_from=CHECKPOINT starts from trained ones)")
 
-    replica = parallel.model_replica_group()
+    replica = parallel.model_replica_group(settings.timeout_minutes)
     loader, validation = make_loaders(config, sources, replica, run_dir, loader_states)
     if loader is not None and loader.note:
         log.say(loader.note)
@@ -247,7 +264,8 @@ def build(config: Config, device: str, precision: str) -> tuple[list[Distributed
         vision_recompute=settings.vision_recompute,
         vit_fp8=settings.vit_fp8,
     )
-    check_freeze_patterns([name for chunk in unwrap_model(model) for name, _ in global_names(chunk)], optim)
+    parameters = [named for chunk in unwrap_model(model) for named in global_names(chunk)]
+    check_frozen([name for name, _ in parameters], sum(p.requires_grad for _, p in parameters), optim)
     return model, build_optimizer(config, model, precision)
 
 
@@ -290,9 +308,10 @@ def resume(
 def saved_settings(path: Path) -> dict:
     """The configuration that a checkpoint was saved with; empty if it cannot be read."""
     try:
-        return yaml.safe_load((path / "config.yaml").read_text()) or {}
-    except (OSError, yaml.YAMLError):
+        found = yaml.safe_load((path / "config.yaml").read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def make_loaders(

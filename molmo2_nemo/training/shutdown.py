@@ -187,7 +187,7 @@ def told_in_one_line(run_dir: Path, step: Callable[[], int], last: Callable[[], 
                 folder / f"lost_contact_{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
             )
             if speaks:
-                reason += missing_ranks(folder)
+                reason += missing_ranks(folder) or "; its own message says why"
         else:
             speaks = True
         if speaks:
@@ -290,7 +290,7 @@ def describe(error: BaseException) -> str:
             "data.packing_buffer_size"
         )
     if lost_contact(error):
-        return f"lost contact to another rank, whose own message says why ({text})"
+        return f"lost contact to another rank ({text.split(' GLHF!')[0]})"  # gloo wishes good luck
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -42,6 +42,8 @@ def find_start(config: Config) -> Start:
     A run that has checkpoints, but none that is usable, is not begun anew without train.start_over=true.
     """
     folder = Path(config.run_dir) / "checkpoints"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file, and the run's checkpoints go into a folder of this name: remove it.")
     resume, ignored = checkpoint_dir.latest_complete(folder)
     if resume is None and not config.train.start_over:
         if ignored:
@@ -97,13 +99,14 @@ def last_saved_step(run_dir: Path) -> int | None:
     """The step of the newest checkpoint that the run's metrics.jsonl tells of; None: it tells of none."""
     saved = None
     try:
-        with (run_dir / "metrics.jsonl").open() as lines:
+        with (run_dir / "metrics.jsonl").open(errors="replace") as lines:
             for line in lines:
                 if '"kind": "checkpoint"' not in line:
                     continue
-                with contextlib.suppress(ValueError):  # a line that a kill has cut
+                # A line that a kill has cut, or that somebody has written.
+                with contextlib.suppress(ValueError, RecursionError, AttributeError):
                     record = json.loads(line)
-                    saved = saved if record.get("failed") else record.get("saved_step", record["step"])
+                    saved = saved if record.get("failed") else record.get("saved_step", record.get("step", saved))
     except OSError:
         pass
     return saved
@@ -127,31 +130,47 @@ def agree(config: Config, start: Start) -> tuple[Start, str | None]:
     agreed = [start]
     dist.broadcast_object_list(agreed)
     [start] = agreed
-    while start.resume is not None:
-        unseen = agreement.visible(start.resume)
-        if unseen is not None:
-            return start, unseen
-        damage = verified(start.resume) if config.train.verify_checkpoints else None
-        if damage is None:
-            return start, None
-        found = [None, None]
-        if dist.get_rank() == 0:
-            checkpoint_dir.mark_damaged(start.resume, damage)
-            older = [path for path in checkpoint_dir.find_checkpoints(folder) if path < start.resume]
-            found = list(checkpoint_dir.newest_usable(older))
-        dist.broadcast_object_list(found)
-        start.resume, ignored = found
-        start.ignored += [damage, *ignored]
+    if start.resume is not None and (unseen := agreement.visible(start.resume)) is not None:
+        return start, unseen
+    start.resume, ignored = newest_verified(folder, start.resume, config.train.verify_checkpoints)
+    start.ignored += ignored
+    if start.resume is not None:
+        return start, None
     if start.ignored:
         if not config.train.start_over:
             return start, none_usable(folder, start.ignored)
+        failure = [None]
         if dist.get_rank() == 0:
-            set_aside(folder)
-        dist.barrier()
+            try:
+                set_aside(folder)
+            except OSError as error:
+                failure = [f"{folder} cannot be given another name ({error}): move what is in it elsewhere."]
+        dist.broadcast_object_list(failure)
+        if failure[0] is not None:
+            return start, failure[0]
         start = replace(find_start(config), ignored=start.ignored)
     if start.init_from is not None and config.train.verify_checkpoints:
         return start, verified(start.init_from)
     return start, None
+
+
+def newest_verified(folder: Path, path: Path | None, verify: bool) -> tuple[Path | None, list[str]]:
+    """The checkpoint `path`, or else the newest before it that is whole, and a sentence for each that is not.
+
+    One whose checksums are wrong is marked (checkpoint_dir.DAMAGED). verify: compare them. Collective; path: the same
+    on all ranks.
+    """
+    ignored = []
+    while path is not None and verify and (damage := verified(path)) is not None:
+        found = [None, None]
+        if dist.get_rank() == 0:
+            checkpoint_dir.mark_damaged(path, damage)
+            older = [other for other in checkpoint_dir.find_checkpoints(folder) if other < path]
+            found = list(checkpoint_dir.newest_usable(older))
+        dist.broadcast_object_list(found)
+        path, others = found
+        ignored += [damage, *others]
+    return path, ignored
 
 
 def verified(checkpoint: Path) -> str | None:

@@ -78,7 +78,7 @@ def answered(config, hf_dir: Path, scratch: Path, eos_id: int) -> list[dict]:
     load_weights(model, scratch / "step_00000000")
     for chunk in model:
         chunk.train()
-    group = parallel.model_replica_group()
+    group = parallel.model_replica_group(timeout_minutes=5)
     exam = answers.prepare(config, blend.load_blend(config.data), group, scratch)
     exam.eos_id = eos_id
     state = torch.random.get_rng_state()

@@ -18,7 +18,7 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import ParallelConfig
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
 from molmo2_nemo.random_batches import pack, random_documents
-from molmo2_nemo.training.optimizer import build_optimizer, check_freeze_patterns, clip_and_step, set_learning_rates
+from molmo2_nemo.training.optimizer import build_optimizer, check_frozen, clip_and_step, set_learning_rates
 from molmo2_nemo.training.step import MODEL_INPUTS, build_model, forward_backward, global_names, global_weight
 
 config = compose("stage1", ["model=tiny", "data=sample", "schedule=quickstart", *sys.argv[1:]])
@@ -74,11 +74,11 @@ def clipping(parameters: dict, before: dict[str, torch.Tensor], norms: dict[str,
     return found
 
 
-def refusal(names: list[str], pattern: str) -> str | None:
-    """What is said of a freeze pattern that is in no parameter's name."""
+def refusal(names: list[str], pattern: str, trained: int) -> str | None:
+    """What is said of a freeze pattern."""
     config.optim.freeze_patterns = [pattern]
     try:
-        check_freeze_patterns(names, config.optim)
+        check_frozen(names, trained, config.optim)
     except ConfigError as error:
         return str(error)
     return None
@@ -140,7 +140,8 @@ def main() -> None:
         "state_numbers": sum(state["exp_avg"].numel() for _, state in states),
         "nan": step_with_nan(model, optimizer, parameters, trained[0]),
         "patterns": patterns,
-        "refusal": refusal(list(parameters), "decoder.layers.7"),
+        "refusal": refusal(list(parameters), "decoder.layers.7", 1),
+        "all_frozen": refusal(list(parameters), ".*", 0),
         "dropout": dropout(response_dropout=False),
         "response_dropout": dropout(response_dropout=True),
     }

@@ -26,6 +26,7 @@ def test_clipping_freezing_and_dropout(overrides):
     assert not any("decoder.layers.1." in name for name in frozen)
     assert bool(found["patterns"]) == bool(overrides)
     assert "decoder.layers.7 is in no parameter's name" in found["refusal"]
+    assert "optim.freeze_patterns=['.*'] leave no parameter that is trained" in found["all_frozen"]
     # A gradient that is not finite: nothing moves.
     assert found["nan"] == {"updated": False, "norm_is_nan": True, "moved": []}
     # Dropout at positions that carry loss alone: what only sees other positions is as without dropout.

@@ -224,8 +224,9 @@ def test_a_rank_that_does_not_see_the_checkpoints_is_named(two_steps, sample, tm
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-3000:]
     there = run_dir / "checkpoints" / "step_00000002"
     assert f"error: {there} is there for rank 0, but not for rank 1 on {socket.gethostname()}: " in result.stderr
-    assert "run_dir must be on a file system that all nodes share" in result.stderr
-    assert ended(run_dir)["reason"] == "finished"  # as it was: nothing was begun
+    # Two more steps were asked for, so that the run is not what it was before, finished.
+    assert ended(run_dir)["reason"] == "config error"
+    assert "run_dir must be on a file system that all nodes share" in ended(run_dir)["message"]
     assert checkpoints(run_dir) == ["step_00000002"]
 
 
@@ -281,6 +282,22 @@ def test_a_dead_rank_or_worker_ends_the_job_with_one_message(sample, tmp_path, v
         assert "lost contact" in ended(tmp_path / "run")["message"]
     # Nobody outlives the job, also not the workers of a rank that was killed.
     assert workers and not [pid for pid in workers if is_alive(pid)]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_when_the_time_is_over(sample, tmp_path):
+    """In the middle of a step's sums, which go over Megatron's groups."""
+    job = Job(tmp_path / "run", sample, "parallel=tp2", "train.timeout_minutes=0.15", ranks=2)
+    job.wait_for("step 3/")
+    os.kill(job.ranks()[1], signal.SIGSTOP)
+    try:
+        assert job.processes[0].wait() == 1
+    finally:
+        os.kill(job.ranks()[1], signal.SIGKILL)
+    _, log = job.end()
+    [line] = [line for line in log.splitlines() if line.startswith("error: rank ")]
+    assert line.startswith("error: rank 0 on ") and "no sign of life from rank 1 on " in line
+    assert "no sign of life from rank 1 on " in ended(tmp_path / "run")["message"]
 
 
 OUR_MISTAKE = """

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -233,6 +234,15 @@ def test_a_lost_shard_is_named(root, name, share):
     with pytest.raises(ConfigError, match=f"source a lacks 1 of . shards with {share:.1%} .*{root / 'a' / name},"):
         check_shards(sources, max_error_rate=share - 0.01)
     check_shards(sources, max_error_rate=share)
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_none(root):
+    """Reading it would never end."""
+    shard = root / "a" / "train-1.tar"
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(ConfigError, match=f"source a lacks 1 of . shards .*{shard},"):
+        check_shards(load_blend(config(root, fixed(a=("a", 1)))), max_error_rate=0.01)
 
 
 def test_shards_in_subfolders(root):

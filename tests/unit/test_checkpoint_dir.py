@@ -79,10 +79,17 @@ def test_each_file_is_somebodys_part(checkpoint, part):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"step": None}, "has step=None"),
-        ({"step": "7"}, "has step='7'"),
-        ({"step": -7}, "has step=-7"),
-        ({"step": True}, "has step=True"),
+        ({"step": None}, "complete.json (step: Input should be a valid integer)"),
+        ({"step": "7"}, "complete.json (step: Input should be a valid integer)"),
+        ({"step": -7}, "complete.json (step: Input should be greater than or equal to 0)"),
+        ({"step": True}, "complete.json (step: Input should be a valid integer)"),
+        ({"tokens_seen": "x"}, "complete.json (tokens_seen: Input should be a valid integer)"),
+        ({"data": {"captions": 5}}, "complete.json (data.captions: Input should be a valid dictionary)"),
+        ({"losses": ["low"]}, "complete.json (losses.0: Input should be a valid number)"),
+        ({"best": 5}, "complete.json (best: Input should be a valid dictionary)"),
+        ({"files": {"a": float("inf")}}, "complete.json (files.a: Input should be a valid integer)"),
+        ({"files": {"a" * 300: 1}}, "is missing"),
+        ({"files": {"a\0": 1}}, "is missing"),
         ({"step": 8}, "says step 8; give it the name step_00000008"),
         ({"files": None}, "no readable complete.json"),
         ({"files": ["a"]}, "no readable complete.json"),
@@ -108,6 +115,19 @@ def test_damage_of_the_marker_itself_is_found(checkpoint, before, after):
     (checkpoint / "complete.json").write_text(text.replace(before, after, 1))
     with pytest.raises(ConfigError, match="complete.json was changed"):
         checkpoint_dir.read_marker(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "", "7", "\ud800", '{"step": 7}'])
+def test_what_is_no_marker_is_named(checkpoint, text):
+    (checkpoint / "complete.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ConfigError, match="has no readable complete.json"):
+        checkpoint_dir.read_marker(checkpoint)
+
+
+@pytest.mark.parametrize("text", ['{"step": Infinity}', '{"step": NaN}', "[" * 100_000, '{"step": [7]}', "7", "\0"])
+def test_a_damaged_note_of_the_best_one_names_none(checkpoint, text):
+    (checkpoint.parent / "best.json").write_text(text)
+    assert checkpoint_dir.best(checkpoint.parent) is None
 
 
 def test_a_marker_of_an_older_version_is_read(checkpoint):

@@ -276,6 +276,11 @@ def test_impossible_settings_are_refused(stage, overrides, world_size, expected)
         ("modell=tiny", "modell=tiny: the configuration has no key modell; did you mean model."),
         ("model=large", "model=large: conf/model has no large.yaml; choose one of hf, molmo2_4b"),
         ("optim.vit.warmup=3", "did you mean optim.vit.warmup_steps"),
+        ("optim.clip_grad=null", "optim.clip_grad=null: it cannot be null; docs/settings.md"),
+        ("train.max_steps=abc", "train.max_steps=abc: Value 'abc' of type 'str' could not be converted to Integer"),
+        ("train.report=maybe", "train.report=maybe: Value 'maybe' is not a valid bool"),
+        ("optim.llm.lr=low", "optim.llm.lr=low: Value 'low' of type 'str' could not be converted to Float"),
+        ("train.precision=[", "train.precision=[: no viable alternative"),
     ],
 )
 def test_unknown_keys_and_options_are_named(argument, expected):
@@ -294,6 +299,12 @@ def test_known_overrides_pass():
             "hydra.verbose=true",
             "model.rope_scaling.factor=2",
             "optimizer.adam_eps=1e-8",
+            "train.save_best=null",
+            "train.init_from=[a,b]",
+            "optim.freeze_patterns=[.*]",
+            "run_dir='a b/${name}'",
+            "optim.llm.lr=1e-4",
+            "train.async_checkpoint=true",
         ]
     )
 

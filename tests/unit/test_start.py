@@ -4,11 +4,15 @@ import json
 import shutil
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import Config, TrainConfig
+from molmo2_nemo.config.schema import Config, ModelConfig, TrainConfig
+from molmo2_nemo.hf import convert
 from molmo2_nemo.hf.architecture import model_config_from_hf
-from molmo2_nemo.training.start import find_start
+from molmo2_nemo.training.start import find_start, last_saved_step, newest_verified
 
 
 def test_what_cannot_start_a_run_is_refused_in_one_sentence(hf_models, tmp_path):
@@ -37,3 +41,52 @@ def test_what_cannot_start_a_run_is_refused_in_one_sentence(hf_models, tmp_path)
     shutil.copy(hf_models["olmo3"] / "config.json", pickled)
     (pickled / "pytorch_model.bin").write_bytes(b"pickle")
     assert "only safetensors are read, never pickles" in refused(pickled)
+
+
+def save(path, step):
+    make = {"weight": lambda: torch.arange(12.0).reshape(4, 3)}
+    state = {"weight": torch.empty(4, 3, device="meta")}
+    convert.write_checkpoint(path, ModelConfig(name="m"), state, make, {"step": step, "stage": "test"})
+
+
+def test_the_newest_whole_checkpoint_is_found_by_its_checksums(tmp_path):
+    """For a start, and for going back after a jump of the loss."""
+    if not dist.is_initialized():  # another test of this process may have left its group
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    paths = [tmp_path / checkpoint_dir.step_name(step) for step in (1, 2, 3)]
+    for step, path in enumerate(paths, start=1):
+        save(path, step)
+    for path in paths[1:]:
+        [file] = path.glob("*.distcp")
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert newest_verified(tmp_path, paths[2], verify=False) == (paths[2], [])
+    found, ignored = newest_verified(tmp_path, paths[2], verify=True)
+    assert found == paths[0] and len(ignored) == 2 and all("SHA-256" in line for line in ignored)
+    assert [(path / checkpoint_dir.DAMAGED).exists() for path in paths] == [False, True, True]
+    assert newest_verified(tmp_path, None, verify=True) == (None, [])
+
+
+@pytest.mark.parametrize(
+    "line, step",
+    [
+        (b'{"kind": "checkpoint", "step": 7, "saved_step": 6}', 6),
+        (b'{"kind": "checkpoint", "step": 7}', 7),
+        (b'{"kind": "checkpoint"}', 3),
+        (b'\xff\xfe{"kind": "checkpoint"', 3),
+        (b'["kind": "checkpoint"', 3),
+        (b'["\\"kind\\": \\"checkpoint\\""]', 3),
+        (b'"\\"kind\\": \\"checkpoint\\""', 3),
+    ],
+)
+def test_the_log_tells_what_was_saved_whatever_stands_in_it(tmp_path, line, step):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"kind": "checkpoint", "step": 3}\n' + line + b"\n")
+    assert last_saved_step(tmp_path) == step
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_named(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    for start_over in (False, True):
+        with pytest.raises(ConfigError, match="checkpoints is a file, .*: remove it"):
+            find_start(Config(run_dir=str(tmp_path), train=TrainConfig(start_over=start_over)))
+    (tmp_path / "checkpoints").unlink()
+    assert find_start(Config(run_dir=str(tmp_path), train=TrainConfig())).resume is None
