@@ -277,10 +277,12 @@ def pid_behind(stand_in: int) -> int:
 
 def stand_in(arguments: list[str]) -> None:
     """What that script does."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until there is somebody to pass them on to
     program = Program(arguments, dict(os.environ), Path.cwd(), [0, 1, 2])
-    (Path(os.environ[FOLDER]) / f"pid.{os.getpid()}").write_text(str(program.pid))
     for number in PASSED_ON:
         signal.signal(number, lambda number, _: program.send_signal(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+    (Path(os.environ[FOLDER]) / f"pid.{os.getpid()}").write_text(str(program.pid))
     status = program.wait()
     if status >= 0:
         os._exit(status)

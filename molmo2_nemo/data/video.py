@@ -93,6 +93,10 @@ def _divides(fps: float, video_fps: float) -> bool:
     return round(video_fps / fps) >= 1 and abs(video_fps / fps / round(video_fps / fps) - 1) < 0.002
 
 
+class IsPicture(ValueError):
+    """The file is a picture, which FFmpeg would take for a video of one frame."""
+
+
 @dataclass
 class Listing:
     """What a video file says of its frames, without any of them decoded."""
@@ -280,11 +284,13 @@ def _open(video: bytes | Path) -> av.container.InputContainer:
             str(video) if isinstance(video, Path) else io.BytesIO(video), options={"protocol_whitelist": "file"}
         )
     except Exception as error:
-        raise ValueError(f"The video cannot be opened: {error}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"The video cannot be opened: {reason}.") from error
     stream, problem = container.streams.best("video"), None
     if container.format.name.endswith("_pipe"):  # FFmpeg's readers of single pictures
-        problem = "The file is a picture, not a video."
-    elif stream is None:
+        container.close()
+        raise IsPicture("The file is a picture, not a video.")
+    if stream is None:
         problem = "The file holds no video stream."
     elif stream.codec_context is None:
         problem = "The video's codec is unknown."

@@ -16,6 +16,10 @@ SEEK_BACK = 0.5  # seconds before a clip's start at which to look for a key fram
 BIT_EXACT = {"fflags": "+bitexact"}
 
 
+class IsVideo(ValueError):
+    """The file is a video, in the place of a picture."""
+
+
 def suffix(file: Path) -> str:
     """.jpg and the like; part names are for people, the content decides how it is decoded."""
     suffix = file.suffix.lower()
@@ -28,7 +32,7 @@ def image_facts(data: bytes) -> dict:
         height, width = read_image(data).shape[:2]
     except ValueError as error:
         if _is_video(data):
-            raise ValueError("it is a video, not a picture") from error
+            raise IsVideo("The file is a video, not a picture.") from error
         raise
     return {"width": width, "height": height}
 

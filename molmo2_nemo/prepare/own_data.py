@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from molmo2_nemo.data.schema import Example, Pointing, Tracking, ValueMistake, read_example, said_of
+from molmo2_nemo.data.video import IsPicture
 from molmo2_nemo.prepare.annotations import (
     UNITS,
     check_answers,
@@ -27,7 +28,7 @@ from molmo2_nemo.prepare.annotations import (
 from molmo2_nemo.prepare.formats import files, table
 from molmo2_nemo.prepare.formats.line import Line, Row, Unpacked, file_name
 from molmo2_nemo.prepare.line_names import LineNames, with_groups
-from molmo2_nemo.prepare.media import MAX_MEDIA, image_facts, suffix, video_facts
+from molmo2_nemo.prepare.media import MAX_MEDIA, IsVideo, image_facts, suffix, video_facts
 from molmo2_nemo.prepare.mistakes import (
     TASKS,
     LineMistakes,
@@ -298,8 +299,9 @@ def _facts(name: str, key: str, file: Path, look: Callable[[bytes], dict]) -> di
     try:
         return look(file.read_bytes())
     except ValueError as error:
-        other = {"it is a video, not a picture": "video", "it is a picture, not a video": "image"}.get(str(error))
-        raise ValueError(f'{key} = "{name}": {error}' + (f': write "{other}" for it' if other else "")) from error
+        other = "video" if isinstance(error, IsVideo) else "image" if isinstance(error, IsPicture) else None
+        reason = str(error).rstrip(".")
+        raise ValueError(f'{key} = "{name}": {reason}' + (f': write "{other}" for it' if other else "")) from error
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------------

@@ -35,8 +35,11 @@ BAD = [
     ({"image": 3, "messages": TURN}, "image = 3 names no file"),
     ({"images": "cat.jpg", "messages": TURN}, 'images = "cat.jpg" is not a list'),
     ({"image": "cut.jpg", "messages": TURN}, 'image = "cut.jpg": The image cannot be decoded'),
-    ({"image": "bikes.mp4", "messages": TURN}, 'image = "bikes.mp4": it is a video, not a picture: write "video"'),
-    ({"video": "cut.mp4", "messages": TURN}, 'video = "cut.mp4": the video cannot be opened'),
+    (
+        {"image": "bikes.mp4", "messages": TURN},
+        'image = "bikes.mp4": The file is a video, not a picture: write "video"',
+    ),
+    ({"video": "cut.mp4", "messages": TURN}, 'video = "cut.mp4": The video cannot be opened'),
     ({"video": "cat.jpg", "image": "cat.jpg", "messages": TURN}, "image and video: one of them"),
     ({"image": "cat.jpg", "clip": [0, 1], "messages": TURN}, "clip and no video"),
     ({"video": "bikes.mp4", "clip": [5, 11], "messages": TURN}, "no part of 10.0 seconds"),
@@ -125,7 +128,7 @@ VALUES = [
     (CAT | POINTS | {"points": [[40, 20]]}, 'If not, write "unit": "pixels"'),
     (BIKES | POINTS | {"points": [[1, [[40, 500]]]]}, "give fractions, percent or pixels of it"),
     # Files.
-    ({"video": "cat.jpg", "messages": TURN}, 'video = "cat.jpg": it is a picture, not a video: write "image"'),
+    ({"video": "cat.jpg", "messages": TURN}, 'video = "cat.jpg": The file is a picture, not a video: write "image"'),
     ({"image": "https://example.org/cat.jpg", "messages": TURN}, "is an address: download the file"),
     ({"image": "pictures/cat.jpg", "messages": TURN}, "--images "),
     ({"image": "deep/Turned.JPG", "messages": TURN}, "there is turned.jpg beside it"),
