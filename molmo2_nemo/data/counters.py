@@ -30,6 +30,8 @@ COUNTERS = (
 )
 # What was changed because of the images and frames that are shown.
 CHOSEN = COUNTERS[COUNTERS.index("images_left_out") : COUNTERS.index("unseen_branches") + 1]
+# What was left out or changed of samples that are used.
+SHORTENED = COUNTERS[COUNTERS.index("truncated") : COUNTERS.index("unseen_branches") + 1]
 # Samples that were left out, by reason.
 DROPPED = tuple(name for name in COUNTERS if name.startswith("dropped_") and name != "dropped_branches")
 # Those of them that are broken: the JSON, the pixels, or the file itself.
