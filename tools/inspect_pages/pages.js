@@ -113,18 +113,20 @@ function startSteps(header) {
   });
 }
 
-// data-marks of a film: [objects' numbers, colours, labels], and for each of its frames [object, x, y] of what is there.
+// data-marks of a film: its objects, and for each of its frames [object, x, y] of what is there. The controls are our
+// own, and below the picture: a browser's would lie upon the points.
 function startFilm(film) {
   const video = film.querySelector("video"), stage = film.querySelector(".stage"), fps = +film.dataset.fps;
-  if (!film.dataset.marks) return;
-  const { objects, frames } = JSON.parse(film.dataset.marks);
+  const play = film.querySelector(".play"), range = film.querySelector("input"), time = film.querySelector(".time");
+  const { objects, frames } = JSON.parse(film.dataset.marks || '{"objects": [], "frames": []}');
   let drawn = -1;
   const draw = () => {
-    const now = Math.max(0, Math.min(frames.length - 1, Math.floor(video.currentTime * fps + 0.01)));
+    const now = Math.min(+range.max, Math.floor(video.currentTime * fps + 0.01));
+    time.textContent = `${video.currentTime.toFixed(1)} s`;
     if (now === drawn) return;
-    drawn = now;
+    drawn = range.value = now;
     for (const old of stage.querySelectorAll(".mark")) old.remove();
-    for (const [object, x, y] of frames[now]) {
+    for (const [object, x, y] of frames[now] || []) {
       const dot = make("span", stage, "", "mark");
       dot.style.left = `${100 * x}%`;
       dot.style.top = `${100 * y}%`;
@@ -133,8 +135,13 @@ function startFilm(film) {
     }
   };
   const loop = () => { draw(); if (!video.paused) requestAnimationFrame(loop); };
-  video.addEventListener("play", loop);
-  for (const event of ["seeked", "timeupdate", "loadeddata"]) video.addEventListener(event, draw);
+  const toggle = () => { if (video.paused) video.play(); else video.pause(); };
+  video.onplay = () => { play.textContent = "pause"; loop(); };
+  video.onpause = () => { play.textContent = "play"; draw(); };
+  video.onseeked = video.onloadeddata = draw;
+  video.onerror = () => { time.textContent = "this browser cannot play it"; };
+  play.onclick = stage.onclick = toggle;
+  range.oninput = () => { video.pause(); video.currentTime = (+range.value + 0.1) / fps; };
   draw();
 }
 
