@@ -152,7 +152,7 @@ class Pages:
         num_dropped = sum(sample["state"] == "dropped" for sample in self.samples)
         dropped = (sample for sample in samples_of(batch, self.sources) if not sample.is_example)
         for sample in itertools.islice(dropped, wanted - num_dropped):
-            stored = self.stored.read(sample.source, sample.index)
+            stored = self.stored.read(sample.source, sample.index, sample.key)
             self.samples.append(
                 entry(sample, stored, row)
                 | {"number": sys.maxsize, "state": "dropped", "question": sample.error, "tokens": 0, "crops": 0}
@@ -164,7 +164,7 @@ class Pages:
 
         sample = example.sample
         media = Media(self.folder / "samples" / f"{self.number:05d}")
-        stored = self.stored.read(sample.source, sample.index)
+        stored = self.stored.read(sample.source, sample.index, sample.key)
         visuals = [media.visual(visual, number) for number, visual in enumerate(example.visuals)]
         film = media.own_proportions(visuals, stored, sample.video_start)
         mask, mask_step = draw_mask(example)
@@ -194,9 +194,10 @@ class Pages:
             mask_step=mask_step,
             visuals=visuals,
             film=film,
+            film_problem=media.film_problem,
             any_marks=about["points"] > 0,
             origin=origin,
-            unit=origin.unit if origin and origin.unit and (origin.unit != "pixels" or stored.example) else "fraction",
+            unit=origin.unit if origin and origin.unit else "fraction",
             sizes_known=stored.example is not None,
             shard=f"{stored.shard}, sample {stored.number}, key {sample.key}" if stored.parts else "",
             stored=stored.json[:MAX_STORED],
@@ -318,7 +319,7 @@ class Media:
     """The pictures and the video of one page, in a folder of its own."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.film_problem = folder, ""
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, image, file: str) -> str:
@@ -369,7 +370,8 @@ class Media:
         return self.film(visuals, video, stored.parts[video.part], start, names) if video else None
 
     def film(self, visuals: list[dict], video, data: bytes, start: float, names: list[str]) -> dict | None:
-        """The part of the video that is shown, as every browser plays it."""
+        """What is shown of the video, as every browser plays it; None, and `film_problem`, if it is damaged."""
+        import av
         from PIL import Image
 
         from molmo2_nemo.data.video import pick_frames, write_video
@@ -379,7 +381,12 @@ class Media:
         fps = max(0.1, min(FILM_FPS, video.fps or FILM_FPS, FILM_FRAMES / max(seconds, 1e-3)))
         shown = [number / fps for number in range(max(1, round(seconds * fps)))]
         frames = pick_frames(data, shown, video.num_frames, start=start)
-        write_video(map(Image.fromarray, frames), fps, self.folder / "video.mp4", FILM_SIDE)
+        try:
+            write_video(map(Image.fromarray, frames), fps, self.folder / "video.mp4", FILM_SIDE)
+        except (ValueError, OSError, av.error.FFmpegError) as error:  # frames that the model does not get
+            (self.folder / "video.mp4").unlink(missing_ok=True)
+            self.film_problem = str(error)
+            return None
         return {
             "file": f"{self.folder.name}/video.mp4",
             "name": names[0] if names else "video",

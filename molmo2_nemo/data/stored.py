@@ -40,8 +40,11 @@ class StoredSamples:
         self.sources = {source.name: source for source in sources}
         self._readers: dict[str, ShardInfosITarReader] = {}
 
-    def read(self, source: str, index: int) -> Stored:
-        """What can be read of sample `index`, as Batch.examples has it, of the source of that name."""
+    def read(self, source: str, index: int, key: str) -> Stored:
+        """What can be read of a sample: `index` is that of Batch.examples, `source` a name.
+
+        key: as inspection.UsedSample has it. Where the shards hold another sample at this place by now, it is not read.
+        """
         try:
             reader = self._reader(source)
             number = bisect_right(reader.shard_count_cumsum, index) - 1
@@ -50,6 +53,8 @@ class StoredSamples:
             return Stored()
         try:
             parts = reader[index]
+            if key not in (parts["__key__"], f"number {index}"):
+                return Stored()
             stored.parts = {name: data for name, data in parts.items() if not name.startswith("__")}
             stored.example = read_example(stored.parts["json"])
         except MemoryError:
