@@ -55,11 +55,8 @@ class UsedSample:
     @property
     def changes(self) -> list[str]:
         """What was left out of it or changed, or why it was dropped."""
-        return [
-            f"{count:,} {name.replace('_', ' ')}" if name in SHORTENED else name.replace("_", " ").replace(" ", ": ", 1)
-            for name, count in self.counts.items()
-            if count and name in (*SHORTENED, *DROPPED)
-        ]
+        shortened = [f"{words}: {self.counts[name]:,}" for name, words in SHORTENED.items() if self.counts.get(name)]
+        return shortened + [name.replace("_", ": ", 1).replace("_", " ") for name in DROPPED if self.counts.get(name)]
 
 
 @dataclass
@@ -93,6 +90,7 @@ def examples_of(batch: Batch, sources: list[Source], encoder: Encoder) -> Iterat
     count = int(numbers.max(initial=-1)) + 1
     starts = np.searchsorted(np.where(numbers < 0, count, numbers), np.arange(count + 1))
     samples = [sample for sample in samples_of(batch, sources) if sample.is_example]
+    assert len(samples) == count, f"{len(samples)} samples are {count} examples"
     units, first_crop = iter(batch.vision_units.tolist()), 0
     for number, sample in enumerate(samples):
         part = slice(starts[number], starts[number + 1])
