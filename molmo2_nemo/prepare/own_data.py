@@ -162,8 +162,9 @@ def _origin(row: Row, document: dict, parts: list[tuple[str, Path]], reading: Re
     """For tools/inspect_data.py. The same wherever the files are."""
     folder = reading.folder
     media = [str(file.relative_to(folder)) if file.is_relative_to(folder) else file.name for _, file in parts]
-    media = [name.encode(errors="replace").decode() for name in media]  # a file's name need not be UTF-8
-    return Origin(row.file, row.place, document.get("unit") or reading.unit, media)
+    # Names of files, and of members of a tar file, need not be UTF-8.
+    file, place, *media = (name.encode(errors="replace").decode() for name in (row.file, row.place, *media))
+    return Origin(file, place, document.get("unit") or reading.unit, media)
 
 
 def _record(row: Row) -> dict:
@@ -432,7 +433,7 @@ def read_files(
         for file in annotations:
             rows = list(files.rows(file, number, reading.form, columns, Unpacked(reading.unpacked)))
             for row in rows:
-                row.file = file.name.encode(errors="replace").decode()
+                row.file = file.name
             number = rows[-1].number + 1 if rows else number
             for outcome in pool.map(partial(_try_row, reading=reading), rows, chunksize=8):
                 place = f"{file.name} {outcome.place}" if len(annotations) > 1 else outcome.place
