@@ -6,14 +6,17 @@
     python tools/inspect_data.py --batch RUN/errors/batch_step_00000012_dp000.pt
 
 Takes the overrides of the recipes and reads through the training loader, as rank 0 of 1. --html writes DIR/index.html
-and a page for each of --samples examples; --stats and --json count --samples samples, dropped ones included. --batch
-shows what a run has saved of a step whose loss was not finite, with the settings of that run; without --html, the
-pages are written beside the file.
+and a page for each of --samples examples: pictures and videos with the points and tracks of answers, tokens, weights,
+the mask. They need no network and no server. --stats and --json count --samples samples, dropped ones included.
+--batch shows what a run has saved of a step whose loss was not finite, with the settings of that run; without --html,
+the pages are written beside the file.
 """
 
 import argparse
 import itertools
 import json
+import shutil
+import statistics as statistics_of
 import sys
 import tempfile
 import time
@@ -27,6 +30,13 @@ from molmo2_nemo.paths import CONF_DIR
 
 TEMPLATES = Path(__file__).parent / "inspect_pages"
 MAX_ERRORS = 20  # broken samples that --stats names
+# Pixels of a side of what the pages show, at most: pictures, videos, thumbnails.
+PICTURE_SIDE, FILM_SIDE, THUMBNAIL_SIDE = 1600, 854, 200
+PNG_SIDE = 800  # pictures up to this side are kept without loss
+# Frames a second of the pages' videos, and frames in all, at most.
+FILM_FPS, FILM_FRAMES = 12, 900
+MAX_TEXT = 400  # characters of questions and answers in the list of samples
+MAX_STORED = 200_000  # characters of a sample's JSON on its page
 
 
 def with_tiny_model(overrides: list[str]) -> list[str]:
@@ -45,13 +55,14 @@ def inspect(config: Config, wanted: int, html: Path | None):
     # Imported here, since Megatron takes seconds: a mistake in the command line is answered before.
     from molmo2_nemo.data.blend import check_shards, load_blend
     from molmo2_nemo.data.encode import Encoder
-    from molmo2_nemo.data.inspection import Statistics, examples_of, num_dropped, num_samples
+    from molmo2_nemo.data.inspection import Statistics, num_dropped, num_samples
     from molmo2_nemo.data.loader import train_loader
 
     data, vision = config.data, config.model.vision
     sources = load_blend(data)
     check_shards(sources, data.max_error_rate)
-    encoder, statistics, pages = Encoder(data, vision), Statistics(sources, data.seq_length, data.max_crops), []
+    encoder, statistics = Encoder(data, vision), Statistics(sources, data.seq_length, data.max_crops)
+    pages = Pages(html, config, sources, sources, encoder) if html else None
     with tempfile.TemporaryDirectory() as run_dir:
         loader = train_loader(data, vision, sources, 0, 1, None, 1, Path(run_dir))
         if loader.note:
@@ -60,21 +71,19 @@ def inspect(config: Config, wanted: int, html: Path | None):
         while seen < wanted:
             batch = next(loader)
             statistics.add(batch)
-            if html:
-                for example in itertools.islice(examples_of(batch, sources, encoder), wanted - len(pages)):
-                    counters = batch.counters[example.source]
-                    pages.append(write_page(html, len(pages) + 1, example, statistics.rows, counters, encoder))
+            if pages:
+                pages.add(batch, statistics.rows, wanted)
             total = statistics.total
             # Dropped samples count for pages, too: a blend whose samples are all dropped would never end otherwise.
-            seen = max(len(pages), num_dropped(total)) if html else num_samples(total)
+            seen = max(pages.number, num_dropped(total)) if pages else num_samples(total)
             if sys.stderr.isatty():
                 print(f"\r{min(seen, wanted):,} of {wanted:,} samples", end="", file=sys.stderr)
         seconds = time.monotonic() - started
         loader.close()
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    if html:
-        write_index(html, config, pages, statistics)
+    if pages:
+        pages.write_index(statistics)
     return statistics, seconds
 
 
@@ -94,112 +103,312 @@ def inspect_batch(config: Config, path: Path, html: Path | None):
     """The same for a batch that a run has saved (training/trouble.py). ValueError: it is no such file."""
     from types import SimpleNamespace
 
+    from molmo2_nemo.config.errors import ConfigError
+    from molmo2_nemo.data.blend import load_blend
     from molmo2_nemo.data.encode import Encoder
-    from molmo2_nemo.data.inspection import Statistics, examples_of, saved_rows
+    from molmo2_nemo.data.inspection import Statistics, saved_rows
 
-    started, encoder, pages = time.monotonic(), Encoder(config.data, config.model.vision), []
+    started, encoder = time.monotonic(), Encoder(config.data, config.model.vision)
     names, rows = saved_rows(path, encoder.visual)
     sources = [SimpleNamespace(name=name, weight=0.0) for name in names]
     statistics = Statistics(sources, config.data.seq_length, config.data.max_crops)
+    try:
+        on_disk = load_blend(config.data)
+    except ConfigError as error:
+        print(f"note: the pages show the batch alone, since its shards are not at hand: {error}", file=sys.stderr)
+        on_disk = []
+    pages = Pages(html, config, sources, on_disk, encoder) if html else None
     for row in rows:
         statistics.add(row)
-        for example in examples_of(row, sources, encoder) if html else ():
-            counters = row.counters.get(example.source, {})
-            pages.append(write_page(html, len(pages) + 1, example, statistics.rows, counters, encoder))
-    if html:
-        write_index(html, config, pages, statistics)
+        if pages:
+            pages.add(row, statistics.rows, sys.maxsize)
+    if pages:
+        pages.write_index(statistics)
     return statistics, time.monotonic() - started
 
 
-def write_page(folder: Path, number: int, example, row: int, counters: dict[str, int], encoder) -> dict:
-    """The page of one example with its pictures; what the index says of it."""
-    from PIL import Image
+class Pages:
+    """Writes a page for each example of batches, and the list of all samples.
 
-    from molmo2_nemo.data.inspection import draw_mask
-    from molmo2_nemo.data.marks import colour_of, draw_marks
+    folder: where to; sources: what the batches' indices of sources mean; on_disk: those whose shards can be read.
+    What a page says of the model's input is from the batch; the shards have the pictures at their own proportions.
+    """
 
-    name = f"{number:05d}"
-    pictures = folder / "samples" / name
-    pictures.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, config: Config, sources: list, on_disk: list, encoder):
+        from molmo2_nemo.data.stored import StoredSamples
 
-    def save(image: Image.Image, file: str) -> str:
-        image.save(pictures / file, compress_level=1)
-        return f"{name}/{file}"
+        self.folder, self.config, self.sources, self.encoder = folder, config, sources, encoder
+        self.stored = StoredSamples(on_disk)
+        self.samples: list[dict] = []  # of the list: examples, and dropped ones
+        self.number = 0  # of pages
 
-    crops = [
-        [save(Image.fromarray(crop), f"picture{v}-crop{c}.png") for c, crop in enumerate(visual.crops)]
-        for v, visual in enumerate(example.visuals)
-    ]
-    mask, mask_step = draw_mask(example)
-    segments = []
-    for s, segment in enumerate(example.segments):
-        weights = example.loss_weights[segment.tokens]
-        turns = []
-        for t, (kind, turn) in enumerate(segment.turns):
-            if kind == "prompt":
-                turns.append({"kind": kind, "text": turn})
-                continue
-            marked = {mark.visual for mark in turn.marks}
-            turns.append(
-                {
-                    "kind": kind,
-                    "text": turn.text,
-                    "marks": turn.marks,
-                    "outside": turn.num_outside,
-                    "gap": turn.largest_gap,
-                    "objects": [(number, label, colour_of(o)) for o, (number, label) in enumerate(turn.objects)],
-                    "pictures": (
-                        [
-                            (
-                                (
-                                    visual.seconds,
-                                    save(draw_marks(visual.crops[0], turn, v), f"segment{s}-turn{t}-picture{v}.png"),
-                                )
-                                if v in marked
-                                else (visual.seconds, crops[v][0])
-                            )
-                            for v, visual in enumerate(example.visuals)
-                        ]
-                        if marked
-                        else []
-                    ),
-                }
+    def add(self, batch, row: int, wanted: int) -> None:
+        """The examples of a batch of one row, as long as there are fewer than `wanted` pages, and what was dropped."""
+        from molmo2_nemo.data.inspection import examples_of, samples_of
+
+        for example in itertools.islice(examples_of(batch, self.sources, self.encoder), wanted - self.number):
+            self.number += 1
+            self.samples.append(self.write_page(example, row))
+        num_dropped = sum(sample["state"] == "dropped" for sample in self.samples)
+        dropped = (sample for sample in samples_of(batch, self.sources) if not sample.is_example)
+        for sample in itertools.islice(dropped, wanted - num_dropped):
+            stored = self.stored.read(sample.source, sample.index, sample.key)
+            self.samples.append(
+                entry(sample, stored, row)
+                | {"number": sys.maxsize, "state": "dropped", "question": sample.error, "tokens": 0, "crops": 0}
             )
-        segments.append(
-            {
-                "name": segment.name,
-                "is_cut": segment.is_cut,
-                "turns": turns,
-                "chips": chips(example, segment, encoder),
-                "tokens": len(weights),
-                "targets": int(example.is_target[segment.tokens].sum()),
-                "weight": float(weights.sum()),
-                "segment_id": int(example.segment_ids[segment.tokens.start]),
-            }
+
+    def write_page(self, example, row: int) -> dict:
+        """The page of one example with its pictures; what the list says of it."""
+        from molmo2_nemo.data.inspection import draw_mask
+
+        sample = example.sample
+        media = Media(self.folder / "samples" / f"{self.number:05d}")
+        stored = self.stored.read(sample.source, sample.index, sample.key)
+        visuals = [media.visual(visual, number) for number, visual in enumerate(example.visuals)]
+        film = media.own_proportions(visuals, stored, sample.video_start)
+        mask, mask_step = draw_mask(example)
+        segments = [self.segment(example, number, visuals, film) for number in range(len(example.segments))]
+        answers = [turn for segment in segments for turn in segment["turns"] if turn["kind"] == "answer"]
+        origin = stored.example.origin if stored.example else None
+        about = entry(sample, stored, row) | {
+            "number": self.number,
+            "page": f"samples/{self.number:05d}.html",
+            "state": "shortened" if sample.changes else "whole",
+            "tokens": len(example.input_ids),
+            "crops": example.num_crops,
+            "targets": int(example.is_target.sum()),
+            "weight": float(example.loss_weights.sum()),
+            "points": sum(len(answer["marks"]) for answer in answers),
+            "question": question_of(segments)[:MAX_TEXT],
+            "answer": next((answer["text"] for answer in answers), "")[:MAX_TEXT],
+            "thumbnail": media.thumbnail(visuals),
+        }
+        page = template("sample.html").render(
+            about,
+            root="../",
+            start=example.start,
+            segments=segments,
+            counters=sample.counts,
+            mask=media.save(mask, "mask.png"),
+            mask_step=mask_step,
+            visuals=visuals,
+            film=film,
+            film_problem=media.film_problem,
+            any_marks=about["points"] > 0,
+            origin=origin,
+            unit=origin.unit if origin and origin.unit else "fraction",
+            sizes_known=stored.example is not None,
+            shard=f"{stored.shard}, sample {stored.number}, key {sample.key}" if stored.parts else "",
+            stored=stored.json[:MAX_STORED],
         )
-    summary = {
-        "number": number,
-        "page": f"samples/{name}.html",
-        "source": example.source,
-        "key": example.key,
+        (self.folder / about["page"]).write_text(page, encoding="utf-8", errors="replace")
+        return about
+
+    def segment(self, example, number: int, visuals: list[dict], film: dict | None) -> dict:
+        """What a page says of the root or of a branch."""
+        segment = example.segments[number]
+        weights = example.loss_weights[segment.tokens]
+        turns = [
+            {"kind": kind, "text": turn}
+            if kind == "prompt"
+            else {"kind": kind, **answer(turn, f"{number}-{t}", visuals, film)}
+            for t, (kind, turn) in enumerate(segment.turns)
+        ]
+        return {
+            "name": segment.name,
+            "is_cut": segment.is_cut,
+            "turns": turns,
+            "chips": chips(example, segment, self.encoder),
+            "tokens": len(weights),
+            "targets": int(example.is_target[segment.tokens].sum()),
+            "weight": float(weights.sum()),
+            "segment_id": int(example.segment_ids[segment.tokens.start]),
+        }
+
+    def write_index(self, statistics) -> None:
+        """The list of all samples, and what the pages share."""
+        heads, lines = statistics.table()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pages = sorted(self.samples, key=lambda sample: sample["number"])
+        page = template("index.html").render(
+            root="",
+            config=self.config,
+            pages=pages,
+            heads=heads,
+            lines=lines,
+            statistics=statistics,
+            errors=statistics.errors,
+        )
+        (self.folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
+        # A script, since pages that are opened as files may not read other files. All of it is ASCII.
+        (self.folder / "samples.js").write_text(f"const SAMPLES = {json.dumps(pages, indent=0)};\n")
+        for name in ("pages.css", "pages.js"):
+            shutil.copyfile(TEMPLATES / name, self.folder / name)
+
+
+def entry(sample, stored, row: int) -> dict:
+    """What the list says of any sample."""
+    origin = stored.example.origin if stored.example else None
+    if origin:
+        where = ", ".join([f"{origin.file}, {origin.place}", *origin.media[:1]])
+    else:
+        where = f"{stored.shard}, sample {stored.number}" if stored.shard else ""
+    return {
+        "page": None,
+        "source": sample.source,
+        "key": sample.key,
         "row": row,
-        "start": example.start,
-        "tokens": len(example.input_ids),
-        "crops": example.num_crops,
-        "targets": int(example.is_target.sum()),
-        "weight": float(example.loss_weights.sum()),
-        "thumbnail": f"samples/{crops[0][0]}" if crops else None,
+        "where": where,
+        "tasks": stored.tasks,
+        "changes": sample.changes,
+        "targets": 0,
+        "weight": 0.0,
+        "points": 0,
+        "answer": "",
+        "thumbnail": None,
     }
-    page = template("sample.html").render(
-        summary,
-        segments=segments,
-        counters=counters,
-        mask=save(mask, "mask.png"),
-        mask_step=mask_step,
-        visuals=[(visual.seconds, files) for visual, files in zip(example.visuals, crops)],
-    )
-    (folder / summary["page"]).write_text(page, encoding="utf-8", errors="replace")
-    return summary
+
+
+def question_of(segments: list[dict]) -> str:
+    """The first question, without what the chat format puts around it."""
+    prompts = [turn["text"] for segment in segments for turn in segment["turns"] if turn["kind"] == "prompt"]
+    asked = (prompt.partition("<|im_start|>user\n")[2] for prompt in prompts)
+    return next((question.partition("<|im_")[0].strip() for question in asked if question), "")
+
+
+def answer(turn, name: str, visuals: list[dict], film: dict | None) -> dict:
+    """What a page says of an answer. name: of its points, on the page."""
+    from molmo2_nemo.data.marks import colour_of, marks_at, paths_of
+
+    objects = [
+        {"number": number, "label": label, "colour": "#%02x%02x%02x" % colour_of(index)}
+        for index, (number, label) in enumerate(turn.objects)
+    ]
+    marks = []
+    for index, mark in enumerate(turn.marks):
+        visual = visuals[mark.visual]
+        where = visual["name"] if visual["seconds"] is None else f"{visual['seconds']:.1f} s"
+        shown = {"id": f"{name}-{index}", "x": round(mark.x, 4), "y": round(mark.y, 4), "object": mark.object}
+        about = {"where": where, "visual": mark.visual}
+        marks.append(shown | about | {key: visual[key] for key in ("seconds", "width", "height")})
+    groups = [(visual, [mark for mark in marks if mark["visual"] == number]) for number, visual in enumerate(visuals)]
+    film_marks = None
+    if film and marks:
+        times = [visual["seconds"] for visual in visuals]
+        step = statistics_of.median(b - a for a, b in itertools.pairwise(times)) if len(times) > 1 else 0.0
+        paths = paths_of(turn.text)
+        frames = [
+            [(mark.object, round(mark.x, 4), round(mark.y, 4)) for mark in marks_at(paths, time, step)]
+            for time in film["times"]
+        ]
+        film_marks = {"objects": objects, "frames": frames}
+    return {
+        "text": turn.text,
+        "marks": marks,
+        "outside": turn.num_outside,
+        "gap": turn.largest_gap,
+        "objects": objects,
+        "film": film_marks,
+        # All pictures of an example, so that it is seen which have none; of a video's frames those with points.
+        "pictures": [(visual, found) for visual, found in groups if found or visual["seconds"] is None],
+    }
+
+
+class Media:
+    """The pictures and the video of one page, in a folder of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.film_problem = folder, ""
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, image, file: str) -> str:
+        """The address of the picture, for the page beside the folder."""
+        image.save(self.folder / file, **({"quality": 92} if file.endswith(".jpg") else {"compress_level": 1}))
+        return f"{self.folder.name}/{file}"
+
+    def visual(self, visual, number: int) -> dict:
+        """A picture or frame as the model gets it, to be completed by `own_proportions`."""
+        from PIL import Image
+
+        crops = [self.save(Image.fromarray(c), f"picture{number}-crop{k}.png") for k, c in enumerate(visual.crops)]
+        height, width = visual.crops[0].shape[:2]
+        name = f"image {number + 1}"
+        return {
+            "seconds": visual.seconds,
+            "name": name,
+            "crops": crops,
+            "file": crops[0],
+            "width": width,
+            "height": height,
+            "size": "of unknown size",
+        }
+
+    def own_proportions(self, visuals: list[dict], stored, start: float) -> dict | None:
+        """Give the visuals the names and sizes of their files, and pictures instead of the model's view of them; the
+        video, if the sample has one. start: seconds of it at which what is shown begins."""
+        from PIL import Image
+
+        from molmo2_nemo.data.pictures import read_image
+
+        if stored.example is None or not visuals:
+            return None
+        video = stored.example.video
+        names = stored.example.origin.media if stored.example.origin else []
+        sizes = [video] * len(visuals) if video else stored.example.images
+        for number, (visual, size) in enumerate(zip(visuals, sizes)):
+            visual |= {"width": size.width, "height": size.height, "size": f"{size.width} \u00d7 {size.height} pixels"}
+            if video:
+                visuals[number] = visual
+                continue
+            image = Image.fromarray(read_image(stored.parts[size.part]))
+            image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+            ending = "png" if max(image.size) <= PNG_SIDE else "jpg"
+            visual["file"] = self.save(image, f"picture{number}.{ending}")
+            if number < len(names):
+                visual["name"] = f"image {number + 1}: {names[number]}" if len(visuals) > 1 else names[number]
+        return self.film(visuals, video, stored.parts[video.part], start, names) if video else None
+
+    def film(self, visuals: list[dict], video, data: bytes, start: float, names: list[str]) -> dict | None:
+        """What is shown of the video, as every browser plays it; None, and `film_problem`, if it is damaged."""
+        import av
+        from PIL import Image
+
+        from molmo2_nemo.data.video import pick_frames, write_video
+
+        times = [visual["seconds"] for visual in visuals]
+        seconds = max(min(2 * times[-1] - times[-2], video.duration - start) if len(times) > 1 else 0.0, times[-1])
+        fps = max(0.1, min(FILM_FPS, video.fps or FILM_FPS, FILM_FRAMES / max(seconds, 1e-3)))
+        shown = [number / fps for number in range(max(1, round(seconds * fps)))]
+        frames = pick_frames(data, shown, video.num_frames, start=start)
+        try:
+            write_video(map(Image.fromarray, frames), fps, self.folder / "video.mp4", FILM_SIDE)
+        except (ValueError, OSError, av.error.FFmpegError) as error:  # frames that the model does not get
+            (self.folder / "video.mp4").unlink(missing_ok=True)
+            self.film_problem = str(error)
+            return None
+        return {
+            "file": f"{self.folder.name}/video.mp4",
+            "name": names[0] if names else "video",
+            "times": shown,
+            "fps": fps,
+            "seconds": seconds,
+            "start": start,
+            **{key: visuals[0][key] for key in ("width", "height", "size")},
+        }
+
+    def thumbnail(self, visuals: list[dict]) -> str | None:
+        """The address of a small picture, for the list."""
+        from PIL import Image
+
+        if not visuals:
+            return None
+        first = visuals[0]
+        with Image.open(self.folder.parent / first["file"]) as image:
+            scale = THUMBNAIL_SIDE / max(first["width"], first["height"])
+            size = [max(1, round(first[side] * scale)) for side in ("width", "height")]
+            small = image.convert("RGB").resize(size)
+        return f"samples/{self.save(small, 'thumbnail.jpg')}"
 
 
 def chips(example, segment, encoder) -> list[dict]:
@@ -235,20 +444,6 @@ def chips(example, segment, encoder) -> list[dict]:
                 }
             result.append(chip)
     return result
-
-
-def write_index(folder: Path, config: Config, pages: list[dict], statistics) -> None:
-    heads, lines = statistics.table()
-    folder.mkdir(parents=True, exist_ok=True)
-    page = template("index.html").render(
-        config=config,
-        pages=pages,
-        heads=heads,
-        lines=lines,
-        statistics=statistics,
-        errors=statistics.errors,
-    )
-    (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
 
 
 def template(name: str):

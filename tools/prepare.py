@@ -26,8 +26,8 @@ import yaml
 
 from molmo2_nemo.catalogue.datasets import CONF_FILE
 from molmo2_nemo.config.schema import DataConfig
+from molmo2_nemo.data.schema import UNITS
 from molmo2_nemo.files import disk_errors_told, missing_room, published
-from molmo2_nemo.prepare.annotations import UNITS
 from molmo2_nemo.prepare.formats.line import FORMATS
 from molmo2_nemo.prepare.formats.table import KEYS
 from molmo2_nemo.prepare.mistakes import kind_of

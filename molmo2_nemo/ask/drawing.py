@@ -1,17 +1,14 @@
 """The points and tracks of an answer, drawn onto its pictures (PNG) or onto its video (PNG of frames, or MP4)."""
 
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw
 
 from molmo2_nemo.ask.model import Seen
-from molmo2_nemo.data.marks import MARKED_SIDE, Answer, Mark, draw_marks, read_answer
-from molmo2_nemo.data.points import SAME_TIME, Tracks, parse
-from molmo2_nemo.data.video import list_frames, pick_frames
+from molmo2_nemo.data.marks import LEAST_HOLD, MARKED_SIDE, Answer, draw_marks, marks_at, paths_of, read_answer
+from molmo2_nemo.data.video import list_frames, pick_frames, write_video
 
 SUFFIXES = (".png", ".mp4")
 GAP = 12  # pixels between pictures
@@ -20,9 +17,6 @@ MARK_SHARE = 1 / 70
 # A sheet has this many frames at most, each of this width in pixels.
 SHEET_FRAMES, SHEET_WIDTH = 16, 480
 MAX_FPS = 30  # of a video that is written
-MAX_SIDE = 1920  # pixels of its longer side
-# Seconds: how long a point stays in a video, at least.
-LEAST_HOLD = 0.5
 
 
 def check_target(out: Path, has_video: bool) -> None:
@@ -43,7 +37,7 @@ def draw(text: str, seen: Seen, video: Path | None, out: Path) -> int:
     answer = read_answer(text, seen.visuals)
     if out.suffix.lower() == ".mp4":
         fps = _fps(list_frames(video).seconds)
-        _write_video(_video_with_marks(text, seen, video.read_bytes(), fps), fps, out)
+        write_video(_video_with_marks(text, seen, video.read_bytes(), fps), fps, out)
     elif video is None:
         _side_by_side([_picture(picture, answer, number) for number, picture in enumerate(seen.pictures)]).save(out)
     else:
@@ -92,41 +86,6 @@ def _sheet(answer: Answer, seen: Seen, video: bytes) -> Image.Image:
     return sheet
 
 
-def marks_at(text: str, seconds: float, step: float) -> Answer:
-    """What an answer says of one moment of a video, as marks of its only visual.
-
-    step: seconds between the frames that the model saw. A point stays for one, and tracks move evenly between two
-    points that are no further apart than two.
-    """
-    moment = Answer(text)
-    for found in parse(text):
-        paths, count = {}, 0
-        for time, group in found.frames if isinstance(found, Tracks) else found.groups:
-            for point in group:
-                count += 1
-                number, x, y = point if isinstance(found, Tracks) else (count, *point)
-                paths.setdefault(number, []).append((time, x, y))
-        for number, path in paths.items():
-            moment.objects.append((number, found.label))
-            place = _place(sorted(path), seconds, step)
-            if place is not None:
-                moment.marks.append(Mark(0, *place, len(moment.objects) - 1))
-    return moment
-
-
-def _place(path: list[tuple[float, float, float]], seconds: float, step: float) -> tuple[float, float] | None:
-    """Where an object is at a time. path: (seconds, x, y), ascending."""
-    before = [point for point in path if point[0] <= seconds + SAME_TIME]
-    after = path[len(before) :]
-    if not before:
-        return None
-    (begin, x, y) = before[-1]
-    if after and after[0][0] - begin <= 2 * step + SAME_TIME:
-        share = min(max((seconds - begin) / (after[0][0] - begin), 0.0), 1.0)
-        return x + share * (after[0][1] - x), y + share * (after[0][2] - y)
-    return (x, y) if seconds < begin + max(step, LEAST_HOLD) else None
-
-
 def _fps(stamps: np.ndarray) -> float:
     """A constant rate for a video with frames at these seconds."""
     return min(MAX_FPS, max(1.0, (len(stamps) - 1) / stamps[-1])) if len(stamps) > 1 else 1.0
@@ -136,21 +95,7 @@ def _video_with_marks(text: str, seen: Seen, video: bytes, fps: float) -> Iterat
     """Frames at a constant rate, the marks of each moment on them."""
     step = float(np.median(np.diff(seen.times))) if len(seen.times) > 1 else LEAST_HOLD
     times = np.arange(max(1, round(seen.duration * fps))) / fps
+    paths = paths_of(text)
+    objects = [(path.number, path.label) for path in paths]
     for time, frame in zip(times, pick_frames(video, times)):
-        yield _picture(frame, marks_at(text, float(time), step), 0)
-
-
-def _write_video(pictures: Iterator[Image.Image], fps: float, out: Path) -> None:
-    """H.264 as browsers play it."""
-    with av.open(str(out), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"})
-        stream.pix_fmt = "yuv420p"
-        size = None
-        for picture in pictures:
-            if size is None:
-                scale = min(1.0, MAX_SIDE / max(picture.size))
-                size = tuple(max(2, round(side * scale) // 2 * 2) for side in picture.size)  # 4:2:0 wants even sides
-                stream.width, stream.height = size
-            picture = picture if picture.size == size else picture.resize(size)
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        container.mux(stream.encode())
+        yield _picture(frame, Answer(text, objects, marks_at(paths, float(time), step)), 0)

@@ -30,6 +30,19 @@ COUNTERS = (
 )
 # What was changed because of the images and frames that are shown.
 CHOSEN = COUNTERS[COUNTERS.index("images_left_out") : COUNTERS.index("unseen_branches") + 1]
+# What was left out or changed of samples that are used, in words for a list of samples.
+SHORTENED = {
+    "truncated": "branches without their end",
+    "dropped_branches": "branches left out",
+    "frames_thinned": "frames left out",
+    "images_shrunk": "images with fewer crops",
+    "images_left_out": "images left out",
+    "videos_cut": "a part of the video",
+    "unseen_points": "points that no frame shows",
+    "moved_times": "times moved to a frame",
+    "recounted_answers": "answers counted again",
+    "unseen_branches": "branches about nothing shown",
+}
 # Samples that were left out, by reason.
 DROPPED = tuple(name for name in COUNTERS if name.startswith("dropped_") and name != "dropped_branches")
 # Those of them that are broken: the JSON, the pixels, or the file itself.

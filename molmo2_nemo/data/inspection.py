@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from molmo2_nemo.data.blend import Source
-from molmo2_nemo.data.counters import BROKEN, CHOSEN, DROPPED
+from molmo2_nemo.data.counters import BROKEN, CHOSEN, DROPPED, SHORTENED
 from molmo2_nemo.data.encode import ROOT_SEGMENT, Encoder
 from molmo2_nemo.data.marks import Answer, Visual, read_answer
 from molmo2_nemo.data.packing import Batch
@@ -38,11 +38,32 @@ class Segment:
 
 
 @dataclass
+class UsedSample:
+    """A sample that a row has used up: it is one of its examples, or was dropped."""
+
+    source: str
+    index: int  # in the training split of the source
+    key: str
+    counts: dict[str, int]  # of counters.COUNTERS
+    video_start: float  # seconds of its video at which what is shown begins
+    error: str = ""  # what is wrong with a broken one
+
+    @property
+    def is_example(self) -> bool:
+        return "examples" in self.counts
+
+    @property
+    def changes(self) -> list[str]:
+        """What was left out of it or changed, or why it was dropped."""
+        shortened = [f"{words}: {self.counts[name]:,}" for name, words in SHORTENED.items() if self.counts.get(name)]
+        return shortened + [name.replace("_", ": ", 1).replace("_", " ") for name in DROPPED if self.counts.get(name)]
+
+
+@dataclass
 class ShownExample:
     """An example of a row. Arrays have an entry for each of its n tokens; see packing.Batch."""
 
-    source: str
-    key: str
+    sample: UsedSample
     start: int  # its first token in the row
     input_ids: np.ndarray
     labels: np.ndarray
@@ -68,9 +89,10 @@ def examples_of(batch: Batch, sources: list[Source], encoder: Encoder) -> Iterat
     numbers = batch.segment_ids[0].numpy() // SEGMENTS_PER_EXAMPLE  # padding: -1
     count = int(numbers.max(initial=-1)) + 1
     starts = np.searchsorted(np.where(numbers < 0, count, numbers), np.arange(count + 1))
-    names = [sources[batch.source_ids[0, start]].name for start in starts[:-1]]
+    samples = [sample for sample in samples_of(batch, sources) if sample.is_example]
+    assert len(samples) == count, f"{len(samples)} samples are {count} examples"
     units, first_crop = iter(batch.vision_units.tolist()), 0
-    for number, (name, key) in enumerate(zip(names, keys_of(batch, names, sources))):
+    for number, sample in enumerate(samples):
         part = slice(starts[number], starts[number + 1])
         visuals, windows = [], 0
         while windows < (ids[part] == encoder.visual.patch_id).sum():
@@ -81,8 +103,7 @@ def examples_of(batch: Batch, sources: list[Source], encoder: Encoder) -> Iterat
         for visual, seconds in zip(visuals, _frame_times(ids[part], encoder)):
             visual.seconds = seconds
         example = ShownExample(
-            name,
-            key,
+            sample,
             int(part.start),
             ids[part],
             **{
@@ -105,6 +126,8 @@ def saved_rows(path: Path, visual: VisualInputs) -> tuple[list[str], Iterator[Ba
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         names, batches = [str(name) for name in saved["sources"]], list(saved["micro_batches"])
+        for batch in batches:
+            batch["outcomes"]  # which files of earlier versions lack
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(f"{path} is no batch that a run has saved ({type(error).__name__}: {reason}).") from error
@@ -134,30 +157,23 @@ def _rows(batch: dict, visual: VisualInputs) -> Iterator[Batch]:
             examples=batch["examples"][example : example + samples],
             counters=batch["counters"] if number == 0 else {},
             errors=batch["errors"] if number == 0 else [],
+            outcomes=batch["outcomes"][example : example + samples],
         )
         unit, crop, window, example = units, crop + crops, window + windows, example + samples
 
 
-def keys_of(batch: Batch, names: list[str], sources: list[Source]) -> list[str]:
-    """The samples' keys of a row's examples, whose sources' names are given.
-
-    A row lists its samples without saying which of them were dropped. The broken ones are among its errors; where
-    others of the same source were dropped, all that an example may be are named.
-    """
+def samples_of(batch: Batch, sources: list[Source]) -> list[UsedSample]:
+    """The samples that a batch of one row has used up, in order; those that are examples are in the order of these."""
     keys = batch.__key__[0].split(",")
     if len(keys) != len(batch.examples):  # a key holds a comma
         keys = [f"number {index}" for index in batch.examples[:, 1].tolist()]
-    candidates = {name: [] for name in names}
-    for key, source in zip(keys, batch.examples[:, 0].tolist()):
-        name = sources[source].name
-        if name in candidates and not any(error.startswith(f"{name}: {key}: ") for error in batch.errors):
-            candidates[name].append(key)
-    counts, seen, result = Counter(names), Counter(), []
-    for name in names:
-        spare = len(candidates[name]) - counts[name]
-        result.append(" or ".join(candidates[name][seen[name] : seen[name] + spare + 1]))
-        seen[name] += 1
-    return result
+    samples, errors = [], list(batch.errors)
+    for key, (source, index), (counts, start) in zip(keys, batch.examples.tolist(), batch.outcomes):
+        sample = UsedSample(sources[source].name, index, key, counts, start)
+        if any(counts.get(name) for name in BROKEN) and errors:  # errors are in the order of the samples
+            sample.error = errors.pop(0).removeprefix(f"{sample.source}: {key}: ")
+        samples.append(sample)
+    return samples
 
 
 def pixels_of(crop: np.ndarray, patch_size: int) -> np.ndarray:

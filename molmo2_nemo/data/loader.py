@@ -225,7 +225,7 @@ class Molmo2TaskEncoder(TaskEncoder):
 
     def make_row(self, samples: list[WaitingSample]) -> Row:
         """Decode the pixels of the chosen samples and concatenate; samples that cannot be decoded are counted."""
-        counters, errors, decoded = defaultdict(Counter), [], []
+        counters, errors, decoded, outcomes = defaultdict(Counter), [], [], []
         for sample in samples:
             name, counts, error = self.sources[sample.source].name, sample.plan.counters, sample.error
             if sample.plan.num_tokens:
@@ -237,6 +237,7 @@ class Molmo2TaskEncoder(TaskEncoder):
                     counts = dropped("undecodable").counters
                     error = _report(name, sample.__key__, _reason(problem))
             counters[name] += counts
+            outcomes.append((dict(counts), sample.plan.video.start if sample.plan.video else 0.0))
             errors += [error] if error else []
         plans, sources, pixels = zip(*decoded) if decoded else ((), (), ())
         visual = self.encoder.visual
@@ -252,6 +253,7 @@ class Molmo2TaskEncoder(TaskEncoder):
             examples=examples,
             counters=dict(counters),
             errors=errors,
+            outcomes=outcomes,
         )
 
     @stateless

@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-from molmo2_nemo.data.points import Points, parse
+from molmo2_nemo.data.points import SAME_TIME, Points, Tracks, parse
 
 # RGB of objects by number: Okabe and Ito's colours, which the colour-blind can tell apart, without black and grey.
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 MARK_RADIUS = 5  # pixels
 # Pixels of a side that pictures with marks are enlarged to, if they are smaller.
 MARKED_SIDE = 336
+# Seconds: how long a point stays in a video, at least.
+LEAST_HOLD = 0.5
 
 
 @dataclass
@@ -71,6 +73,52 @@ def read_answer(text: str, visuals: list[Visual]) -> Answer:
                     answer.objects.append((number, found.label))
                 answer.marks.append(Mark(visual, x, y, objects[number]))
     return answer
+
+
+@dataclass
+class Path:
+    """Where an object of an answer is over time."""
+
+    number: int
+    label: str
+    places: list[tuple[float, float, float]]  # (seconds, x, y), ascending
+
+
+def paths_of(text: str) -> list[Path]:
+    """The objects of an answer about a video, in the order of Answer.objects; a point is an object of one moment."""
+    result = []
+    for found in parse(text):
+        paths, count = {}, 0
+        for time, group in found.frames if isinstance(found, Tracks) else found.groups:
+            for point in group:
+                count += 1
+                number, x, y = point if isinstance(found, Tracks) else (count, *point)
+                paths.setdefault(number, []).append((time, x, y))
+        result += [Path(number, found.label, sorted(places)) for number, places in paths.items()]
+    return result
+
+
+def marks_at(paths: list[Path], seconds: float, step: float) -> list[Mark]:
+    """Where the objects are at one moment of a video, as marks of its only visual; Mark.object: index into `paths`.
+
+    step: seconds between the frames that the model saw. A point stays for one, and tracks move evenly between two
+    points that are no further apart than two.
+    """
+    places = [_place(path.places, seconds, step) for path in paths]
+    return [Mark(0, *place, index) for index, place in enumerate(places) if place is not None]
+
+
+def _place(path: list[tuple[float, float, float]], seconds: float, step: float) -> tuple[float, float] | None:
+    """Where an object is at a time. path: (seconds, x, y), ascending."""
+    before = [point for point in path if point[0] <= seconds + SAME_TIME]
+    after = path[len(before) :]
+    if not before:
+        return None
+    (begin, x, y) = before[-1]
+    if after and after[0][0] - begin <= 2 * step + SAME_TIME:
+        share = min(max((seconds - begin) / (after[0][0] - begin), 0.0), 1.0)
+        return x + share * (after[0][1] - x), y + share * (after[0][2] - y)
+    return (x, y) if seconds < begin + max(step, LEAST_HOLD) else None
 
 
 def colour_of(index: int) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ partitions a whole buffer at once and can give nothing back, which leaves rows e
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import field
 
 import numpy as np
 import torch
@@ -116,6 +117,7 @@ class Row(Sample):
     examples: np.ndarray
     counters: dict[str, Counter]
     errors: list[str]
+    outcomes: list[tuple[dict[str, int], float]] = field(default_factory=list)
 
 
 @edataclass
@@ -138,6 +140,9 @@ class Batch(EnergonBatch):
     examples: torch.Tensor  # int64 [N, 2], (source, index in its split) of every sample used up, dropped ones included
     counters: dict[str, dict[str, int]]  # source name -> counts of counters.COUNTERS that are not 0
     errors: list[str]  # "source: key: reason" of each broken sample
+    # For inspection: of each of `examples` its own part of the counters, and the second at which what is shown of its
+    # video begins, 0 without a video.
+    outcomes: list[tuple[dict[str, int], float]] = field(default_factory=list)
 
 
 def make_row(
@@ -200,6 +205,7 @@ def collate(rows: Sequence[Row], vision_token_ids: np.ndarray) -> Batch:
         examples=torch.from_numpy(np.concatenate([row.examples for row in rows])),
         counters={s: {name: int(n) for name, n in counts.items()} for s, counts in counters.items() if counts},
         errors=[error for row in rows for error in row.errors],
+        outcomes=[outcome for row in rows for outcome in row.outcomes],
     )
 
 

@@ -29,6 +29,8 @@ from molmo2_nemo import limits
 # An unknown key or a wrong type is an error, and so are NaN and infinity.
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+# What coordinates of annotations may be in.
+UNITS = ("fraction", "percent", "pixels")
 # Where a value is: the keys and indices from the Example down to it, as ("branches", 0, "options", 2).
 Place = tuple[str | int, ...]
 
@@ -70,6 +72,20 @@ class Video:
     @property
     def start(self) -> float:
         return self.clip[0] if self.clip else 0.0
+
+
+@dataclass(config=_STRICT)
+class Origin:
+    """Where the annotations of a sample come from, for people who look at it. Nothing of it is taught.
+
+    file: name of the annotations' file; place: in that file, as "line 3"; unit: of its coordinates; media: the names
+    of the pictures, or of the video, below their folder.
+    """
+
+    file: str
+    place: str
+    unit: Literal[UNITS] | None = None
+    media: list[str] = Field(default_factory=list)
 
 
 @dataclass(config=_STRICT)
@@ -195,6 +211,7 @@ class Example:
     style: Style | None = None
     # How often the branches become the turns of one conversation instead of a tree.
     multi_turn: Annotated[float, Field(ge=0, le=1)] = 0.0
+    origin: Origin | None = None
 
 
 class ValueMistake(ValueError):

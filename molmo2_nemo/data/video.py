@@ -11,6 +11,7 @@ import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 
 from molmo2_nemo import limits
 
@@ -332,3 +333,19 @@ def _rgb_of_deep(frame: av.VideoFrame) -> np.ndarray:
     graph.link_nodes(source, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
     graph.push(frame)
     return graph.pull().to_ndarray()
+
+
+def write_video(pictures: Iterator[Image.Image], fps: float, out: Path, max_side: int = 1920) -> None:
+    """An MP4 of H.264 as browsers play it, of pictures of one size, made smaller if a side has more than max_side."""
+    with av.open(str(out), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"})
+        stream.pix_fmt = "yuv420p"
+        size = None
+        for picture in pictures:
+            if size is None:
+                scale = min(1.0, max_side / max(picture.size))
+                size = tuple(max(2, round(side * scale) // 2 * 2) for side in picture.size)  # 4:2:0 wants even sides
+                stream.width, stream.height = size
+            picture = picture if picture.size == size else picture.resize(size)
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())

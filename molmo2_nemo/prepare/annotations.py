@@ -9,6 +9,7 @@ import numpy as np
 
 from molmo2_nemo.data.points import NO_TRACKS, SAME_TIME, Points, from_json, render_content
 from molmo2_nemo.data.schema import (
+    UNITS,
     Caption,
     Chat,
     Example,
@@ -22,8 +23,6 @@ from molmo2_nemo.data.schema import (
 from molmo2_nemo.data.tasks import TRACK_ALL, converse
 from molmo2_nemo.data.video import annotation_times
 
-# Of coordinates.
-UNITS = ("fraction", "percent", "pixels")
 # A point that is outside the picture by less than this share of its side is moved to the border: it was rounded.
 SLACK = 0.005
 

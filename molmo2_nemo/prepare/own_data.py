@@ -14,10 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from molmo2_nemo.data.schema import Example, Pointing, Tracking, ValueMistake, read_example, said_of
+from molmo2_nemo.data.schema import UNITS, Example, Origin, Pointing, Tracking, ValueMistake, read_example, said_of
 from molmo2_nemo.data.video import IsPicture
 from molmo2_nemo.prepare.annotations import (
-    UNITS,
     check_answers,
     check_rates,
     doubtful_texts,
@@ -150,6 +149,7 @@ def read_row(row: Row, reading: Reading) -> Outcome:
         raise LineMistakes([*problems, *map(said.of, mistakes_of_form(error.__cause__, branches))]) from error
     except ExceptionGroup as group:
         raise LineMistakes(map(said.of, group.exceptions)) from group
+    example.origin = _origin(row, document, parts, reading)
     tasks = ["chat" if isinstance(branch, list) else branch.task for branch in example.branches]
     text = json.dumps(without_nothing(asdict(example))).encode()
     key = document["id"] if "id" in document else f"{row.number:08d}"
@@ -157,6 +157,15 @@ def read_row(row: Row, reading: Reading) -> Outcome:
     return Outcome(
         row.place, line.form, OwnSample(str(key), text, parts, tasks, about), [], row.notes + line.notes + moved
     )
+
+
+def _origin(row: Row, document: dict, parts: list[tuple[str, Path]], reading: Reading) -> Origin:
+    """For tools/inspect_data.py. The same wherever the files are."""
+    folder = reading.folder
+    media = [str(file.relative_to(folder)) if file.is_relative_to(folder) else file.name for _, file in parts]
+    # Names of files, and of members of a tar file, need not be UTF-8.
+    file, place, *media = (name.encode(errors="replace").decode() for name in (row.file, row.place, *media))
+    return Origin(file, place, document.get("unit") or reading.unit, media)
 
 
 def _record(row: Row) -> dict:
@@ -425,6 +434,8 @@ def read_files(
     with ProcessPoolExecutor(workers) as pool:
         for file in annotations:
             rows = list(files.rows(file, number, reading.form, columns, Unpacked(reading.unpacked)))
+            for row in rows:
+                row.file = file.name
             number = rows[-1].number + 1 if rows else number
             for outcome in pool.map(partial(_try_row, reading=reading), rows, chunksize=8):
                 place = f"{file.name} {outcome.place}" if len(annotations) > 1 else outcome.place

@@ -79,14 +79,14 @@ class BatchSource:
         """The next micro-batch as a dict of FIELDS; None when the loader has ended. Collective.
 
         On the loader's rank also `counters` and `errors`, which metrics.DataReport sums over all ranks, `work`,
-        and the samples' `keys` and `examples`.
+        and the samples' `keys`, `examples` and `outcomes`.
         """
         batch = next(self.loader, None) if self.is_source else None
         shapes, result = [None], {}
         if self.is_source and batch is not None:
             shapes = [{name: (tuple(getattr(batch, name).shape), getattr(batch, name).dtype) for name in FIELDS}]
             result = {"counters": batch.counters, "errors": batch.errors, "work": work_of(batch)}
-            result |= {"keys": batch.__key__, "examples": batch.examples}
+            result |= {"keys": batch.__key__, "examples": batch.examples, "outcomes": batch.outcomes}
         if self.group.size() > 1:
             dist.broadcast_object_list(shapes, self.source, group=self.group)
         if shapes[0] is None:

@@ -7,10 +7,12 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import skimage.data
 import torch
+from media_files import film
 from PIL import Image
 from programs import python, succeeded
 from sources import chat, write_blend, write_source
@@ -19,6 +21,9 @@ from molmo2_nemo.data.marks import COLOURS, Visual, draw_marks, read_answer
 
 HOSTILE = '</script><script>alert("x")</script> & <b>bold</b>'
 POINT = (0.25, 0.75)
+PICTURE = skimage.data.astronaut()[:320]
+# Seconds and x of the square in the frames of media_files.film, which are 96 x 64 pixels.
+TRACK = [(step / 2, (10 * step + 5) / 96) for step in range(7)]
 
 
 def jpeg(picture: np.ndarray) -> bytes:
@@ -27,19 +32,29 @@ def jpeg(picture: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def sample(branches: list, picture: np.ndarray) -> dict:
-    height, width = picture.shape[:2]
-    return {
-        "json": {"images": [{"part": "img0.jpg", "width": width, "height": height}], "branches": branches},
-        "img0.jpg": jpeg(picture),
+def sample(branches: list) -> dict:
+    height, width = PICTURE.shape[:2]
+    origin = {"file": "mine.jsonl", "place": "line 7", "unit": "pixels", "media": ["<b>me</b>.jpg"]}
+    images = [{"part": "img0.jpg", "width": width, "height": height}]
+    return {"json": {"images": images, "branches": branches, "origin": origin}, "img0.jpg": jpeg(PICTURE)}
+
+
+def film_sample() -> dict:
+    video = {"part": "video.mp4", "width": 96, "height": 64, "duration": 3.0, "fps": 10.0}
+    track = {
+        "task": "tracking",
+        "label": "square",
+        "frames": [[seconds, [["a", x, 0.7]]] for seconds, x in TRACK],
+        "fps": 2.0,
+        "style": "video_point_track_per_frame",
     }
+    return {"json": {"video": video, "branches": [track]}, "video.mp4": film()}
 
 
 @pytest.fixture(scope="module")
 def blend(tmp_path_factory) -> list[str]:
-    """Overrides for a blend of a source of pictures, one with hostile texts and one with broken samples."""
+    """Overrides for a blend of a source of pictures and videos, one with hostile texts and one with broken samples."""
     root = tmp_path_factory.mktemp("shards")
-    picture = skimage.data.astronaut()
     points = {
         "task": "pointing",
         "label": "eye",
@@ -48,7 +63,7 @@ def blend(tmp_path_factory) -> list[str]:
         "style": "pointing",
     }
     talk = chat(HOSTILE, "A & B < C")["branches"][0]
-    write_source(root / "pictures", [sample([points, talk], picture) for _ in range(8)])
+    write_source(root / "pictures", [sample([points, talk]), film_sample()] * 4)
     write_source(root / "texts", [{"json": chat(HOSTILE, "yes")} for _ in range(8)])
     write_source(root / "broken", [{"json": chat()}, {"json": {"branches": []}}] * 4)
     blend = write_blend(root / "blend.yaml", "pictures", "texts", "broken")
@@ -64,45 +79,93 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.tags, self.text, self.files = set(), "", []
+        self.tags, self.text, self.files = [], "", []  # tags: (name, attributes)
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
+        self.tags.append((tag, dict(attrs)))
         self.files += [value for name, value in attrs if name in ("src", "href")]
+
+    def of_kind(self, kind: str) -> list[dict]:
+        """Attributes of the tags that have this class."""
+        return [attrs for _, attrs in self.tags if kind in (attrs.get("class") or "").split()]
 
     def handle_data(self, data):
         self.text += data
 
 
-def test_pages_show_samples_as_they_are(blend, tmp_path):
-    succeeded(inspect(*blend, "--samples", "12", "--html", tmp_path))
-    pages = sorted((tmp_path / "samples").glob("*.html"))
+def listed(folder: Path) -> list[dict]:
+    """What the list of the pages is made of."""
+    text = (folder / "samples.js").read_text()
+    assert text.isascii()
+    return json.loads(text.removeprefix("const SAMPLES = ").rstrip().removesuffix(";"))
+
+
+@pytest.fixture(scope="module")
+def folder(blend, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pages")
+    succeeded(inspect(*blend, "--samples", "12", "--html", folder))
+    return folder
+
+
+def test_pages_run_and_load_nothing_but_their_own(folder):
+    pages = sorted((folder / "samples").glob("*.html"))
     assert len(pages) == 12
-    for path in [tmp_path / "index.html", *pages]:
+    for path in [folder / "index.html", *pages]:
         page = Page(path)
-        assert page.tags.isdisjoint({"script", "b" if path.name == "index.html" else "iframe"})
-        assert all((path.parent / name).resolve().is_relative_to(tmp_path) for name in page.files)
+        scripts = [attrs for tag, attrs in page.tags if tag == "script"]
+        assert [Path(script["src"]).name for script in scripts] == ["samples.js", "pages.js"]
+        assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+        assert "<b>bold" not in path.read_text() and "<b>me" not in path.read_text()
+        assert all((path.parent / name).resolve().is_relative_to(folder) for name in page.files)
         assert [name for name in page.files if not (path.parent / name).is_file()] == []
-    of_pictures = next(path for path in pages if "<title>pictures" in path.read_text())
+    assert "innerHTML" not in (folder / "pages.js").read_text() and "http" not in (folder / "pages.css").read_text()
+
+
+def test_the_list_has_every_sample_and_says_what_became_of_it(folder):
+    samples = listed(folder)
+    used = [entry for entry in samples if entry["page"]]
+    assert [entry["number"] for entry in used] == list(range(1, 13)) and all(entry["tokens"] > 10 for entry in used)
+    texts = [entry for entry in used if entry["source"] == "texts"]
+    assert {(*entry["tasks"], entry["question"], entry["answer"]) for entry in texts} == {("chat", HOSTILE, "yes")}
+    films = [entry for entry in used if entry["tasks"] == ["tracking"]]
+    pictures = [entry for entry in used if entry["tasks"] == ["pointing", "chat"]]
+    assert films and pictures and all(int(entry["key"]) % 2 for entry in films)
+    assert {entry["where"] for entry in pictures} == {"mine.jsonl, line 7, <b>me</b>.jpg"}
+    assert films[0]["where"] == f"train-0.tar, sample {int(films[0]['key']) + 1}"
+    for entry, proportions in ((pictures[0], 512 / 320), (films[0], 96 / 64)):
+        small = Image.open(folder / entry["thumbnail"])
+        assert small.width / small.height == pytest.approx(proportions, rel=0.02)
+    dropped = [entry for entry in samples if entry["state"] == "dropped"]
+    assert dropped and {entry["source"] for entry in dropped} == {"broken"}
+    assert all(int(entry["key"]) % 2 and entry["changes"] == ["dropped: malformed"] for entry in dropped)
+    assert all("branches" in entry["question"] for entry in dropped)
+    assert {entry["state"] for entry in used} == {"whole"}
+
+
+def test_pages_show_samples_as_they_are(folder):
+    [of_pictures, *_] = (folder / entry["page"] for entry in listed(folder) if "pointing" in entry["tasks"])
     page = Page(of_pictures)
     assert f"user\n{HOSTILE}" in page.text.replace("\n\n", "\n") and "A & B < C" in page.text
     assert '<points coords="1 1 250 750">eye</points>' in page.text and "1 points of 1 objects" in page.text
+    assert "mine.jsonl, line 7; <b>me</b>.jpg" in page.text and "512 \u00d7 320 pixels" in page.text
 
-    # The whole picture is the first crop; the mark of the answer is on it where the sample has its point.
-    folder = of_pictures.with_suffix("")
-    shown = np.asarray(Image.open(folder / "picture0-crop0.png"))
-    whole = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1)[None].float()
-    small = torch.nn.functional.interpolate(whole, shown.shape[:2], mode="bilinear")[0].permute(1, 2, 0)
-    assert np.abs(shown.astype(float) - small.numpy()).mean() < 3  # JPEG
-    [marked] = folder.glob("segment*-turn*-picture0.png")
-    marked = np.asarray(Image.open(marked))
-    scale = marked.shape[0] // shown.shape[0]
-    rows, columns = np.nonzero(np.abs(marked.astype(int) - shown.repeat(scale, 0).repeat(scale, 1)).max(2) > 60)
-    x, y = POINT[0] * marked.shape[1], POINT[1] * marked.shape[0]
-    assert tuple(marked[int(y), int(x)]) == COLOURS[0]
-    # Nothing else is drawn: the dot, and its number to the right of it.
-    assert abs(rows - y).max() < 15 and (columns - x).min() > -15 and (columns - x).max() < 30
+    # The picture of the file has its own proportions, and the mark is on it where the sample has its point.
+    files = of_pictures.with_suffix("")
+    whole = torch.from_numpy(PICTURE.copy()).permute(2, 0, 1)[None].float()
+    shown = np.asarray(Image.open(files / "picture0.png"))
+    assert np.abs(shown.astype(float) - PICTURE).mean() < 3  # JPEG
+    seen = np.asarray(Image.open(files / "picture0-crop0.png"))
+    small = torch.nn.functional.interpolate(whole, seen.shape[:2], mode="bilinear")[0].permute(1, 2, 0)
+    assert seen.shape[0] == seen.shape[1] and np.abs(seen.astype(float) - small.numpy()).mean() < 4
+    [stage], [mark] = page.of_kind("stage"), page.of_kind("mark")
+    assert stage["style"] == "--width: 512; --height: 320"
+    colour = "#%02x%02x%02x" % COLOURS[0]
+    assert mark["style"] == f"left: 25.00%; top: 75.00%; background: {colour}" and mark["title"] == "eye"
+    [units] = page.of_kind("units")
+    assert units["data-unit"] == "pixels"
+    cells = [(attrs["data-value"], attrs["data-side"]) for _, attrs in page.tags if "data-value" in attrs]
+    assert cells == [("0.25", "512"), ("0.75", "320")]
 
     # Tokens: the targets spell the answers, and only they have weights.
     targets = re.findall(
@@ -112,6 +175,23 @@ def test_pages_show_samples_as_they_are(blend, tmp_path):
     for answer in ('<points coords="1 1 250 750">eye</points>', "A & B < C"):
         assert answer.replace(" ", "") in spelt.replace(" ", "").replace("\u2423", "")
     assert all(float(weight) > 0 for weight, _ in targets)
+
+
+def test_a_video_plays_with_its_tracks(folder):
+    [of_film, *_] = (folder / entry["page"] for entry in listed(folder) if "tracking" in entry["tasks"])
+    page = Page(of_film)
+    [player] = page.of_kind("film")
+    fps, marks = float(player["data-fps"]), json.loads(player["data-marks"])
+    assert marks["objects"] == [{"number": 1, "label": "square", "colour": "#%02x%02x%02x" % COLOURS[0]}]
+    with av.open(str(of_film.with_suffix("") / "video.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
+    assert len(frames) == len(marks["frames"]) == 30 and fps == 10 and frames[0].shape == (64, 96, 3)
+    for frame, places in zip(frames, marks["frames"]):
+        [(_, x, y)] = places
+        red, green, blue = frame[round(64 * y), round(96 * x)]  # the square is yellow
+        assert min(red, green) > 150 and blue < 110
+    assert len([attrs for attrs in page.of_kind("frame") if "data-seconds" in attrs]) == 2 * len(TRACK)
 
 
 def test_counts_are_those_of_the_samples(blend):
@@ -137,6 +217,7 @@ def test_statistics_name_what_is_broken_and_a_stream_that_drops_everything_ends(
     result = succeeded(inspect(*arguments, "--samples", "20", "--stats", "--html", tmp_path / "pages"))
     assert "malformed" in result.stdout and "broken sample: hopeless: 0000" in result.stdout
     assert Page(tmp_path / "pages" / "index.html").text.count("hopeless: 0000") >= 20
+    assert [entry["state"] for entry in listed(tmp_path / "pages")] == ["dropped"] * 20
     assert root.is_dir() and not (tmp_path / "pages" / "samples").exists()
 
 

@@ -309,6 +309,9 @@ def check_example(pictures, examples):
     checked = 0
     for key, example in examples.items():
         record = json.loads(EXAMPLE[int(key) - 1])
+        origin, named = example.origin, [record.get("image"), record.get("video"), *record.get("images", [])]
+        assert (origin.file, origin.place) == ("own_data.jsonl", f"line {int(key)}")
+        assert (origin.unit, origin.media) == (record.get("unit", "fraction"), [name for name in named if name])
         names = record.get("images") or [record["image"]] if "video" not in record and "messages" not in record else []
         opened = [np.asarray(Image.open(pictures / name)).astype(int) for name in names]
         for task in (branch for branch in example.branches if isinstance(branch, schema.Pointing)):

@@ -385,11 +385,17 @@ def test_shards(pictures, tmp_path):
         "a/0003.json": b'{"task": "caption", "text": "Bikes."}',
         "a/0004.jpg": data,
         "a/0004.json": b'{"task": "caption"',
+        "a/0005.json": json.dumps(  # as this tool stores a text: where it came from is not where it comes from now
+            {"branches": [messages("What is it?", "A cat.")["messages"]], "origin": {"file": "a", "place": "line 1"}}
+        ).encode(),
     }
+    members |= {"a/000\udcff.jpg": data, "a/000\udcff.txt": b"A cat."}  # names that are not UTF-8
     write_tar(tmp_path / "shard.tar", members)
-    talked, captioned, filmed, broken = read_file(pictures, tmp_path / "shard.tar")
+    talked, captioned, filmed, broken, text, odd = read_file(pictures, tmp_path / "shard.tar")
     assert talked[1].branches == [ASKED] and talked[0].sample.files[0][1].read_bytes() == data
     assert captioned[1].branches[0].text == "A cat." and filmed[1].video.num_frames == 250
+    assert odd[1].origin.place == 'sample "a/000?"'
+    assert text[1].branches == [ASKED] and text[1].origin.place == 'sample "a/0005"'
     assert broken[0].place == 'sample "a/0004"' and "it is not JSON" in broken[0].mistakes[0]
     write_tar(
         tmp_path / "ours.tar", {"1.json": b'{"images": [{"part": "img0.jpg"}], "branches": []}', "1.img0.jpg": data}

@@ -72,7 +72,7 @@ def check_all(asker, encoder, config, parts, files, is_video):
     # Inspection, from the row that is trained on.
     (batch,), _ = answers.lay_out([question], [[0]], 1, 8, config.data, encoder)
     batch.source_ids[batch.segment_ids >= 0] = 0
-    batch.examples = torch.zeros((1, 2), dtype=torch.int64)
+    batch.examples, batch.outcomes = torch.zeros((1, 2), dtype=torch.int64), [({"examples": 1}, 0.0)]
     (example,) = examples_of(batch, [source], encoder)
     shown = [crop for visual in example.visuals for crop in visual.crops]
     patch = encoder.visual.patch_size

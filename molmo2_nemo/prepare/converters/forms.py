@@ -23,8 +23,8 @@ seconds, if there are such columns), or none of them.
 from collections.abc import Iterator
 from functools import partial
 
+from molmo2_nemo.data.schema import UNITS
 from molmo2_nemo.data.tasks import COUNT_ONLY, COUNT_THEN_POINTS, POINTS_ONLY, POINTS_THEN_COUNT
-from molmo2_nemo.prepare.annotations import UNITS
 from molmo2_nemo.prepare.converters.common import (
     Clip,
     Converter,

@@ -36,6 +36,7 @@ class Row:
     form: str | None = None
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # as in Line
     notes: list[str] = field(default_factory=list)  # what is left out of it, and why
+    file: str = ""  # its name
 
 
 @dataclass

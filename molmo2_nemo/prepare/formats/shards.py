@@ -63,7 +63,8 @@ def _row(file: Path, key: str, parts: dict[str, bytes], number: int, unpacked: U
     text = next((parts[part].decode("utf-8", "replace") for part in TEXT_PARTS if part in parts), None)
     if text is not None and not any(name in record for name in TAUGHT):
         record = {"task": "caption", "text": text.strip()}
-    record = {name: value for name, value in record.items() if name not in ("image", "images", "video", "videos")}
+    replaced = ("image", "images", "video", "videos", "origin")
+    record = {name: value for name, value in record.items() if name not in replaced}
     if media["video"]:
         record["video"] = kept[next(iter(media["video"]))]
     elif media["image"]:

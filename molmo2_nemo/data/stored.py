@@ -1,0 +1,72 @@
+"""Samples as they are stored in the shards of a blend, read again by their index for a person to look at."""
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
+from megatron.energon.flavors.webdataset.structs import ShardInfo
+
+from molmo2_nemo.data.blend import Source
+from molmo2_nemo.data.schema import Example, read_example
+from molmo2_nemo.data.shard_index import read_index
+
+
+@dataclass
+class Stored:
+    """A sample of a shard. parts: by name, undecoded; without the sample none. example: None if its JSON is not one."""
+
+    shard: str = ""
+    number: int = 0  # in the shard, from 1
+    parts: dict[str, bytes] = field(default_factory=dict)
+    example: Example | None = None
+
+    @property
+    def json(self) -> str:
+        return self.parts.get("json", b"").decode("utf-8", "replace")
+
+    @property
+    def tasks(self) -> list[str]:
+        """The kinds of its branches, each once."""
+        branches = self.example.branches if self.example else []
+        return list(dict.fromkeys("chat" if isinstance(branch, list) else branch.task for branch in branches))
+
+
+class StoredSamples:
+    """Reads samples of the training split by index into it."""
+
+    def __init__(self, sources: list[Source]):
+        self.sources = {source.name: source for source in sources}
+        self._readers: dict[str, ShardInfosITarReader] = {}
+
+    def read(self, source: str, index: int, key: str) -> Stored:
+        """What can be read of a sample: `index` is that of Batch.examples, `source` a name.
+
+        key: as inspection.UsedSample has it. Where the shards hold another sample at this place by now, it is not read.
+        """
+        try:
+            reader = self._reader(source)
+            number = bisect_right(reader.shard_count_cumsum, index) - 1
+            stored = Stored(reader.shard_infos[number].name, index - reader.shard_count_cumsum[number] + 1)
+        except (KeyError, IndexError, OSError, ValueError):  # no such source any more, or other shards
+            return Stored()
+        try:
+            parts = reader[index]
+            if key not in (parts["__key__"], f"number {index}"):
+                return Stored()
+            stored.parts = {name: data for name, data in parts.items() if not name.startswith("__")}
+            stored.example = read_example(stored.parts["json"])
+        except MemoryError:
+            raise
+        except Exception:  # tarfile raises errors of many types; what is wrong with a sample the batch's errors say
+            reader.close()
+        return stored
+
+    def _reader(self, source: str) -> ShardInfosITarReader:
+        if source not in self._readers:
+            folder = Path(self.sources[source].path)
+            shards = read_index(source, folder)["train"]
+            infos = [ShardInfo(name=name, path=EPath(folder / name), count=count) for name, count in shards.items()]
+            self._readers[source] = ShardInfosITarReader(EPath(folder), infos)
+        return self._readers[source]
