@@ -79,9 +79,9 @@ def test_an_unfrozen_component_starts_fresh_and_the_others_keep_their_state(samp
 
 
 def test_the_data_are_dealt_anew_where_what_decides_them_has_changed(copied, sample, tmp_path):
-    # What is refused leaves everything as it was: the settings, and that the run has finished.
+    # What is refused leaves everything as it was: the settings, and that the run has finished the steps asked for.
     before = (copied / "config.yaml").read_bytes(), (copied / "ended.json").read_bytes()
-    result = train(1, 2, copied, sample, "train.max_steps=4", "model.vision.overlap_margin=2")
+    result = train(1, 2, copied, sample, "train.max_steps=3", "model.vision.overlap_margin=2")
     assert result.returncode == 2 and "has model.vision=" in result.stderr
     assert before == ((copied / "config.yaml").read_bytes(), (copied / "ended.json").read_bytes())
     # A checkpoint is no run's folder.

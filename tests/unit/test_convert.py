@@ -208,8 +208,8 @@ def rewrite(path, content):
         ("config.yaml", "a: [", "config.yaml is no configuration of a run"),
         ("config.yaml", "text", "config.yaml is no configuration of a run"),
         ("config.yaml", "data: 3", "config.yaml is no configuration of a run"),
-        ("complete.json", {"step": "abc"}, "is damaged: complete.json has step='abc'"),
-        ("complete.json", {"step": ...}, "is damaged: complete.json has step=None"),
+        ("complete.json", {"step": "abc"}, "no readable complete.json .step: Input should be a valid integer"),
+        ("complete.json", {"step": ...}, "no readable complete.json .step: "),
     ],
 )
 def test_an_export_of_a_damaged_checkpoint_is_one_sentence(file, content, sentence, hf_models, tmp_path, monkeypatch):
