@@ -252,7 +252,7 @@ def lost_contact(error: BaseException) -> bool:
 def cause_of(error: BaseException) -> str:
     """Who can fix an error of one rank; slurm/starts.py decides by it what becomes of the job.
 
-    user        the disk is full or may not be written: the same comes again on any node
+    user        the disk is full or may not be written, or a folder lies where a file belongs: the same on any node
     memory      of the GPU or of the host: settings, unless the run got far with them
     node        the GPU, its driver or the node's disk failed
     lost contact    another rank is gone or silent: what Slurm says about that one decides
@@ -269,6 +269,8 @@ def cause_of(error: BaseException) -> str:
     while link is not None:
         if is_disk_error(link):
             return "node" if link.errno == errno.EIO else "user"
+        if isinstance(link, IsADirectoryError | NotADirectoryError | FileExistsError):
+            return "user"  # something of another kind lies where a file of the run belongs
         link = link.__cause__ or link.__context__
     return "transient"
 

@@ -287,7 +287,7 @@ def test_a_dead_rank_or_worker_ends_the_job_with_one_message(sample, tmp_path, v
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_when_the_time_is_over(sample, tmp_path):
     """In the middle of a step's sums, which go over Megatron's groups."""
-    job = Job(tmp_path / "run", sample, "parallel=tp2", "train.timeout_minutes=0.15", ranks=2)
+    job = Job(tmp_path / "run", sample, "parallel=tp2", "train.timeout_minutes=0.25", ranks=2)
     job.wait_for("step 3/")
     os.kill(job.ranks()[1], signal.SIGSTOP)
     try:

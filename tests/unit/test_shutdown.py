@@ -30,6 +30,8 @@ def test_what_errors_are_called():
         (OSError(errno.ENOSPC, "No space left on device"), "user"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "user"),
         (PermissionError(errno.EACCES, "Permission denied"), "user"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory: metrics.jsonl"), "user"),
+        (FileExistsError(errno.EEXIST, "File exists: checkpoints"), "user"),
         (OSError(errno.EIO, "Input/output error"), "node"),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "node"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory"),
