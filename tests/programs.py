@@ -15,6 +15,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # What a wheel is built from. It is copied: setuptools leaves build/ behind, and would reuse what an older build put
 # there.
 SOURCES = ("molmo2_nemo", "conf", "recipes", "tools", "slurm", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+# Of runs that the tests start: the tiny model on the sample data, a line for each step, no report.html.
+TINY_SETTINGS = [
+    "model=tiny",
+    "data=sample",
+    "schedule=quickstart",
+    "optim=from_scratch",
+    "train.log_every=1",
+    "train.report=false",
+]
 
 
 def with_defaults(environment: dict[str, str]) -> dict[str, str]:

@@ -5,19 +5,14 @@ import json
 import shutil
 
 import pytest
-from programs import python, run_ranks, succeeded
+from programs import TINY_SETTINGS, python, run_ranks, succeeded
 
 from molmo2_nemo import checkpoint_dir
 
 TINY = [
     "recipes/stage2_sft.py",
-    "model=tiny",
-    "data=sample",
-    "schedule=quickstart",
-    "optim=from_scratch",
+    *TINY_SETTINGS,
     "data.num_workers=2",
-    "train.log_every=1",
-    "train.report=false",
     "train.validation_batches=0",
     "train.global_batch_size=4",
     "train.micro_batch_size=1",

@@ -11,16 +11,11 @@ from pathlib import Path
 
 import pytest
 import warm
-from programs import REPOSITORY, python, run_ranks, start_ranks, succeeded, with_defaults
+from programs import REPOSITORY, TINY_SETTINGS, python, run_ranks, start_ranks, succeeded, with_defaults
 
 TINY = [
     "recipes/stage1_pretrain.py",
-    "model=tiny",
-    "data=sample",
-    "schedule=quickstart",
-    "optim=from_scratch",
-    "train.log_every=1",
-    "train.report=false",
+    *TINY_SETTINGS,
     "train.validation_batches=0",
     "train.global_batch_size=2",
     "train.micro_batch_size=1",
@@ -204,12 +199,12 @@ def test_a_folder_that_becomes_read_only_ends_the_run_with_an_error(sample, tmp_
     assert "resumed step " in resumed.stdout and checkpoints(run_dir)[-1] == "step_00000011"
 
 
-# Rank 1 has another, empty folder of checkpoints, as on a node where the shared file system is not mounted.
-OF_ANOTHER_NODE = """
+# The folder is empty for rank 1, as on a node where the shared file system is not mounted.
+EMPTY_FOR_RANK_1 = """
 import os, runpy, subprocess, sys
 if os.environ["RANK"] == "1":
     os.unshare(os.CLONE_NEWNS)
-    subprocess.run(["mount", "--make-private", "-t", "tmpfs", "none", f"{sys.argv[1]}/checkpoints"], check=True)
+    subprocess.run(["mount", "--make-private", "-t", "tmpfs", "none", sys.argv[1]], check=True)
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -220,7 +215,7 @@ def test_a_rank_that_does_not_see_the_checkpoints_is_named(two_steps, sample, tm
     run_dir = tmp_path / "run"
     shutil.copytree(two_steps, run_dir)
     common = [f"data.root={sample}", f"run_dir={run_dir}", "train.save_every=2", "train.max_steps=4"]
-    result = run_ranks(2, "-c", OF_ANOTHER_NODE, run_dir, *TINY, *common)
+    result = run_ranks(2, "-c", EMPTY_FOR_RANK_1, run_dir / "checkpoints", *TINY, *common)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-3000:]
     there = run_dir / "checkpoints" / "step_00000002"
     assert f"error: {there} is there for rank 0, but not for rank 1 on {socket.gethostname()}: " in result.stderr
@@ -230,24 +225,14 @@ def test_a_rank_that_does_not_see_the_checkpoints_is_named(two_steps, sample, tm
     assert checkpoints(run_dir) == ["step_00000002"]
 
 
-# Of each node there is another copy of the data; rank 1's lacks a source.
-WITHOUT_A_SOURCE = """
-import os, runpy, subprocess, sys
-if os.environ["RANK"] == "1":
-    os.unshare(os.CLONE_NEWNS)
-    subprocess.run(["mount", "--make-private", "-t", "tmpfs", "none", f"{sys.argv[1]}/captions"], check=True)
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 @pytest.mark.slow
 def test_what_only_another_rank_finds_wrong_is_said_once(sample, tmp_path):
-    run_dir = tmp_path / "run"
-    result = run_ranks(2, "-c", WITHOUT_A_SOURCE, sample, *TINY, f"data.root={sample}", f"run_dir={run_dir}")
+    """Each node has a copy of the data of its own; rank 1's lacks a source."""
+    run_dir, source = tmp_path / "run", sample / "captions"
+    result = run_ranks(2, "-c", EMPTY_FOR_RANK_1, source, *TINY, f"data.root={sample}", f"run_dir={run_dir}")
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-3000:]
-    assert line.startswith(f"error: rank 1 on {socket.gethostname()}: ") and f"{sample}/captions" in line
+    assert line.startswith(f"error: rank 1 on {socket.gethostname()}: ") and str(source) in line
     wrong = run_ranks(2, *TINY, f"data.root={tmp_path}", f"run_dir={run_dir}")  # on both
     [line] = [line for line in wrong.stderr.splitlines() if line.startswith("error: ")]
     assert wrong.returncode == 2 and not line.startswith("error: rank ")

@@ -5,24 +5,23 @@ import re
 import shutil
 
 import pytest
-from programs import python, run_ranks, start_ranks, succeeded
+from programs import TINY_SETTINGS, python, run_ranks, start_ranks, succeeded
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-TINY = [
-    "model=tiny",
-    "data=sample",
-    "schedule=quickstart",
-    "optim=from_scratch",
-    "train.log_every=1",
-    "train.report=false",
-]
 SMALL = ["train.validation_batches=1", "train.global_batch_size=4", "train.micro_batch_size=2"]
 
 
 def train(ranks, stage, run_dir, sample, *overrides):
     recipe = {1: "stage1_pretrain", 2: "stage2_sft", 3: "stage3_long_context"}[stage]
-    arguments = [f"recipes/{recipe}.py", *TINY, *SMALL, f"data.root={sample}", f"run_dir={run_dir}", *overrides]
+    arguments = [
+        f"recipes/{recipe}.py",
+        *TINY_SETTINGS,
+        *SMALL,
+        f"data.root={sample}",
+        f"run_dir={run_dir}",
+        *overrides,
+    ]
     return python(*arguments) if ranks == 1 else run_ranks(ranks, *arguments)
 
 
@@ -122,7 +121,7 @@ def test_a_run_starts_from_base_models_and_from_hugging_face(sample, tmp_path):
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
     save_file(tensors, tmp_path / "llm" / "model.safetensors")
     run_dir, log = tmp_path / "damaged", tmp_path / "log"
-    command = ["recipes/stage2_sft.py", *TINY, *SMALL, f"data.root={sample}", f"run_dir={run_dir}", *base]
+    command = ["recipes/stage2_sft.py", *TINY_SETTINGS, *SMALL, f"data.root={sample}", f"run_dir={run_dir}", *base]
     assert [rank.wait() for rank in start_ranks(2, command, log)] == [2, 2], log.read_text()
     assert "Traceback" not in log.read_text() and log.read_text().count("error: ") == 1
     end = json.loads((run_dir / "ended.json").read_text())
