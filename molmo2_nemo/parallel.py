@@ -121,9 +121,10 @@ def set_rendezvous() -> None:
         command = ["scontrol", "show", "hostnames", nodes]
         hosts = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
-    # One port per step: two steps of a job may run side by side on a node.
+    # One port per step: two steps of a job may run side by side on a node. All lie below 32768, where the ports begin
+    # that Linux hands out to outgoing connections.
     number = int(os.environ["SLURM_JOB_ID"]) * 10 + int(os.environ.get("SLURM_STEP_ID", "0"))
-    os.environ.setdefault("MASTER_PORT", str(20000 + number % 20000))
+    os.environ.setdefault("MASTER_PORT", str(20000 + number % 12000))
 
 
 def seed_everything(seed: int) -> None:

@@ -38,7 +38,8 @@ PRELOAD = [
 ]
 FOLDER = "MOLMO2_NEMO_WARM"  # names the folder of the server's socket; conftest.py sets it
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # by the stand-in
-# Below the ports that the system hands out; a range for each of pytest's workers, gw0, gw1, ...
+# Below the ports that the system hands out and above those of the Slurm tests (local_slurm.sh); a range for each of
+# pytest's workers, gw0, gw1, ...
 worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 ports = itertools.count(12000 + worker % 5 * 3500 + os.getpid() % 30 * 100)
 
@@ -245,12 +246,20 @@ def start(arguments: list, environments: list[dict[str, str]], folder: Path, tim
     return subprocess.CompletedProcess(arguments, status, *output)
 
 
+def free_port() -> int:
+    """The next of this worker's ports on which nothing listens."""
+    for port in ports:
+        with socket.socket() as attempt:
+            if attempt.connect_ex(("127.0.0.1", port)):
+                return port
+
+
 def environments(ranks: int, environment: dict[str, str]) -> list[dict[str, str]]:
     """What torchrun sets on one node."""
     common = {
         **environment,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(next(ports)),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "GROUP_RANK": "0",

@@ -25,8 +25,9 @@ NODES=${NODES:-2}                        # node1 ... nodeN
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}        # 0: none
 CPUS_PER_NODE=${CPUS_PER_NODE:-128}      # only counted: nothing is pinned
 DIR=${SLURM_LOCAL_DIR:-/tmp/local-slurm}
-PORT=${SLURM_LOCAL_PORT:-16817}          # slurmctld's; the nodes have the next
-                                         # NODES; if one is taken, further up
+PORT=${SLURM_LOCAL_PORT:-11817}          # slurmctld's; the nodes have the next
+                                         # NODES; if one is taken, further up;
+                                         # apart from ranks' ports (warm.py)
 
 say() { echo "local_slurm: $*" >&2; }
 die() { say "$@"; exit 1; }
