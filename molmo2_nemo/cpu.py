@@ -41,6 +41,8 @@ class _CudaMeansCpu(TorchFunctionMode):
     """Map literals such as torch.zeros(..., device="cuda") to the CPU, and `param.type()` to CUDA's spelling."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if not kwargs and function not in (torch.Tensor.to, torch.Tensor.type):
+            return function(*args)  # nearly all of a step's calls
         kwargs = dict(kwargs or {})
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU

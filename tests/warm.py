@@ -35,7 +35,16 @@ PRELOAD = [
     "torchvision.transforms.v2",
     "transformers.models.molmo2.modeling_molmo2",
     "transformers.models.molmo2.processing_molmo2",
+    # What Megatron imports as late as in the first step and the first save.
+    "megatron.core.models.mimo.model",
+    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "molmo2_nemo.cpu",
 ]
+# Overrides of each kind that the tests use.
+COMPOSED = ["model=tiny", "train.max_steps=2", "train.report=false", "optim.vit.lr=1e-4", "run_dir=/a-b/c_d"]
 FOLDER = "MOLMO2_NEMO_WARM"  # names the folder of the server's socket; conftest.py sets it
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # by the stand-in
 # Below the ports that the system hands out and above those of the Slurm tests (local_slurm.sh); a range for each of
@@ -312,6 +321,8 @@ if __name__ == "__main__":
         for name in PRELOAD:
             importlib.import_module(name)
         importlib.import_module("molmo2_nemo.recipe").nemo_hydra_runner()  # imports Hydra
+        # Hydra's parsers are slow until they have met each kind of override; what they have learnt is kept.
+        importlib.import_module("molmo2_nemo.command_line").compose("stage2", COMPOSED)
         gc.freeze()  # a collection in a forked process would copy what is shared
         request = serve(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]))
         try:
