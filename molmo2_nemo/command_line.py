@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import re
 from pathlib import Path
 
@@ -49,8 +50,9 @@ def compose(config_name: str, overrides: list[str]) -> Config:
         raise ConfigError(f"{key + ': ' if key else 'the configuration cannot be read: '}{reason}") from error
 
 
+@functools.cache
 def register() -> None:
-    """Store `Config` as the schema that the defaults list of conf/base.yaml begins with."""
+    """Store `Config` as the schema that the defaults list of conf/base.yaml begins with; once in a process."""
     from hydra.core.config_store import ConfigStore
 
     schema = OmegaConf.structured(Config)
