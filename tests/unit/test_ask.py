@@ -86,6 +86,7 @@ def run(capsys, *arguments):
     return status, *capsys.readouterr()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "about",
     [[], ["--image", "picture.png"], ["--image", "picture.png", "--image", "other.jpg"], ["--video", "clip.mp4"]],

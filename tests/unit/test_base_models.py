@@ -14,6 +14,7 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.hf import base_models, convert
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "llm, vision", [("qwen3", "siglip"), ("qwen3_tied", "siglip_with_text"), ("olmo3", "siglip_with_text")]
 )
@@ -45,6 +46,7 @@ def test_both_halves_compute_what_they_did(llm, vision, bases, tmp_path):
         torch.testing.assert_close(layers[block + 1], hidden[block + 1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_new_is_drawn_alike_from_the_same_seed(bases, tmp_path):
     def fresh(name, seed):
         model = base_models.import_base_models(

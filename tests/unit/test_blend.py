@@ -168,6 +168,7 @@ def test_an_unknown_blend_names_the_known_ones(root):
 # --- on disk --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_missing_sources_are_named_at_once(root):
     with pytest.raises(ConfigError) as error:
         load_blend(config(root, fixed(a=("a", 1), points=("gone", 1), text=("away", 1))))
@@ -178,6 +179,7 @@ def test_all_missing_sources_are_named_at_once(root):
         load_blend(config(root, many))
 
 
+@pytest.mark.slow
 def test_the_commands_that_fetch_published_sources_are_named(root):
     fetch = "fetch with python tools/download.py fetch {} and then python tools/prepare.py --stage {}, or set data.{}"
     for blend, words in (
@@ -198,6 +200,7 @@ def test_the_command_that_makes_the_sample_world_is_named(tmp_path):
         load_blend(DataConfig(blend="sample_stage1", root=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_missing_sources_are_left_out_if_asked(root):
     blend = {
         "groups": {

@@ -215,6 +215,7 @@ def test_what_a_user_gets_wrong_ends_in_a_sentence(tmp_path, capsys, monkeypatch
         assert status in (1, 2) and said in error.splitlines()[-1], (words, error)
 
 
+@pytest.mark.slow
 def test_json_is_a_list_of_objects(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
     from download import main

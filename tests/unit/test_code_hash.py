@@ -53,6 +53,7 @@ def test_statements_count_and_comments_do_not(tmp_path, old, new, same):
     assert (hash_of_code([before]) == hash_of_code([after])) is same
 
 
+@pytest.mark.slow
 def test_the_hash_is_of_this_code():
     converters = sorted((PACKAGE / "prepare" / "converters").glob("*.py"))
     assert code_hash() == hash_of_code([*converters, *(PACKAGE / name for name in CONTENT_MODULES)])

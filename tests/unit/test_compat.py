@@ -37,6 +37,7 @@ def test_dynamo_config():
     assert isinstance(compat.dynamo_config().disable, bool)
 
 
+@pytest.mark.slow
 def test_compiled_graphs(monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # conftest.py disables it where there is no driver
     torch.compiler.reset()
@@ -224,6 +225,7 @@ def private_uses(tree, own: set[str]):
                 yield node.lineno, node.value
 
 
+@pytest.mark.slow
 def test_no_private_name_of_a_library_is_used_elsewhere():
     files = [
         p

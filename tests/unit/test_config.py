@@ -49,6 +49,7 @@ def options(group):
     return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("model", [m for m in options("model") if m != "hf"])
 @pytest.mark.parametrize("schedule", ["seed", "report"])
@@ -82,6 +83,7 @@ def test_the_former_name_of_the_hardware_presets_is_refused_with_the_new_one():
     command_line.refuse_unknown_overrides(["hardware=h100_8"])
 
 
+@pytest.mark.slow
 def test_seed_schedule_is_the_default():
     # Figures of the project's brief.
     expected = {"stage1": (100_000, 4096, 128), "stage2": (50_000, 4096, 128), "stage3": (2_000, 36_864, 384)}
@@ -329,6 +331,7 @@ def test_uneven_pipeline_stages():
     assert checks.layers_per_stage(cfg.parallel, cfg.model) == [6, 10, 10, 10]
 
 
+@pytest.mark.slow
 def test_architecture_survives_json():
     for model in ("tiny", "molmo2_o_7b"):
         original = build("stage2", f"model={model}").model
@@ -349,6 +352,7 @@ def test_megatron_fields_that_cannot_work_are_fields_of_megatron():
         assert multiple == get_fp8_align_size(recipe)
 
 
+@pytest.mark.slow
 def test_fp8_settings_that_work_are_accepted():
     fp8 = ["train.precision=fp8", "train.vit_fp8=true"]
     for extra in ([], ["transformer.fp8_recipe=blockwise"], ["transformer.first_last_layers_bf16=true"]):

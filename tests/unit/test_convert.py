@@ -23,6 +23,7 @@ from molmo2_nemo.hf.architecture import model_config_from_hf
 from molmo2_nemo.training import start
 
 
+@pytest.mark.slow
 def test_import_and_export_are_bit_identical(hf_models, tmp_path):
     for name, folder in hf_models.items():
         checkpoint, out = tmp_path / f"{name}-ckpt", tmp_path / f"{name}-out"
@@ -124,6 +125,7 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["import", "base models", "start", "export"])
 def test_a_full_disk_is_said_before_and_nothing_is_left_after(way, hf_models, bases, tmp_path, monkeypatch):
     def write(target):

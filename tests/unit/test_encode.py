@@ -139,6 +139,7 @@ def compare(vision, images, encoder=None):
 # --- against transformers' processor --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400))
 def test_any_size_of_the_tiny_geometry(width, height):
@@ -651,6 +652,7 @@ LONG = "word " * 8000
 IMAGE, VIDEO = {"images": [noise(90, 90)]}, {"video": {"part": "v.mp4", "width": 9, "height": 9, "duration": 20.0}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "branch, medium",
     [

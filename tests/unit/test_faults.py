@@ -181,6 +181,7 @@ def passes(loader, source: int, size: int, times: int = 1):
     return counters, errors, seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", BROKEN_SAMPLES)
 def test_a_broken_sample_is_counted_and_reported(fault, tmp_path):
     make, kind, words = BROKEN_SAMPLES[fault]
@@ -229,6 +230,7 @@ BROKEN_SHARDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", BROKEN_SHARDS)
 def test_a_broken_shard_costs_its_own_samples(fault, tmp_path):
     write_source(tmp_path / "bad", [good(number) for number in range(SIZE)], SHARD)
@@ -248,6 +250,7 @@ def test_a_broken_shard_costs_its_own_samples(fault, tmp_path):
     assert any(errors for _, errors, _ in expected)
 
 
+@pytest.mark.slow
 def test_a_shard_may_vanish_and_return_while_the_stream_is_read(tmp_path):
     write_source(tmp_path / "bad", [good(number) for number in range(10 * SHARD)], SHARD)
     loader = stream(tmp_path, ["bad"])
@@ -280,6 +283,7 @@ def test_no_headers_of_shards_pile_up(tmp_path, monkeypatch):
     assert len(opened) == SIZE // SHARD and not any(tar.members for tar in opened)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_source_that_always_fails_does_not_stop_the_others(workers, tmp_path):
     write_source(tmp_path / "bad", [picture(None)] * SIZE)
@@ -291,6 +295,7 @@ def test_a_source_that_always_fails_does_not_stop_the_others(workers, tmp_path):
     assert counters["fine"]["examples"] >= 2 * SIZE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_where_all_samples_fail_empty_rows_tell(workers, tmp_path):
     write_source(tmp_path / "bad", [{"json": b"{"}] * SIZE)
@@ -315,6 +320,7 @@ def test_reports_are_printable(tmp_path):
         assert error.isprintable() and len(error) <= MAX_REPORT
 
 
+@pytest.mark.slow
 def test_restoring_is_exact_with_broken_samples_in_the_buffers(tmp_path):
     samples = [good(number) for number in range(SIZE)]
     samples[::3] = [make() for make, _, _ in list(BROKEN_SAMPLES.values())[: len(samples[::3])]]

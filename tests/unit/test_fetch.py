@@ -144,6 +144,7 @@ def test_a_repository_comes_whole_at_a_commit_that_stays_pinned(hub, tmp_path):
     assert result.state == "failed" and "has no commit aaaa" in result.reason
 
 
+@pytest.mark.slow
 def test_a_file_that_comes_wrong_is_never_taken(hub, tmp_path):
     rows = {
         f"data/train-{kind}.jsonl": lines([{"kind": kind}] * 999) for kind in ("short", "html", "other", "503", "drip")
@@ -262,6 +263,7 @@ HANGING = {
 }
 
 
+@pytest.mark.slow
 def test_every_bad_manner_of_a_server_is_named_and_leaves_nothing_behind(media, tmp_path, monkeypatch):
     """Private addresses are refused here but for this server's, which HF_ENDPOINT names."""
     monkeypatch.setenv("HF_ENDPOINT", media.url)
@@ -586,6 +588,7 @@ def zip_of(files: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(hub, media, tmp_path):
     hub.delay, media.delay = 0.002, 0.02
     big_set(hub, media, tmp_path / "calm")
@@ -616,6 +619,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(hub, media, tmp_pa
     assert not list(broken_files(folder, deep=True))
 
 
+@pytest.mark.slow
 def test_a_large_file_goes_on_where_a_kill_left_it(hub, media, tmp_path):
     hub.delay = 0.02
     big_set(hub, media, tmp_path, pictures=1)
@@ -632,6 +636,7 @@ def test_a_large_file_goes_on_where_a_kill_left_it(hub, media, tmp_path):
     assert (tmp_path / "raw/mine/hub/more.bin").read_bytes() == hub.repos["me/mine"].files["more.bin"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_used_up_bytes_stop_the_run_and_the_next_goes_on(hub, media, tmp_path):
     big_set(hub, media, tmp_path, pictures=20)
     limited = [
@@ -714,6 +719,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 def test_the_command_that_doctor_prints_fixes_what_it_found(hub, media, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
     from download import main

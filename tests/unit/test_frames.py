@@ -112,6 +112,7 @@ def stamps(plan):
     return [float(number) for number in re.findall(r"(\d+\.\d) <frame_start>", text)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seq_length, max_frames", [(4096, 128), (2048, 40), (700, 16), (400, 128)])
 def test_every_time_is_a_frame_and_every_count_is_what_is_shown(seq_length, max_frames):
     encoder = make_encoder(seq_length=seq_length, max_frames=max_frames, max_crops=max_frames)

@@ -125,6 +125,7 @@ def in_a_process(mode, folder, data, *numbers):
     return result.stdout.splitlines()
 
 
+@pytest.mark.slow
 # Batches before the state is saved; seconds between the snapshots from which a worker replays.
 @pytest.mark.parametrize(
     "workers, ranks, before, seconds", [(0, 1, 3, 15), (1, 1, 15, 0), (2, 1, 4, 15), (4, 1, 23, 0), (2, 2, 13, 0)]
@@ -154,6 +155,7 @@ def test_a_stream_of_other_settings_goes_on_and_says_so(world, tmp_path):
         make(config(world), tmp_path, saved=[state, state])
 
 
+@pytest.mark.slow
 def test_a_state_is_data_and_no_program(world, tmp_path):
     class Program:
         def __reduce__(self):
@@ -228,6 +230,7 @@ class Run:
             loader.close()
 
 
+@pytest.mark.slow
 def test_other_numbers_of_ranks_and_workers_lose_and_repeat_nothing(texts, tmp_path):
     """One pass over a source by five runs of different sizes: every sample once before any comes twice."""
     data = text_config(texts, "alone", packing_buffer_size=4, shuffle_buffer_size=1)
@@ -247,6 +250,7 @@ def test_other_numbers_of_ranks_and_workers_lose_and_repeat_nothing(texts, tmp_p
     assert sum(counts.values()) - len(counts) < 10
 
 
+@pytest.mark.slow
 def test_a_run_dealt_out_anew_continues_exactly(texts, tmp_path):
     run, counts = Run(text_config(texts), tmp_path, 2), Counter()
     run.read(counts, 30)
@@ -263,6 +267,7 @@ def test_a_run_dealt_out_anew_continues_exactly(texts, tmp_path):
     again.close()
 
 
+@pytest.mark.slow
 def test_a_state_saved_before_each_worker_had_its_turn(texts, tmp_path):
     data = text_config(texts, num_workers=4)
     run = Run(data, tmp_path, 1)
@@ -280,6 +285,7 @@ def test_a_state_saved_before_each_worker_had_its_turn(texts, tmp_path):
         run.close()
 
 
+@pytest.mark.slow
 def test_what_is_ahead_waits_until_the_rest_has_caught_up(texts, tmp_path):
     """Rank 0 has run through its half of a source several times while rank 1 has hardly begun."""
     data = text_config(texts, shuffle_buffer_size=1)
@@ -323,6 +329,7 @@ def small(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blend, world_size", [("blend", 512), ("many", 512), ("alone", 512), ("blend", 3)])
 def test_a_source_of_any_size_has_its_share_on_any_number_of_ranks(small, tmp_path, blend, world_size):
     """512: as 64 data-parallel ranks of 8 workers, of which three are looked at."""
@@ -352,6 +359,7 @@ def test_a_source_of_any_size_has_its_share_on_any_number_of_ranks(small, tmp_pa
     assert blend == "alone" or world_size == 3 or len(large) <= 3 * 3
 
 
+@pytest.mark.slow
 def test_small_sources_continue_exactly_and_are_dealt_anew(small, tmp_path):
     data, counts, saved = text_config(small), Counter(), ()
     for ranks, workers, batches in ((4, 0, 6), (1, 2, 12)):
@@ -434,6 +442,7 @@ def test_ranks_read_different_samples_and_the_seed_decides(world, tmp_path):
     assert keys() == keys() != keys(seed=6)
 
 
+@pytest.mark.slow
 def test_sources_appear_by_their_weights(world, tmp_path):
     loader = make(config(world, blend="sample_stage1"), tmp_path, rows=4)
     keys = [key for _ in range(20) for row in next(loader).__key__ for key in row.split(",")]
@@ -452,6 +461,7 @@ def num_threads(pid: int) -> int:
     return int(line.split()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers, blend", [(0, "sample_stage1"), (1, "sample_stage2")])
 def test_validation_is_the_same_every_time(world, tmp_path, workers, blend):
     data = config(world, num_workers=workers, blend=blend)
@@ -488,6 +498,7 @@ def test_high_resolution_is_for_training_alone():
     assert [plan.max_crops for plan in plans] == [4, 1]
 
 
+@pytest.mark.slow
 def test_validation_does_not_depend_on_the_number_of_ranks(world, tmp_path):
     data = config(world, blend="sample_stage1")
 
@@ -522,6 +533,7 @@ def test_without_held_out_data(world, tmp_path):
 # --- worker processes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_workers_survive_the_signals_of_a_cluster_and_end_with_the_loader(world, tmp_path):
     loader = make(config(world, num_workers=2), tmp_path)
     assert loader._loader.pin_memory == torch.cuda.is_available()

@@ -52,6 +52,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_its_curves_anew(one
     assert shown(tmp_path, "train/loss") == [(step, 2000 + step) for step in range(1, 5)]
 
 
+@pytest.mark.slow
 def test_weights_and_biases_keeps_scalars_answers_and_pictures_for_a_later_sync(one_rank, tmp_path, monkeypatch):
     """In the real client's offline files, all of which lie in the run's folder."""
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -230,6 +230,7 @@ def test_sdpa_and_its_gradients_equal_plain_loops(seed):
         assert np.linalg.norm(found[0].double().numpy() - plain) / np.linalg.norm(plain) < 1e-5
 
 
+@pytest.mark.slow
 def test_another_micro_batch_compiles_nothing(monkeypatch):
     """What runs on a GPU, with a backend that needs no compiler: new tensors in a new closure, the same program."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # conftest.py disables it where there is no driver

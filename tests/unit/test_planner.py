@@ -54,6 +54,7 @@ def models():
     return {name: compose("stage2", [f"model={name}"]).model for name in MODELS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_serve_every_model_stage_and_schedule(preset, models):
     gpus = PRESETS[preset]
@@ -73,6 +74,7 @@ def test_every_h100_preset_is_tested():
     assert {path.stem for path in (CONF_DIR / "hardware").glob("h100_*.yaml")} == set(PRESETS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset, gpus, model", [("h100_8", 512, "molmo2_4b"), ("h100_256", 2048, "molmo2_8b"), ("any", 4096, "molmo2_o_7b")]
 )
@@ -116,6 +118,7 @@ def test_other_ways_to_share_a_batch(stage, words, gpus, ways):
 # ---- verdict and advice ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, stage, gpus", [("molmo2_8b", "stage3", 128), ("molmo2_8b", "stage2", 8), ("molmo2_4b", "stage2", 8)]
 )
@@ -216,6 +219,7 @@ def test_search_lists_only_what_fits_fastest_first():
 # ---- the command ----
 
 
+@pytest.mark.slow
 def test_command_says_what_fits_and_what_does_not(capsys, monkeypatch):
     def run_plan(*words):
         monkeypatch.setattr(sys, "argv", ["plan.py", *words])
@@ -265,6 +269,7 @@ def test_command_says_what_fits_and_what_does_not(capsys, monkeypatch):
     assert status == 2 and "stage9" in err
 
 
+@pytest.mark.slow
 def test_sources_on_this_machine_are_looked_at(tmp_path, capsys, monkeypatch):
     """A source without a training sample ends the plan; one that is not on this machine does not."""
     from test_blend import fixed, make_source

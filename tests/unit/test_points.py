@@ -89,6 +89,7 @@ def test_parse_inverts_format_tracks(tracks, separator):
     assert parse(text) == ([Tracks(tracks.label, expected)] if expected else [])
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_parse_never_raises(text):
     parse(text)

@@ -263,6 +263,7 @@ def test_shapes_do_not_overlap_and_are_inside():
                             assert apart > (thing.size + scene.things[j].size) / 2
 
 
+@pytest.mark.slow
 def test_same_arguments_give_the_same_bytes(data, tmp_path):
     counts = json.loads((data / "sample.json").read_text())["counts"]
     for name in ("captions", "video_qa", "text"):
@@ -298,6 +299,7 @@ class RawEncoder(TaskEncoder):
         return samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["captions", "multi_image", "video_tracks", "text"])
 def test_energon_reads_each_split(data, name):
     worker_config = WorkerConfig(rank=0, world_size=1, num_workers=0)

@@ -180,6 +180,7 @@ def test_other_keys_and_values_are_refused(root, file, changes, words):
     assert "\n" not in sentence and len(sentence) < 700
 
 
+@pytest.mark.slow
 def test_the_command_in_the_sentence_makes_folders_that_are_accepted(root, monkeypatch):
     """For one that was never prepared, and one with a damaged index."""
     from megatron.energon.cli.main import main
@@ -196,6 +197,7 @@ def test_the_command_in_the_sentence_makes_folders_that_are_accepted(root, monke
         assert shards == {path.name for path in (root / name).glob("*.tar")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file, content, words",
     [

@@ -18,6 +18,7 @@ SCRIPTS = sorted(
 ) + [REPOSITORY / "tests" / "stand_ins" / "slurm_command"]
 
 
+@pytest.mark.slow
 def test_shell_scripts_are_shellcheck_clean_and_have_no_long_lines():
     assert len(SCRIPTS) >= 18
     for path in [*SCRIPTS, REPOSITORY / "slurm" / "site.example.env"]:
@@ -136,6 +137,7 @@ def test_a_mistake_leaves_nothing_behind(tmp_path):
 # The code and the configuration.
 
 
+@pytest.mark.slow
 def test_an_edit_between_stages_needs_a_word(tmp_path):
     with StandIn(tmp_path, PREFLIGHT="no", FAULTS='{"stage1": ["edit"]}') as cluster:
         assert "code: a folder without a git commit" in cluster.submit("train.max_steps=2").stdout
@@ -215,6 +217,7 @@ def test_of_two_jobs_in_one_folder_the_second_ends_and_leaves_the_first_alone(tm
         assert cluster.wait()["1"] == "COMPLETED" and len(cluster.steps()) == 3
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_not_tried_again_and_blames_no_node(tmp_path):
     with StandIn(tmp_path, PREFLIGHT="no", FAULTS='{"stage1": ["full disk", "full disk"]}') as cluster:
         cluster.submit()

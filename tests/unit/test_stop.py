@@ -54,6 +54,7 @@ def test_a_stop_holds_at_any_moment(cluster, moment):
         assert cluster.wait() == states and len(cluster.steps()) == before
 
 
+@pytest.mark.slow
 def test_a_file_alone_stops_a_stage_and_a_new_job_does_not_lift_it(tmp_path):
     """Without a signal, for a stage that sbatch alone submitted; a person's submit.sh goes on."""
     with StandIn(tmp_path, STOP_POLL="0.2", PREFLIGHT="no", FAULTS='{"stage1": ["touch"]}') as cluster:
@@ -71,6 +72,7 @@ def test_a_file_alone_stops_a_stage_and_a_new_job_does_not_lift_it(tmp_path):
         assert [step["step"] for step in cluster.steps()] == [1, 2, 3] * 3 and cluster.status()["stopped"] is None
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_a_stage_that_sbatch_alone_submitted(tmp_path):
     """Running, and while it waits and has no folder yet; the job of a run with a similar name is left alone."""
     with StandIn(tmp_path, PREFLIGHT="no", FAULTS='{"stage1": ["wait"]}') as cluster:

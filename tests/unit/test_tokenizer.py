@@ -156,6 +156,7 @@ def test_processor_with_a_video(processor):
     assert turns == "Describe.<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.slow
 def test_training_it_again_gives_the_shipped_files(tmp_path):
     subprocess.run([sys.executable, ROOT / "tools" / "dev" / "train_tokenizer.py", "--out", tmp_path], check=True)
     shipped = {path.name: path.read_bytes() for path in FOLDER.iterdir()}

@@ -26,6 +26,7 @@ def run_example(export, content, more="", **environment):
     return succeeded(run([sys.executable, "-c", code.replace(old, content) + more], **environment)).stdout
 
 
+@pytest.mark.slow
 def test_the_example_of_the_document_runs(export, tmp_path):
     scene().save(tmp_path / "photo.png")
     out = run_example(export, f'{{"type": "image", "path": "{tmp_path}/photo.png"}}')
@@ -46,6 +47,7 @@ print("the same frames")
 """
 
 
+@pytest.mark.slow
 def test_a_video_is_asked_about_by_its_path_and_has_the_frames_of_torchcodec(export, tmp_path):
     """With the FFmpeg of PyAV, as tools/setup.sh links it."""
     pytest.importorskip("torchcodec", reason="run tools/setup.sh: requirements.lock has torchcodec")

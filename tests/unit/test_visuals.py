@@ -111,6 +111,7 @@ def test_several_real_pictures(count):
     check_images([Image.open(PICTURES / name) for name in names[:count]])
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 130) | st.integers(1, 1500),
@@ -121,6 +122,7 @@ def test_any_size(width, height, max_crops):
     check_images([noise(width, height)], max_crops)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (112, 112), (113, 111), (378, 378), (3000, 4000)])
 @pytest.mark.parametrize("max_crops", [8, 24])
 def test_extreme_sizes(size, max_crops):
