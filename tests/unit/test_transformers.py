@@ -8,7 +8,7 @@ import pytest
 import torch
 from media_files import PICTURES, VIDEOS, scene
 from PIL import Image
-from programs import REPOSITORY, run, succeeded
+from programs import REPOSITORY, python, run, succeeded
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from molmo2_nemo.ask.model import Asker
@@ -23,7 +23,8 @@ def run_example(export, content, more="", **environment):
     code = EXAMPLE.replace("hf_model", str(export)).replace("max_new_tokens=200", "max_new_tokens=3")
     old = '{"type": "image", "path": "photo.png"}'
     assert old in code
-    return succeeded(run([sys.executable, "-c", code.replace(old, content) + more], **environment)).stdout
+    code = code.replace(old, content) + more
+    return succeeded(run([sys.executable, "-c", code], **environment) if environment else python("-c", code)).stdout
 
 
 @pytest.mark.slow
