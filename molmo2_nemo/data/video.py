@@ -288,11 +288,13 @@ def _open(video: bytes | Path) -> av.container.InputContainer:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"The video cannot be opened: {reason}.") from error
     stream, problem = container.streams.best("video"), None
-    if container.format.name.endswith("_pipe"):  # FFmpeg's readers of single pictures
+    if container.format.name == "ico" or container.format.name.endswith("_pipe"):  # FFmpeg's readers of pictures
         container.close()
         raise IsPicture("The file is a picture, not a video.")
     if stream is None:
         problem = "The file holds no video stream."
+    elif container.format.name == "mjpeg" and not _begins_with_jpeg(video):  # found inside of a PDF, for instance
+        problem = "The file is no video, although there is a JPEG picture in it."
     elif stream.codec_context is None:
         problem = "The video's codec is unknown."
     elif stream.width * stream.height > limits.MAX_FRAME_PIXELS:
@@ -302,6 +304,11 @@ def _open(video: bytes | Path) -> av.container.InputContainer:
         container.close()
         raise ValueError(problem)
     return container
+
+
+def _begins_with_jpeg(video: bytes | Path) -> bool:
+    with video.open("rb") if isinstance(video, Path) else io.BytesIO(video) as file:
+        return file.read(2) == b"\xff\xd8"
 
 
 def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:

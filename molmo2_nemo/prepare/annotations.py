@@ -1,6 +1,7 @@
 """Checks of a sample's annotations against its pictures or video, and their change to what the schema wants."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -20,7 +21,7 @@ from molmo2_nemo.data.schema import (
     Tracking,
     ValueMistake,
 )
-from molmo2_nemo.data.tasks import TRACK_ALL, converse
+from molmo2_nemo.data.tasks import TIME, TRACK_ALL, converse
 from molmo2_nemo.data.video import annotation_times
 
 # A point that is outside the picture by less than this share of its side is moved to the border: it was rounded.
@@ -28,9 +29,19 @@ SLACK = 0.005
 
 MARKER = re.compile(r"<points [0-9]{1,4}/>")
 POINTS_TAG = re.compile(r"</?(?:points|tracks)\b[^>]*>?")
-# What other programs replace by a picture, a video, a sound or a box before their model sees the text (LLaVA, and
-# ms-swift's docs/source_en/Customization/Custom-dataset.md). In ours nothing replaces them.
-PLACEHOLDER = re.compile(r"</?(?:image|video|audio|img|bbox|box|ref-object)>", re.IGNORECASE)
+# Molmo's points (allenai/Molmo-7B-D-0924), which Molmo2 does not write.
+POINT_OF_MOLMO = re.compile(r"<point\s[^>]*>")
+TIME_TAG = re.compile(r"</?time\b[^>]*>?")
+CLOCK = re.compile(r"<time (?:(\d{1,2}):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)/>")
+# What other programs replace by a picture, a video, a sound or a box before their model sees the text (LLaVA,
+# ms-swift's docs/source_en/Customization/Custom-dataset.md, <image_1> of MMMU's prompts, <ImageHere> of
+# InternLM-XComposer, [IMG] of Pixtral), or that ends or frames a turn of Llama's and Mistral's chats. In ours nothing
+# replaces them.
+PLACEHOLDER = re.compile(
+    r"</?(?:image|video|audio|img|bbox|box|ref-object)>|<(?:image|video|img)[ _-]?\d+>|<ImageHere>|\{(?:image|video)\}"
+    r"|\[IMG\]|</s>|\[/?INST\]",
+    re.IGNORECASE,
+)
 # Tokens that chat models and Molmo2 keep for themselves (allenai/molmo2: olmo/tokenizer.py).
 SPECIAL_TOKEN = re.compile(
     r"<\|[A-Za-z0-9_]{1,40}\|>|<(?:im_start|im_end|im_patch|im_col|low_res_im_start|im_low|frame_start|frame_end)>"
@@ -215,10 +226,14 @@ def check_answers(example: Example) -> None:
             [talk] = _at(place, converse, replace(example, branches=[styled]), np.random.default_rng(0), "templates")
             answers = [_at(place, render_content, m.content, m.points) for m in talk.messages if m.role == "assistant"]
             if isinstance(branch, Tracking) and NO_TRACKS in answers:
-                rate = _rate_of(branch.frames)
-                advice = f'; their times follow one another at {rate:g} fps: write "fps": {rate:g}' if rate else ""
+                rate, step = _rate_of(branch.frames), 1 / branch.fps
+                advice = (
+                    f'; their times follow one another at {rate:g} fps: write "fps": {rate:g}'
+                    if rate
+                    else f": write the times of such frames, as {step:g} and {2 * step:g}, or the fps of your times"
+                )
                 raise ValueMistake(
-                    (*place, "frames"), f"have nothing at a multiple of 1 / fps = {1 / branch.fps:g} seconds{advice}"
+                    (*place, "frames"), f"have nothing at a multiple of 1 / fps = {step:g} seconds{advice}"
                 )
 
 
@@ -226,7 +241,7 @@ def mistakes_in(example: Example) -> Iterator[ValueMistake]:
     """Every value of the annotations that is empty or would teach something else than it says."""
     for place, text in texts_of(example):
         is_content = place[-1] == "content"
-        if not text.strip():
+        if is_blank(text):
             yield ValueMistake(place, "is empty")
         elif "\n" in text.strip() and place[-2:-1] == ("options",):
             yield ValueMistake(place, "has a line break: options are written one a line")
@@ -239,6 +254,10 @@ def mistakes_in(example: Example) -> Iterator[ValueMistake]:
         here: Place = ("branches", number)
         if isinstance(branch, Caption | Pointing | Tracking) and not sees:
             yield ValueMistake(here, f"Nothing is there to see, and the task {branch.task} needs an image or a video")
+        elif isinstance(branch, Tracking) and not example.video:
+            yield ValueMistake(here, "The task tracking needs a video, and these are pictures: use pointing for them")
+        elif isinstance(branch, Tracking) and not branch.frames:
+            yield ValueMistake((*here, "frames"), "is empty: there is nothing to follow")
         if isinstance(branch, MultipleChoice):
             yield from _mistakes_in_options(branch.options, (*here, "options"))
         if isinstance(branch, list | Chat):
@@ -249,30 +268,121 @@ def mistakes_in(example: Example) -> Iterator[ValueMistake]:
                     yield ValueMistake((*inside, k), f"has the marker {marker[0]} and no points for it")
 
 
-def doubtful_texts(example: Example) -> Iterator[ValueMistake]:
-    """Texts that spell a token or a placeholder of another program, and options that come with their letters.
+def doubts(example: Example) -> Iterator[ValueMistake]:
+    """What may well be in public data sets, but is hardly meant in a user's own.
 
-    Training takes all of it for plain text, which it may be in public data sets about code and web pages, but hardly
-    in a user's own.
+    Texts that spell a token, a placeholder or a tag of another program, for which training would teach plain text;
+    times and points that cannot be right; styles of other media.
     """
     for place, text in texts_of(example):
-        if token := SPECIAL_TOKEN.search(text):
-            yield ValueMistake(
-                place, f"holds the special token {token[0]}: remove it, the chat format is written by the trainer"
-            )
-        elif token := PLACEHOLDER.search(text):
-            yield ValueMistake(
-                place,
-                f"holds {token[0]}, which stands for nothing here: remove it, or if the text is about such a tag, "
-                f"write {token[0].replace('<', '< ')}",
-            )
+        yield from _doubts_about_text(place, text, example)
+    if example.video and not example.video.clip:
+        for k, (start, end, _) in enumerate(example.video.subtitles):
+            if end < start:
+                yield ValueMistake(("video", "subtitles", k), f"ends at {end:g} seconds, before it starts")
+            elif start > example.video.duration:
+                yield ValueMistake(
+                    ("video", "subtitles", k), f"is at {start:g} seconds, and the video has {example.video.seconds:g}"
+                )
     for number, branch in enumerate(example.branches):
-        labels = [LABELLED.match(option) for option in branch.options] if isinstance(branch, MultipleChoice) else []
-        if labels and all(labels) and [m[1].upper() for m in labels] == [chr(ord("A") + k) for k in range(len(labels))]:
+        here: Place = ("branches", number)
+        styles = getattr(branch, "style", None)
+        for style in styles if isinstance(styles, list) else [styles]:
+            if example.images and str(style).startswith("video_"):
+                yield ValueMistake((*here, "style"), f"= {style} is for videos: leave it out")
+        if isinstance(branch, MultipleChoice):
+            yield from _doubts_about_options(branch.options, (*here, "options"))
+        elif isinstance(branch, Pointing):
+            yield from _same_twice(branch.points, (*here, "points"))
+        elif isinstance(branch, Tracking):
+            yield from _object_twice(branch.frames, (*here, "frames"))
+        elif isinstance(branch, list | Chat):
+            yield from _unused_points(branch, here)
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of the text can be seen: spaces, line breaks, control and format characters."""
+    return all(unicodedata.category(character)[0] in "CZ" for character in text)
+
+
+def _doubts_about_text(place: Place, text: str, example: Example) -> Iterator[ValueMistake]:
+    if token := SPECIAL_TOKEN.search(text):
+        yield ValueMistake(
+            place, f"holds the special token {token[0]}: remove it, the chat format is written by the trainer"
+        )
+    elif token := PLACEHOLDER.search(text):
+        name = "name the file in image, images or video and " if _is_of_media(token[0]) else ""
+        yield ValueMistake(
+            place,
+            f"holds {token[0]}, which stands for nothing here: {name}remove it, or if the text is about such a tag, "
+            f"write {token[0][0]} {token[0][1:]}",
+        )
+    elif tag := POINT_OF_MOLMO.search(text):
+        yield ValueMistake(place, f"holds the tag {tag[0][:40]!r}: {_tag_advice(place[-1] == 'content')}")
+    for tag in TIME_TAG.finditer(text):
+        if problem := _time_problem(tag[0], example):
+            yield ValueMistake(place, f"holds {tag[0][:40]}{problem}")
+    control = next((c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\r\t"), None)
+    if control is not None:
+        yield ValueMistake(place, f"holds the control character U+{ord(control):04X}: remove it")
+
+
+def _is_of_media(token: str) -> bool:
+    return re.search("image|img|video", token, re.IGNORECASE) is not None
+
+
+def _time_problem(tag: str, example: Example) -> str | None:
+    """What is wrong with a `<time s/>` in a text, as the rest of a sentence."""
+    time = TIME.fullmatch(tag)
+    if time is None:
+        clock = CLOCK.fullmatch(tag)
+        seconds = 3600 * int(clock[1] or 0) + 60 * int(clock[2]) + float(clock[3]) if clock else 12.5
+        return f", which is no time in seconds: write <time {seconds:g}/>"
+    if not example.video:
+        return f", and there is no video: write {time[1]}"
+    if float(time[1]) > example.video.seconds + SAME_TIME:
+        return f", and the video has {example.video.seconds:g} seconds"
+    return None
+
+
+def _doubts_about_options(options: list[str], place: Place) -> Iterator[ValueMistake]:
+    labels = [LABELLED.match(option) for option in options]
+    if all(labels) and [label[1].upper() for label in labels] == [chr(ord("A") + k) for k in range(len(labels))]:
+        yield ValueMistake(
+            place, f"begin with their letters, as {options[0]!r}: leave these out, training writes letters itself"
+        )
+
+
+def _same_twice(groups: list, place: Place) -> Iterator[ValueMistake]:
+    for number, (_, points) in enumerate(groups):
+        for k, point in enumerate(points):
+            if (first := points.index(point)) != k:
+                yield ValueMistake(
+                    (*place, number, 1, k), f"= {list(point)} is point {first} again, and would be counted twice"
+                )
+
+
+def _object_twice(frames: list, place: Place) -> Iterator[ValueMistake]:
+    for number, (seconds, objects) in enumerate(frames):
+        names = [name for name, *_ in objects]
+        if twice := [name for k, name in enumerate(names) if name in names[:k]]:
             yield ValueMistake(
-                ("branches", number, "options"),
-                f"begin with their letters, as {branch.options[0]!r}: leave these out, training writes letters itself",
+                (*place, number),
+                f"has the object {twice[0]} twice at {seconds:g} seconds: give each object a name of its own",
             )
+
+
+def _unused_points(branch, here: Place) -> Iterator[ValueMistake]:
+    inside = here if isinstance(branch, list) else (*here, "messages")
+    for number, message in enumerate(branch if isinstance(branch, list) else branch.messages):
+        used = {int(marker[8:-2]) for marker in MARKER.findall(message.content)}
+        if used - set(range(len(message.points))):  # check_answers names a marker without an entry
+            continue
+        for k in range(len(message.points)):
+            if k not in used:
+                yield ValueMistake(
+                    (*inside, number, "points", k), f"is not used: put <points {k}/> where it belongs in the content"
+                )
 
 
 def texts_of(example: Example) -> Iterator[tuple[Place, str]]:

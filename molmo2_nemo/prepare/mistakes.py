@@ -41,6 +41,8 @@ MEANT = {
     "object": "label",
     "path": "image",
     "prompt": "question",
+    "query": "question",
+    "response": "answers",
     "type": "task",
     "video_path": "video",
     "videos": "video",
@@ -48,6 +50,8 @@ MEANT = {
 # What pydantic adds to a place for the member of a union that it tried.
 _UNION_MEMBER = re.compile(r"int|str|float|constrained-str|.*\[.*")
 _SHOWN = 60  # characters of a value
+# What the innermost list is, in points and tracks.
+_FORMS = {"points": ": write [x, y]", "frames": ": write [object, x, y]"}
 
 
 class LineMistakes(ValueError):
@@ -94,8 +98,9 @@ def task_keys(task: str) -> list[str]:
     return [field.name for field in fields(TASKS[task])]
 
 
-def task_meant(keys: set[str]) -> str | None:
-    """The task whose required keys are there, if it is one."""
+def task_meant(keys: set[str]) -> tuple[str, dict[str, str]] | None:
+    """The task whose required keys are there, if it is one, and those of them that go by another name."""
+    spelt = keys | {MEANT[key.lower()] for key in keys if key.lower() in MEANT}
     needed = {
         "pointing": {"label", "points"},
         "tracking": {"label", "frames"},
@@ -103,8 +108,11 @@ def task_meant(keys: set[str]) -> str | None:
         "question": {"question", "answers"},
         "multiple_choice": {"question", "options", "answer"},
     }
-    found = [task for task, names in needed.items() if names <= keys]
-    return found[0] if len(found) == 1 else None
+    found = [task for task, names in needed.items() if names <= spelt]
+    if len(found) != 1:
+        return None
+    names = {key: MEANT[key.lower()] for key in sorted(keys) if MEANT.get(key.lower()) in needed[found[0]] - keys}
+    return found[0], names
 
 
 def mistakes_of_form(error: ValidationError, branches: list) -> list[ValueMistake]:
@@ -159,7 +167,10 @@ def _mistake(place: Place, details: list[dict], branches: list) -> ValueMistake:
     if kind == "missing" and isinstance(place[-1], str):
         return ValueMistake(place[:-1], f"has no {place[-1]}" + (f", which {task} needs" if task else ""))
     if kind == "missing":
-        return ValueMistake(place[:-1], f"= {shown(value)} has too few values")
+        wanted = next(
+            (form for name, form in _FORMS.items() if name in place and len(place) - place.index(name) > 4), ""
+        )
+        return ValueMistake(place[:-1], f"= {shown(value)} has too few values{wanted}")
     if kind == "unexpected_keyword_argument":
         owner = "a message" if isinstance(branch, list) or "messages" in place else f"the task {task}"
         return ValueMistake(place[:-1], unknown_key(str(place[-1]), _known_keys(place, branches), owner))
@@ -194,6 +205,8 @@ def _mistake(place: Place, details: list[dict], branches: list) -> ValueMistake:
 def _list_advice(place: Place, value) -> str:
     if place[-1:] in (("points",), ("frames",)):
         return ": write [[x, y], ...]" if place[-1] == "points" else ": write [[seconds, [[object, x, y], ...]], ...]"
+    if place[-1:] == ("subtitles",):
+        return ': write [[start, end, "text"], ...]'
     return f": write [{shown(value)}]" if isinstance(value, str) else ""
 
 

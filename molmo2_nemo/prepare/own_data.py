@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from molmo2_nemo.data.video import IsPicture
 from molmo2_nemo.prepare.annotations import (
     check_answers,
     check_rates,
-    doubtful_texts,
+    doubts,
     mistakes_in,
     use_fractions,
     without_nothing,
@@ -67,7 +68,7 @@ class _LineDocument(BaseModel):
         max_length=MAX_ID,
         description=f"is not up to {MAX_ID} letters, digits, - and _",
     )
-    image: str = Field(None, min_length=1, description="names no file")
+    image: str = Field(None, min_length=1, description="names no file; for several, write images")
     images: list[Annotated[str, Field(min_length=1)]] = Field(
         None, description='is not a list of files: write ["FILE"], or image'
     )
@@ -139,7 +140,7 @@ def read_row(row: Row, reading: Reading) -> Outcome:
     try:
         example = read_example(json.dumps(sample | {"branches": branches}))
         if problems:
-            raise LineMistakes([*problems, *map(said.of, [*mistakes_in(example), *doubtful_texts(example)])])
+            raise LineMistakes([*problems, *map(said.of, [*mistakes_in(example), *doubts(example)])])
         moved = _check(example, document, line, names, reading)
     except ValueMistake as mistake:
         raise LineMistakes([*problems, said.of(mistake)]) from mistake
@@ -229,7 +230,10 @@ def _unknown_keys(document: dict) -> list[str]:
         return [f"it {unknown_key(key, TAUGHT, 'a line')}" for key in meant]
     missing = "it has no task, no messages and no list of branches"
     if meant := task_meant(keys):
-        return [f'{missing}: add "task": "{meant}"']
+        task, names = meant
+        spelt = "".join(f", and {ours} for {key}" for key, ours in names.items())
+        lists = " as a list" if "answers" in names.values() else ""
+        return [f'{missing}: add "task": "{task}"{spelt}{lists}']
     return [f"{missing}, but {', '.join(map(shown, sorted(keys))) or 'nothing'}: see docs/own_data.md for what is read"]
 
 
@@ -287,11 +291,21 @@ def _find(name: str, key: str, line: Line, reading: Reading) -> Path:
 
 
 def _place_of(name: str, folder: Path) -> str:
-    """Where a file is that is not where its name says: in the folder above, or spelt with other capitals."""
+    """What is there in the place of a file that is not: a folder, a link to nothing, or one of nearly this name."""
+    path = folder / name
+    if path.is_dir():
+        return ": it is a folder"
+    if path.is_symlink():
+        return f": the link to {os.readlink(path)} leads to nothing"
     if (folder.parent / name).is_file():
         return f" but in {folder.parent}: --images {folder.parent}"
-    path = folder / name
-    spelt = _names_in(path.parent).get(path.name.lower())
+    for meant in (name.replace("\\", "/"), name.strip(), *(unicodedata.normalize(f, name) for f in ("NFC", "NFD"))):
+        if meant != name and (folder / meant).is_file():
+            return f": write {shown(meant)}"
+    names = _names_in(path.parent)
+    spelt = names.get(path.name.lower()) or next(
+        (other for lower, other in names.items() if lower.rpartition(".")[0] == path.stem.lower()), None
+    )
     return f": there is {spelt} beside it" if spelt else ""
 
 
@@ -364,7 +378,7 @@ def _check(example: Example, document: dict, line: Line, names: list[str], readi
     """
     if document.get("time_unit") == "frames":
         _use_seconds(example)
-    if wrong := [*mistakes_in(example), *doubtful_texts(example)]:
+    if wrong := [*mistakes_in(example), *doubts(example)]:
         raise ExceptionGroup("values that cannot be taught", wrong)
     media = example.images or ([example.video] if example.video else [])
     measured = [(medium.width, medium.height) for medium in media]

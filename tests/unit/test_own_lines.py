@@ -66,7 +66,8 @@ BAD = [
         TRACKS | {"frames": [[0.5, [["a", 0.1, 0.2]]]], "style": "video_point_track_per_frame"},
         "have nothing at a multiple",
     ),
-    (TRACKS | {"frames": []}, "frames have nothing at a multiple"),
+    (TRACKS | {"frames": []}, "frames is empty: there is nothing to follow"),
+    (TRACKS | {"fps": 2, "frames": [[0.1, [["a", 0.1, 0.2]]]]}, "write the times of such frames, as 0.5 and 1, or the"),
     (TRACKS | {"unit": "pixels", "frames": [[0.4, [["a", 645, 0]]]]}, "frames[0][1][0] = [645.0, 0.0] is outside"),
     (
         {
@@ -118,6 +119,41 @@ VALUES = [
     ),
     (CAT | {"messages": [TURN[0], {"role": "assistant", "content": "<points 0/>"}]}, "messages[1] has the marker"),
     ('{"task": "question", "question": "\\ud83d?", "answers": ["a"]}', "half of a surrogate pair"),
+    (CAT | {"task": "question", "question": "<image_1> What?", "answers": ["A cat."]}, "question holds <image_1>"),
+    (CAT | {"task": "caption", "text": "A cat. {image}"}, "write { image}"),
+    (CAT | {"task": "caption", "text": "[INST] A cat.</s>"}, "text holds [INST]"),
+    (
+        CAT
+        | {"messages": [TURN[0], {"role": "assistant", "content": '<point x="50.0" y="50.0" alt="cat">cat</point>'}]},
+        'messages[1].content holds the tag \'<point x="50.0" y="50.0" alt="cat">\': put <points 0/> in its place',
+    ),
+    (CAT | {"task": "question", "question": "Colour?", "answers": ["\u200b"]}, "answers[0] is empty"),
+    (CAT | {"task": "caption", "text": "A\0 cat."}, "text holds the control character U+0000"),
+    (
+        CAT | {"messages": [TURN[0], TURN[1] | {"points": [GROUPS]}]},
+        "messages[1].points[0] is not used: put <points 0/> where it belongs",
+    ),
+    # Times.
+    (BIKES | {"task": "caption", "text": "At <time 25/>."}, "text holds <time 25/>, and the video has 10 seconds"),
+    (BIKES | {"task": "question", "question": "At <time 99/>?", "answers": ["a"]}, "question holds <time 99/>"),
+    (BIKES | {"task": "caption", "text": "At <time 1:30/>."}, "is no time in seconds: write <time 90/>"),
+    (CAT | {"task": "caption", "text": "At <time 1.5/>."}, "there is no video: write 1.5"),
+    (BIKES | {"messages": TURN, "subtitles": [[3, 2, "Hm."]]}, "subtitles[0] ends at 2 seconds, before it starts"),
+    (BIKES | {"messages": TURN, "subtitles": [[12, 13, "Hm."]]}, "subtitles[0] is at 12 seconds, and the video has 10"),
+    (BIKES | {"messages": TURN, "subtitles": "bikes.srt"}, 'is not a list: write [[start, end, "text"], ...]'),
+    # The same thing twice.
+    (CAT | POINTS | {"points": [[0.1, 0.2], [0.3, 0.2], [0.1, 0.2]]}, "points[2] = [0.1, 0.2] is point 0 again"),
+    (
+        TRACKS | {"frames": [[0.4, [["a", 0.1, 0.2], ["a", 0.9, 0.9]]]]},
+        "frames[0] has the object a twice at 0.4 seconds",
+    ),
+    # Of the other medium.
+    (CAT | POINTS | {"style": "video_point"}, "style = video_point is for videos: leave it out"),
+    (TRACKS | {"video": None}, "video = null names no file"),
+    (
+        CAT | {"task": "tracking", "label": "x", "fps": 2, "frames": [[0, [["a", 0.1, 0.2]]]]},
+        "The task tracking needs a video",
+    ),
     # Units.
     (CAT | POINTS | {"unit": "pixels"}, "as fractions are, and unit=pixels puts them into the upper left corner"),
     (CAT | POINTS | {"unit": "percent"}, 'write "unit": "fraction"'),
@@ -133,6 +169,18 @@ VALUES = [
     ({"image": "pictures/cat.jpg", "messages": TURN}, "--images "),
     ({"image": "deep/Turned.JPG", "messages": TURN}, "there is turned.jpg beside it"),
     ({"image": "link.jpg", "messages": TURN}, "by a link: --follow-links allows that"),
+    ({"image": "deep", "messages": TURN}, "is not in"),
+    ({"image": "deep", "messages": TURN}, ": it is a folder"),
+    ({"image": "nothing.jpg", "messages": TURN}, "the link to gone.jpg leads to nothing"),
+    ({"image": "cat.jpeg", "messages": TURN}, "there is cat.jpg beside it"),
+    ({"image": "deep\\turned.jpg", "messages": TURN}, 'write "deep/turned.jpg"'),
+    ({"image": "cat.jpg ", "messages": TURN}, 'write "cat.jpg"'),
+    ({"image": "cafe\u0301.jpg", "messages": TURN}, 'write "caf\u00e9.jpg"'),
+    ({"image": "icon.ico", "messages": TURN}, "none of JPEG"),
+    ({"image": "page.pdf", "messages": TURN}, "none of JPEG"),
+    ({"video": "page.pdf", "messages": TURN}, "The file is no video, although there is a JPEG picture in it"),
+    ({"video": "icon.ico", "messages": TURN}, "The file is a picture, not a video"),
+    ({"image": ["cat.jpg"], "messages": TURN}, "names no file; for several, write images"),
     # Keys.
     (
         CAT | {"task": "pointing", "label": "x", "Points": [[0.1, 0.2]]},
@@ -143,6 +191,9 @@ VALUES = [
     (CAT | {"tsak": "caption", "text": "A cat."}, 'the key "tsak", which is unknown: write task'),
     (CAT | {"task": "Pointing", "label": "x", "points": []}, 'task = "Pointing" is unknown: write "pointing"'),
     (CAT | {"label": "eye", "points": [[0.1, 0.2]]}, 'add "task": "pointing"'),
+    (CAT | {"question": "Colour?", "answer": "red"}, 'add "task": "question", and answers for answer as a list'),
+    (CAT | {"prompt": "Colour?", "response": "red"}, "and question for prompt, and answers for response as a list"),
+    (CAT | {"caption": "A cat."}, 'add "task": "caption", and text for caption'),
     (CAT | {"branches": [{"task": "caption", "txt": "A cat."}]}, 'branches[0] has the key "txt", which is unknown'),
     # Forms.
     (CAT | {"task": "pointing", "label": "x"}, "it has no points, which pointing needs"),
@@ -158,6 +209,7 @@ VALUES = [
     (CAT | {"task": "caption", "text": 3}, "text = 3 is neither a text nor a list"),
     (CAT | {"messages": [TURN[0] | {"role": "robot"}, TURN[1]]}, 'messages[0].role="robot" is none of user'),
     (TRACKS | {"fps": -1}, "fps = -1 is not above 0"),
+    (TRACKS | {"frames": [[0.4, [[0.1, 0.2]]]]}, "has too few values: write [object, x, y]"),
     (TRACKS | {"time_unit": "hours"}, 'time_unit = "hours" is not one of seconds, frames'),
     (TRACKS | {"video": "uneven.mkv", "time_unit": "frames"}, "needs a video with a constant rate"),
 ]
@@ -169,6 +221,76 @@ def test_every_mistake_has_its_sentence(pictures, line, reason):
     assert any(reason in mistake for mistake in mistakes), mistakes
     # In the names of the line, and not in ours.
     assert not re.search(r"branches\.0|branches\[0\]" if "branches" not in str(line) else r"branches\.", str(mistakes))
+
+
+QUESTION = CAT | {"task": "question", "question": "Colour?", "answers": ["red"]}
+MENDED = [  # a line with a mistake, and as its sentence says to write it
+    (CAT | {"question": "Colour?", "answer": "red"}, QUESTION),
+    (CAT | {"caption": "A cat."}, CAT | {"task": "caption", "text": "A cat."}),
+    (BIKES | {"task": "caption", "text": "At <time 0:05/>."}, BIKES | {"task": "caption", "text": "At <time 5/>."}),
+    (CAT | {"task": "caption", "text": "An <img> tag."}, CAT | {"task": "caption", "text": "An < img> tag."}),
+    (CAT | {"task": "caption", "text": "At <time 1.5/>."}, CAT | {"task": "caption", "text": "At 1.5."}),
+    (CAT | POINTS | {"style": "video_point"}, CAT | POINTS),
+    (
+        TRACKS | {"fps": 2, "frames": [[0.1, [["a", 0.1, 0.2]]]]},
+        TRACKS | {"fps": 2, "frames": [[0.5, [["a", 0.1, 0.2]]], [1, [["a", 0.1, 0.2]]]]},
+    ),
+    (TRACKS | {"frames": [[0.4, [[0.1, 0.2]]]]}, TRACKS),
+    (
+        CAT | {"messages": [TURN[0], TURN[1] | {"points": [GROUPS]}]},
+        CAT | {"messages": [TURN[0], TURN[1] | {"points": [GROUPS], "content": "Here: <points 0/>."}]},
+    ),
+    (BIKES | {"messages": TURN, "subtitles": "a.srt"}, BIKES | {"messages": TURN, "subtitles": [[0, 1.5, "Hm."]]}),
+    ({"image": "deep\\turned.jpg", "messages": TURN}, {"image": "deep/turned.jpg", "messages": TURN}),
+    ({"image": ["cat.jpg"], "messages": TURN}, {"images": ["cat.jpg"], "messages": TURN}),
+]
+
+
+@pytest.mark.parametrize("wrong, mended", MENDED)
+def test_a_line_that_follows_the_sentence_is_accepted(pictures, wrong, mended):
+    assert read(pictures, wrong).mistakes
+    example_of(pictures, mended)
+
+
+def part(kind, **keys):
+    return {
+        "messages": [{"role": "user", "content": [{"type": kind, **keys}, {"type": "text", "text": "Q?"}]}, TURN[1]]
+    }
+
+
+def test_parts_of_others_are_read_whole_or_said(pictures):
+    data = {"role": "user", "content": [{"type": "input_image", "image_url": "cat.jpg"}]}
+    data["content"].append({"type": "input_text", "text": "Q?"})
+    assert len(example_of(pictures, {"messages": [data, TURN[1]]}).images) == 1
+    cut = part("video", video="bikes.mp4", video_start=0.5, video_end=2, fps=2.0)
+    assert example_of(pictures, cut).video.clip == (0.5, 2.0)
+    assert read(pictures, cut).notes == ["the key fps of a part of the type video is not used"]
+    [note] = read(pictures, part("video", video="bikes.mp4", video_start=0.5)).notes
+    assert note == "the key video_start of a part of the type video is not used"
+
+
+OTHERS = [
+    ({"image": "", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "names no file"),
+    (
+        {"image": "cat.jpg", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "<image>A"}]},
+        "conversations[1].value has <image>, and an answer shows no image",
+    ),
+    (
+        {"videos": [["a.jpg", "b.jpg"]], "messages": TURN},
+        "videos[0] is a list of frames: make a video file of them, or give them as images",
+    ),
+]
+
+
+@pytest.mark.parametrize("line, reason", OTHERS)
+def test_lines_of_others_that_cannot_be_meant(pictures, line, reason):
+    [mistake] = read(pictures, line).mistakes
+    assert reason in mistake
+
+
+def test_an_instruction_that_is_empty_leaves_its_input_as_the_question(pictures):
+    line = {"instruction": "", "input": "Only this?", "output": "Yes."}
+    assert example_of(pictures, line).branches[0][0].content == "Only this?"
 
 
 def test_all_mistakes_of_a_line_are_named(pictures):

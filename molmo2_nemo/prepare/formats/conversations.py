@@ -29,6 +29,18 @@ ROLES = {
     "system": "system",
 }
 PLACEHOLDER = re.compile(r"<(image|video)>")
+# Keys of a typed part that name its file; and those by which Qwen's processors cut a video, in seconds
+# (QwenLM/Qwen3-VL, qwen-vl-utils/src/qwen_vl_utils/vision_process.py).
+# Type of a part -> what it is, and the key of its file.
+PARTS = {
+    "image": ("image", "image"),
+    "image_url": ("image", "image_url"),
+    "input_image": ("image", "image_url"),
+    "video": ("video", "video"),
+    "video_url": ("video", "video_url"),
+}
+NAMES_OF_FILES = ("path", "url", "base64")
+CUTS = ("video_start", "video_end")
 # Keys of a line that are ours and go with any conversation.
 KEPT = ("clip", "annotation_fps", "subtitles", "style", "multi_turn", "unit")
 # Keys that would change what is taught, so that leaving them out would be wrong.
@@ -55,12 +67,12 @@ def read(record: dict, form: str, unpacked: Unpacked) -> Line:
             raise ValueError("it has system, and a message of the role system, too")
         messages = [{"role": "system", "content": record["system"]}, *messages]
     media = _media(record, unpacked)
-    _flatten(messages, media, names, unpacked)
+    more, unused = _flatten(messages, media, names, unpacked)
     _name_pictures(messages, media, names, form)
     if form == "instructions":
         keys = ("instruction", "output") if "instruction" in record else ("query", "response")
         names |= {f"messages[{len(messages) - 2 + k}].content": key for k, key in enumerate(keys)}
-    document = {key: record[key] for key in KEPT if record.get(key) is not None} | {"messages": messages}
+    document = more | {key: record[key] for key in KEPT if record.get(key) is not None} | {"messages": messages}
     if media["video"]:
         if len(media["video"]) > 1 or media["image"]:
             raise ValueError("it has several videos, or a video and images: a sample has one video, or images")
@@ -72,7 +84,7 @@ def read(record: dict, form: str, unpacked: Unpacked) -> Line:
     used = {*KEPT, "system", "image", "images", "video", "videos", "id", "conversations", "conversation", "messages"}
     used |= {"instruction", "input", "output", "query", "response", "history"} if form == "instructions" else set()
     notes = [f"the key {key} is not used" for key in sorted(record.keys() - used) if record[key] is not None]
-    return Line(document, form, names, notes=notes)
+    return Line(document, form, names, notes=notes + unused)
 
 
 def _messages(given, key: str) -> tuple[list[dict], dict[str, str]]:
@@ -112,7 +124,7 @@ def _instructions(record: dict) -> list[dict]:
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     asked = record[question]
     if isinstance(asked, str) and isinstance(record.get("input"), str) and record["input"].strip():
-        asked = f"{asked}\n{record['input']}"
+        asked = f"{asked}\n{record['input']}" if asked.strip() else record["input"]
     return [*messages, {"role": "user", "content": asked}, {"role": "assistant", "content": record[answer]}]
 
 
@@ -122,8 +134,11 @@ def _media(record: dict, unpacked: Unpacked) -> dict[str, list[str]]:
     for kind, files in media.items():
         for key in (kind, f"{kind}s"):
             values = record.get(key)
-            for number, value in enumerate(values if isinstance(values, list) else [values] if values else []):
+            given = values if isinstance(values, list) else [] if values is None else [values]
+            for number, value in enumerate(given):
                 try:
+                    if isinstance(value, list):  # ms-swift's
+                        raise ValueError("is a list of frames: make a video file of them, or give them as images")
                     files.append(file_name(value, unpacked))
                 except ValueError as error:
                     name = f"{key}[{number}]" if isinstance(values, list) else key
@@ -131,10 +146,16 @@ def _media(record: dict, unpacked: Unpacked) -> dict[str, list[str]]:
     return media
 
 
-def _flatten(messages: list[dict], media: dict, names: dict, unpacked: Unpacked) -> None:
-    """Change typed content to text with placeholders, and add the files that it names to `media`."""
+def _flatten(
+    messages: list[dict], media: dict, names: dict, unpacked: Unpacked
+) -> tuple[dict[str, list[float]], list[str]]:
+    """Change typed content to text with placeholders, and add the files that it names to `media`.
+
+    Returns keys of the line that parts give, and what of the parts is not used.
+    """
     beside = {kind: list(files) for kind, files in media.items()}
     inside: dict[str, list[str]] = {"image": [], "video": []}
+    more, unused = {}, {}
     for number, message in enumerate(messages):
         if not isinstance(message.get("content"), list):
             continue
@@ -143,27 +164,35 @@ def _flatten(messages: list[dict], media: dict, names: dict, unpacked: Unpacked)
             kind = part.get("type") if isinstance(part, dict) else None
             if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
                 texts.append(part["text"])
-            elif kind in ("image", "image_url", "video", "video_url"):
-                medium = kind.removesuffix("_url")
-                # Without a file of its own, the next of those beside the messages is meant.
-                value = part.get(kind) or {key: part[key] for key in ("path", "url", "base64") if part.get(key)}
-                if value:
-                    try:
-                        inside[medium].append(file_name(value, unpacked))
-                    except ValueError as error:
-                        raise ValueError(f"{where}[{k}] {error}") from error
-                elif beside[medium]:
-                    inside[medium].append(beside[medium].pop(0))
-                else:
-                    raise ValueError(f"{where}[{k}] names no {medium}, and there is none beside the messages")
-                texts.append(f"<{medium}>")
-            else:
+                continue
+            medium, key = PARTS.get(kind, (None, None))
+            if medium is None:
                 raise ValueError(f'{where}[{k}] is a part of the type "{kind}", not text, image or video')
+            # Without a file of its own, the next of those beside the messages is meant.
+            value = part.get(key) or {name: part[name] for name in NAMES_OF_FILES if part.get(name)}
+            if value:
+                try:
+                    inside[medium].append(file_name(value, unpacked))
+                except ValueError as error:
+                    raise ValueError(f"{where}[{k}] {error}") from error
+            elif beside[medium]:
+                inside[medium].append(beside[medium].pop(0))
+            else:
+                raise ValueError(f"{where}[{k}] names no {medium}, and there is none beside the messages")
+            texts.append(f"<{medium}>")
+            used = {"type", key, *NAMES_OF_FILES}
+            if medium == "video" and all(isinstance(part.get(cut), int | float) for cut in CUTS):
+                more["clip"] = [float(part[cut]) for cut in CUTS]
+                used.update(CUTS)
+            unused |= dict.fromkeys(
+                f"the key {name} of a part of the type {kind} is not used" for name in part if name not in used
+            )
         message["content"] = "\n".join(texts)
     for kind, files in inside.items():
         if files and beside[kind] and media[kind] != files:
             raise ValueError(f"it has {len(beside[kind])} {kind}s beside the messages that no part of them shows")
         media[kind] = files or media[kind]
+    return more, list(unused)
 
 
 def _name_pictures(messages: list[dict], media: dict, names: dict, form: str) -> None:
@@ -171,6 +200,10 @@ def _name_pictures(messages: list[dict], media: dict, names: dict, form: str) ->
     spelt = [kind for message in messages for kind in PLACEHOLDER.findall(_text(message))]
     if not spelt:
         return
+    for number, message in enumerate(messages):
+        if message.get("role") == "assistant" and (found := PLACEHOLDER.search(_text(message))):
+            where = f"{names.get('messages', 'messages')}[{number}].{names.get('content', 'content')}"
+            raise ValueError(f"{where} has {found[0]}, and an answer shows no {found[1]}: put it into the question")
     counts = {kind: spelt.count(kind) for kind in media}
     # In LLaVA's form <image> stands for a video, too.
     if media["video"] and not media["image"] and counts["image"] and not counts["video"]:
