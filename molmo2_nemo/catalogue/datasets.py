@@ -10,6 +10,7 @@ A data set whose raw form is a known one needs nothing but an entry here. The sh
 Unknown facts are null or left out. docs/datasets.md describes every key that a fetch reads.
 """
 
+import datetime
 import difflib
 import re
 from functools import cached_property
@@ -125,6 +126,21 @@ class HeldOut(_Strict):
     sha256: str | None = None
 
 
+class LayoutEvidence(_Strict):
+    """Where a data set's published form is written, from which tests/published/NAME.yaml was made."""
+
+    repository: str  # of the Hub, or github.com/OWNER/NAME
+    file: str
+    revision: str | None = None
+    date: datetime.date | None = None
+
+    @model_validator(mode="after")
+    def _says_when(self):
+        if self.revision is None and self.date is None:
+            raise ValueError("it needs the key revision or date")
+        return self
+
+
 class DataSet(_Strict):
     """One entry. What a fetch and a plan read is typed; the rest is kept as it is."""
 
@@ -145,6 +161,7 @@ class DataSet(_Strict):
     disk_gb: float | None = Field(None, gt=0, strict=False)  # what a fetch takes, where size_gb is something else
     size_note: str | None = None
     fields: dict[str, str] | None = None
+    layout_evidence: LayoutEvidence | None = None  # None: nobody has compared the entry with what is published
     ratio: float | None = Field(None, gt=0, le=1)
     sft: dict[str, Any] | None = None
     loss_weight: str | None = None

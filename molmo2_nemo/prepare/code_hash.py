@@ -26,6 +26,7 @@ CONTENT_MODULES = (
     "prepare/annotations.py",
     "prepare/dataset_shards.py",
     "prepare/draft_to_sample.py",
+    "prepare/find_media.py",
     "prepare/media.py",
     "prepare/shard_plan.py",
     "prepare/spool.py",

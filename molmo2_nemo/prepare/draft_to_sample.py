@@ -3,14 +3,13 @@
 import io
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import av
 import numpy as np
@@ -20,10 +19,10 @@ from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.prepare.annotations import check_answers, check_rates, use_fractions, without_nothing
-from molmo2_nemo.prepare.converters.common import VIDEO_SUFFIXES, Clip, Converter, Draft, digest
+from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft, digest
+from molmo2_nemo.prepare.find_media import ABSENT, Dropped, find_frames, find_media
 from molmo2_nemo.prepare.media import MAX_MEDIA, excerpt, image_facts, suffix, video_facts
 
-ABSENT = "its picture or video is not on disk"
 # Seconds by which a clip may lie outside of its video: annotations are rounded.
 SAME_END = 1.0
 # A point that is outside of its picture by more than this many sides of it is a mistake, not an inexact one.
@@ -33,10 +32,6 @@ MIN_CUT, CUT_SHARE = 2 * 2**20, 0.6
 # Suffix of a picture by the first bytes of the file, since addresses need not have one.
 MAGIC = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"RIFF", ".webp"), (b"BM", ".bmp"))
 NUMBER = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?")
-
-
-class Dropped(ValueError):
-    """A sample, or a part of it, cannot be used. The text is the reason, and equal for all that have the same one."""
 
 
 def join(drafts: Iterable[Draft], converter: Converter) -> Iterator[tuple[Draft, dict[str, int]]]:
@@ -159,47 +154,6 @@ def _inside(branch: dict, sizes: list, draft: Draft) -> int:
     return moved
 
 
-def find_media(names: str | list[str], raw: RawSource) -> Path:
-    """The first of the names that is on disk. Dropped: none is."""
-    for name in [names] if isinstance(names, str) else names:
-        if name.startswith("./"):
-            inside = PurePosixPath(name).parts
-            path = raw.folder.joinpath(*inside) if ".." not in inside else None
-            path = path if path and path.is_file() else None
-        else:
-            path = raw.media(name)
-        if path is not None:
-            return path
-    for name in [names] if isinstance(names, str) else names:
-        if name.lower().endswith(VIDEO_SUFFIXES) and "://" not in name and (path := _deep(name, raw)):
-            return path
-    raise Dropped(ABSENT)
-
-
-def _deep(name: str, raw: RawSource) -> Path | None:
-    """The video, or the folder of frames, whose path below extracted/ or manual/ ends with the name, if it is one."""
-    parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or parts[0] == "/":
-        return None
-    found = [
-        path
-        for path in _places(str(raw.folder)).get(parts[-1], [])
-        if PurePosixPath(path).parts[-len(parts) :] == parts
-    ]
-    return raw.folder / found[0] if len(found) == 1 else None
-
-
-@lru_cache(maxsize=2)
-def _places(folder: str) -> dict[str, list[str]]:
-    """Name -> paths of the videos and folders of what was unpacked or put there by hand; links are not followed."""
-    places: dict[str, list[str]] = {}
-    for top in ("extracted", "manual"):
-        for directory, folders, files in os.walk(os.path.join(folder, top)):
-            for name in folders + [file for file in files if file.lower().endswith(VIDEO_SUFFIXES)]:
-                places.setdefault(name, []).append(os.path.relpath(os.path.join(directory, name), folder))
-    return places
-
-
 def _read(path: Path) -> bytes:
     size = path.stat().st_size
     if size > MAX_MEDIA:
@@ -300,11 +254,9 @@ def _facts_of(path: str, size: int, time: int) -> tuple:
 
 def _encoded(video: Clip, raw: RawSource) -> bytes:
     """An mp4 file of the pictures of a folder, or of those between the clip's start and end."""
-    folders = [folder for name in video.frames if (folder := _deep(name, raw)) and folder.is_dir()]
-    if not folders or not video.fps:
+    if not video.frames or not video.fps:
         raise Dropped(ABSENT)
-    pictures = [path for path in folders[0].iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
-    frames = sorted(pictures, key=lambda path: (len(path.name), path.name))
+    frames = find_frames(video.frames, raw)
     if video.start is not None:
         frames = frames[round(video.start * video.fps) : round(video.end * video.fps) + 1]
     if not frames:

@@ -48,7 +48,9 @@ def video_facts(data: bytes) -> dict:
     typical = float(np.median(steps)) if len(steps) else 1 / rate if rate else 0.0
     frames = list(pick_frames(data, [0.0, last], len(stamps)))
     height, width = frames[0].shape[:2]
-    facts = {"width": width, "height": height, "duration": round(last + typical, 6), "num_frames": len(stamps)}
+    # Rounded down: after 31 frames at 6 a second, 5.166667 s would be later than 31 / 6, as if a frame were missing.
+    duration = math.floor((last + typical) * 1e6 + 1e-3) / 1e6
+    facts = {"width": width, "height": height, "duration": duration, "num_frames": len(stamps)}
     if len(steps):
         # Stamps may be rounded to milliseconds, and the rate that a file names may be another than its frames'.
         mean = last / len(steps)

@@ -1,0 +1,58 @@
+"""Data sets as they are published: tests/published/NAME.yaml through fetch, prepare and the encoder, to the pixel."""
+
+import aiohttp
+import published_sets as published
+import pytest
+import yaml
+from fetch_servers import Hub
+
+from molmo2_nemo.catalogue.datasets import load_catalogue
+
+CATALOGUE = load_catalogue()
+PROXIES = ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy")
+
+
+@pytest.fixture(scope="module")
+def servers():
+    """A Hub and a web. Every address of the web leads to the second."""
+    with pytest.MonkeyPatch.context() as patch, Hub({}) as hub, published.Web() as web:
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_HUB_DISABLE_XET", "1")
+        patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        for name in PROXIES:
+            patch.delenv(name, raising=False)
+        get = aiohttp.ClientSession.get
+        patch.setattr(
+            aiohttp.ClientSession,
+            "get",
+            lambda client, url, **options: get(
+                client, url if str(url).startswith(hub.url) else web.redirect(url), **options
+            ),
+        )
+        yield hub, web
+
+
+@pytest.mark.parametrize("name", published.names())
+def test_what_is_published_becomes_the_samples_that_it_says(name, servers, tmp_path):
+    fixture, [entry] = published.load(name), CATALOGUE.find([name])
+    published.serve(fixture, *servers, tmp_path, name)
+    expected = fixture["expected"]
+    result = published.fetched(entry, CATALOGUE, tmp_path)
+    assert result.state == expected.get("fetch", "complete"), result.reason
+    parts, dropped = published.prepared(entry, tmp_path)
+    samples = [published.shown(sample) for sample in parts]
+    said = yaml.safe_dump([sample.described() for sample in samples], sort_keys=False, width=110)
+    assert (len(samples), dict(dropped)) == (len(expected["samples"]), expected.get("dropped") or {}), said
+    for wanted in expected["samples"]:
+        found = [published.differences(sample, wanted) for sample in samples]
+        nearest = min(range(len(samples)), key=lambda index: len(found[index]))
+        assert not found[nearest], f"nearest to {wanted['turns']}: {found[nearest]}\n{said}"
+        del samples[nearest]
+
+
+def test_who_says_that_a_layout_is_known_has_a_fixture_with_the_same_evidence_and_the_other_way_round():
+    claimed = {entry.name: entry.layout_evidence for entry in CATALOGUE.datasets if entry.layout_evidence}
+    assert sorted(claimed) == published.names()
+    for name, claim in claimed.items():
+        first = {key: value for key, value in published.load(name)["evidence"][0].items() if key != "says"}
+        assert claim.model_dump(exclude_none=True) == first, name
