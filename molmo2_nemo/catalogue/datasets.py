@@ -65,6 +65,7 @@ class HubFiles(_Strict):
     split: str | None = None
     other_splits: list[str] = []
     files: list[str] = []  # patterns in place of config and split; <config> stands for each config
+    also: list[str] = []  # files that are no rows and are needed to read them
     filter: str | None = None  # "COLUMN == VALUE": the rows that are meant
 
     @property

@@ -226,6 +226,12 @@ class _Fetch:
                 names = self._enough(repository, names, wanted.filter)
             self._from_hub(repository, names)
             self.splits[split] = [f"hub/{name}" for name in names]
+        absent = [name for name in wanted.also if name not in repository.files]
+        if absent:
+            raise ValueError(
+                f"{wanted.repo} has no file {', '.join(absent)}: correct the key also of the entry {self.entry.name}."
+            )
+        self._from_hub(repository, wanted.also)
 
     def _enough(self, repository: hub.Repository, names: list[str], condition: str | None) -> list[str]:
         """Fetch the first files that have enough rows for a sample, and return their names."""

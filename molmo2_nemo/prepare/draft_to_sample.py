@@ -7,21 +7,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-import av
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.schema import read_example
+from molmo2_nemo.data.video import list_frames, pick_frames
 from molmo2_nemo.prepare.annotations import check_answers, check_rates, use_fractions, without_nothing
 from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft, digest
 from molmo2_nemo.prepare.find_media import ABSENT, Dropped, find_frames, find_media
-from molmo2_nemo.prepare.media import MAX_MEDIA, excerpt, image_facts, suffix, video_facts
+from molmo2_nemo.prepare.media import MAX_MEDIA, encode, excerpt, image_facts, suffix, video_facts
 
 # Seconds by which a clip may lie outside of its video: annotations are rounded.
 SAME_END = 1.0
@@ -126,6 +124,8 @@ def general(reason: str) -> str:
 def _try(look, what: str, *args):
     try:
         return look(*args)
+    except Dropped:
+        raise
     except ValueError as error:
         raise Dropped(f"a {what} that cannot be read ({general(str(error))})") from error
 
@@ -200,8 +200,8 @@ def _video(video: Clip, raw: RawSource) -> tuple[bytes, str, dict]:
             break
         except Dropped:
             continue
-    if path is None:
-        data, facts = _encoded(video, raw), None
+    if path is None or (video.native_fps and not whole and not _has_rate(path, video.fps)):
+        data = _encoded(video, raw, path)
         facts, ending, whole = _try(video_facts, "video", data), ".mp4", True
     elif path.stat().st_size > MAX_MEDIA and video.start is not None and not whole:
         data, ending, facts = _cut(path, video.start, video.end, math.inf, None)
@@ -252,34 +252,29 @@ def _facts_of(path: str, size: int, time: int) -> tuple:
         return (("error", str(error)),)
 
 
-def _encoded(video: Clip, raw: RawSource) -> bytes:
-    """An mp4 file of the pictures of a folder, or of those between the clip's start and end."""
-    if not video.frames or not video.fps:
+def _has_rate(path: Path, fps: float) -> bool:
+    """Whether a video has so many frames a second already, as those have that somebody has encoded for these rows."""
+    stat = path.stat()
+    found = dict(_facts_of(str(path), stat.st_size, stat.st_mtime_ns)).get("fps")
+    return found is not None and abs(found / fps - 1) < 0.02
+
+
+def _encoded(video: Clip, raw: RawSource, path: Path | None) -> bytes:
+    """An mp4 file of the pictures of a folder, or of the frames of a video file, or of those of a clip of them."""
+    if not video.fps or not (path or video.frames):
         raise Dropped(ABSENT)
-    frames = find_frames(video.frames, raw)
+    step = max(1, round(video.native_fps / video.fps)) if video.native_fps else 1
+    chosen = slice(None)
     if video.start is not None:
-        frames = frames[round(video.start * video.fps) : round(video.end * video.fps) + 1]
-    if not frames:
+        chosen = slice(round(video.start * video.fps), round(video.end * video.fps))
+    if path:
+        data = _read(path)
+        stamps = _try(list_frames, "video", data).seconds[::step][chosen]
+        pictures = _try(pick_frames, "video", data, stamps)
+    else:
+        frames = find_frames(video.frames, raw)[::step][chosen]
+        pictures = (_try(read_image, "picture", _read(frame)) for frame in frames)
+    data = _try(encode, "video", pictures, video.fps)
+    if not data:
         raise Dropped("a clip outside of its video")
-    return encode(frames, video.fps)
-
-
-def encode(frames: list[Path], fps: float) -> bytes:
-    """The pictures as H.264, on one thread: the same pictures give the same bytes. Dropped: one cannot be read."""
-    file, size = io.BytesIO(), None
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.codec_context.thread_count = 1
-        stream.options = {"crf": "18", "preset": "veryfast", "threads": "1"}
-        stream.pix_fmt = "yuv420p"
-        for path in frames:
-            picture = _try(read_image, "picture", _read(path))
-            if size is None:
-                size = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
-                stream.height, stream.width = size
-            if picture.shape[0] < size[0] or picture.shape[1] < size[1]:
-                raise Dropped("frames of different sizes")
-            picture = np.ascontiguousarray(picture[: size[0], : size[1]])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
-        container.mux(stream.encode())
-    return file.getvalue()
+    return data

@@ -10,8 +10,9 @@ from molmo2_nemo.prepare.converters.common import VIDEO_SUFFIXES
 ABSENT = "its picture or video is not on disk"
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 # Folders inside of a video's folder that hold its frames: LaSOT, WebUAV and LaTOT have img, TNL2K, TNLLT and VastTrack
-# imgs (allenai/molmo2 at f3cb108: olmo/data/academic_video_track_datasets.py).
-INSIDE = ("", "img", "imgs")
+# imgs, DanceTrack, MOT, SoccerNet and SportsMOT img1 (allenai/molmo2 at f3cb108:
+# olmo/data/academic_video_track_datasets.py, olmo/data/molmo2_video_track_datasets.py).
+INSIDE = ("", "img", "imgs", "img1")
 # Masks are in a folder Annotations with the same names as the frames in this one (DAVIS, YouTube-VOS, LVOS, MOSE).
 FRAMES_BESIDE_MASKS = "JPEGImages"
 
@@ -65,7 +66,11 @@ def _frames_of(folder: Path) -> list[Path]:
 
 
 def _ending_with(name: str, raw: RawSource) -> list[Path]:
-    """The videos and folders whose path below hub/, extracted/ or manual/ ends with the name."""
+    """The videos and folders whose path below hub/, extracted/ or manual/ ends with the name.
+
+    Of a name FOLDER/**/NAME, the path ends with NAME and has a folder FOLDER, in capital or small letters, before it.
+    """
+    above, _, name = name.rpartition("/**/")
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or parts[0] == "/":
         return []
@@ -73,7 +78,10 @@ def _ending_with(name: str, raw: RawSource) -> list[Path]:
     found = []
     for place in _places(str(raw.folder)).get(parts[-1], []):
         path = PurePosixPath(place)
-        if (*path.parts[:-1], _key(path.name))[-len(parts) :] == parts:
+        *before, last = path.parts
+        if (*before, _key(last))[-len(parts) :] == parts and (
+            not above or above.lower() in [part.lower() for part in before[: len(before) + 1 - len(parts)]]
+        ):
             found.append(raw.folder / place)
     return found
 

@@ -26,7 +26,8 @@ class Clip:
     """A video file, or the seconds `start` to `end` of it. Names are tried in their order.
 
     `cut`: names of a file that holds these seconds alone. `frames`: names of a folder of pictures, `fps` a second,
-    of which a video is made.
+    of which a video is made. `native_fps`: there are so many a second in the folder, or in the video, and every
+    round(native_fps / fps)-th of them is taken. `FOLDER/**/NAME` is any NAME below a FOLDER, for videos and frames.
     """
 
     names: list[str] = field(default_factory=list)
@@ -35,6 +36,7 @@ class Clip:
     cut: list[str] = field(default_factory=list)
     frames: list[str] = field(default_factory=list)
     fps: float | None = None
+    native_fps: float | None = None
     annotation_fps: float | None = None
     subtitles: list[tuple[float, float, str]] = field(default_factory=list)  # seconds of the whole video
 
