@@ -546,7 +546,7 @@ def test_folders_of_frames_become_videos(raw):
     first, second = (pack(Draft([task], video=video), raw)[0] for _ in range(2))
     assert first == second
     example = read_example(first["json"])
-    assert (example.video.width, example.video.height) == (450, 300) and example.video.num_frames == 7
+    assert (example.video.width, example.video.height) == (450, 300) and example.video.num_frames == 6
     assert example.video.fps == 3 and example.video.clip is None and example.video.subtitles == [(0.5, 1.0, "x")]
 
 

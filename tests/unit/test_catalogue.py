@@ -36,8 +36,6 @@ def test_the_shipped_catalogue_has_108_sets_and_five_of_stage_1():
         "gqa",
         "videochatgpt",
         "academic-video-point-ref-youtube-vos",
-        "refvos",
-        "latot",
     }
 
 

@@ -247,7 +247,7 @@ def track_row(**more):
 
 
 def test_tracks_leave_occluded_points_out_and_the_folder_says_the_task(tmp_path):
-    clip = {"clip": "v1_0_90", "video_dataset": "MOSE", "start_frame": 60, "end_frame": 150}
+    clip = {"clip": "v1_0_90", "video_dataset": "MOSE", "start_frame": 60, "end_frame": 149}  # with both
     files = {
         f"hub/{task}/train-00000.jsonl": lines(track_row(**clip)) for task in ("track", "ground", "single_point_track")
     }
@@ -261,7 +261,7 @@ def test_tracks_leave_occluded_points_out_and_the_folder_says_the_task(tmp_path)
     assert task["frames"] == [[0.0, [["1", 0.1, 0.1]]], [0.5, [["2", 0.2, 0.2]]]] and task["fps"] == 2.0
     video = drafts[0].video
     assert video.cut[0] == "MOSE/v1_0_90.mp4" and (video.start, video.end, video.annotation_fps) == (2.0, 5.0, 2.0)
-    assert video.frames == ["MOSE/v1", "v1"] and video.fps == 30
+    assert video.frames == ["MOSE/v1", "MOSE/**/v1", "v1"] and video.fps == 30
     assert convert("mevis", track_row(frame_trajectories=[])) == ["nothing is visible in any frame"]
 
 
