@@ -175,18 +175,20 @@ def show(catalogue, entries, options) -> int:
     if options.json:
         print(as_json(rows))
         return 0
-    table = [("name", "kind", "examples", "GB", "licence", "gated", "state")]
+    table = [("name", "kind", "examples", "GB", "licence", "gated", "layout", "state")]
     for row in rows:
         gated = {True: "yes", False: "no", None: "?"}[row.gated]
         examples = f"{row.examples:,}" if row.examples else "?"
         gigabytes = f"{row.size_gb:g}" if row.size_gb else "?"
         license = (row.license or "?") + (" *" if row.terms else "")
-        table.append((row.name, row.kind, examples, gigabytes, license, gated, row.state))
+        table.append((row.name, row.kind, examples, gigabytes, license, gated, row.layout, row.state))
     print_table(table)
     states = [row.state for row in rows]
     summary = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "-")
     on_disk = sum(row.bytes_on_disk for row in rows)
     print(f"\n{len(rows)} data sets: {summary or 'none on disk'}; {on_disk / 1e9:,.1f} GB under {options.root / 'raw'}")
+    if any(row.layout == "unverified" for row in rows):
+        print("unverified: nobody has compared these entries of the catalogue with what is published")
     if any(row.terms for row in rows):
         print("* has terms of its own: python tools/download.py how NAME")
     return 0
@@ -226,7 +228,7 @@ def show_plan(catalogue, entries, options) -> int:
 
 def fetch(catalogue, entries, options) -> int:
     from molmo2_nemo.fetch.data_set import FetchOptions, FetchResult, Meter, fetch_set
-    from molmo2_nemo.fetch.inventory import root_trouble
+    from molmo2_nemo.fetch.inventory import layout_of, root_trouble
     from molmo2_nemo.fetch.web import OutOfBytes
     from molmo2_nemo.files import is_disk_error
 
@@ -255,6 +257,10 @@ def fetch(catalogue, entries, options) -> int:
     results, status = [], 0
     meter = Meter(options.max_bytes)
     for number, entry in enumerate(entries, 1):
+        if layout_of(entry) == "unverified" and not entry.unsure:
+            print(
+                f"{entry.name}: layout unverified, its entry was not compared with what is published", file=sys.stderr
+            )
         with Bar(entry.name, quiet=options.quiet) as bar:
             meter.report = bar.add_bytes
             try:
@@ -275,6 +281,8 @@ def fetch(catalogue, entries, options) -> int:
                     result, status = FetchResult(entry.name, "part", reason), 3
                 else:
                     result = FetchResult(entry.name, "failed", " ".join(str(error).split()))
+        if result.state in ("complete", "sample"):
+            check_use(result, entry, options.root)
         results.append(result)
         if not options.json:
             rate = f", {result.bytes / 1e6:,.1f} MB in {duration(result.seconds)}" if result.bytes else ""
@@ -290,6 +298,21 @@ def fetch(catalogue, entries, options) -> int:
     if open_sets and not options.json and len(entries) > 1:
         print(f"not complete: {', '.join(open_sets)}", file=sys.stderr)
     return status or (1 if open_sets else 0)
+
+
+def check_use(result, entry, root: Path) -> None:
+    """Try to make a sample of what is there; where none can be made, the result says so."""
+    from molmo2_nemo.fetch.data_set import note_trial
+    from molmo2_nemo.prepare.trial import try_rows
+
+    tried = try_rows(entry.model_dump(), root)
+    note_trial(root, entry.name, tried.works, tried.reason)
+    if not tried.works:
+        result.state = "useless"
+        result.reason = (
+            f"complete, but none of the first {tried.rows:,} rows became a sample ({tried.reason}): compare "
+            f"{root / 'raw' / entry.name} with python tools/download.py how {entry.name}"
+        )
 
 
 def show_how(catalogue, entries, options) -> int:

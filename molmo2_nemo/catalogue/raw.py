@@ -67,6 +67,8 @@ class FetchNote(TypedDict, total=False):
     repo: str | None
     license: str | None
     terms: str | None
+    works: bool | None  # a sample could be made of one of the first rows
+    useless: str | None  # why of none
     held_out: str | None  # "checked" or "not checked" against the pictures of evaluations
     counts: dict[str, Any] | None  # files, rows
     media: dict[str, Any] | None  # kind, and what became of the addresses of a list

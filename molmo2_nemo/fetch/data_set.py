@@ -91,7 +91,7 @@ class Meter:
 
 @dataclass
 class FetchResult:
-    """How the fetch of a data set ended. state: complete | sample | by hand | part | refused | failed."""
+    """How the fetch of a data set ended. state: complete | sample | useless | by hand | part | refused | failed."""
 
     name: str
     state: str
@@ -520,6 +520,12 @@ class _Fetch:
             },
             sort_keys=True,
         )
+
+
+def note_trial(root: Path, name: str, works: bool, reason: str | None) -> None:
+    """Write into fetched.json whether samples can be made of the set, and if not, why not."""
+    path = root / "raw" / name / "fetched.json"
+    write_json(path, {**RawSource(root, name).info, "works": works, "useless": reason}, sort_keys=True)
 
 
 def is_shared(catalogue: Catalogue, url: str) -> bool:

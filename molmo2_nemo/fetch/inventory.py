@@ -41,6 +41,7 @@ class ListedSet:
     license: str | None
     terms: str | None
     gated: bool | None
+    layout: str  # verified: the entry was compared with what is published | unverified | own
     by_hand: bool
     state: str
     bytes_on_disk: int
@@ -76,13 +77,15 @@ def read_note(root: Path, name: str) -> FetchNote | None:
 
 
 def state_of(entry: DataSet, root: Path) -> str:
-    """State of a data set on the disk: complete | sample | part | by hand | refused | -."""
+    """State of a data set on the disk: complete | sample | useless | part | by hand | refused | -."""
     folder = root / "raw" / entry.name
     if entry.unsure:
         return "refused"
     info = read_note(root, entry.name)
     if info is None:
         return "part" if any((folder / name).exists() for name in ("files.jsonl", "media", "hub")) else "-"
+    if info.get("works") is False:
+        return "useless"
     if info.get("complete"):
         return "complete"
     if info.get("stopped"):
@@ -94,6 +97,11 @@ def state_of(entry: DataSet, root: Path) -> str:
 
 def page_of(entry: DataSet) -> str | None:
     return entry.source.page or (page(entry.source.hf.repo) if entry.source.hf else None) or entry.media.page
+
+
+def layout_of(entry: DataSet) -> str:
+    """Whether somebody has compared the entry with what is published; what is `own`, the user knows."""
+    return "verified" if entry.layout_evidence else "own" if entry.category == "own" else "unverified"
 
 
 def listed(entries: list[DataSet], root: Path) -> list[ListedSet]:
@@ -112,6 +120,7 @@ def listed(entries: list[DataSet], root: Path) -> list[ListedSet]:
                 info.get("license") or entry.license,
                 entry.terms,
                 entry.gated,
+                layout_of(entry),
                 entry.by_hand,
                 state_of(entry, root),
                 info.get("bytes") or 0,
@@ -178,10 +187,8 @@ def plan_downloads(
         state = state_of(entry, root)
         if entry.unsure:
             planned.append(PlannedDownload(entry.name, "refused", 0, False, None, entry.unsure))
-        elif state == "complete":
-            planned.append(
-                PlannedDownload(entry.name, "there", _bytes_there(root, entry) / GB, False, None, "complete")
-            )
+        elif state in ("complete", "useless"):
+            planned.append(PlannedDownload(entry.name, "there", _bytes_there(root, entry) / GB, False, None, state))
             archives.update(entry.media.urls)
         elif entry.source.kind == "manual":
             why = f"python tools/download.py how {entry.name}"
@@ -332,6 +339,8 @@ def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Pr
         yield Problem(entry.name, "; ".join(info["waiting"]), fetch)
     elif info.get("limit") is not None:
         yield Problem(entry.name, f"is a sample of {info['limit']:,} rows", fetch)
+    if info.get("works") is False and not broken:
+        yield Problem(entry.name, f"no sample can be made of it: {info.get('useless')}", how)
     revision = entry.source.hf and (entry.source.hf.revision or pinned(root, entry.source.hf.repo))
     if entry.source.hf and info.get("revision") and revision != info["revision"]:
         now = f"{revision[:12]} is pinned" if revision else "none is pinned any more"
@@ -369,6 +378,7 @@ def how(entry: DataSet, root: Path) -> str:
             ("Terms", entry.terms),
             ("Account or form needed", {True: "yes", False: "no", None: "not known"}[entry.gated]),
             ("Page", page_of(entry)),
+            ("Layout", _evidence(entry)),
             ("Note", entry.note),
         )
         if value
@@ -409,6 +419,13 @@ def how(entry: DataSet, root: Path) -> str:
             f"Then `python tools/download.py fetch {entry.name}` registers it, and `doctor` checks it.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _evidence(entry: DataSet) -> str:
+    evidence = entry.layout_evidence
+    if evidence is None:
+        return "" if layout_of(entry) == "own" else "unverified: nobody has compared this entry with what is published"
+    return f"as in {evidence.file} of {evidence.repository} ({evidence.revision or evidence.date})"
 
 
 def as_json(rows: list) -> str:

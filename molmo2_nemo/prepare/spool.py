@@ -131,7 +131,7 @@ def _write_drafts(
         if path.name != "lock":
             path.unlink()
     files, dropped, num_drafts, num_rows, lowest = Spool(folder, wanted), Counter(), 0, 0, []
-    for number, results in enumerate(converted(plan)):
+    for number, results in enumerate(converted(plan.entry, RawSource(plan.root, plan.name))):
         num_rows += 1
         if progress is not None:
             progress.update()
@@ -155,10 +155,9 @@ def _write_drafts(
     return RowCounts(rows=num_rows, drafts=num_drafts, dropped=dict(dropped)), lowest
 
 
-def converted(plan: ShardPlan) -> Iterator[list[Draft | Drop]]:
+def converted(entry: dict, raw: RawSource) -> Iterator[list[Draft | Drop]]:
     """The drafts of each row. A row that is not as expected becomes a Drop with the reason, and the others go on."""
-    raw, converter = RawSource(plan.root, plan.name), converter_of(plan.entry)
-    split = training_split(raw, plan.entry)
+    converter, split = converter_of(entry), training_split(raw, entry)
     if converter.rows:
         rows = islice(converter.rows(raw, split), raw.info.get("limit"))
     else:

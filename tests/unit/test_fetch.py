@@ -569,13 +569,15 @@ def start(root: Path, hub, *options) -> subprocess.Popen:
 def big_set(hub, media, root: Path, pictures: int = 240) -> None:
     """A Hub file of 25 MB and pictures, so that a kill hits either."""
     root.mkdir(exist_ok=True)
-    rows = [{"image_url": f"{media.url}/{'busy' if n % 9 == 4 else 'ok'}/{n}.jpg", "n": n} for n in range(pictures)]
+    asked = {"question": "What is it?", "answer": "A picture."}
+    rows = [{"image_url": f"{media.url}/{'busy' if n % 9 == 4 else 'ok'}/{n}.jpg", **asked} for n in range(pictures)]
     filler = random.Random(0).randbytes(25_000_000)
     hub.repos["me/mine"] = Repo({"train.jsonl": lines(rows), "more.bin": filler}, large=frozenset(["more.bin"]))
     media.files["/archive.zip"] = zip_of({f"a/{n}.bin": filler[n * 50_000 : (n + 1) * 50_000] for n in range(60)})
     source = {"kind": "hf", "hf": {"repo": "me/mine", "files": ["more.bin", "train.jsonl"]}}
     listed = {"kind": "url-list", "columns": ["image_url"], "urls": [f"{media.url}/archive.zip"]}
-    write_catalogue(root, entry(source=source, media=listed))
+    fields = dict.fromkeys(rows[0], "text")
+    write_catalogue(root, entry(source=source, media=listed, fields=fields))
 
 
 def zip_of(files: dict[str, bytes]) -> bytes:

@@ -1,10 +1,13 @@
 """Data sets as they are published: tests/published/NAME.yaml through fetch, prepare and the encoder, to the pixel."""
 
+import re
+
 import aiohttp
 import published_sets as published
 import pytest
 import yaml
 from fetch_servers import Hub
+from programs import REPOSITORY
 
 from molmo2_nemo.catalogue.datasets import load_catalogue
 
@@ -56,3 +59,42 @@ def test_who_says_that_a_layout_is_known_has_a_fixture_with_the_same_evidence_an
     for name, claim in claimed.items():
         first = {key: value for key, value in published.load(name)["evidence"][0].items() if key != "says"}
         assert claim.model_dump(exclude_none=True) == first, name
+
+
+def test_complete_means_that_samples_can_be_made(servers, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    from download import main
+
+    fixture, root = published.load("latot"), ["--root", str(tmp_path)]
+    published.serve(fixture, *servers, tmp_path, "latot")
+    assert main(["fetch", "latot", "--quiet", *root]) == 0
+    assert "unverified" not in "".join(capsys.readouterr())
+    # The same release with its frames elsewhere.
+    video = tmp_path / "raw/latot/manual/LaTOT/boat_1"
+    (video / "img").rename(video / "somewhere")
+    assert main(["fetch", "latot", "--quiet", *root]) == 1
+    said = "none of the first 1 rows became a sample (its picture or video is not on disk)"
+    assert said in capsys.readouterr().out
+    main(["list", "latot", *root])
+    main(["doctor", "latot", *root])
+    shown = capsys.readouterr().out
+    assert "verified  useless" in shown and "no sample can be made of it" in shown
+    (video / "somewhere").rename(video / "img")
+    assert main(["fetch", "latot", "--quiet", *root]) == 0 and main(["doctor", "latot", *root]) == 0
+
+
+def test_a_layout_that_nobody_has_compared_is_named_before_the_first_byte(servers, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    from download import main
+
+    servers[0].repos.clear()
+    entries = [{"name": "theirs", "category": "video-auto"}, {"name": "mine"}]
+    source = {"kind": "hf", "hf": {"repo": "me/none"}}
+    more = {"source": source, "media": {"kind": "none"}, "modality": "text", "fields": {"question": "", "answer": ""}}
+    (tmp_path / "sets.yaml").write_text(yaml.safe_dump({"datasets": [entry | more for entry in entries]}))
+    where = ["--root", str(tmp_path), "--catalogue", str(tmp_path / "sets.yaml")]
+    assert main(["fetch", "theirs", "mine", "--quiet", *where]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("theirs: layout unverified") and "mine: layout" not in said
+    main(["list", *where])
+    assert re.search("theirs .* unverified .*\nmine .* own ", capsys.readouterr().out)
