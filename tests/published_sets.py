@@ -108,16 +108,18 @@ def video_file(content: dict, name: str) -> bytes:
 
 
 def files_of(tree: dict) -> Iterator[tuple[str, bytes]]:
-    """The files of a tree {path: content}. A path that ends with a slash is a folder of frames, or of a tree."""
+    """The files of a tree {path: content}. A path that ends with a slash is a folder of frames, or of a tree; "/" is
+    the tree itself."""
     for path, content in tree.items():
+        folder = path.removeprefix("/")
         if path.endswith("/") and "frames" in content:
             size, first = tuple(content.get("size", SIZE)), content.get("first", 0)
             for number in range(content["frames"]):
                 name = content.get("name", "%05d.jpg") % (number + first)
                 squares = tuple(squares_of(content, number, size))
-                yield path + name, _saved(size, squares, PurePosixPath(name).suffix.lower())
+                yield folder + name, _saved(size, squares, PurePosixPath(name).suffix.lower())
         elif path.endswith("/"):
-            yield from ((path + inner, data) for inner, data in files_of(content))
+            yield from ((folder + inner, data) for inner, data in files_of(content))
         else:
             yield path, file_of(content, path)
 
