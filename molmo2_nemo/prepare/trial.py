@@ -39,7 +39,7 @@ def try_rows(entry: dict, root: Path, most: int = MAX_USELESS_ROWS) -> Trial:
                     return Trial(rows, True)
             if rows == most:
                 break
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return Trial(rows, False, str(error).rstrip("."))
     reason = reasons.most_common(1)[0][0] if reasons else "there are no rows" if not rows else "none of them is meant"
     return Trial(rows, False, reason)
