@@ -37,7 +37,7 @@ CATEGORIES = (
     "own",
 )
 # Media that no program can download: the user puts them into manual/.
-BY_HAND = ("manual", "youtube-ids", "render", "unknown")
+BY_HAND = ("manual", "youtube-ids", "unknown")
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Repo = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")]

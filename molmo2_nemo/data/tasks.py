@@ -67,6 +67,8 @@ EVALUATION_LAYOUT_SHARE = 0.1
 LABELLED_SHARE, LABEL_ONLY_SHARE, ONE_LINE_SHARE, INSTRUCTION_SHARE, COMMON_MARKER_SHARE = 0.8, 0.25, 0.1, 0.5, 0.8
 COMMON_MARKERS = ("{}. ", "{}) ", "({}) ")
 UNUSUAL_MARKERS = ("{}: ", "[{}] ", "{} - ", "<{}> ", "{} | ", "Option {}: ")
+# Styles whose options are letters that are in the picture, and get none of their own in the layout of evaluations.
+LETTERS_SHOWN = frozenset(["ai2_diagram_no_letter"])
 ROMAN = "i ii iii iv v vi vii viii ix x xi xii xiii xiv xv xvi xvii xviii xix xx xxi xxii xxiii xxiv xxv xxvi".split()
 ONLY_POINTS = re.compile(r"\s*<points [0-9]{1,4}/>\s*")
 TIME = re.compile(r"<time ([0-9]{1,7}(?:\.[0-9]{1,6})?)/>")
@@ -295,6 +297,8 @@ def _multiple_choice(task: MultipleChoice, style: str, draw: _Draw) -> list[Mess
     # In the layout of evaluations the answer is the option alone.
     if not draw.templates or (rng.random() < EVALUATION_LAYOUT_SHARE and task.explanation is None):
         lines = [f"{_label('A', i)}. {option}" for i, option in enumerate(task.options)]
+        if style in LETTERS_SHOWN:
+            lines = list(task.options)
         question = "\n".join([asked, *([EVALUATION_LAYOUT] if task.explanation is None else []), *lines])
         answer = lines[task.answer]
     else:

@@ -447,7 +447,8 @@ class _Fetch:
             raise ValueError(
                 f"{url} gave {error} instead of the file: try again later or look at its web page."
             ) from error
-        name = f"{'archives' if kind else into}/{file_name(url, reply['file_name'], kind)}"
+        what = kind or ("json" if _begins_as_json(part) else None)
+        name = f"{'archives' if kind else into}/{file_name(url, reply['file_name'], what)}"
         if files.records.get(name, {}).get("from", url) != url:  # two addresses end with the same name
             name = _other_name(name, url)
         record = {"file": name, "from": url, "bytes": part.stat().st_size, "sha256": sha256_of(part)}
@@ -547,13 +548,18 @@ def direct(url: str) -> str:
 
 
 def file_name(url: str, named: str | None, kind: str | None) -> str:
-    """A safe file name for what an address gave."""
+    """A safe file name for what an address gave. kind: zip, tar, json, or something else."""
     name = named or urllib.parse.unquote(urllib.parse.urlsplit(url).path).rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name).lstrip(".")[-100:]
     if not Path(name).suffix or name in ("view", "download", "main"):
         name = f"{name or 'file'}-{sha256_of_text(url)[:8]}"
-        name += {"zip": ".zip", "tar": ".tar"}.get(kind or "", "")
+        name += {"zip": ".zip", "tar": ".tar", "json": ".json"}.get(kind or "", "")
     return name
+
+
+def _begins_as_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip()[:1] in (b"{", b"[")
 
 
 def _is_there(home: Path, record: dict) -> bool:

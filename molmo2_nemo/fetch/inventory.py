@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from molmo2_nemo.catalogue.datasets import Catalogue, DataSet
+from molmo2_nemo.catalogue.datasets import BY_HAND, Catalogue, DataSet
 from molmo2_nemo.catalogue.raw import FetchNote, RawSource, size_on_disk
 from molmo2_nemo.fetch.hub import page, pinned
 from molmo2_nemo.fetch.journal import Journal
@@ -157,7 +157,7 @@ def size_of(entry: DataSet) -> tuple[int, bool]:
     rows = int(entry.counts.get("paper_annotations") or entry.examples or 0) * ROW_BYTES
     if entry.modality == "text":
         return rows, True
-    if entry.source.kind == "manual" or entry.media.kind in ("manual", "youtube-ids", "render", "unknown"):
+    if entry.source.kind == "manual" or entry.media.kind in (*BY_HAND, "render"):
         return rows, True  # a fetch downloads only these
     return rows + visuals * (VIDEO_BYTES if entry.modality == "video" else IMAGE_BYTES), True
 

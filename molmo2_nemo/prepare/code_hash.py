@@ -24,6 +24,7 @@ CONTENT_MODULES = (
     "data/video.py",  # reading frames
     "limits.py",
     "prepare/annotations.py",
+    "prepare/clock_faces.py",
     "prepare/dataset_shards.py",
     "prepare/draft_to_sample.py",
     "prepare/find_media.py",

@@ -17,6 +17,7 @@ from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.video import list_frames, pick_frames
 from molmo2_nemo.prepare.annotations import check_answers, check_rates, use_fractions, without_nothing
+from molmo2_nemo.prepare.clock_faces import draw_clock
 from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft, digest
 from molmo2_nemo.prepare.find_media import ABSENT, Dropped, find_frames, find_media
 from molmo2_nemo.prepare.media import MAX_MEDIA, encode, excerpt, image_facts, suffix, video_facts
@@ -166,9 +167,19 @@ def _read(path: Path) -> bytes:
 def _image(image, raw: RawSource) -> bytes:
     if isinstance(image, bytes):
         return image
+    if isinstance(image, dict) and "clock" in image:
+        return _clock(image, raw)
     if isinstance(image, dict):
         return _drawn(_read(find_media(image["name"], raw)), image["boxes"], image["opacity"])
     return _read(find_media(image, raw))
+
+
+def _clock(image: dict, raw: RawSource) -> bytes:
+    """The user's own picture of a watch, or else one that is drawn here."""
+    try:
+        return _read(find_media(image["name"], raw))
+    except Dropped:
+        return _try(draw_clock, "clock", image["clock"]["says"], image["clock"]["watch"])
 
 
 def _kind(data: bytes) -> str:

@@ -46,7 +46,8 @@ class Draft:
     """A sample before its media are looked at.
 
     images: each the bytes of a file, a name (an address, a path below the raw folder's media, or one that starts with
-    "./" below the raw folder itself), a list of names to try, or {"name", "boxes", "opacity"}, see draft_to_sample.py.
+    "./" below the raw folder itself), a list of names to try, {"name", "boxes", "opacity"} or {"name", "clock"}, see
+    draft_to_sample.py.
     unit: of the coordinates of pointing tasks: fraction, percent or pixels.
     about: what is held out together; None: the names of the media.
     tree: drafts with the same media become one sample if this is the same, too; None: never.
@@ -168,6 +169,27 @@ def xy(points) -> list[list[float]]:
     if any(value is None for pair in pairs for value in pair):
         raise ValueError("a coordinate is missing")
     return [[float(x), float(y)] for x, y in pairs]
+
+
+def usable(make: Callable[..., dict], items: Iterable) -> list[dict | Drop]:
+    """`make(item)` of each item, a task. An item that it refuses becomes a Drop and takes no other along."""
+    tasks: list[dict | Drop] = []
+    for item in items:
+        try:
+            tasks.append(make(item))
+        except ValueError as error:
+            tasks.append(Drop(str(error)))
+    return tasks
+
+
+def drafts_of(tasks: Iterable[dict | Drop], images: list, **more) -> Iterator[Draft | Drop]:
+    """One draft of what is `usable`, and what is not. ValueError: there is nothing at all."""
+    tasks = list(tasks)
+    if not tasks:
+        raise ValueError("nothing is asked")
+    if branches := [task for task in tasks if isinstance(task, dict)]:
+        yield Draft(branches, images, **more)
+    yield from (task for task in tasks if isinstance(task, Drop))
 
 
 def image_of(value) -> bytes | str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 
-from molmo2_nemo.catalogue.raw import RawSource
+from molmo2_nemo.catalogue.raw import RawSource, read_rows
 from molmo2_nemo.prepare.converters.common import (
     Converter,
     Draft,
@@ -18,27 +18,25 @@ from molmo2_nemo.prepare.converters.common import (
     chat,
     choice,
     columns,
+    drafts_of,
     find,
     find_all,
     image_of,
     json_items,
-    pick,
     question,
     read_json,
     shuffled_choice,
     table,
     together,
+    usable,
 )
 
 MAX_IMAGES = 5  # of several-image sets (molmo2: max_images)
 TURN = re.compile(r"\[(USER|ASSISTANT)\]", re.IGNORECASE)
-CLOCK = (
-    "What time is it?",
-    "What time does the clock show?",
-    "Read the clock.",
-    "Tell me the time that is shown.",
-    "Which time does this watch show?",
-)
+# allenai/OLMo-core: src/olmo_core/data/multimodal/pixmo_clocks.py.
+CLOCK = "What time is being shown?"
+# AI2D's options that are none (allenai/molmo2: olmo/data/dataset_builders/ai2d.py).
+NO_OPTION = "{}"
 
 
 def url_question(row: dict) -> Iterator[Draft | Drop]:
@@ -49,7 +47,7 @@ def url_question(row: dict) -> Iterator[Draft | Drop]:
 def pixmo_cap_qa(row: dict) -> Iterator[Draft | Drop]:
     """`question` is a dialogue, "[USER] ... [ASSISTANT] ... [USER] ...", and `answer` its last turn."""
     if row.get("messages") and not row.get("question"):
-        turns = [message["content"] for message in row["messages"]]
+        turns = [message if isinstance(message, str) else message["content"] for message in row["messages"]]
     else:
         head, *parts = TURN.split(row["question"])
         speakers, turns = [speaker.upper() for speaker in parts[::2]], parts[1::2]
@@ -66,10 +64,10 @@ def pixmo_cap_qa(row: dict) -> Iterator[Draft | Drop]:
 
 
 def clocks(row: dict) -> Iterator[Draft]:
-    """The set has no pictures. The user has rendered them, as example_id.png."""
-    name = str(row["example_id"])
-    task = question(pick(CLOCK, name), row["text"], "pixmo_clocks")
-    yield Draft([task], [[f"{name}.png", f"{name}.jpg", f"images/{name}.png", f"images/{name}.jpg"]])
+    """The set has no pictures: prepare/clock_faces.py draws one of the watch's kind, unless the user has rendered it
+    as example_id.png in manual/."""
+    image = {"name": f"{row['example_id']}.png", "clock": {"says": row["text"], "watch": str(row["watchface_id"])}}
+    yield Draft([question(CLOCK, row["text"], "clocks")], [image])
 
 
 def answers_of(message: dict) -> list[str]:
@@ -82,34 +80,57 @@ def answers_of(message: dict) -> list[str]:
         if isinstance(values, str | int | float):
             return [str(values)]
         if values:
-            return [v if isinstance(v, str) else str(v.get("answer", v.get("raw_answer"))) for v in values]
+            return [str(v.get("answer", v.get("raw_answer"))) if isinstance(v, dict) else str(v) for v in values]
     raise ValueError(f"a question without answers among the keys {', '.join(sorted(message))}")
 
 
-def message_list(row: dict, style: str, joined: bool = True) -> Iterator[Draft]:
+def message_list(row: dict, style: str, joined: bool = True) -> Iterator[Draft | Drop]:
     """Ai2's form: the questions of one picture, whose path is below the data folder, joined in one sample or not."""
-    tasks = [question(message["question"], answers_of(message), style) for message in row["message_list"]]
+    tasks = usable(lambda message: question(message["question"], answers_of(message), style), row["message_list"])
     for part in [tasks] if joined else [[task] for task in tasks]:
-        yield Draft(part, [row["image"]], tree="" if joined else None)
+        yield from drafts_of(part, [row["image"]], tree="" if joined else None)
 
 
-def okvqa(row: dict) -> Iterator[Draft]:
-    tasks = [question(item["question"], [a["raw_answer"] for a in item["answers"]], "okvqa") for item in row["qas"]]
-    yield Draft(tasks, [row["image"]])
+def okvqa(row: dict) -> Iterator[Draft | Drop]:
+    def task(item: dict) -> dict:
+        return question(item["question"], [answer["raw_answer"] for answer in item["answers"]], "okvqa")
+
+    yield from drafts_of(usable(task, row["qas"]), [row["image"]])
 
 
-def aokvqa(row: dict) -> Iterator[Draft]:
-    """Two samples of one picture: the options, and short answers (those that people found easy to give)."""
-    messages = row["message_list"]
-    options = [choice(m["question"], m["choices"], m["answer_idx"], "a_okvqa_mc") for m in messages if m.get("choices")]
-    direct = [
-        question(m["question"], m["direct_answers"], "a_okvqa_da")
-        for m in messages
-        if m.get("direct_answers") and not m.get("difficult_direct_answer")
-    ]
-    for tree, tasks in (("mc", options), ("da", direct)):
-        if tasks:
-            yield Draft(tasks, [row["image"]], tree=tree)
+def aokvqa(row: dict) -> Iterator[Draft | Drop]:
+    """Two samples of one picture: the options, and short answers. Those that are not easy to give are left out of the
+    evaluation alone (allenai/molmo2: olmo/data/academic_image_datasets.py, AOkVqa)."""
+
+    def options(message: dict) -> dict:
+        return choice(message["question"], message["choices"], message["answer_idx"], "a_okvqa_mc")
+
+    def direct(message: dict) -> dict:
+        return question(message["question"], message["direct_answers"], "a_okvqa_da")
+
+    for tree, task in (("mc", options), ("da", direct)):
+        yield from drafts_of(usable(task, row["message_list"]), [row["image"]], tree=tree)
+
+
+def gqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
+    """A row for each picture, {id, image, asked}, from the two configurations; the questions are held in memory."""
+    asked: dict[str, list[dict]] = {}
+    for row in raw.rows(split):
+        asked.setdefault(row["imageId"], []).append({"question": row["question"], "answer": row["answer"]})
+    for path in find_all(raw, "train_balanced_images/*.parquet"):
+        for row in read_rows(path):
+            if row["id"] in asked:
+                yield {"id": row["id"], "image": row["image"], "asked": asked.pop(row["id"])}
+    for name, questions in asked.items():
+        yield {"id": name, "image": None, "asked": questions}
+
+
+def gqa(row: dict) -> Iterator[Draft | Drop]:
+    if row["image"] is None:
+        yield from [Drop("its picture is none of the set's")] * len(row["asked"])
+        return
+    tasks = usable(lambda item: question(item["question"], item["answer"], "gqa"), row["asked"])
+    yield from drafts_of(tasks, [image_of(row["image"])], about=row["id"])
 
 
 def chartqa(row: dict) -> Iterator[Draft]:
@@ -125,11 +146,15 @@ def scienceqa(row: dict) -> Iterator[Draft | Drop]:
 
 
 def document_question(row: dict, style: str, column: str) -> Iterator[Draft | Drop]:
-    """The Robust Reading Competition's form: a file name, a question, its answers."""
+    """The Robust Reading Competition's form: a file name, a question, its answers.
+
+    The archives of pictures have other folders than the rows name: spdocvqa_images for documents.
+    """
     if row.get("data_split", "train") != "train" or row.get("set_name", "train") != "train":
         yield Drop("not of the training split")
     else:
-        yield Draft([question(row["question"], row["answers"], style)], [row[column]], tree=None)
+        names = list(dict.fromkeys([row[column], row[column].rpartition("/")[2]]))
+        yield Draft([question(row["question"], row["answers"], style)], [names], tree=None)
 
 
 def mantis(row: dict) -> Iterator[Draft | Drop]:
@@ -138,31 +163,25 @@ def mantis(row: dict) -> Iterator[Draft | Drop]:
     if not 2 <= len(images) <= MAX_IMAGES:
         yield Drop("one image" if len(images) < 2 else f"more than {MAX_IMAGES} images")
         return
-    tasks, listed = [], [row.get(name) or [] for name in ("mc_question", "choices", "correct_choice_idx")]
-    for text, options, answer in together(*listed):
-        if text and options and len(options) > 1 and answer is not None and 0 <= answer < len(options):
-            wrong = [option for index, option in enumerate(options) if index != answer]
-            tasks.append(shuffled_choice(text, options[answer], wrong, "multi_image_mc", row.get("example_id")))
-        else:
-            tasks.append(None)
-    asked, direct = row.get("oe_question") or [], row.get("direct_answer") or []
-    tasks += [None] * (len(asked) - len(tasks))
-    for index, (text, answer) in enumerate(together(asked, direct)):
-        if tasks[index] is None and text and answer:
-            tasks[index] = question(text, answer, "mantis_instruct_da")
-    if any(tasks):
-        yield Draft([task for task in tasks if task], images)
-    else:
-        yield Drop("no question with an answer")
+    names = ("mc_question", "choices", "correct_choice_idx", "oe_question", "direct_answer")
+    lists = [row.get(name) or [] for name in names]
+    longest = max(map(len, lists))
+    lists = [values or [None] * longest for values in lists]
+
+    def task(item: tuple) -> dict:
+        text, options, right, asked, answer = item
+        if text and options and len(options) > 1 and right is not None and 0 <= right < len(options):
+            wrong = [option for index, option in enumerate(options) if index != right]
+            return shuffled_choice(text, options[right], wrong, "mantis_instruct_mc", row.get("example_id"))
+        return question(asked, answer or [], "mantis_instruct_da")
+
+    yield from drafts_of(usable(task, together(*lists)), images)
 
 
-def cosyn(row: dict, style: str, explain: bool = True) -> Iterator[Draft]:
+def cosyn(row: dict, style: str, explain: bool = True) -> Iterator[Draft | Drop]:
     """Drawn charts, documents and so on, with the reasons for each answer."""
-    tasks = [
-        question(text, answer, style, why if explain else None)
-        for text, why, answer in columns(row["qa_pairs"], "question", "explanation", "answer")
-    ]
-    yield Draft(tasks, [image_of(row["image"])], about=str(row["id"]))
+    tasks = _explained(row["qa_pairs"], style, explain)
+    yield from drafts_of(tasks, [image_of(row["image"])], about=str(row["id"]))
 
 
 def cosyn_images(row: dict, style: str) -> Iterator[Draft | Drop]:
@@ -170,9 +189,16 @@ def cosyn_images(row: dict, style: str) -> Iterator[Draft | Drop]:
     if not 1 <= len(images) <= MAX_IMAGES:
         yield Drop(f"not 1 to {MAX_IMAGES} images")
         return
-    pairs = columns(row["qa_pairs"], "question", "explanation", "answer")
-    tasks = [question(text, answer, style, why) for text, why, answer in pairs]
-    yield Draft(tasks, [image_of(image) for image in images], about=str(row["id"]))
+    tasks = _explained(row["qa_pairs"], style)
+    yield from drafts_of(tasks, [image_of(image) for image in images], about=str(row["id"]))
+
+
+def _explained(pairs: dict, style: str, explain: bool = True) -> list[dict | Drop]:
+    def task(item: tuple) -> dict:
+        text, why, answer = item
+        return question(text, answer, style, why if explain else None)
+
+    return usable(task, columns(pairs, "question", "explanation", "answer"))
 
 
 def multi_image_qa(row: dict) -> Iterator[Draft | Drop]:
@@ -180,8 +206,8 @@ def multi_image_qa(row: dict) -> Iterator[Draft | Drop]:
     if not 2 <= len(urls) <= MAX_IMAGES:
         yield Drop(f"not 2 to {MAX_IMAGES} images")
         return
-    pairs = columns(row["qa_pairs"], "question", "answer")
-    yield Draft([question(text, answer, "user_qa") for text, answer in pairs], urls)
+    tasks = usable(lambda pair: question(*pair, "correction_qa"), columns(row["qa_pairs"], "question", "answer"))
+    yield from drafts_of(tasks, urls)
 
 
 def ai2d_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
@@ -200,31 +226,39 @@ def ai2d_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
 
 
 def ai2d(row: dict) -> Iterator[Draft | Drop]:
-    """Two samples: one with the words in the picture, one with letters drawn over them, for questions about letters."""
-    plain, letters = [], []
+    """Questions about the words of a diagram, and about letters, which are drawn over the words in two ways.
+
+    As in the public code (allenai/molmo2: olmo/data/dataset_builders/ai2d.py and academic_image_datasets.py), options
+    that are none or are there twice go, and options that are letters in the picture get no letters of their own.
+    """
+    boxes = [
+        [*item["rectangle"][0], *item["rectangle"][1], str(item["replacementText"])]
+        for _, item in sorted(row["text"].items())
+        if item.get("replacementText") and item["rectangle"][0][1] != item["rectangle"][1][1]
+    ]
+    letters = {box[-1] for box in boxes}
     for text, item in sorted(row["questions"].items(), key=lambda pair: pair[1]["questionId"]):
-        options, answer = [str(option) for option in item["answerTexts"]], int(item["correctAnswer"])
+        [task] = usable(lambda item, text=text: _ai2d_task(text, item, letters), [item])
+        images = [row["image"]]
         if item.get("abcLabel"):
-            task = choice(text, options, answer, "ai2_diagram_no_letter")
-            asked = f"{task['question']} {', '.join(task['options'])}"
-            letters.append(question(asked, task["options"][answer], "ai2_diagram_no_letter"))
-        else:
-            plain.append(choice(text, options, answer, "ai2_diagram"))
-    for task in plain:
-        yield Draft([task], [row["image"]], about=row["image"], tree=None)
-    if letters:
-        boxes = [
-            [*item["rectangle"][0], *item["rectangle"][1], str(item["replacementText"])]
-            for _, item in sorted(row["text"].items())
-            if item.get("replacementText")
-        ]
-        if not boxes:
-            yield Drop("a question about letters, and none are to be drawn")
-            return
-        for opacity in (255, 128):
-            drawn = {"name": row["image"], "boxes": boxes, "opacity": opacity}
-            for task in letters:
-                yield Draft([task], [drawn], about=row["image"], tree=None)
+            images = [{"name": row["image"], "boxes": boxes, "opacity": opacity} for opacity in (255, 128)]
+        for image in images if isinstance(task, dict) else images[:1]:
+            yield from drafts_of([task], [image], about=row["image"], tree=None)
+
+
+def _ai2d_task(text: str, item: dict, letters: set[str]) -> dict:
+    """ValueError: the question is about letters and none are drawn, or it has no right answer."""
+    options = [str(option) for option in item["answerTexts"]]
+    right, options = options[item["correctAnswer"]], list(dict.fromkeys(o for o in options if o != NO_OPTION))
+    if right == NO_OPTION:
+        raise ValueError("the right answer is none of the options")
+    if item.get("abcLabel") and not letters:
+        raise ValueError("a question about letters, and none are to be drawn")
+    answer, are_letters = options.index(right), [option.upper() in letters for option in options]
+    if item.get("abcLabel") and sum(are_letters) >= len(options) - 1:
+        options = [option.upper() if known else option for option, known in zip(options, are_letters)]
+        return choice(text, options, answer, "ai2_diagram_no_letter")
+    return choice(text, options, answer, "ai2_diagram")
 
 
 def dvqa(row: dict) -> Iterator[Draft]:
@@ -238,7 +272,10 @@ def plot_rows(*patterns: str) -> Rows:
     def read(raw: RawSource, split: str | None) -> Iterator[dict]:
         path = find(raw, *patterns)
         folder = f"./{path.parent.relative_to(raw.folder)}"
-        for row in json_items(path, "qa_pairs"):
+        # PlotQA's page describes a list, Ai2's loader reads a list under this key.
+        with path.open("rb") as file:
+            key = None if file.read(64).lstrip().startswith(b"[") else "qa_pairs"
+        for row in json_items(path, key):
             yield row | {"folder": folder}
 
     return read
@@ -280,6 +317,7 @@ CONVERTERS = {
     "tallyqa": Converter(partial(message_list, style="tally_qa")),
     "okvqa": Converter(okvqa),
     "aokvqa": Converter(aokvqa),
+    "gqa": Converter(gqa, gqa_rows),
     "chartqa": Converter(chartqa),
     "scienceqa": Converter(scienceqa),
     "docvqa": Converter(
@@ -301,7 +339,7 @@ CONVERTERS = {
     ),
     "plotqa": Converter(
         plotqa,
-        plot_rows("train/qa_pairs_V2.json", "*train*/**/qa_pairs*.json", "qa_pairs*.json"),
+        plot_rows("train/qa_pairs_V2.json", "*train*/**/qa_pairs*.json", "*qa_pairs*.json", "*.json"),
         most_branches=PLOT_BRANCHES,
     ),
     "tabwmp": Converter(tabwmp, tabwmp_rows),

@@ -1,5 +1,7 @@
 """Points in pictures and videos."""
 
+import random
+import re
 from collections.abc import Iterator
 
 from molmo2_nemo.prepare.converters.common import (
@@ -8,10 +10,12 @@ from molmo2_nemo.prepare.converters.common import (
     Draft,
     Drop,
     clip,
+    drafts_of,
     fixed_random,
     image_of,
     pointing,
     together,
+    usable,
     xy,
 )
 
@@ -25,6 +29,7 @@ MAX_SECONDS = 63.0
 MULTI_TURN = 0.2
 # How often all images are asked of (molmo2: launch_scripts/sft.py, p_multi_point_all_image).
 ALL_IMAGES_SHARE = 0.5
+ARTICLE = re.compile(r"^(the|an?) ")
 TOO_MANY = f"more than {MAX_POINTS} points"
 
 
@@ -53,53 +58,65 @@ def pixmo_count(row: dict) -> Iterator[Draft | Drop]:
 
 
 def cosyn_point(row: dict) -> Iterator[Draft | Drop]:
-    """Each question with its points, in percent, and the name of what they show."""
-    if not row.get("names"):
-        yield Drop("no column names, and a point needs a label")
-        return
-    branches = []
-    for text, points, name in together(row["questions"], row["answer_points"], row["names"]):
-        points = xy(points)
-        if len(points) > MAX_POINTS:
-            yield Drop(TOO_MANY)
-        else:
-            branches.append(pointing(name, [[1, points]], "cosyn_point", text))
-    if branches:
-        yield Draft(branches, [image_of(row["image"])], unit="percent", about=str(row["id"]))
+    """Each question with its points, in percent, and the name of what they show.
+
+    An early release has no names. There the question is what is pointed at, as in the public code (allenai/molmo2:
+    olmo/preprocessing/data_formatter.py, format_points).
+    """
+
+    def task(item: tuple) -> dict:
+        text, points, name = item
+        if len(points := xy(points)) > MAX_POINTS:
+            raise ValueError(TOO_MANY)
+        return pointing(name or text, [[1, points]], "cosyn_point", text)
+
+    names = row.get("names") or [None] * len(row["questions"])
+    tasks = usable(task, together(row["questions"], row["answer_points"], names))
+    yield from drafts_of(tasks, [image_of(row["image"])], unit="percent", about=str(row["id"]))
 
 
 def multi_image_point(row: dict) -> Iterator[Draft | Drop]:
-    """One label, asked of all images (in half of the samples) or of some of them; in percent.
+    """Each label of a row is asked of all its images, or of some and then of the others; in percent.
 
-    Each image has a label or a list of labels, and points for each. Of several labels one is drawn. Of an image that
-    was annotated with another label it is asked, too: there are none, which is how the model learns to say so
-    (allenai/molmo2: olmo/preprocessing/data_formatter.py, format_multi_points). Labels are compared in normal form, and
-    written as the annotator did.
+    An image has one label and its points. Of an image that was annotated with another label it is asked, too: there
+    are none, which is how the model learns to say so (allenai/molmo2: olmo/preprocessing/data_formatter.py,
+    format_multi_points, which draws one label and some images anew each time). Labels are compared in normal form, and
+    written as the first annotator did.
     """
-    images = list(row.get("image_urls") or row["images"])
-    said = row.get("labels") or row["normalized_labels"]
+    images = list(row["image_urls"])
     found: dict[str, dict[int, list]] = {}
     spelt: dict[str, str] = {}
-    for index, (plain, label, points) in enumerate(
-        together(row.get("normalized_labels") or said, said, row["points"]), 1
-    ):
-        several = isinstance(plain, list)
-        label = label if isinstance(label, list) == several else plain
-        for name, text, of_name in together(plain, label, points) if several else [(plain, label, points)]:
-            key = name.strip().lower()
-            spelt.setdefault(key, text.strip())
-            found.setdefault(key, {}).setdefault(index, []).extend(xy(of_name))
-    draw = fixed_random(*map(str, images), *sorted(found))
-    label, asked = draw.choice(sorted(found)), range(1, len(images) + 1)
-    some = {}
-    if len(images) > 1 and draw.random() >= ALL_IMAGES_SHARE:
-        asked = sorted(draw.sample(asked, draw.randint(1, len(images))))
-        some = {"images": asked}
-    groups = [[index, found[label][index]] for index in asked if index in found[label]]
-    if sum(len(points) for _, points in groups) > MAX_POINTS:
-        yield Drop(TOO_MANY)
-        return
-    yield Draft([pointing(spelt[label], groups, MULTI_IMAGE_MODES, **some)], images, unit="percent")
+    for index, (_, label, points) in enumerate(together(images, row["labels"], row["points"]), 1):
+        spelt.setdefault(normal_label(label), label)
+        found.setdefault(normal_label(label), {})[index] = xy(points)
+
+    def task(item: tuple) -> dict:
+        name, asked = item
+        groups = [[index, found[name][index]] for index in asked if index in found[name]]
+        if sum(len(points) for _, points in groups) > MAX_POINTS:
+            raise ValueError(TOO_MANY)
+        some = {} if len(asked) == len(images) else {"images": asked}
+        return pointing(spelt[name], groups, MULTI_IMAGE_MODES, **some)
+
+    draws = {name: fixed_random(*images, name) for name in sorted(found)}
+    asked = [(name, part) for name, draw in draws.items() for part in _parts_asked(len(images), draw)]
+    yield from drafts_of(usable(task, asked), images, unit="percent")
+
+
+def normal_label(label: str) -> str:
+    """A label without the differences of one annotator to another: case, spaces, article, punctuation at its ends and
+    the s of a plural."""
+    words = ARTICLE.sub("", " ".join(label.lower().split()).strip(" .,:;!?\"'"))
+    return words[:-1] if len(words) > 3 and words.endswith("s") and not words.endswith("ss") else words
+
+
+def _parts_asked(number: int, draw: random.Random) -> list[list[int]]:
+    """Numbers of the images of each question: of all in one, or of some and of the others."""
+    everywhere = list(range(1, number + 1))
+    if number == 1 or draw.random() < ALL_IMAGES_SHARE:
+        return [everywhere]
+    some = sorted(draw.sample(everywhere, draw.randint(1, number)))
+    return [part for part in (some, [index for index in everywhere if index not in some]) if part]
 
 
 def video_points(label: str, times: list, points: list, start: float) -> dict | Drop:

@@ -35,10 +35,11 @@ def tulu(row: dict) -> Iterator[Draft | Drop]:
 
 
 def hardcodes(row: dict) -> Iterator[Draft]:
-    """Each question with the same answer, with the row's own pictures or none."""
+    """Each question with the same answer, about each of the row's own pictures, or about none."""
     images = [image_of(image) for image in row.get("images") or []]
     for text in row["questions"]:
-        yield Draft([chat([text, row["response"]], "text_sft" if not images else "user_qa")], images, about=text)
+        for shown in [[image] for image in images] or [[]]:
+            yield Draft([chat([text, row["response"]], "user_qa")], shown, about=text)
 
 
 CONVERTERS = {
