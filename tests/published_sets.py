@@ -8,6 +8,7 @@ shows can be compared with what it says.
 
 import csv
 import functools
+import hashlib
 import io
 import json
 import re
@@ -193,7 +194,16 @@ def names() -> list[str]:
 def load(name: str) -> dict:
     fixture = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     assert set(fixture) <= KEYS and {"evidence", "expected"} <= set(fixture), f"keys of {name}.yaml"
-    return fixture
+    return _with_hashes(fixture, fixture.get("urls", {}))
+
+
+def _with_hashes(value, urls: dict):
+    """{sha256_of: address} becomes the hash of the bytes that the address has."""
+    if isinstance(value, dict) and set(value) == {"sha256_of"}:
+        return hashlib.sha256(file_of(urls[value["sha256_of"]], value["sha256_of"])).hexdigest()
+    if isinstance(value, dict):
+        return {key: _with_hashes(item, urls) for key, item in value.items()}
+    return [_with_hashes(item, urls) for item in value] if isinstance(value, list) else value
 
 
 class Web(_Server):
