@@ -33,7 +33,6 @@ def test_the_shipped_catalogue_has_108_sets_and_five_of_stage_1():
         assert not entry.by_hand or entry.layout, entry.name
         assert entry.source.kind != "manual" or entry.source.page, entry.name
     assert {entry.name for entry in shipped.sets if entry.unsure} == {
-        "gqa",
         "videochatgpt",
         "academic-video-point-ref-youtube-vos",
     }
@@ -119,7 +118,8 @@ def test_list_is_a_table_or_json(tmp_path):
     rows = json.loads(succeeded(python("tools/download.py", "list", "--stage", 1, "--json", "--root", tmp_path)).stdout)
     assert [row["name"] for row in rows] == [entry.name for entry in load_catalogue().of_stage(1)]
     assert {"name", "kind", "examples", "size_gb", "license", "gated", "state"} <= set(rows[0])
-    assert [row.state for row in listed(load_catalogue().find(["gqa", "chartqa"]), tmp_path)] == ["refused", "-"]
+    odd = catalogue(tmp_path, MINE, {**MINE, "name": "odd", "fields": None})
+    assert [row.state for row in listed(odd.find(["odd", "mine"]), tmp_path)] == ["refused", "-"]
 
 
 def test_rows_and_media_of_a_raw_folder(tmp_path):
@@ -218,7 +218,9 @@ def test_json_is_a_list_of_objects(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
     from download import main
 
-    for words in ("list", "plan --budget 1TB", "how docvqa", "doctor", "fetch gqa"):
+    catalogue(tmp_path, {**MINE, "name": "odd", "fields": None})
+    refused = f"fetch odd --catalogue {tmp_path / 'datasets.yaml'}"
+    for words in ("list", "plan --budget 1TB", "how docvqa", "doctor", refused):
         main([*words.split(), "--json", "--root", str(tmp_path)])
         values = json.loads(capsys.readouterr().out)
         assert isinstance(values, list) and all(isinstance(value, dict) for value in values), words
