@@ -31,7 +31,7 @@ from molmo2_nemo.prepare.converters.common import (
     usable,
 )
 
-MAX_IMAGES = 5  # of several-image sets (molmo2: max_images)
+MAX_IMAGES = 5  # of Molmo2's sets of several images (allenai/molmo2: olmo/data/get_dataset.py, max_images)
 TURN = re.compile(r"\[(USER|ASSISTANT)\]", re.IGNORECASE)
 # allenai/OLMo-core: src/olmo_core/data/multimodal/pixmo_clocks.py.
 CLOCK = "What time is being shown?"
@@ -95,7 +95,8 @@ def okvqa(row: dict) -> Iterator[Draft | Drop]:
     def task(item: dict) -> dict:
         return question(item["question"], [answer["raw_answer"] for answer in item["answers"]], "okvqa")
 
-    yield from drafts_of(usable(task, row["qas"]), [row["image"]])
+    for one in usable(task, row["qas"]):
+        yield from drafts_of([one], [row["image"]], tree=None)
 
 
 def aokvqa(row: dict) -> Iterator[Draft | Drop]:
@@ -158,10 +159,13 @@ def document_question(row: dict, style: str, column: str) -> Iterator[Draft | Dr
 
 
 def mantis(row: dict) -> Iterator[Draft | Drop]:
-    """Several pictures; questions with options, others with a short answer. All lists are as long as the questions."""
+    """Several pictures; questions with options, others with a short answer. All lists are as long as the questions.
+
+    Of more than data.max_images pictures, training shows the first ones, as the public code does.
+    """
     images = list(row["images"])
-    if not 2 <= len(images) <= MAX_IMAGES:
-        yield Drop("one image" if len(images) < 2 else f"more than {MAX_IMAGES} images")
+    if len(images) < 2:
+        yield Drop("one image")
         return
     names = ("mc_question", "choices", "correct_choice_idx", "oe_question", "direct_answer")
     lists = [row.get(name) or [] for name in names]
