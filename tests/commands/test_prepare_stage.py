@@ -377,7 +377,7 @@ def test_what_is_not_fetched_or_not_usable_is_said(prepared, tmp_path, capsys):
     assert "pixmo-cap is not fetched" in said("pixmo-cap")
     odd = {"name": "odd", "source": {"kind": "hf", "hf": {"repo": "me/odd"}}, "media": {"kind": "none"}}
     (tmp_path / "datasets.yaml").write_text(json.dumps({"datasets": [odd]}))
-    assert "columns are not known" in said("odd", "--catalogue", tmp_path / "datasets.yaml", stage=2)
+    assert "columns are not known" in said("odd", "--catalogue", str(tmp_path / "datasets.yaml"), stage=2)
     assert "is no data set of stage 1" in run(tmp_path, "chartqa")
     assert "there is no data set nonsense" in run(tmp_path, "nonsense")
     assert "leaves no data set" in run(tmp_path, "--only-license", "wtfpl")
