@@ -187,7 +187,11 @@ def _kind(data: bytes) -> str:
 
 
 def _drawn(data: bytes, boxes: list, opacity: int) -> bytes:
-    """The picture with boxes [left, top, right, bottom, letter], white behind the letter, as PNG."""
+    """The picture with boxes [left, top, right, bottom, letter] over its words, as PNG.
+
+    Where the boxes are half transparent, the words stay readable: the letter is at the upper left corner, of the size
+    and at the place that allenai/molmo2 gives it (olmo/data/dataset_builders/ai2d.py, draw_abc_labels).
+    """
     image = Image.fromarray(_try(read_image, "picture", data))
     layer = Image.new("RGBA", image.size, (255, 255, 255, 0))
     draw = ImageDraw.Draw(layer)
@@ -195,8 +199,14 @@ def _drawn(data: bytes, boxes: list, opacity: int) -> bytes:
         left, right = sorted((corners[0], corners[2]))
         top, bottom = sorted((corners[1], corners[3]))
         draw.rectangle((left, top, right, bottom), fill=(255, 255, 255, opacity), outline=(0, 0, 0, 255))
-        font = ImageFont.load_default(size=max(8.0, min(bottom - top, right - left) * 0.9))
-        draw.text(((left + right) / 2, (top + bottom) / 2), text, fill=(0, 0, 0, 255), font=font, anchor="mm")
+        if opacity == 255:
+            place, size, anchor = ((left + right) / 2, (top + bottom) / 2), min(bottom - top, right - left) * 0.9, "mm"
+        else:
+            place, size, anchor = (max(left - 12, 0), max(top - 10, 0)), min(max(16, min(image.size) / 50), 32), "la"
+        font = ImageFont.load_default(size=max(8.0, size))
+        if opacity < 255:
+            draw.rectangle(draw.textbbox(place, text, font=font, anchor=anchor), fill="white")
+        draw.text(place, text, fill="black", font=font, anchor=anchor)
     file = io.BytesIO()
     Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB").save(file, "PNG")
     return file.getvalue()
