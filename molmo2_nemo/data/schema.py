@@ -145,12 +145,14 @@ class Pointing:
     """Where all things of one kind are, in images or in a video. No points: there are none.
 
     `style` decides the mode: the points, the points and their number, or the number; of a list one is drawn.
-    `images`: ask about these images only (index from 1). `unanswerable`: the answer, if the question has none.
+    `count_question`: the question, where the answer has the number and there is no `question`. `images`: ask about
+    these images only (index from 1). `unanswerable`: the answer, if the question has none.
     """
 
     label: str
     points: list[Frame]
     question: str | None = None
+    count_question: str | None = None
     images: list[PositiveInt] | None = None
     unanswerable: str | None = None
     task: Literal["pointing"] = "pointing"

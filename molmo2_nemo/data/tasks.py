@@ -45,6 +45,9 @@ POINTS_ONLY = frozenset(["pointing", "cosyn_point", "video_point", "multi_image_
 POINTS_THEN_COUNT = frozenset(["point_count", "video_point_count", "multi_image_point_then_count"])
 COUNT_THEN_POINTS = frozenset(["count_point", "video_count_point", "multi_image_count_then_point"])
 COUNT_ONLY = frozenset(["counting", "count", "video_count", "multi_image_counting"])
+# Captions that are asked for by their style alone, which is written in place of a question
+# (allenai/molmo2: data_formatter.py, get_user_prompt).
+STYLE_ALONE = frozenset(["video_merged_caption"])
 # The variants of tracking: everything, each object's first and last point, one object from a point on.
 TRACK_ALL = frozenset(["video_point_track_per_frame"])
 TRACK_ENDS = frozenset(["video_point_ground_start_end", "video_point_track_start_end"])
@@ -277,7 +280,8 @@ def _caption(task: Caption, style: str, draw: _Draw) -> list[Message]:
         choices = sets.SHORT_CAPTION if "short" in style else sets.CAPTION
     medium = "video" if draw.example.video else "image" if len(draw.example.images) < 2 else "set of images"
     text = task.text if isinstance(task.text, str) else draw.one(task.text)
-    return _turn(draw.one(choices).format(medium=medium) if draw.templates else "", text)
+    asked = draw.templates and style not in STYLE_ALONE
+    return _turn(draw.one(choices).format(medium=medium) if asked else "", text)
 
 
 def _question(task: Question, style: str, draw: _Draw) -> list[Message]:
@@ -349,11 +353,12 @@ def _pointing(task: Pointing, style: str, draw: _Draw) -> list[Message]:
     else:
         known = ", ".join(sorted(POINTS_ONLY | POINTS_THEN_COUNT | COUNT_THEN_POINTS | COUNT_ONLY))
         raise ValueError(f"The style {style} says nothing of how to point; those that do are {known}.")
-    if task.question is not None:
-        question = task.question
-    elif not draw.templates:
+    question = task.question
+    if question is None and style not in POINTS_ONLY:
+        question = task.count_question
+    if question is None and not draw.templates:
         question = task.label.lower()
-    else:
+    elif question is None:
         of_all = chosen == set(everywhere)
         # Without a word about which images are meant.
         plain = kind != "images" or (of_all and style in POINTS_ONLY and draw.rng.random() < IMAGES_UNNAMED_SHARE)

@@ -1,11 +1,14 @@
 """Descriptions of pictures and videos."""
 
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 
-from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft, Drop, caption, clip, pick, question, together
+from molmo2_nemo.prepare.converters.common import Converter, Draft, Drop, caption, clip, pick, question, together
 
 # Rows of Molmo2-Cap below this are not used (molmo2: vixmo3_top_level_captions_min_3).
 MIN_SCORE = 3
+# Of OVIS' frames as Video Localized Narratives has them (molmo2: OVIS/train_mp4_5fps).
+OVIS_FPS = 5
 OF_OBJECT = (
     "Describe what happens to the {name}.",
     "What does the {name} do in the video?",
@@ -44,15 +47,19 @@ def molmo2_cap(row: dict) -> Iterator[Draft | Drop]:
 def localized_narratives(row: dict) -> Iterator[Draft]:
     """What each actor of a video does."""
     branches = [
-        question(pick(OF_OBJECT, row["id"], name).format(name=name.strip()), text, "video_object_caption")
+        question(pick(OF_OBJECT, row["id"], name).format(name=name.strip().lower()), text, "video_object_caption")
         for name, text in together(row["actor_names"], row["captions"])
         if (text or "").strip()
     ]
-    yield Draft(branches, video=clip(row["video"]))
+    video = clip(row["video"])
+    if row["video"].startswith("OVIS/"):
+        video.frames, video.fps = [PurePosixPath(row["video"]).stem], OVIS_FPS
+    yield Draft(branches, video=video)
 
 
 def motion_caption(row: dict) -> Iterator[Draft]:
-    yield Draft([caption(row["motion_caption"], "video_motion_caption")], video=Clip([row["video_path"]]))
+    names = [f"MotionBenchCaption-train/videos/{row['video_path']}", row["video_path"]]
+    yield Draft([caption(row["motion_caption"], "video_motion_caption")], video=clip(names))
 
 
 CONVERTERS = {

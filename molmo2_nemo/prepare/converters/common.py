@@ -305,12 +305,13 @@ def video_names(name: str) -> list[str]:
     return [*(name + suffix for suffix in VIDEO_SUFFIXES), name]
 
 
-def clip(name: str, start=None, end=None, cut: list[str] | None = None, **more) -> Clip:
+def clip(name: str | list[str], start=None, end=None, cut: list[str] | None = None, **more) -> Clip:
     """A video, or the seconds `start` to `end` of it. ValueError: these are not numbers, or end before they start."""
     names = [candidate for item in ([name] if isinstance(name, str) else name) for candidate in video_names(item)]
+    cut = [candidate for item in cut or [] for candidate in video_names(item)]
     if start is None or end is None:
-        return Clip(names, cut=cut or [], **more)
+        return Clip(names, cut=cut, **more)
     start, end = float(start), float(end)
     if not (math.isfinite(start) and math.isfinite(end) and max(start, 0.0) < end):
         raise ValueError("a clip that does not end after its start")
-    return Clip(names, max(start, 0.0), end, cut or [], **more)
+    return Clip(names, max(start, 0.0), end, cut, **more)

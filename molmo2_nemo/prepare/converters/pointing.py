@@ -1,5 +1,6 @@
 """Points in pictures and videos."""
 
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -119,42 +120,71 @@ def _parts_asked(number: int, draw: random.Random) -> list[list[int]]:
     return [part for part in (some, [index for index in everywhere if index not in some]) if part]
 
 
-def video_points(label: str, times: list, points: list, start: float) -> dict | Drop:
-    """A task from points by time, in percent. Times become those since `start`."""
-    groups = [[max(0.0, float(t) - start), xy(of_time)] for t, of_time in together(times or [], points or [])]
+def window(start: float | None, end: float | None, duration: float) -> tuple[float, float] | None | Drop:
+    """The seconds of a clip of at most MAX_SECONDS; None: the whole video, which is not longer."""
+    if start is None or end is None:
+        bounds = f"a video of more than {MAX_SECONDS:g} seconds without the bounds of a clip"
+        return Drop(bounds) if duration > MAX_SECONDS else None
+    if end - start > MAX_SECONDS:
+        return Drop(f"a clip of more than {MAX_SECONDS:g} seconds")
+    return None if start <= 0 and end >= duration else (start, end)
+
+
+def video_points(label: str, times: list, points: list, span: tuple[float, float] | None, **more) -> dict | Drop:
+    """A task from points by time, in percent. Times become those since the start of `span`."""
+    start, end = span or (0.0, math.inf)
+    groups = [[float(time) - start, xy(of_time)] for time, of_time in together(times or [], points or [])]
     if sum(len(of_time) for _, of_time in groups) > MAX_POINTS:
         return Drop(TOO_MANY)
-    return pointing(label, groups, VIDEO_MODES)
+    if not all(0 <= time <= end - start for time, _ in groups):
+        return Drop("points outside of their clip")
+    return pointing(label, groups, VIDEO_MODES, **more)
 
 
 def molmo2_video_point(row: dict) -> Iterator[Draft | Drop]:
-    """Times are those of the whole video at 2 frames a second. A long video comes as windows of MAX_SECONDS."""
-    start, end = row.get("clip_start"), row.get("clip_end")
-    task = video_points(row["label"], row["two_fps_timestamps"], row["points"], float(start or 0.0))
+    """Times are those of the whole video at 2 frames a second. A long video comes as windows of MAX_SECONDS.
+
+    `question` counts: it is asked where the answer has a number. Videos may be there as they were found, or at 2 frames
+    a second as ID_2fps.mp4 (the data set's card; allenai/molmo2: _find_video_point_path_by_id).
+    """
+    if row.get("annotator_unsure"):
+        yield Drop("the annotator was unsure")
+        return
+    duration = float(row["video_duration"])
+    # Bounds count in longer videos alone.
+    span = None if duration <= MAX_SECONDS else window(row.get("clip_start"), row.get("clip_end"), duration)
+    counting = {"count_question": row["question"].strip()} if (row.get("question") or "").strip() else {}
+    task = span
+    if not isinstance(span, Drop):
+        task = video_points(row["label"], row["two_fps_timestamps"], row["points"], span, **counting)
     if isinstance(task, Drop):
         yield task
         return
-    short = float(row["video_duration"]) <= MAX_SECONDS
-    video = clip(row["video_id"]) if short and not start else clip(row["video_id"], start, end)
-    tree = "" if short else None
-    yield Draft([task], video=video, unit="percent", multi_turn=MULTI_TURN if short else 0.0, tree=tree)
+    name, last = row["video_id"], row["video_id"].rsplit("/", 1)[-1]
+    video = clip(list(dict.fromkeys([name, f"{name}_2fps", last, f"{last}_2fps"])), *(span or ()))
+    multi_turn = 0.0 if span else MULTI_TURN
+    yield Draft([task], video=video, unit="percent", multi_turn=multi_turn, tree=None if span else "")
 
 
 def academic_video_point(subset: str):
-    """One query of one clip; rows of other subsets are other data sets."""
+    """One query of one clip; rows of other subsets are other data sets.
+
+    The videos are published as pictures, whose rate the rows do not say: those of a row's video last as long as it.
+    """
 
     def convert(row: dict) -> Iterator[Draft | Drop]:
         if row["subset"] != subset:
             return
-        start, end = row.get("clip_start_time"), row.get("clip_end_time")
-        task = video_points(row["category"], row["timestamps"], row["points"], float(start or 0.0))
+        task = span = window(row["clip_start_time"], row["clip_end_time"], float(row["video_duration"]))
+        if not isinstance(span, Drop):
+            task = video_points(row["category"].lower(), row["timestamps"], row["points"], span)
         if isinstance(task, Drop):
             yield task
             return
-        name = f"{row['dataset']}/{row['video_name']}" if row.get("dataset") else row["video_name"]
-        names = dict.fromkeys([name, row["video_name"]])
-        whole = start is None or (not start and end is not None and end >= row.get("video_duration", end))
-        video = clip(list(names)) if whole else clip(list(names), start, end)
+        stem = row["video_name"].removesuffix(".mp4")
+        names = [f"{row['dataset']}/{stem}", stem] if row.get("dataset") else [stem]
+        video = clip(names, *(span or ()))
+        video.frames, video.seconds = names, float(row["video_duration"])
         yield Draft([task], video=video, unit="percent", tree=None)
 
     return convert

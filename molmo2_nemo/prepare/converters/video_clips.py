@@ -97,11 +97,12 @@ def coin(row: dict) -> Iterator[Draft]:
 def youcook(row: dict) -> Iterator[Draft]:
     """Each step is asked about twice: of its clip, and of the whole video by its times."""
     start, end = (float(value) for value in row["segment"])
-    seed = (row["video"], start)
-    label = question(pick(STEP, *seed), row["sentence"], "youcook2_label")
+    seed, sentence = (row["video"], start), row["sentence"].strip()
+    sentence = sentence if sentence.endswith(".") else f"{sentence}."
+    label = question(pick(STEP, *seed), sentence, "youcook2_label")
     yield Draft([label], video=clip(row["video"], start, end))
     asked = pick(BETWEEN, *seed).format(start=f"{start:.1f}", end=f"{end:.1f}")
-    whole = question(asked, row["sentence"], "video_clip_short_caption_start_end")
+    whole = question(asked, sentence, "video_clip_short_caption_start_end")
     yield Draft([whole], video=clip(row["video"]))
 
 
@@ -128,14 +129,16 @@ def qvhighlights(row: dict) -> Iterator[Draft | Drop]:
     if not 1 <= len(windows) <= MAX_WINDOWS:
         yield Drop(f"not 1 to {MAX_WINDOWS} windows")
         return
-    spans = (f"[<time {float(start):.1f}/>-<time {float(end):.1f}/>]" for start, end in sorted(windows))
-    answer = f"Segments: {', '.join(spans)}"
-    task = question(pick(WHEN, row["qid"]).format(query=row["query"].strip()), answer, "qv_highlights")
+    # Whole seconds, as they are annotated: videos of 150 seconds are shown with all of their length.
+    answer = f"Segments: {', '.join(f'[{start}-{end}]' for start, end in windows)}"
+    asked = pick(WHEN, row["qid"]).format(query=row["query"].strip().rstrip("."))
+    task = question(asked, answer, "video_short_answer")
     yield Draft([task], video=clip([row["vid"], f"videos/{row['vid']}"]))
 
 
 def moments_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
-    """train.csv with the columns path and label, with a header line or without one."""
+    """train.csv with the columns video_path and label, or trainingSet.csv with LABEL/FILE, label and votes and without
+    a header line."""
     with find(raw, "train.csv", "trainingSet.csv").open(newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file)
         for index, line in enumerate(lines):
@@ -148,29 +151,30 @@ def moments_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
 
 def moments(row: dict) -> Iterator[Draft | Drop]:
     label = row["label"].replace("+", " ").strip()
-    if label.startswith(("adult", "child")):
+    if label.startswith(("adult ", "child ")):
         yield Drop("a label that starts with adult or child")
         return
     task = question(pick(ACTION, row["video_path"]), label, "moments_in_time_label")
-    yield Draft([task], video=clip([row["video_path"], f"training/{row['video_path']}"]))
+    names = [f"{folder}/{row['video_path']}" for folder in ("train-videos", "training")]
+    yield Draft([task], video=clip([*names, row["video_path"]]))
 
 
 def kinetics_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
-    """Paths and class numbers of Kinetics-600 and 700, which maps turn into those of the 710 names."""
+    """Paths of Kinetics-600 and 700, each with the number of one of the 710 names."""
     names = find(raw, "k710_label_map.txt").read_text(encoding="utf-8").splitlines()
-    for part in ("k600", "k700"):
-        numbers = read_json(find(raw, f"map_{part}.json"))
-        for line in find(raw, f"{part}_train_list_videos.txt").read_text(encoding="utf-8").splitlines():
+    for part in ("600", "700"):
+        for line in find(raw, f"k{part}_train_list_videos.txt").read_text(encoding="utf-8").splitlines():
             if line.strip():
                 path, number = line.rsplit(maxsplit=1)
-                mapped = numbers[int(number)] if isinstance(numbers, list) else numbers.get(number, number)
-                yield {"video": path, "part": part, "label": names[int(mapped)].strip()}
+                yield {"video": path, "part": part, "label": names[int(number)].strip()}
 
 
 def kinetics(row: dict) -> Iterator[Draft]:
-    task = question(pick(ACTION, row["video"]), row["label"], "kinetics_label")
-    name = row["video"]
-    yield Draft([task], video=clip([f"{row['part']}/{name}", name, f"{row['part']}/train/{name}"]))
+    """The lists' folders are those of one laboratory; the public ones are named by the labels."""
+    label, name = row["label"], row["video"].rsplit("/", 1)[-1]
+    task = question(pick(ACTION, row["video"]), label, "kinetics_label")
+    folders = [f"kinetics{row['part']}/train/{text}" for text in (label, label.replace(" ", "_"))]
+    yield Draft([task], video=clip([*(f"{folder}/{name}" for folder in folders), row["video"], name]))
 
 
 def epic_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
@@ -180,8 +184,8 @@ def epic_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
 def epic(row: dict) -> Iterator[Draft]:
     start, end = (seconds(row[name]) for name in ("start_timestamp", "stop_timestamp"))
     name = row["video_id"]
-    task = question(pick(HAPPENS, name, start), row["narration"], "epic_kitchens_short_action")
-    cut = [f"{name}_{row['start_timestamp']}_{row['stop_timestamp']}.mp4", f"{name}_{start:g}_{end:g}.mp4"]
+    task = question(pick(HAPPENS, name, start), row["narration"], "epic_kitchens_label")
+    cut = [f"{name}_{start:.3f}_{end:.3f}.mp4"]
     places = [f"{row['participant_id']}/videos/{name}", name]
     yield Draft([task], video=clip(places, start, end, cut))
 

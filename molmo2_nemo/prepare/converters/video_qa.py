@@ -16,7 +16,6 @@ from molmo2_nemo.prepare.converters.common import (
     clip,
     columns,
     find,
-    find_all,
     json_items,
     jsonl,
     pick,
@@ -71,15 +70,24 @@ def nextqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
         yield row | {"file": names.get(row["video"], row["video"])}
 
 
-def five_options(row: dict) -> Iterator[Draft]:
-    """NExT-QA and IntentQA: a0..a4 and the index of the right one."""
-    name = row.get("file") or row.get("video_id") or row["video"]
-    text = row["question"].strip()
-    task = choice(text if text.endswith("?") else f"{text}?", numbered(row, "a", 0, 5), row["answer"], MC)
-    last = name.rsplit("/", 1)[-1]
-    yield Draft(
-        [task], video=clip(list(dict.fromkeys([name, last, f"NExTVideo-all-videos/{name}", f"NExTVideo/{name}"])))
-    )
+def nextqa(row: dict) -> Iterator[Draft]:
+    """a0..a4 and the index of the right one, of a VidOR video in FOLDER/ID."""
+    task = choice(row["question"], numbered(row, "a", 0, 5), row["answer"], MC)
+    yield Draft([task], video=clip(list(dict.fromkeys([row["file"], row["file"].rsplit("/", 1)[-1]]))))
+
+
+def intentqa(row: dict) -> Iterator[Draft]:
+    """NExT-QA's columns; each question is asked with and without its options."""
+    options = numbered(row, "a", 0, 5)
+    task = choice(row["question"], options, row["answer"], MC)
+    spoken = question(row["question"], options[task["answer"]], SHORT)
+    yield Draft([spoken, task], video=clip(row["video_id"]))
+
+
+def video_instruct(row: dict) -> Iterator[Draft]:
+    """VideoInstruct-100K: questions about ActivityNet videos, which it calls v_ID."""
+    name = row["video_id"]
+    yield Draft([question(row["q"], row["a"], "user_qa")], video=clip([name.removeprefix("v_"), name]))
 
 
 def perception_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
@@ -152,10 +160,17 @@ def paxion(row: dict) -> Iterator[Draft]:
         video = clip([row["rel_vid_path"], row["rel_vid_path"].rsplit("/", 1)[-1]])
     else:
         right, wrong = row["clip_text"], row["action_antonym_clip_text"]
-        start, end, uid = row["clip_start"], row["clip_end"], row["video_uid"]
-        video = clip([f"full_scale/{uid}", uid], start, end, [f"{uid}_{start}_{end}.mp4"])
+        right, wrong = (_without_narrator(text) for text in (right, wrong))
+        start, end, uid = float(row["clip_start"]), float(row["clip_end"]), row["video_uid"]
+        video = clip([f"full_scale/{uid}", uid], start, end, [f"{uid}_{start:.3f}_{end:.3f}.mp4"])
     seed = f"{video.names[0]} {video.start}"
     yield Draft([shuffled_choice(pick(ACTION, seed), right, [wrong, "Not sure"], MC, seed)], video=video)
+
+
+def _without_narrator(text: str) -> str:
+    """Ego4D's narrations begin with a tag of who acts: "#C C opens the door" is "C opens the door"."""
+    text = re.sub(r"^#\S", "", text).lstrip()
+    return text[:1].upper() + text[1:]
 
 
 def llava_video(row: dict) -> Iterator[Draft]:
@@ -197,8 +212,10 @@ def how2qa(row: dict) -> Iterator[Draft]:
         raise ValueError("a span that is not [start:end]")
     wrong = [row["wrong1"], row["wrong2"], row["wrong3"]]
     task = shuffled_choice(row["question"], row["answer"], wrong, MC, row["video_id"], row["span"])
-    name, cut = row["video_id"].strip(), f"{row['video_id'].strip()}_{match[1]}_{match[2]}.mp4"
-    yield Draft([task], video=clip(name, match[1], match[2], [cut]))
+    name = row["video_id"].strip()
+    # Clips that a user cut are named by the seconds to hundredths: [180.0:200.31] is ID_180.0_200.31.
+    start, end = (round(float(value), 2) for value in match.groups())
+    yield Draft([task], video=clip(name, start, end, [f"{name}_{start}_{end}", f"{name}_{match[1]}_{match[2]}"]))
 
 
 def trafficqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
@@ -275,42 +292,44 @@ def funqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
 
 
 def funqa(row: dict) -> Iterator[Draft | Drop]:
-    """Tasks that ask for times are left out. The options of the others are a Python list inside the text."""
-    if row["task"] in ("H1", "C1", "M1", "C4", "C5"):
+    """Tasks that ask for times are left out. Rows of the multiple choice file name no task."""
+    if row.get("task") in ("H1", "C1", "M1", "C4", "C5"):
         yield Drop("asks for times")
         return
     name = row["visual_input"]
-    video = clip([name, f"train/{name}", *(f"train/train_{kind}/{name}" for kind in ("humor", "creative", "magic"))])
+    video = clip([*(f"train/train_{kind}/{name}" for kind in ("humor", "creative", "magic")), name])
     if row.get("gt") is None:
-        yield Draft([question(row["instruction"], row["output"], "funqa")], video=video, tree="oe")
-        return
-    text = row["instruction"]
-    start, end = text.find("["), text.rfind("]")
+        yield Draft([question(row["instruction"], row["output"], SHORT)], video=video, tree="oe")
+    else:
+        asked, options = _asked_in_text(row["instruction"])
+        yield Draft([choice(asked, options, int(row["gt"]) - 1, MC)], video=video, tree="mc")
+
+
+def _asked_in_text(text: str) -> tuple[str, list[str]]:
+    """The question and the options of "... The Question is: ...? The Options are: ['Options 1: ...', ...]".
+
+    ValueError: the text does not end with a Python list.
+    """
+    before, _, written = text.rpartition("The Options are:")
     try:
-        options = ast.literal_eval(text[start : end + 1]) if 0 <= start < end and len(text) < 20_000 else None
+        options = ast.literal_eval(written.strip()) if len(text) < 20_000 else None
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         options = None
-    if not isinstance(options, list | tuple):
+    if not isinstance(options, list):
         raise ValueError("no list of options in the text")
-    asked = text[:start].strip().rstrip(":") or text[end + 1 :].strip()
-    yield Draft([choice(asked, list(options), int(row["gt"]) - 1, MC)], video=video, tree="mc")
+    asked = before.strip().rpartition("\n")[2].rpartition("The Question is:")[2].strip()
+    return asked, [str(option).removeprefix(f"Options {k}:").strip() for k, option in enumerate(options, 1)]
 
 
 def star(row: dict) -> Iterator[Draft]:
     """Each question with and without its options, about seconds of a Charades video."""
-    options = [c["choice"] for c in row["choices"]]
-    task = choice(row["question"], options, options.index(row["answer"]), MC)
-    tasks = [task, question(row["question"], row["answer"], SHORT)]
+    tasks, options = [question(row["question"], row["answer"], SHORT)], [c["choice"] for c in row["choices"]]
+    if row["answer"] in options:
+        tasks.append(choice(row["question"], options, options.index(row["answer"]), MC))
+    else:
+        yield Drop("the right answer is none of the options")
     name = row["video_id"]
     yield Draft(tasks, video=clip([f"Charades_v1/{name}", name], row["start"], row["end"]))
-
-
-def narrative_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
-    """The rows of all JSON files except those of other splits."""
-    for path in find_all(raw, "*.json"):
-        if not {"val", "test"} & set(re.split(r"[^a-z]+", str(path.relative_to(raw.folder)).lower())):
-            content = read_json(path)
-            yield from content.get("annotations", []) if isinstance(content, dict) else []
 
 
 def narrative_qa(row: dict) -> Iterator[Draft]:
@@ -353,8 +372,9 @@ CONVERTERS = {
     "Molmo2-AskModelAnything": Converter(human_qa),
     "Molmo2-VideoCapQA": Converter(caption_qa),
     "Molmo2-VideoSubtitleQA": Converter(caption_qa),
-    "nextqa": Converter(five_options, nextqa_rows),
-    "intentqa": Converter(five_options),
+    "nextqa": Converter(nextqa, nextqa_rows),
+    "intentqa": Converter(intentqa),
+    "videochatgpt": Converter(video_instruct),
     "perception-test": Converter(perception_test, perception_rows),
     "tgif": Converter(tgif, tgif_rows),
     "tvqa": Converter(tvqa, tvqa_rows),
@@ -364,12 +384,14 @@ CONVERTERS = {
     "how2qa": Converter(how2qa, how2qa_rows),
     "sutd-trafficqa": Converter(trafficqa, trafficqa_rows),
     "social-iq-2": Converter(social_iq),
-    "sports-qa": Converter(partial(open_answer, name="video", folder="videos/")),
+    "sports-qa": Converter(partial(open_answer, name="video"), array_rows("meta-data/train.json")),
     "cinepile": Converter(cinepile),
     "clevrer": Converter(clevrer, array_rows("train.json")),
     "funqa": Converter(funqa, funqa_rows),
     "star": Converter(star, array_rows("STAR_train.json"), max_branches=STAR_BRANCHES),
-    "video-localized-narratives-qa": Converter(narrative_qa, narrative_rows),
+    "video-localized-narratives-qa": Converter(
+        narrative_qa, array_rows("text_output/oops_train/qa_text_output.json", "annotations")
+    ),
     "roadtextvqa": Converter(partial(open_answer, name="video"), array_rows("train.json", "data")),
     "countix": Converter(countix, countix_rows),
     "camerabench": Converter(camera_bench),
