@@ -16,7 +16,7 @@ import tarfile
 import urllib.parse
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -36,6 +36,7 @@ from molmo2_nemo.data.encode import Encoder, SamplePlan
 from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.points import Points, parse
 from molmo2_nemo.data.schema import read_example
+from molmo2_nemo.data.tasks import COMMON_MARKERS, UNUSUAL_MARKERS
 from molmo2_nemo.data.video import pick_frames
 from molmo2_nemo.fetch.data_set import FetchOptions, FetchResult, Meter, direct, fetch_set
 from molmo2_nemo.fetch.rules import Rules
@@ -92,6 +93,10 @@ def picture_file(content: dict, name: str) -> bytes:
 def video_file(content: dict, name: str) -> bytes:
     """content: {video: number of frames, fps, size, shift, objects}. MPEG-4 at a quality that keeps the square."""
     size, file = tuple(content.get("size", SIZE)), io.BytesIO()
+    if name.lower().endswith(".gif"):
+        images = [picture(size, squares_of(content, number, size)) for number in range(content["video"])]
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 / content["fps"])
+        return file.getvalue()
     form = {".mkv": "matroska", ".webm": "matroska", ".avi": "avi"}.get(PurePosixPath(name).suffix.lower(), "mp4")
     with av.open(file, "w", format=form) as container:
         stream = container.add_stream("mpeg4", rate=Fraction(content["fps"]).limit_denominator(1001))
@@ -395,7 +400,7 @@ def differences(sample: Shown, expected: dict) -> list[str]:
     assert not strange, f"unknown keys of an expected sample: {sorted(strange)}"
     left = list(expected["turns"])
     for question, answer in sample.turns:
-        match = next((turn for turn in left if turn[0] in question and answer in _answers(turn[1])), None)
+        match = next((turn for turn in left if _is_said(question, answer, turn)), None)
         if match is None:
             found.append(f"the turn {[question, answer]}")
         else:
@@ -419,8 +424,24 @@ def differences(sample: Shown, expected: dict) -> list[str]:
     return found + ([] if expected.get("points_anywhere") else misplaced(sample))
 
 
-def _answers(value) -> list[str]:
-    return value if isinstance(value, list) else [value]
+def _is_said(question: str, answer: str, turn: list | dict) -> bool:
+    """Whether a turn is [a part of the question, an answer, those allowed, or {choice: right, of: [others]}], or one of
+    {either: turns}."""
+    if isinstance(turn, dict):
+        return any(_is_said(question, answer, one) for one in turn["either"])
+    part, wanted = turn
+    if isinstance(wanted, dict):
+        return part in question and _is_chosen(question, answer, str(wanted["choice"]), map(str, wanted["of"]))
+    return part in question and answer in (wanted if isinstance(wanted, list) else [wanted])
+
+
+def _is_chosen(question: str, answer: str, right: str, others: Iterable[str]) -> bool:
+    """Whether all options are asked and the answer is the right one, its label as the question has it, or both."""
+    if not all(option in question for option in (right, *others)):
+        return False
+    if answer.endswith(right):
+        return answer in question
+    return any(marker.format(answer) + right in question for marker in COMMON_MARKERS + UNUSUAL_MARKERS)
 
 
 def _alike(places: list, wanted: list) -> bool:
