@@ -27,6 +27,8 @@ DOWNLOADED_IMAGES = {
 }
 # FFmpeg's names of the containers that such a download may give, with their suffix.
 DOWNLOADED_VIDEOS = {"mp4": ".mp4", "webm": ".webm", "matroska": ".mkv", "avi": ".avi", "mov": ".mov"}
+# Suffixes of video files, in small letters; they are compared without case.
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 
 # Questions with their answers (branches) of a sample. Reading 10,000 takes a tenth of a second, and the longest row of
 # the recipes, 36,864 tokens, holds fewer: a branch has at least five tokens.

@@ -358,7 +358,8 @@ class _Fetch:
     def _youtube(self) -> None:
         columns, wanted = self.entry.media.columns, set()
         for row in self._columns(columns):
-            wanted.update(str(row.get(column)) for column in columns)
+            # ActivityNet calls its videos v_ID.
+            wanted.update(re.sub(r"^v_(?=.{11}$)", "", str(row.get(column))) for column in columns)
         media = self.folder / "media"
         self.counts |= fetch_videos(wanted, media, self.meter.add, self.progress, self.options.retry_lost)
 

@@ -13,12 +13,24 @@ from molmo2_nemo.fetch.archives import content_of, folder_name
 from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.media_check import instead_of_file
 from molmo2_nemo.files import sha256_of
+from molmo2_nemo.limits import VIDEO_SUFFIXES
 
 
 def missing_layout(entry: DataSet, folder: Path) -> list[str]:
     """Patterns of files that the user has to put into manual/ and that match no file with content."""
     manual = folder / "manual"
-    return [pattern for pattern in entry.layout if not any(_has_content(path) for path in manual.glob(pattern))]
+    return [pattern for pattern in entry.layout if not any(map(_has_content, _matching(manual, pattern)))]
+
+
+def _matching(folder: Path, pattern: str) -> Iterator[Path]:
+    """The files of a pattern, which may be written in other letters; the suffix of a video stands for all of them."""
+    stem, dot, suffix = pattern.rpartition(".")
+    if f".{suffix}".lower() not in VIDEO_SUFFIXES:
+        yield from folder.glob(pattern, case_sensitive=False)
+        return
+    for path in folder.glob(f"{stem}.*", case_sensitive=False):
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            yield path
 
 
 def manual_annotations(entry: DataSet, folder: Path) -> list[Path]:
@@ -26,7 +38,11 @@ def manual_annotations(entry: DataSet, folder: Path) -> list[Path]:
     found = []
     for pattern in entry.source.layout or ["**/*"]:
         if pattern.lower().endswith(ROW_SUFFIXES) or pattern == "**/*":
-            found += [p for p in sorted((folder / "manual").glob(pattern)) if p.suffix.lower() in ROW_SUFFIXES]
+            found += [
+                p
+                for p in sorted((folder / "manual").glob(pattern, case_sensitive=False))
+                if p.suffix.lower() in ROW_SUFFIXES
+            ]
     return list(dict.fromkeys(found))
 
 

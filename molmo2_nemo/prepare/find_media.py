@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from molmo2_nemo.catalogue.raw import RawSource
-from molmo2_nemo.prepare.converters.common import VIDEO_SUFFIXES
+from molmo2_nemo.limits import VIDEO_SUFFIXES
 
 ABSENT = "its picture or video is not on disk"
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")

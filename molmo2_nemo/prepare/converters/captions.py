@@ -3,7 +3,19 @@
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from molmo2_nemo.prepare.converters.common import Converter, Draft, Drop, caption, clip, pick, question, together
+from molmo2_nemo.catalogue.raw import RawSource
+from molmo2_nemo.prepare.converters.common import (
+    Converter,
+    Draft,
+    Drop,
+    caption,
+    clip,
+    find_all,
+    pick,
+    question,
+    read_json,
+    together,
+)
 
 # Rows of Molmo2-Cap below this are not used (molmo2: vixmo3_top_level_captions_min_3).
 MIN_SCORE = 3
@@ -26,6 +38,15 @@ def pixmo_cap(row: dict) -> Iterator[Draft]:
     yield Draft(branches, [row["image_url"]])
 
 
+def molmo2_cap_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
+    """Koala calls its videos otherwise: koala_meta.zip has NAME.json with the address of each."""
+    names = {}
+    for path in find_all(raw, "koala_meta/*.json"):
+        names.setdefault(read_json(path).get("url", "").partition("v=")[2], path.stem)
+    for row in raw.rows(split):
+        yield row | {"koala": names.get(row["video_id"])}
+
+
 def molmo2_cap(row: dict) -> Iterator[Draft | Drop]:
     """Up to three captions of different lengths of one clip."""
     score = row.get("annotation_score")
@@ -39,7 +60,9 @@ def molmo2_cap(row: dict) -> Iterator[Draft | Drop]:
     }
     branches = [caption(row[name], style) for name, style in styles.items() if (row.get(name) or "").strip()]
     if branches:
-        yield Draft(branches, video=clip(row["video_id"], row.get("video_start"), row.get("video_end")))
+        # LLaVA-Video-178K's names of ActivityNet and of YouTube begin with v_ and ytb_.
+        names = [*(f"{prefix}{row['video_id']}" for prefix in ("", "v_", "ytb_")), row.get("koala")]
+        yield Draft(branches, video=clip(list(filter(None, names)), row.get("video_start"), row.get("video_end")))
     else:
         yield Drop("no caption")
 
@@ -64,7 +87,7 @@ def motion_caption(row: dict) -> Iterator[Draft]:
 
 CONVERTERS = {
     "pixmo-cap": Converter(pixmo_cap),
-    "Molmo2-Cap": Converter(molmo2_cap),
+    "Molmo2-Cap": Converter(molmo2_cap, molmo2_cap_rows),
     "video-localized-narratives-caption": Converter(localized_narratives),
     "motionbench": Converter(motion_caption),
 }

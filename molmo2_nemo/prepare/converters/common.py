@@ -16,8 +16,8 @@ from pathlib import Path
 from molmo2_nemo.catalogue import raw as raw_files
 from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.files import sha256_of_text
+from molmo2_nemo.limits import VIDEO_SUFFIXES
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 MAX_POINTS = 60  # of a pointing answer (molmo2: olmo/data, "max_points")
 
 
