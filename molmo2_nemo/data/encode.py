@@ -438,7 +438,9 @@ class Encoder:
             start, end = start - shown.start, end - shown.start
             first = bisect_left(times, start - SUBTITLE_REACH)
             if first < len(times) and times[first] <= end + SUBTITLE_REACH:
-                lines.append(f"{max(0.0, start):.1f} - {end:.1f} {text}")
+                # One that lasts as long as the video stands for all that is said, without times.
+                lasts = start <= 0 and end >= video.seconds
+                lines.append(text if lasts else f"{max(0.0, start):.1f} - {end:.1f} {text}")
                 if len(lines) > row:
                     break
         text = "\n".join([*lines, ""])

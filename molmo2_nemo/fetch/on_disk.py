@@ -38,11 +38,8 @@ def manual_annotations(entry: DataSet, folder: Path) -> list[Path]:
     found = []
     for pattern in entry.source.layout or ["**/*"]:
         if pattern.lower().endswith(ROW_SUFFIXES) or pattern == "**/*":
-            found += [
-                p
-                for p in sorted((folder / "manual").glob(pattern, case_sensitive=False))
-                if p.suffix.lower() in ROW_SUFFIXES
-            ]
+            paths = sorted((folder / "manual").glob(pattern, case_sensitive=False))
+            found += [path for path in paths if path.suffix.lower() in ROW_SUFFIXES]
     return list(dict.fromkeys(found))
 
 

@@ -24,6 +24,8 @@ from molmo2_nemo.prepare.media import MAX_MEDIA, encode, excerpt, image_facts, s
 
 # Seconds by which a clip may lie outside of its video: annotations are rounded.
 SAME_END = 1.0
+# Seconds by which the length of a video may be rounded, and rates at which pictures of videos are published.
+ROUNDED, USUAL_RATES = 0.5, (4, 5, 6, 24, 25, 30)
 # A point that is outside of its picture by more than this many sides of it is a mistake, not an inexact one.
 FAR = 1.0
 # A clip is cut out of a file that has more bytes than this, if it is shorter than this share of it.
@@ -232,6 +234,8 @@ def _video(video: Clip, raw: RawSource) -> tuple[bytes, str, dict]:
         facts = dict(_facts_of(str(path), stat.st_size, stat.st_mtime_ns))
         if "error" in facts:
             raise Dropped(facts["error"])
+        if video.may_be_cut and video.start is not None and video.end > facts["duration"] + SAME_END:
+            whole |= abs(video.end - video.start - facts["duration"]) <= SAME_END
         if video.start is not None and not whole:
             data, ending, facts = _cut(path, video.start, video.end, facts["duration"], (data, ending, facts))
     start = video.start or 0.0
@@ -282,20 +286,36 @@ def _has_rate(path: Path, fps: float) -> bool:
 
 def _encoded(video: Clip, raw: RawSource, path: Path | None) -> bytes:
     """An mp4 file of the pictures of a folder, or of the frames of a video file, or of those of a clip of them."""
-    if not video.fps or not (path or video.frames):
+    if not (video.fps or video.seconds) or not (path or video.frames):
         raise Dropped(ABSENT)
+    frames = [] if path else find_frames(video.frames, raw)
+    fps = _rate(len(frames), video)
     step = max(1, round(video.native_fps / video.fps)) if video.native_fps else 1
     chosen = slice(None)
     if video.start is not None:
-        chosen = slice(round(video.start * video.fps), round(video.end * video.fps))
+        chosen = slice(round(video.start * fps), round(video.end * fps))
     if path:
         data = _read(path)
         stamps = _try(list_frames, "video", data).seconds[::step][chosen]
         pictures = _try(pick_frames, "video", data, stamps)
     else:
-        frames = find_frames(video.frames, raw)[::step][chosen]
-        pictures = (_try(read_image, "picture", _read(frame)) for frame in frames)
-    data = _try(encode, "video", pictures, video.fps)
+        pictures = (_try(read_image, "picture", _read(frame)) for frame in frames[::step][chosen])
+    data = _try(encode, "video", pictures, fps)
     if not data:
         raise Dropped("a clip outside of its video")
     return data
+
+
+def _rate(number: int, video: Clip) -> float:
+    """How many of the pictures of a folder belong to a second.
+
+    Where the length of the whole video is known, which may be rounded to half seconds: the rate `fps` if the pictures
+    last as long at it, or the usual rate at which their length comes nearest, or else the one that follows.
+    """
+    if video.seconds is None:
+        return video.fps
+    away = {rate: abs(number / rate - video.seconds) for rate in (video.fps, *USUAL_RATES) if rate}
+    if video.fps and away[video.fps] <= ROUNDED:
+        return video.fps
+    nearest = min(away, key=away.get)
+    return nearest if away[nearest] <= ROUNDED else number / video.seconds

@@ -62,7 +62,8 @@ def molmo2_cap(row: dict) -> Iterator[Draft | Drop]:
     if branches:
         # LLaVA-Video-178K's names of ActivityNet and of YouTube begin with v_ and ytb_.
         names = [*(f"{prefix}{row['video_id']}" for prefix in ("", "v_", "ytb_")), row.get("koala")]
-        yield Draft(branches, video=clip(list(filter(None, names)), row.get("video_start"), row.get("video_end")))
+        video = clip(list(filter(None, names)), row.get("video_start"), row.get("video_end"), may_be_cut=True)
+        yield Draft(branches, video=video)
     else:
         yield Drop("no caption")
 

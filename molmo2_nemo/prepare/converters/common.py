@@ -28,6 +28,7 @@ class Clip:
     `cut`: names of a file that holds these seconds alone. `frames`: names of a folder of pictures, `fps` a second,
     of which a video is made. `native_fps`: there are so many a second in the folder, or in the video, and every
     round(native_fps / fps)-th of them is taken. `FOLDER/**/NAME` is any NAME below a FOLDER, for videos and frames.
+    `seconds`: length of the whole video, where the rate of its pictures is not sure.
     """
 
     names: list[str] = field(default_factory=list)
@@ -37,7 +38,9 @@ class Clip:
     frames: list[str] = field(default_factory=list)
     fps: float | None = None
     native_fps: float | None = None
+    seconds: float | None = None
     annotation_fps: float | None = None
+    may_be_cut: bool = False  # the file of one of the names holds these seconds alone if it is as long as they are
     subtitles: list[tuple[float, float, str]] = field(default_factory=list)  # seconds of the whole video
 
 

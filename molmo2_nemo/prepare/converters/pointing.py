@@ -166,10 +166,11 @@ def molmo2_video_point(row: dict) -> Iterator[Draft | Drop]:
     yield Draft([task], video=video, unit="percent", multi_turn=multi_turn, tree=None if span else "")
 
 
-def academic_video_point(subset: str):
+def academic_video_point(subset: str, fps: float | None):
     """One query of one clip; rows of other subsets are other data sets.
 
-    The videos are published as pictures, whose rate the rows do not say: those of a row's video last as long as it.
+    The videos are published as pictures, at `fps` or another rate, which the rows do not say: they last as long as the
+    row's video, which was annotated at 2 frames a second.
     """
 
     def convert(row: dict) -> Iterator[Draft | Drop]:
@@ -184,19 +185,21 @@ def academic_video_point(subset: str):
         stem = row["video_name"].removesuffix(".mp4")
         names = [f"{row['dataset']}/{stem}", stem] if row.get("dataset") else [stem]
         video = clip(names, *(span or ()))
-        video.frames, video.seconds = names, float(row["video_duration"])
+        video.frames, video.fps, video.seconds = names, fps, float(row["video_duration"])
         yield Draft([task], video=video, unit="percent", tree=None)
 
     return convert
 
 
+# Data set -> its name in the rows, and the rate at which the public code takes its source's pictures (allenai/molmo2:
+# VIDEO_FPS in academic_video_track_datasets.py, OVIS/train_mp4_5fps); BURST's differ from video to video.
 SUBSETS = {
-    "mevis": "mevis",
-    "ref-youtube-vos": "refyoutube",
-    "lv-vis": "lvvis",
-    "ovis": "ovis",
-    "burst": "burst",
-    "ref-davis17": "refdavis17",
+    "mevis": ("mevis", 6),
+    "ref-youtube-vos": ("refyoutube", 6),
+    "lv-vis": ("lvvis", 4),
+    "ovis": ("ovis", 5),
+    "burst": ("burst", None),
+    "ref-davis17": ("refdavis17", 6),
 }
 CONVERTERS = {
     "pixmo-points": Converter(pixmo_points, max_points=MAX_POINTS),
@@ -204,5 +207,8 @@ CONVERTERS = {
     "cosyn-point": Converter(cosyn_point),
     "Molmo2-MultiImagePoint": Converter(multi_image_point),
     "Molmo2-VideoPoint": Converter(molmo2_video_point),
-    **{f"academic-video-point-{name}": Converter(academic_video_point(key)) for name, key in SUBSETS.items()},
+    **{
+        f"academic-video-point-{name}": Converter(academic_video_point(*of_source))
+        for name, of_source in SUBSETS.items()
+    },
 }
