@@ -425,14 +425,16 @@ def differences(sample: Shown, expected: dict) -> list[str]:
 
 
 def _is_said(question: str, answer: str, turn: list | dict) -> bool:
-    """Whether a turn is [a part of the question, an answer, those allowed, or {choice: right, of: [others]}], or one of
-    {either: turns}."""
+    """Whether a turn is [a part of the question or {all: the question}, an answer, a list of those allowed, or
+    {choice: right, of: [others]}], or one of {either: turns}."""
     if isinstance(turn, dict):
         return any(_is_said(question, answer, one) for one in turn["either"])
-    part, wanted = turn
+    asked, wanted = turn
+    if asked["all"] != question if isinstance(asked, dict) else asked not in question:
+        return False
     if isinstance(wanted, dict):
-        return part in question and _is_chosen(question, answer, str(wanted["choice"]), map(str, wanted["of"]))
-    return part in question and answer in (wanted if isinstance(wanted, list) else [wanted])
+        return _is_chosen(question, answer, wanted["choice"], wanted["of"])
+    return answer in (wanted if isinstance(wanted, list) else [wanted])
 
 
 def _is_chosen(question: str, answer: str, right: str, others: Iterable[str]) -> bool:
