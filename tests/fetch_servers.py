@@ -8,6 +8,7 @@ import json
 import struct
 import threading
 import time
+import urllib.parse
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -140,7 +141,7 @@ class Hub(_Server):
         self.delay = 0.0  # s for each 64 KiB
 
     def answer(self, request: _Handler) -> None:
-        path = request.path.partition("?")[0]
+        path = urllib.parse.unquote(request.path.partition("?")[0])
         parts = path.strip("/").split("/")
         self.count(path)
         if parts[:2] == ["api", "datasets"]:

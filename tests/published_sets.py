@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 import av
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import yaml
 from fetch_servers import Hub, Repo, _Handler, _Server
@@ -159,6 +160,11 @@ def rows_file(rows: list[dict], suffix: str) -> bytes:
     if suffix == ".parquet":
         file = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        return file.getvalue()
+    if suffix == ".arrow":
+        table, file = pyarrow.Table.from_pylist(rows), io.BytesIO()
+        with pyarrow.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
         return file.getvalue()
     if suffix == ".jsonl":
         return "".join(json.dumps(row) + "\n" for row in rows).encode()
