@@ -1,7 +1,5 @@
-"""Raw rows of every data set of the catalogue, in their true columns, become tasks of the schema."""
+"""Raw rows become tasks of the schema: special cases, beside those of test_published.py, and sets of a known form."""
 
-import csv
-import io
 import json
 import random
 
@@ -16,6 +14,16 @@ from molmo2_nemo.prepare.converters import CONVERTERS, converter_of
 from molmo2_nemo.prepare.converters.common import Draft, Drop, json_items
 
 BRANCH = TypeAdapter(Branch)
+MANTIS = {
+    "subset": "s",
+    "example_id": "e",
+    "images": ["a.jpg", "b.jpg"],
+    "mc_question": ["Same?"],
+    "oe_question": ["Same or not?"],
+    "direct_answer": ["no"],
+    "choices": [["yes", "no"]],
+    "correct_choice_idx": [1],
+}
 PNG = {"bytes": b"\x89PNG picture", "path": "x.png"}
 ENTRIES = {entry.name: entry.model_dump() for entry in load_catalogue(REPOSITORY / "conf" / "datasets.yaml").sets}
 
@@ -148,18 +156,14 @@ def video_point_row(**more):
         "raw_frames": [1, 2],
         "clip_start": 63.0,
         "clip_end": 126.0,
-        "annotator_unsure": True,
+        "annotator_unsure": False,
         **more,
     }
 
 
-def test_video_points_count_time_from_the_start_of_their_window():
+def test_queries_of_a_short_video_share_a_sample_and_are_often_one_conversation():
     [draft] = convert("Molmo2-VideoPoint", video_point_row())
-    assert (draft.video.start, draft.video.end) == (63.0, 126.0) and "abc.mp4" in draft.video.names
-    assert draft.branches[0]["points"] == [[7.5, [[10.0, 20.0]]], [8.0, [[30.0, 40.0]]]]
-    assert draft.branches[0]["style"] == ["video_point", "video_point_count"] and draft.unit == "percent"
-    assert draft.tree is None
-    # Queries of a short video share a sample, a fifth of the time as one conversation.
+    assert draft.tree is None and draft.multi_turn == 0
     [short] = convert(
         "Molmo2-VideoPoint",
         video_point_row(video_duration=63.0, clip_start=0.0, clip_end=63.0, two_fps_timestamps=[1.0, 2.5]),
@@ -225,148 +229,22 @@ def test_single_object_sets_read_their_configuration_of_one_repository(tmp_path)
     assert draft.video.names[0] == "tnnlt.mp4" and draft.branches[0]["style"] == "video_single_point_track_per_frame"
 
 
-def test_academic_video_points_belong_to_their_subset():
-    row = {
-        "subset": "burst",
-        "video_name": "v9",
-        "dataset": "AVA",
-        "category": "person",
-        "count": 1,
-        "timestamps": [64.0],
-        "points": [[{"x": 50.0, "y": 50.0}]],
-        "video_duration": 90.0,
-        "clip_start_time": 30.0,
-        "clip_end_time": 90.0,
-    }
-    [draft] = convert("academic-video-point-burst", row)
-    assert draft.branches[0]["points"] == [[34.0, [[50.0, 50.0]]]] and draft.tree is None
-    assert draft.video.names[0] == "AVA/v9.mp4" and (draft.video.start, draft.video.end) == (30.0, 90.0)
-    assert convert("academic-video-point-ovis", row) == []
-    subsets = {
-        "mevis": "mevis",
-        "refyoutube": "ref-youtube-vos",
-        "lvvis": "lv-vis",
-        "ovis": "ovis",
-        "refdavis17": "ref-davis17",
-    }
-    for subset, name in subsets.items():
-        assert len(convert(f"academic-video-point-{name}", row | {"subset": subset, "dataset": None})) == 1
-
-
-def test_molmo2_cap_has_up_to_three_captions():
-    row = {
-        "video_id": "y",
-        "video_start": 5.0,
-        "video_end": 20.0,
-        "video_caption": "",
-        "merged_caption": "m",
-        "video_frame_merged_caption": "long",
-        "annotation_score": 3,
-    }
-    [draft] = convert("Molmo2-Cap", row)
-    assert [(b["style"], b["text"]) for b in draft.branches] == [
-        ("video_merged_caption", "m"),
-        ("video_long_caption", "long"),
-    ]
-    assert (draft.video.start, draft.video.end) == (5.0, 20.0)
-    assert convert("Molmo2-Cap", row | {"annotation_score": 2.5}) == ["annotation_score below 3"]
-
-
-def test_subtitles_come_as_lists_as_lines_of_a_file_and_as_tagged_text(tmp_path):
-    asked = {"video_id": "v", "Question": "Who?", "Answer": "Ann", "NegativeAnswers": ["Bob", "Cy"], "Category": "c"}
-    spoken = [{"start": 1.0, "end": 2.5, "text": "Hi"}]
-    [draft] = convert("Molmo2-VideoSubtitleQA", asked | {"AlignmentType": "a", "subtitle": spoken})
-    assert draft.video.subtitles == [(1.0, 2.5, "Hi")] and sorted(draft.branches[0]["options"]) == ["Ann", "Bob", "Cy"]
-
-    question = {
-        "q": "What?",
-        "a0": "v",
-        "a1": "w",
-        "a2": "x",
-        "a3": "y",
-        "a4": "z",
-        "answer_idx": 3,
-        "ts": "10.5-20.0",
-        "vid_name": "friends_s01",
-        "show_name": "Friends",
-    }
-    subtitles = {"vid_name": "friends_s01", "sub": [{"start": 11.0, "end": 12.0, "text": "Hello"}]}
-    files = {"hub/tvqa_train.jsonl": lines(question), "hub/tvqa_preprocessed_subtitles.jsonl": lines(subtitles)}
-    [draft] = read(tmp_path, "tvqa", files)
-    assert (draft.video.start, draft.video.end, draft.video.fps) == (10.5, 20.0, 3)
-    assert "friends_frames/friends_s01" in draft.video.frames and draft.video.subtitles == [(11.0, 12.0, "Hello")]
-    assert draft.branches[0]["options"][draft.branches[0]["answer"]] == "y"
-
+def test_subtitles_of_films_may_have_times():
     film = {
         "video_id": "m",
         "movie_name": "M",
         "examples": [{"question": "Q?", "choices": ["a", "b"], "answer_key_position": 1}],
     }
-    [draft] = convert("cinepile", film | {"subtitles": "<subtitle> Hello <b>there</b>\n<subtitle> Bye"})
-    assert draft.video.subtitles == [(0.0, 1e6, "Hello  there\nBye")]
     [draft] = convert("cinepile", film | {"subtitles": "<subtitle> [1.0-2.0] Hello<subtitle> [3.5 - 4] Bye"})
     assert draft.video.subtitles == [(1.0, 2.0, "Hello"), (3.5, 4.0, "Bye")]
 
 
-def test_funqa_options_are_read_from_text_and_never_run(tmp_path):
-    spoken = {"task": "H2", "visual_input": "a.mp4", "instruction": "Why is it funny?", "output": "He slips."}
-    options = {
-        "task": "H2",
-        "visual_input": "a.mp4",
-        "gt": "2",
-        "instruction": "Why is it funny? Choose from: ['He\\'s slow', \"He slips\"]",
-    }
-    files = {"hub/FunQA_train.json": [spoken, spoken | {"task": "H1"}], "hub/Funqa_mcqa_v1.json": [options]}
-    oe, dropped, mc = read(tmp_path, "funqa", files)
-    assert oe.branches[0]["answers"] == ["He slips."] and dropped == "asks for times"
-    assert mc.branches[0]["options"] == ["He's slow", "He slips"] and mc.branches[0]["answer"] == 1
+def test_code_in_a_text_or_a_table_is_never_run():
+    asked = {"visual_input": "H_1.mp4", "gt": "2", "instruction": "The Options are: [__import__('os').system('false')]"}
     with pytest.raises(ValueError, match="no list of options"):
-        convert("funqa", options | {"instruction": "[__import__('os').system('false'), 'b']"})
-
-
-def test_headless_tables_and_lines_of_text_are_clips(tmp_path):
-    file = io.StringIO()
-    csv.writer(file).writerow(["vid", "[12:30]", "w1", "w2, with a comma", "w3", "Who?", "me"])
-    [draft] = read(tmp_path, "how2qa", {"hub/how2QA_train_release.csv": file.getvalue()})
-    assert (draft.video.start, draft.video.end) == (12.0, 30.0) and draft.video.cut == ["vid_12_30.mp4"]
-    task = draft.branches[0]
-    assert task["options"][task["answer"]] == "me" and "w2, with a comma" in task["options"]
+        convert("funqa", asked)
     with pytest.raises(ValueError, match="span"):
         convert("how2qa", {"span": "[__import__('os')]", "video_id": "v", "wrong1": "", "wrong2": "", "wrong3": ""})
-
-    [draft] = read(
-        tmp_path, "charades-sta", {"manual/charades_sta_train.txt": "AO8RW 0.0 6.9##a person opens a door.\n"}
-    )
-    assert draft.video.end == 6.9 and draft.branches[0]["answers"] == ["a person opens a door."]
-
-    row = {
-        "qid": 3,
-        "query": "Chef cuts",
-        "vid": "x_60.0_210.0",
-        "duration": 150,
-        "relevant_windows": [[82, 150], [0, 4]],
-        "relevant_clip_ids": [1],
-        "saliency_scores": [[1, 2, 3]],
-    }
-    files = {"hub/highlight_train_release.jsonl": lines(row, row | {"relevant_windows": [[0, 2]] * 6})}
-    kept, dropped = read(tmp_path, "qvhighlights", files)
-    assert kept.branches[0]["answers"] == ["Segments: [<time 0.0/>-<time 4.0/>], [<time 82.0/>-<time 150.0/>]"]
-    assert "5 windows" in dropped
-
-
-def test_ego4d_messages_are_ready():
-    messages = [{"question": "What?", "answer": "opens", "style": "ego4d_label"}]
-    row = {
-        "clip": "u_1_2_custom_clip.mp4",
-        "message_list": messages,
-        "uid": "u",
-        "start": 1.0,
-        "end": 2.0,
-        "corrupt": False,
-    }
-    [draft] = convert("ego4d", row)
-    assert draft.video.cut[0] == "u_1_2_custom_clip.mp4" and draft.branches[0]["style"] == "ego4d_label"
-    assert convert("ego4d", row | {"corrupt": True}) == ["marked as corrupt"]
 
 
 def test_tulu_keeps_alternating_turns_behind_a_system_turn():
@@ -388,196 +266,6 @@ def test_tulu_keeps_alternating_turns_behind_a_system_turn():
     assert len(dropped) == 6 and all(isinstance(reason, str) for reason in dropped)
 
 
-def test_other_odd_files(tmp_path):
-    head = ["record_id", "vid_filename", "q_body", "option0", "option1", "option2", "option3", "answer"]
-    [draft] = read(
-        tmp_path,
-        "sutd-trafficqa",
-        {"manual/R2_train.jsonl": lines(head, [1, "b.mp4", "Crash?", "", "yes", "no", "", 2])},
-    )
-    assert draft.branches[0]["options"] == ["yes", "no"] and draft.branches[0]["answer"] == 1
-
-    action = "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\ntumblr_1\tdoes what?\tjump\trun\tsit\teat\tcry\t4\n"
-    count = "gif_name\tquestion\tanswer\ntumblr_1\thow often?\t3\n"
-    files = {
-        f"hub/Train_{kind}_question.csv": action if kind in ("action", "transition") else count
-        for kind in ("action", "count", "transition", "frameqa")
-    }
-    drafts = read(tmp_path, "tgif", files)
-    assert [len(draft.branches) for draft in drafts] == [2, 1, 2, 1]
-    assert drafts[0].branches[0]["answer"] == 4 and drafts[0].branches[1]["answers"] == ["cry"]
-
-    pair = {"rel_vid_path": "videos/1.webm", "label": "opening", "label_action_antonym_clip_text": "closing"}
-    ego = {
-        "video_uid": "u",
-        "clip_start": 1.5,
-        "clip_end": 2.5,
-        "clip_text": "C lifts",
-        "action_antonym_clip_text": "C drops",
-    }
-    folder = "hub/ego4d/egoclip_subset_action_antonyms_train_val_test_split/train.jsonl"
-    first, second = read(tmp_path, "paxion", {"hub/ssv2/antonyms/train_with_rel_path.json": [pair], folder: lines(ego)})
-    assert set(first.branches[0]["options"]) == {"opening", "closing", "Not sure"}
-    assert second.video.start == 1.5 and second.branches[0]["options"][second.branches[0]["answer"]] == "C lifts"
-
-    files = {
-        "hub/countix_train_mapped.csv": "video_path,class,count\na/b.mp4,hula hooping,4\n",
-        "hub/class_to_question.json": {"hula hooping": ["How many turns?"]},
-    }
-    [draft] = read(tmp_path, "countix", files)
-    assert draft.branches[0]["question"] == "How many turns?" and draft.branches[0]["answers"] == ["4"]
-
-    asked = [
-        {"question": "What colour?", "answer": "red"},
-        {
-            "question": "Which?",
-            "choices": [
-                {"choice": "a", "choice_id": 0, "answer": "wrong"},
-                {"choice": "b", "choice_id": 1, "answer": "correct"},
-            ],
-        },
-        {"question": "Which two?", "choices": [{"choice": c, "choice_id": 0, "answer": "correct"} for c in "ab"]},
-    ]
-    files = {"hub/train.json": [{"video_filename": "video_01234.mp4", "questions": asked}]}
-    dropped, options, spoken = read(tmp_path, "clevrer", files)
-    assert dropped == "not exactly one right choice" and options.branches[0]["answer"] == 1
-    assert spoken.branches[0]["answers"] == ["red"] and "video_01000-02000/video_01234.mp4" in options.video.names
-
-
-# -- the others: a row of their true columns --------------------------------------------------------------------------
-
-MANTIS = {
-    "subset": "s",
-    "example_id": "e",
-    "images": ["a.jpg", "b.jpg"],
-    "mc_question": ["Same?"],
-    "oe_question": ["Same or not?"],
-    "direct_answer": ["no"],
-    "choices": [["yes", "no"]],
-    "correct_choice_idx": [1],
-}
-FIVE = {"question": "why", "a0": "v", "a1": "w", "a2": "x", "a3": "y", "a4": "z", "answer": "3", "type": "CW"}
-ASKED = {"Question": "Who?", "Answer": "Ann", "NegativeAnswers": ["Bob"], "Category": "c"}
-# Data set -> a row, how many branches it has, and what the first answers.
-ROWS = {
-    "Molmo2-AskModelAnything": ({"video_id": "v", "question": "Q?", "answer": "A"}, 1, "A"),
-    "Molmo2-VideoCapQA": ({"video_id": "v", **ASKED}, 1, "Ann"),
-    "nextqa": ({"video": "1", "file": "1164/1", **FIVE}, 1, "y"),
-    "intentqa": ({"video_id": "1", **FIVE}, 1, "y"),
-    "perception-test": (
-        {"video": "v", "mc_question": [{"question": "Q?", "options": ["a", "b", "c"], "answer_id": 2}]},
-        1,
-        "c",
-    ),
-    "activitynet-qa": ({"video_name": "abc", "question": "who is it", "question_id": "q", "answer": "Ann"}, 1, "Ann"),
-    "llava-video-academic": (
-        {
-            "id": "1",
-            "data_source": "0_30_s_nextqa",
-            "video": "v.mp4",
-            "conversations": [
-                {"from": "human", "value": "<image>\nWhy?\nA. one\nB. two\nAnswer with the letter."},
-                {"from": "gpt", "value": "B."},
-            ],
-        },
-        1,
-        "two",
-    ),
-    "newsvideoqa": ({"uni_clipped_id": "c", "question": "Q?", "answer": "A"}, 1, "A"),
-    "social-iq-2": ({"vid_name": "v", "q": "Q?", "a0": "a", "a1": "b", "a2": "c", "a3": "d", "answer_idx": 0}, 1, "a"),
-    "sports-qa": ({"video": "x/1", "question": "Q?", "answer": "A"}, 1, "A"),
-    "star": (
-        {
-            "video_id": "v",
-            "start": 1.0,
-            "end": 4.5,
-            "question": "Q?",
-            "answer": "The door.",
-            "choices": [{"choice": "The bed."}, {"choice": "The door."}],
-        },
-        2,
-        "The door.",
-    ),
-    "video-localized-narratives-qa": (
-        {"video_name": "v", "qa_pairs": [{"raw_question": "Q?", "raw_answer": "A", "question_id": 1}]},
-        1,
-        "A",
-    ),
-    "video-localized-narratives-caption": (
-        {"id": "1", "video": "oops/v.mp4", "captions": ["It runs.", "It sits."], "actor_names": ["dog", "cat"]},
-        2,
-        "It runs.",
-    ),
-    "roadtextvqa": ({"video": "v.mp4", "question": "Q?", "answer": ["A", "A"], "questionId": 1}, 1, "A"),
-    "camerabench": ({"video_path": "v.mp4", "mc_qa_list": [ASKED, ASKED]}, 2, "Ann"),
-    "motionbench": ({"video_path": "v.mp4", "motion_caption": "It turns."}, 1, "It turns."),
-    "moments-in-time": ({"video_path": "juggling/1.mp4", "label": "slam+dunking"}, 1, "slam dunking"),
-    "kinetics": ({"video": "a/1.mp4", "part": "k600", "label": "juggling"}, 1, "juggling"),
-    "coin": ({"video": "v", "segment": [3.0, 9.0], "label": "cut bread", "id": "1"}, 1, "cut bread"),
-    "epic-kitchens": (
-        {
-            "participant_id": "P01",
-            "video_id": "P01_01",
-            "start_timestamp": "00:01:00.50",
-            "stop_timestamp": "00:01:02.00",
-            "narration": "open door",
-        },
-        1,
-        "open door",
-    ),
-    **{
-        name: (track_row(), 1, None)
-        for name in (
-            "mevis",
-            "refvos",
-            "vicas",
-            "revos",
-            "lv-vis",
-            "burst",
-            "ref-davis17",
-            "youtube-vis",
-            "moca",
-            "trackingnet",
-            "vasttrack",
-            "got10k",
-            "webuav",
-            "lasot",
-            "tnl2k",
-            "webuot",
-            "lvos-v2",
-            "lvos-v1",
-            "latot",
-            "uw-cot220",
-        )
-    },
-}
-# Those with tests of their own, above.
-UNUSUAL = {
-    "Molmo2-VideoPoint",
-    "Molmo2-VideoTrack",
-    "tnllt",
-    "Molmo2-Cap",
-    "Molmo2-VideoSubtitleQA",
-    "tvqa",
-    "cinepile",
-    "funqa",
-    "how2qa",
-    "charades-sta",
-    "qvhighlights",
-    "ego4d",
-    "sutd-trafficqa",
-    "tgif",
-    "paxion",
-    "countix",
-    "clevrer",
-    "youcook2",
-    *(f"academic-video-point-{s}" for s in ("mevis", "ref-youtube-vos", "lv-vis", "ovis", "burst", "ref-davis17")),
-}
-UNKNOWN = {"videochatgpt"}
-# Those of tests/unit/test_published.py.
-PUBLISHED = {path.stem for path in (REPOSITORY / "tests" / "published").glob("*.yaml")}
-
-
 def answer(branch):
     if branch["task"] == "chat":
         return branch["messages"][-1]["content"]
@@ -588,64 +276,17 @@ def answer(branch):
     )
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_row_of_the_true_columns_becomes_a_sample(name):
-    row, branches, first = ROWS[name]
-    [draft] = convert(name, row)
-    assert len(draft.branches) == branches and answer(draft.branches[0]) == first
-    assert bool(draft.images) == (ENTRIES[name]["modality"] in ("image", "multi-image"))
-    assert bool(draft.video) == (ENTRIES[name]["modality"] == "video")
+def test_every_data_set_is_converted_and_one_without_columns_is_refused():
+    assert len(ENTRIES) == 108 and set(CONVERTERS) == set(ENTRIES)
+    with pytest.raises(ValueError, match="mine cannot be converted: its columns are not known"):
+        converter_of({"name": "mine", "fields": None})
 
 
-def test_every_data_set_is_converted_or_refused_with_the_reason():
-    assert len(ENTRIES) == 108 and set(ENTRIES) == UNUSUAL | set(ROWS) | UNKNOWN | PUBLISHED
-    assert not UNUSUAL & set(ROWS) and set(CONVERTERS) == set(ENTRIES) - UNKNOWN
-    for name in UNKNOWN:
-        with pytest.raises(ValueError, match=f"{name} cannot be converted: its columns are not known"):
-            converter_of(ENTRIES[name])
-
-
-def test_segments_of_databases(tmp_path):
-    segment = {"segment": [10.0, 20.5], "sentence": "cut the bread", "label": "cutting", "id": 0}
-    videos = {
-        "v": {"subset": "training", "annotation": [segment], "annotations": [segment]},
-        "w": {"subset": "validation", "annotation": [segment], "annotations": [segment]},
-    }
-    [draft] = read(tmp_path, "coin", {"manual/COIN.json": {"database": videos}})
-    assert (draft.video.start, draft.video.end) == (10.0, 20.5) and answer(draft.branches[0]) == "cutting"
-    part, whole = read(tmp_path, "youcook2", {"manual/youcookii_annotations_trainval.json": {"database": videos}})
-    assert part.video.start == 10.0 and whole.video.start is None and "<time 20.5/>" in whole.branches[0]["question"]
-    files = {
-        "manual/train_q.json": [{"video_name": "v", "question": "is it", "question_id": "1"}],
-        "manual/train_a.json": [{"question_id": "1", "answer": "yes"}],
-        "manual/activity_net.v1-3.min.json": {"database": videos},
-    }
-    whole, part = read(tmp_path, "activitynet-qa", files)
-    assert answer(whole.branches[0]) == "yes" and part.video.end == 20.5 and "v_v.mp4" in whole.video.names
-
-
-def test_readers_of_lists_and_maps(tmp_path):
-    files = {
-        "manual/k600_train_list_videos.txt": "a/1.mp4 2\n",
-        "manual/k700_train_list_videos.txt": "b 2.mp4 0\n",
-        "manual/k710_label_map.txt": "zero\none\ntwo\n",
-        "manual/map_k600.json": {"2": 1},
-        "manual/map_k700.json": [2, 0],
-    }
-    assert [(d.video.names[0], answer(d.branches[0])) for d in read(tmp_path, "kinetics", files)] == [
-        ("k600/a/1.mp4", "one"),
-        ("k700/b 2.mp4", "two"),
-    ]
-    for text in ("adult+male/1.mp4,adult+male\nclap/2.mp4,clapping\n", "video_path,label\nclap/2.mp4,clapping\n"):
-        *_, draft = read(tmp_path, "moments-in-time", {"manual/train.csv": text})
-        assert answer(draft.branches[0]) == "clapping"
-    files = {
-        "manual/map_vid_vidorID.json": {"1": "11/1"},
-        "manual/train.csv": "video,question,answer,qid,type,a0,a1,a2,a3,a4\n1,why did he,2,0,CW,a,b,c,d,e\n",
-    }
-    [draft] = read(tmp_path, "nextqa", files)
-    assert draft.video.names[0] == "11/1.mp4" and answer(draft.branches[0]) == "c"
-    assert draft.branches[0]["question"] == "why did he?"
+def test_another_release_of_moments_has_no_header(tmp_path):
+    text = "adult+male/1.mp4,adult+male,3,0\nclap/2.mp4,clapping,3,0\n"
+    dropped, draft = read(tmp_path, "moments-in-time", {"manual/trainingSet.csv": text})
+    assert dropped == "a label that starts with adult or child"
+    assert answer(draft.branches[0]) == "clapping" and "training/clap/2.mp4" in draft.video.names
 
 
 def test_an_own_set_of_a_known_form_needs_only_its_entry():
