@@ -183,7 +183,10 @@ def test_modes_of_pointing(style, answer, none):
         assert one(pointing([], style=style), seed)[1] == none
         assert one(pointing([[1, []]], style=style), seed)[1] == none
     assert one(pointing(style=style), templates=False)[0] == "cat"
-    assert one(pointing(style=style, question="Where?"))[0] == "Where?"
+    assert one(pointing(style=style, question="Where?", count_question="How many?"))[0] == "Where?"
+    for templates in (True, False):
+        asked = one(pointing(style=style, count_question="How many?"), templates=templates)[0]
+        assert (asked == "How many?") == ("coun" in style), asked
     assert one(pointing(style=style, unanswerable="It is too dark."))[1] == "It is too dark."
 
 
