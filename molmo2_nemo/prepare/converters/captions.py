@@ -68,13 +68,17 @@ def molmo2_cap(row: dict) -> Iterator[Draft | Drop]:
         yield Drop("no caption")
 
 
-def localized_narratives(row: dict) -> Iterator[Draft]:
+def localized_narratives(row: dict) -> Iterator[Draft | Drop]:
     """What each actor of a video does."""
-    branches = [
-        question(pick(OF_OBJECT, row["id"], name).format(name=name.strip().lower()), text, "video_object_caption")
-        for name, text in together(row["actor_names"], row["captions"])
-        if (text or "").strip()
-    ]
+    branches = []
+    for name, text in together(row["actor_names"], row["captions"]):
+        if (text or "").strip():
+            asked = pick(OF_OBJECT, row["id"], name).format(name=name.strip().lower())
+            branches.append(question(asked, text, "video_object_caption"))
+        else:
+            yield Drop("no caption")
+    if not branches:
+        return
     video = clip(row["video"])
     if row["video"].startswith("OVIS/"):
         video.frames, video.fps = [PurePosixPath(row["video"]).stem], OVIS_FPS
