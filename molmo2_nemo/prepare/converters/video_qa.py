@@ -310,7 +310,8 @@ def _asked_in_text(text: str) -> tuple[str, list[str]]:
 
     ValueError: the text does not end with a Python list.
     """
-    before, _, written = text.rpartition("The Options are:")
+    # The list is the last line, or follows these words.
+    before, _, written = text.strip().rpartition("The Options are:" if "The Options are:" in text else "\n")
     try:
         options = ast.literal_eval(written.strip()) if len(text) < 20_000 else None
     except (ValueError, SyntaxError, RecursionError, MemoryError):
