@@ -13,7 +13,8 @@ from PIL import Image
 
 from molmo2_nemo.data.schema import Example, read_example
 from molmo2_nemo.prepare import own_data
-from molmo2_nemo.prepare.formats.line import Row
+from molmo2_nemo.prepare.formats import files
+from molmo2_nemo.prepare.formats.line import Row, Unpacked
 
 
 def make_pictures(folder: Path) -> Path:
@@ -64,3 +65,21 @@ def example_of(pictures: Path, line, **options) -> Example:
     outcome = read(pictures, line, **options)
     assert not outcome.mistakes, outcome.mistakes
     return read_example(outcome.sample.sample)
+
+
+def read_file(pictures, file, form=None, columns=None, **options):
+    """(outcome, example) of each row of a file."""
+    unpacked = Unpacked(pictures.parent / "unpacked")
+    outcomes = [read(pictures, row, form=form, **options) for row in files.rows(file, 1, form, columns or {}, unpacked)]
+    return [(outcome, outcome.sample and read_example(outcome.sample.sample)) for outcome in outcomes]
+
+
+def examples(pictures, file, **options):
+    found = read_file(pictures, file, **options)
+    assert not [outcome.mistakes for outcome, _ in found if outcome.mistakes]
+    return [example for _, example in found if example]
+
+
+def pointed(example):
+    """The points of each label, rounded."""
+    return {task.label: [tuple(round(v, 4) for v in p) for _, group in task.points for p in group] for task in example}

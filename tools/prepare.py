@@ -47,6 +47,9 @@ ROWS = {
     "image": "images",
     "video": "video",
     "the": "JSON object",
+    "object": "JSON objects",
+    "annotation": "annotations",
+    "track": "tracks",
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from molmo2_nemo.catalogue.raw import MEDIA_SUFFIXES
-from molmo2_nemo.prepare.formats.line import Row, Unpacked
+from molmo2_nemo.prepare.formats.line import Refused, Row, Unpacked
 from molmo2_nemo.prepare.media import MAX_MEDIA
 
 TEXT_PARTS = ("txt", "caption", "text")
@@ -21,29 +21,32 @@ def rows(file: Path, number: int, unpacked: Unpacked) -> Iterator[Row]:
     """ValueError: it is no tar file, or holds samples that are prepared already."""
     try:
         with tarfile.open(file) as tar:
-            key, parts = None, {}
+            key, parts, too_large = None, {}, []
             for member in tar:
                 if not member.isfile():
                     continue
                 path = PurePosixPath(member.name)
                 stem, _, part = path.name.partition(".")
                 name = str(path.with_name(stem))
-                if name != key and parts:
-                    yield _row(file, key, parts, number, unpacked)
+                if name != key and (parts or too_large):
+                    yield _row(file, key, parts, number, unpacked, too_large)
                     number += 1
-                    parts = {}
+                    parts, too_large = {}, []
                 key = name
                 if member.size > MAX_MEDIA:
-                    raise ValueError(f"{file}: {member.name} has {member.size:,} bytes, more than {MAX_MEDIA:,}")
-                parts[part.lower()] = tar.extractfile(member).read()
-            if parts:
-                yield _row(file, key, parts, number, unpacked)
+                    too_large.append(f"its .{part} has {member.size:,} bytes, more than {MAX_MEDIA:,}")
+                else:
+                    parts[part.lower()] = tar.extractfile(member).read()
+            if parts or too_large:
+                yield _row(file, key, parts, number, unpacked, too_large)
     except tarfile.TarError as error:
         raise ValueError(f"{file} is no whole tar file: {error}") from error
 
 
-def _row(file: Path, key: str, parts: dict[str, bytes], number: int, unpacked: Unpacked) -> Row:
+def _row(file: Path, key: str, parts: dict[str, bytes], number: int, unpacked: Unpacked, too_large: list[str]) -> Row:
     place, record = f'sample "{key}"', {}
+    if too_large:
+        return Row(place, number, Refused(too_large))
     if "json" in parts:
         try:
             record = json.loads(parts["json"])
@@ -59,7 +62,8 @@ def _row(file: Path, key: str, parts: dict[str, bytes], number: int, unpacked: U
         kind: {part: data for part, data in parts.items() if part.rpartition(".")[2] in suffixes}
         for kind, suffixes in (("image", IMAGE_PARTS), ("video", VIDEO_PARTS))
     }
-    kept = {part: unpacked.keep(data, f"x.{part}") for found in media.values() for part, data in found.items()}
+    stem = PurePosixPath(key).name
+    kept = {part: unpacked.keep(data, f"{stem}.{part}") for found in media.values() for part, data in found.items()}
     text = next((parts[part].decode("utf-8", "replace") for part in TEXT_PARTS if part in parts), None)
     if text is not None and not any(name in record for name in TAUGHT):
         record = {"task": "caption", "text": text.strip()}
