@@ -8,15 +8,12 @@ import io
 import json
 import tarfile
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-from own_pictures import example_of, make_pictures, read
+from own_pictures import example_of, examples, make_pictures, pointed, read, read_file
 
 from molmo2_nemo.data.schema import Message, read_example
 from molmo2_nemo.prepare import own_data
-from molmo2_nemo.prepare.formats import files
-from molmo2_nemo.prepare.formats.line import Unpacked
+from molmo2_nemo.prepare.formats import coco as coco_format
 
 ASKED = [Message("user", "What is it?"), Message("assistant", "A cat.")]
 STYLES = ["pointing", "point_count", "counting"]
@@ -25,19 +22,6 @@ STYLES = ["pointing", "point_count", "counting"]
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return make_pictures(tmp_path_factory.mktemp("own") / "pictures").resolve()
-
-
-def read_file(pictures, file, form=None, columns=None, **options):
-    """(outcome, example) of each row of a file."""
-    unpacked = Unpacked(pictures.parent / "unpacked")
-    outcomes = [read(pictures, row, form=form, **options) for row in files.rows(file, 1, form, columns or {}, unpacked)]
-    return [(outcome, outcome.sample and read_example(outcome.sample.sample)) for outcome in outcomes]
-
-
-def examples(pictures, file, **options):
-    found = read_file(pictures, file, **options)
-    assert not [outcome.mistakes for outcome, _ in found if outcome.mistakes]
-    return [example for _, example in found if example]
 
 
 # -- conversations ----------------------------------------------------------------------------------------------------
@@ -181,6 +165,40 @@ def test_what_is_in_a_file_is_recognised(pictures, tmp_path):
         read_file(pictures, tmp_path / "broken.json")
 
 
+def test_texts_that_are_no_lines_of_utf8(pictures, tmp_path):
+    line, file = {"image": "cat.jpg", "task": "caption", "text": "Eine Kätzin."}, tmp_path / "lines.jsonl"
+    text = json.dumps(line, ensure_ascii=False)
+    # Objects that are broken into lines, or that no line break parts, are told apart.
+    for objects in (json.dumps(line, indent=1) + "\n\n" + json.dumps(line, indent=1), text + text, text + "\r" + text):
+        file.write_bytes(objects.encode())
+        found = read_file(pictures, file)
+        assert [example.branches[0].text for _, example in found] == ["Eine Kätzin."] * 2
+    file.write_text("\n" + json.dumps(line, indent=1) + "\n" + json.dumps(line))
+    assert [outcome.place for outcome, _ in read_file(pictures, file)] == ["object 1 (line 2)", "object 2 (line 7)"]
+    file.write_text(json.dumps(line, indent=1) + "\n{")
+    with pytest.raises(ValueError, match="objects that are broken into lines: write one object a line"):
+        read_file(pictures, file)
+    file.write_text('{"image": "cat.jpg"\n' + json.dumps(line))  # one line is broken, and not all of them
+    broken, whole = read_file(pictures, file)
+    assert "it is not JSON" in broken[0].mistakes[0] and whole[1]
+    # A line of Latin-1 among others, and files of it and of UTF-16.
+    file.write_bytes(text.encode("latin-1") + b"\n" + text.encode())
+    latin, utf8 = read_file(pictures, file)
+    assert latin[0].mistakes == ["it is not UTF-8 text: save the file as UTF-8"] and utf8[1]
+    for name, content in (
+        ("array.json", f"[{text}]".encode("latin-1")),
+        ("rows.csv", "image,text\ncat.jpg,Kätzin".encode("latin-1")),
+        *[(name, text.encode(code)) for name in ("a.jsonl", "a.json", "a.csv") for code in ("utf-16", "utf-16-le")],
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} .*not UTF-8 text.*: save (it|the file) as UTF-8"):
+            read_file(pictures, tmp_path / name)
+    for suffix in ("json", "jsonl", "csv", "xml", "parquet", "tar"):
+        (tmp_path / f"nothing.{suffix}").write_bytes(b"")
+        with pytest.raises(ValueError, match=f"nothing.{suffix} is empty"):
+            read_file(pictures, tmp_path / f"nothing.{suffix}")
+
+
 def coco(**changes):
     return {
         "images": [{"id": 7, "file_name": "cat.jpg", "width": 451, "height": 300}]
@@ -194,8 +212,34 @@ def coco(**changes):
     } | changes
 
 
-def pointed(example):
-    return {task.label: [tuple(round(v, 4) for v in p) for _, group in task.points for p in group] for task in example}
+def test_mistakes_of_coco_are_of_one_image_each(pictures, tmp_path):
+    file, box = tmp_path / "instances.json", {"image_id": 8, "category_id": 1, "bbox": [40, 60, 40, 60]}
+
+    def outcomes(*annotations, **changes):
+        file.write_text(json.dumps(coco(annotations=[box, *annotations]) | changes))
+        found = read_file(pictures, file)
+        assert pointed(found[1][1].branches) == {"cat": [(0.15, 0.15)]}  # the image without a mistake
+        return [(outcome.place, mistake) for outcome, _ in found for mistake in outcome.mistakes]
+
+    for wrong, reason in (
+        ({"category_id": 9, "bbox": [0, 0, 1, 1]}, "category_id=9, which is none of the categories"),
+        ({"category_id": 1, "bbox": ["0", 0, 1, 1]}, 'bbox = ["0", 0, 1, 1], not 4 numbers'),
+        ({"category_id": 2, "keypoints": [1, 2]}, "keypoints = [1, 2], not 6 numbers"),
+    ):
+        assert outcomes({"image_id": 7} | wrong) == [('image "cat.jpg"', f"an annotation has {reason}")]
+    assert outcomes({"image_id": 9}, {"image_id": 9}, {"category_id": 1}) == [
+        ("annotation 4", "it has no image_id"),
+        ("annotation of image_id=9", "image_id=9 is none of the images, and 2 annotations have it"),
+    ]
+    images = [{"id": 7}, {"id": "8", "file_name": "deep/turned.jpg"}, {"id": 8, "file_name": "cat.jpg"}]
+    assert [place for place, _ in outcomes(images=images)] == ["image 1", 'image "cat.jpg"']
+    # Ids may be texts in one place and numbers in another, and what is not read is counted.
+    segment = {"image_id": 7, "category_id": 1, "segmentation": [[0, 0, 1, 1, 2, 0]]}
+    file.write_text(
+        json.dumps(coco(annotations=[{"image_id": "7", "category_id": "1", "bbox": [0, 0, 9, 9]}, segment]))
+    )
+    outcome, example = read_file(pictures, file)[0]
+    assert example and outcome.notes == [coco_format.NOTHING_READ]
 
 
 def test_coco(pictures, tmp_path):
@@ -255,15 +299,89 @@ def test_cvat(pictures, tmp_path):
     # Every frame is annotated, so those nearest to half seconds are taken: 0, 12 or 13, 25.
     assert task.fps == 2 and [seconds for seconds, _ in task.frames] == [0, 0.5, 1]
     assert task.frames[0][1] == [("3", 0.1, 0.25)] and task.frames[2][1] == [("3", 0.2, 0.25)]
-    for text, reason in (
-        ("<annotations><image", "is not XML"),
-        ("<dataset/>", "has <dataset> on top"),
-        (IMAGES_OF_CVAT.replace("<tag", "<mask"), "the shape <mask> is not read"),
-        (VIDEO_OF_CVAT.replace("<source>bikes.mp4</source>", "").format(""), "no <source> that names the video"),
-    ):
-        file.write_text(text.replace("</tag>", "</mask>") if "<mask" in text else text)
+    for text, reason in (("<annotations><image", "is not XML"), ("<dataset/>", "has <dataset> on top")):
+        file.write_text(text)
         with pytest.raises(ValueError, match=reason):
             read_file(pictures, file)
+    # A shape that is not read spoils its picture, and no other.
+    cat, cup = IMAGES_OF_CVAT.split("<image")[1:]
+    cup = cup.replace("></image>", '><mask label="cup"/><box xtl="a"/><box label="x" xtl="a"/></image>')
+    file.write_text(f"<annotations><image{cat}<image{cup}")
+    (first, example), (second, _) = read_file(pictures, file)
+    assert example and first.notes == ["attributes of shapes, not used", "tags of a whole picture, not used"]
+    assert second.place == 'image "deep/turned.jpg"' and [m.split(" (")[0] for m in second.mistakes] == [
+        "the shape <mask> is not read: draw points or boxes",
+        "a <box> has no label",
+        "a <box> has coordinates that are no numbers",
+    ]
+    # The advice works: a file without <source>, and with it.
+    tracks = shape.format(0, 128, 0) + shape.format(25, 128, 0)
+    file.write_text(VIDEO_OF_CVAT.replace("<source>bikes.mp4</source>", "").format(tracks))
+    [(outcome, _)] = read_file(pictures, file)
+    assert "add <source>FILE</source> to the <task>" in outcome.mistakes[0]
+    file.write_text(VIDEO_OF_CVAT.format(tracks))
+    assert examples(pictures, file)
+    file.write_text(VIDEO_OF_CVAT.format(tracks.replace('frame="25"', "")))
+    assert read_file(pictures, file)[0][0].mistakes == ["a <box> of the track 3 has no frame, or one that is no number"]
+
+
+def test_skeletons_of_cvat(pictures, tmp_path):
+    """As cvat/apps/dataset_manager/formats/cvat.py writes them: the frame is that of the <skeleton>."""
+    file = tmp_path / "annotations.xml"
+    point = '<points label="{}" keyframe="1" outside="{}" occluded="0" points="{},27.20"></points>'
+    skeletons = [
+        f'<skeleton frame="{k}" keyframe="1" z_order="0">{point.format("nose", 0, 64 + k)}'
+        f"{point.format('eye', int(k > 20), 128)}</skeleton>"
+        for k in range(26)
+    ]
+    file.write_text(VIDEO_OF_CVAT.format("".join(skeletons)))
+    [example] = examples(pictures, file)
+    # The frame of the half second is 12 or 13 of 25.
+    tracks = {
+        task.label: [(seconds, name, round(640 * x)) for seconds, [(name, x, _)] in task.frames]
+        for task in example.branches
+    }
+    assert tracks["eye"] == [(0, "3", 128), (0.5, "3", 128)]
+    assert [(seconds, x) for seconds, _, x in tracks["nose"]] in (
+        [(0, 64), (0.5, 64 + 12), (1, 89)],
+        [(0, 64), (0.5, 64 + 13), (1, 89)],
+    )
+    file.write_text(
+        '<annotations><image id="0" name="cat.jpg" width="451" height="300"><skeleton label="person">'
+        f"{point.format('nose', 0, 45.1)}{point.format('eye', 1, 90)}</skeleton></image></annotations>"
+    )
+    [example] = examples(pictures, file)
+    assert list(pointed(example.branches)) == ["nose"]
+
+
+PROJECT_OF_CVAT = """<annotations><version>1.1</version><meta><project><tasks>
+<task><id>5</id>{size}<subset>{subset}</subset><start_frame>10</start_frame><frame_filter>step=2</frame_filter>
+<source>uneven.mkv</source></task>
+<task><id>6</id><size>250</size><subset>Train</subset><start_frame>0</start_frame><stop_frame>249</stop_frame>
+<source>bikes.mp4</source></task></tasks></project></meta>
+<track id="0" label="bike" task_id="6">{shapes}</track></annotations>"""
+
+
+def test_projects_of_cvat(pictures, tmp_path):
+    """The frames of a project's tasks are counted on, within a subset (class ProjectData of CVAT's bindings.py)."""
+    file = tmp_path / "annotations.xml"
+    shape = '<box frame="{}" xtl="0" ytl="0" xbr="128" ybr="136" outside="0" occluded="0" keyframe="1"></box>'
+
+    def outcome(first, subset="Train", size="<size>20</size>"):
+        shapes = "".join(shape.format(first + k) for k in (0, 25))
+        file.write_text(PROJECT_OF_CVAT.format(subset=subset, size=size, shapes=shapes))
+        [found] = read_file(pictures, file)
+        return found
+
+    for found, example in (outcome(10 + 20 * 2), outcome(0, subset="Test"), outcome(0, subset="Test", size="")):
+        assert found.place == 'video "bikes.mp4"' and not found.mistakes
+        assert [seconds for seconds, _ in example.branches[0].frames] == [0, 1]
+    assert outcome(0)[0].mistakes == [
+        "the track 0 has the frame 0, which is none of the task 6: export each task by itself"
+    ]
+    assert "a task before it has no <size>: export each task by itself" in outcome(0, size="")[0].mistakes[0]
+    file.write_text(file.read_text().replace('task_id="6"', 'task_id="7"'))
+    assert "task_id=7 is that of no <task>" in read_file(pictures, file)[0][0].mistakes[0]
 
 
 def region(kind, **value):
@@ -316,60 +434,23 @@ def test_regions_of_label_studio(pictures):
     )
     assert "image_rotation is not 0" in outcome(pair[1] | {"image_rotation": 90}).mistakes[0]
     assert outcome().notes == [own_data.NOTHING_MARKED]
+    # A region that nobody has named is refused, and is not taught as "image"; one with two names has both.
+    nameless = region("keypoint", x=60, y=20, width=1) | {"id": "b"}
+    assert outcome(*pair, nameless).mistakes == [
+        'a region of the type "keypoint" has no label: give it one, or delete it'
+    ]
+    both = region("keypointlabels", x=10, y=20, width=1, keypointlabels=["eye", "left"])
+    assert pointed(read_example(outcome(both).sample.sample).branches) == {"eye": [(0.1, 0.2)], "left": [(0.1, 0.2)]}
+    words = {"type": "textarea", "value": {"text": ["a cat"]}}
+    assert outcome(*pair, words, words).notes == ['a result of the type "textarea" is not used'] * 2
+    # In JSON-MIN regions have no ids, and the same place makes two the same.
+    values = [{"x": 10, "y": 20, "width": 1}, {"x": 10, "y": 20, "width": 1, "labels": ["eye"]}]
+    row = {"image": "cat.jpg", "id": 1, "kp": values[:1], "tag": values[1:], "mood": "good", "lead_time": 3.5}
+    found = read(pictures, row)
+    assert pointed(read_example(found.sample.sample).branches) == {"eye": [(0.1, 0.2)]}
+    assert found.notes == ["the key mood is not used"]
+    assert "has no label" in read(pictures, row | {"kp": [*values[:1], {"x": 60, "y": 20, "width": 1}]}).mistakes[0]
     assert 'data.image = "dog.jpg" is not in' in outcome(pair[1], data={"image": "dog.jpg"}).mistakes[0]
-
-
-POINTS_TABLE = (
-    "file;class;px;py\ncat.jpg;eye;45.1;30\ncat.jpg;eye;90.2;30\ncat.jpg;dog;;\ndeep/turned.jpg;cup;200;300\n"
-)
-COLUMNS = {"image": "file", "label": "class", "x": "px", "y": "py"}
-
-
-def test_tables_of_text(pictures, tmp_path):
-    file = tmp_path / "points.csv"
-    file.write_text(POINTS_TABLE)
-    cat, cup = examples(pictures, file, columns=COLUMNS, unit="pixels")
-    assert pointed(cat.branches) == {"eye": [(0.1, 0.1), (0.2, 0.1)], "dog": []}
-    assert pointed(cup.branches) == {"cup": [(0.5, 0.5)]}
-    with pytest.raises(
-        ValueError, match="has the columns file, class, px, py, and none is called .*--columns image=file"
-    ):
-        read_file(pictures, file)
-    with pytest.raises(ValueError, match="has no column name .--columns., but file, class"):
-        read_file(pictures, file, columns=COLUMNS | {"label": "name"})
-    file.write_text(POINTS_TABLE.replace("45.1", "45,1"))
-    with pytest.raises(ValueError, match='line 2: x = "45,1" is not a number'):
-        read_file(pictures, file, columns=COLUMNS)
-    file.write_text('\ufeffimage,question,answer\ncat.jpg,"What, then?",A cat.\ncat.jpg,Why?,\n', encoding="utf-8")
-    (_, example), (outcome, _) = read_file(pictures, file)
-    assert (example.branches[0].question, example.branches[0].answers) == ("What, then?", ["A cat."])
-    assert (outcome.place, outcome.mistakes) == ("line 3", ["answer is empty"])
-    file.write_text("image\ttext\ncat.jpg\tA cat.\n")
-    assert examples(pictures, file)[0].branches[0].text == "A cat."
-    file.write_text("image,text\ncat.jpg,A cat, asleep.\n")
-    with pytest.raises(ValueError, match="line 2 has more cells than the first line"):
-        read_file(pictures, file)
-
-
-def test_parquet(pictures, tmp_path):
-    """As Hugging Face `datasets` writes pictures: the bytes of the file, and its name."""
-    data = (pictures / "cat.jpg").read_bytes()
-    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
-    tables = {
-        "talks": {"image": [{"bytes": data, "path": "a.jpg"}], "conversations": [talk]},
-        "captions": {"image": [{"bytes": data, "path": None}], "caption": ["A cat."]},
-        "named": {"image": ["cat.jpg"], "caption": ["A cat."]},
-        "points": {"image": ["cat.jpg"] * 2, "label": ["eye"] * 2, "x": [0.1, 0.2], "y": [0.1, 0.1]},
-    }
-    found = {}
-    for name, columns in tables.items():
-        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
-        named = {"text": "caption"} if "caption" in columns else None
-        [(outcome, found[name])] = read_file(pictures, tmp_path / f"{name}.parquet", columns=named)
-        assert outcome.sample.files[0][1].read_bytes() == data
-    assert found["talks"].branches == [ASKED]
-    assert found["captions"].branches[0].text == found["named"].branches[0].text == "A cat."
-    assert pointed(found["points"].branches) == {"eye": [(0.1, 0.1), (0.2, 0.1)]}
 
 
 def test_shards(pictures, tmp_path):

@@ -11,11 +11,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from molmo2_nemo.prepare.formats.coco import STYLES
 from molmo2_nemo.prepare.formats.line import Line
+from molmo2_nemo.prepare.mistakes import LineMistakes
 
 # Types of regions that are no places in a picture.
 NO_PLACES = frozenset(["choices", "textarea", "rating", "number", "taxonomy", "relation", "pairwise", "datetime"])
 # Label Studio puts eight digits and a dash before the name of an uploaded file.
 UPLOADED = re.compile(r"[0-9a-f]{8}-")
+# Keys of a row of JSON-MIN that say nothing of the picture.
+ABOUT = frozenset(["id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement"])
 SEVERAL = "annotations of a task after its first (other annotators, or later ones), not used"
 
 
@@ -27,7 +30,7 @@ def is_task(record: dict) -> bool:
 
 
 def read(record: dict) -> Line:
-    """ValueError: a region has a form that is not read, or the picture cannot be told."""
+    """ValueError, LineMistakes: regions have a form that is not read or no label, or the picture cannot be told."""
     notes = []
     if isinstance(record.get("data"), dict):
         data = record["data"]
@@ -36,26 +39,20 @@ def read(record: dict) -> Line:
         notes += [SEVERAL] * (len(done) - 1)
         results = done[0].get("result", []) if done else []
         regions = [_with_size(result) for result in results if result.get("type") not in NO_PLACES]
+        unread = [result["type"] for result in results if result.get("type") in NO_PLACES]
+        notes += [f'a result of the type "{kind}" is not used' for kind in unread]
         sources = [str(result.get("source", "")).removeprefix("$") for result in results]
     else:
         data, sources = record, []
-        regions = [region for value in record.values() if isinstance(value, list) for region in value]
-        regions = [(region, "") for region in regions if isinstance(region, dict)]
+        lists = [name for name, value in record.items() if isinstance(value, list) and any(map(_has_place, value))]
+        regions = [(region, "") for name in lists for region in record[name] if isinstance(region, dict)]
     key = next((key for key in (*sources, "image", *data) if _is_file(data.get(key))), None)
     if key is None:
         raise ValueError("data names no picture")
-    labels: dict[str, list] = defaultdict(list)
-    sizes = set()
-    labelled = {id_of for region, id_of in regions if id_of and _label(region)}
-    for region, id_of in regions:
-        label = _label(region)
-        if label is None and id_of in labelled:  # <KeyPoint> beside <Labels>: the same region twice
-            continue
-        if region.get("image_rotation"):
-            raise ValueError("image_rotation is not 0: turn the picture's file and label it again")
-        if {"original_width", "original_height"} <= region.keys():
-            sizes.add((region["original_width"], region["original_height"]))
-        labels[label or key].append(_point(region))
+    if data is record:
+        unread = [name for name in record if name not in {key, *lists, *ABOUT} and record[name] not in (None, "", [])]
+        notes += [f"the key {name} is not used" for name in unread]
+    labels, sizes = _points_by_label(regions)
     names = _file_names(data[key])
     document = {"image": names[0], "unit": "percent"}
     document["branches"] = [
@@ -71,6 +68,42 @@ def read(record: dict) -> Line:
     )
 
 
+def _points_by_label(regions: list[tuple[dict, str]]) -> tuple[dict[str, list], set[tuple[int, int]]]:
+    """What is pointed at by label, a region with several labels under each; and the sizes that the picture had.
+
+    regions: with their ids. LineMistakes: all that is wrong with them.
+    """
+    labels: dict[str, list] = defaultdict(list)
+    sizes, problems = set(), []
+    # <KeyPoint> beside <Labels> gives the same region twice, and only one has the label.
+    labelled = {_identity(region, id_of) for region, id_of in regions if _labels(region)}
+    for region, id_of in regions:
+        names = _labels(region)
+        if not names and _identity(region, id_of) in labelled:
+            continue
+        if region.get("image_rotation"):
+            problems.append("image_rotation is not 0: turn the picture's file and label it again")
+        if {"original_width", "original_height"} <= region.keys():
+            sizes.add((region["original_width"], region["original_height"]))
+        try:
+            point = _point(region)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if not names:
+            problems.append(f'a region of the type "{region.get("type")}" has no label: give it one, or delete it')
+        for name in names:
+            labels[name].append(point)
+    if problems:
+        raise LineMistakes(dict.fromkeys(problems))
+    return labels, sizes
+
+
+def _identity(region: dict, id_of: str) -> str:
+    """What two results of the same region have in common: its id, or in JSON-MIN, which has none, its place."""
+    return id_of or repr([region.get(key) for key in ("x", "y", "width", "height", "radiusX", "radiusY", "points")])
+
+
 def _with_size(result: dict) -> tuple[dict, str]:
     """A region's value with the size and rotation that stand beside it, and its id."""
     beside = {key: result[key] for key in ("original_width", "original_height", "image_rotation") if key in result}
@@ -80,16 +113,18 @@ def _with_size(result: dict) -> tuple[dict, str]:
     return value | beside | {"type": result.get("type")}, str(result.get("id") or "")
 
 
+def _has_place(value) -> bool:
+    return isinstance(value, dict) and bool({"x", "points"} & value.keys())
+
+
 def _is_region(value) -> bool:
-    return isinstance(value, dict) and _label(value) is not None and bool({"x", "points"} & value.keys())
+    return _has_place(value) and bool(_labels(value))
 
 
-def _label(region: dict) -> str | None:
-    """The first label of `keypointlabels`, `rectanglelabels`, `labels` and the like."""
-    for key, value in region.items():
-        if key.endswith("labels") and isinstance(value, list) and value:
-            return str(value[0])
-    return None
+def _labels(region: dict) -> list[str]:
+    """Those of `keypointlabels`, `rectanglelabels`, `labels` and the like."""
+    lists = [value for key, value in region.items() if key.endswith("labels") and isinstance(value, list)]
+    return list(dict.fromkeys(str(label) for labels in lists for label in labels if str(label).strip()))
 
 
 def _is_file(value) -> bool:
