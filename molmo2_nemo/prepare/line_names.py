@@ -1,9 +1,12 @@
 """The short forms of a line, and the names that its values have in it."""
 
+import re
+
 from molmo2_nemo.data.schema import Place, ValueMistake, said_of, spelt
 from molmo2_nemo.prepare.formats.line import Line
 
 # Formats of labelling tools and tables, in which a point has no name of its own.
+UNIT_ADVICE = re.compile(r'write "unit": "(\w+)"')
 WITHOUT_NAMES = frozenset(["coco", "cvat", "label_studio", "table"])
 
 
@@ -33,12 +36,15 @@ class LineNames:
 
     def of(self, mistake: ValueMistake) -> str:
         """The mistake as a sentence about the line."""
-        name = self._name(mistake.place)
-        return (
-            said_of(name or "it", mistake.problem)
-            if not mistake.problem[:1].isupper()
-            else said_of(name, mistake.problem)
-        )
+        name, problem = self._name(mistake.place), mistake.problem
+        if self.line.form in WITHOUT_NAMES:  # which have no such key
+            problem = UNIT_ADVICE.sub(self._unit_advice, problem)
+        return said_of(name or "it", problem) if not problem[:1].isupper() else said_of(name, problem)
+
+    def _unit_advice(self, unit: re.Match) -> str:
+        if self.line.form != "table":
+            return f"that of the format is {self.document['unit']}, so correct the coordinates"
+        return f"write {unit[1]} into the column unit" if "unit" in self.document else f"give --unit {unit[1]}"
 
     def _name(self, place: Place) -> str:
         if place[:1] == ("video",):

@@ -256,7 +256,7 @@ def _media(document: dict, line: Line, reading: Reading) -> tuple[dict, list[tup
         facts, file = UNREAD | ({"duration": MAX_SECONDS} if kind == "video" else {}), Path(name)
         try:
             file = _find(name, key, line, reading)
-            facts = _facts(name, key, file, look)
+            facts = _facts(Unpacked(reading.unpacked).said(name), key, file, look)
         except (ValueError, OSError, RuntimeError) as error:  # pathlib raises RuntimeError for a circle of links
             problems.append(str(error))
         parts.append((f"{'video' if kind == 'video' else f'img{index}'}{suffix(file)}", file))
@@ -319,8 +319,12 @@ def _names_in(folder: Path) -> dict[str, str]:
 
 
 def _facts(name: str, key: str, file: Path, look: Callable[[bytes], dict]) -> dict:
+    """name: what the writer of the line calls it."""
+    data = file.read_bytes()
+    if not data:
+        raise ValueError(f'{key} = "{name}" is empty')
     try:
-        return look(file.read_bytes())
+        return look(data)
     except ValueError as error:
         other = "video" if isinstance(error, IsVideo) else "image" if isinstance(error, IsPicture) else None
         reason = str(error).rstrip(".")
@@ -471,7 +475,7 @@ def held_out_keys(lines: list[OwnSample], share: float) -> set[str]:
     """
     groups = {}
     for line in lines:
-        name = str(line.files[0][1]) if line.files else line.key
+        name = line.about or (str(line.files[0][1]) if line.files else line.key)
         groups.setdefault(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), []).append(line.key)
     most, keys = min(math.ceil(share * len(lines)), len(lines) - 1), set()
     for _, group in sorted(groups.items()):

@@ -33,6 +33,9 @@ BAD = [
     ({"image": "deep", "messages": TURN}, 'image = "deep" is not in'),
     ({"image": "x" * 5000, "messages": TURN}, "name too long"),
     ({"image": 3, "messages": TURN}, "image = 3 names no file"),
+    ({"image": "empty.jpg", "messages": TURN}, 'image = "empty.jpg" is empty'),
+    ({"video": "empty.jpg", "messages": TURN}, 'video = "empty.jpg" is empty'),
+    ({"image": "data:image/png;base64,eHg=", "messages": TURN}, 'image = "data:image/png;base64,...": The image'),
     ({"images": "cat.jpg", "messages": TURN}, 'images = "cat.jpg" is not a list'),
     ({"image": "cut.jpg", "messages": TURN}, 'image = "cut.jpg": The image cannot be decoded'),
     (

@@ -156,3 +156,21 @@ def test_parquet(pictures, tmp_path):
         pyarrow.parquet.write_table(pyarrow.table(options | {"answer": answers}), tmp_path / "options.parquet")
         found = examples(pictures, tmp_path / "options.parquet")
         assert [example.branches[0].answer for example in found] == [1, 1, 0]
+
+
+def test_the_unit_of_a_table_is_an_option(pictures, tmp_path):
+    file = tmp_path / "points.csv"
+    file.write_text("image,label,x,y\ncat.jpg,eye,90.2,150\n")
+    assert read_file(pictures, file)[0][0].mistakes[0].endswith("If not, give --unit pixels")
+    assert pointed(examples(pictures, file, unit="pixels")[0].branches) == {"eye": [(0.2, 0.5)]}
+    file.write_text("image,label,x,y,unit\ncat.jpg,eye,90.2,150,fraction\n")
+    assert read_file(pictures, file)[0][0].mistakes[0].endswith("write pixels into the column unit")
+
+
+@pytest.mark.parametrize("path, said", [("mine.jpg", "mine.jpg"), (None, "picture in the column image.jpg")])
+def test_a_picture_inside_of_a_table_is_named_as_its_writer_does(pictures, tmp_path, path, said):
+    data = (pictures / "cut.jpg").read_bytes()
+    table = {"image": [{"bytes": data, "path": path}], "text": ["A cat."]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "captions.parquet")
+    [(outcome, _)] = read_file(pictures, tmp_path / "captions.parquet")
+    assert outcome.mistakes[0].startswith(f'image = "{said}": The image cannot be decoded')
