@@ -268,11 +268,12 @@ def mistakes_in(example: Example) -> Iterator[ValueMistake]:
                     yield ValueMistake((*inside, k), f"has the marker {marker[0]} and no points for it")
 
 
-def doubts(example: Example) -> Iterator[ValueMistake]:
+def doubts(example: Example, are_boxes: bool = False) -> Iterator[ValueMistake]:
     """What may well be in public data sets, but is hardly meant in a user's own.
 
     Texts that spell a token, a placeholder or a tag of another program, for which training would teach plain text;
-    times and points that cannot be right; styles of other media.
+    times and points that cannot be right; styles of other media. are_boxes: points may be centres of boxes, of which
+    two can be the same.
     """
     for place, text in texts_of(example):
         yield from _doubts_about_text(place, text, example)
@@ -292,7 +293,7 @@ def doubts(example: Example) -> Iterator[ValueMistake]:
                 yield ValueMistake((*here, "style"), f"= {style} is for videos: leave it out")
         if isinstance(branch, MultipleChoice):
             yield from _doubts_about_options(branch.options, (*here, "options"))
-        elif isinstance(branch, Pointing):
+        elif isinstance(branch, Pointing) and not are_boxes:
             yield from _same_twice(branch.points, (*here, "points"))
         elif isinstance(branch, Tracking):
             yield from _object_twice(branch.frames, (*here, "frames"))

@@ -140,7 +140,8 @@ def read_row(row: Row, reading: Reading) -> Outcome:
     try:
         example = read_example(json.dumps(sample | {"branches": branches}))
         if problems:
-            raise LineMistakes([*problems, *map(said.of, [*mistakes_in(example), *doubts(example)])])
+            wrong = [*mistakes_in(example), *doubts(example, line.form in EXPORTS)]
+            raise LineMistakes([*problems, *map(said.of, wrong)])
         moved = _check(example, document, line, names, reading)
     except ValueMistake as mistake:
         raise LineMistakes([*problems, said.of(mistake)]) from mistake
@@ -382,7 +383,7 @@ def _check(example: Example, document: dict, line: Line, names: list[str], readi
     """
     if document.get("time_unit") == "frames":
         _use_seconds(example)
-    if wrong := [*mistakes_in(example), *doubts(example)]:
+    if wrong := [*mistakes_in(example), *doubts(example, line.form in EXPORTS)]:
         raise ExceptionGroup("values that cannot be taught", wrong)
     media = example.images or ([example.video] if example.video else [])
     measured = [(medium.width, medium.height) for medium in media]

@@ -261,6 +261,10 @@ def test_coco(pictures, tmp_path):
         file.write_text(json.dumps(document))
         outcome, example = read_file(pictures, file)[0]
         assert mistake in outcome.mistakes[0] if mistake else pointed(example.branches)["cat"][0] == (0.05, 0.05)
+    # Boxes of two things may have the same centre.
+    boxes = [{"image_id": 7, "category_id": 1, "bbox": box} for box in ([0, 0, 90, 60], [15, 10, 60, 40])]
+    file.write_text(json.dumps(coco(annotations=boxes)))
+    assert len(pointed(read_file(pictures, file)[0][1].branches)["cat"]) == 2
     # Around a crowd nobody has counted, and of unlabelled keypoints nobody knows.
     document = coco()
     document["annotations"] += [
