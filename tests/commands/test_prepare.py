@@ -173,7 +173,7 @@ def test_mistakes_are_listed_by_kind_and_nothing_is_written(pictures, tmp_path):
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ([], "has 0 lines and none to train on"),
+        ([], "own.jsonl is empty"),
         (["--val-share", "1"], "--val-share 1.0 is not"),
         (["--shard-size", "0"], "--shard-size is below 1"),
         (["--images", "none"], "is no folder"),
