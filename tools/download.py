@@ -110,6 +110,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     fetching.add_argument(
         "--deduplicate", action="store_true", help="remove pictures that look like another of their set"
     )
+    fetching.add_argument(
+        "--max-side",
+        type=side,
+        metavar="PIXELS",
+        help="resize pictures of lists of addresses whose longer side is above this, such as 768 (default: keep them)",
+    )
     fetching.add_argument("--remove-archives", action="store_true", help="remove archives once they are unpacked")
     fetching.add_argument(
         "--allow-private", action="store_true", help="allow addresses of this machine and its network"
@@ -143,6 +149,14 @@ def size(text: str) -> int:
 def positive(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def side(text: str) -> int:
+    from molmo2_nemo.catalogue.resized import LEAST_SIDE
+
+    if positive(text) < LEAST_SIDE:
+        raise argparse.ArgumentTypeError(f"{text} is below {LEAST_SIDE} pixels")
     return int(text)
 
 
@@ -253,6 +267,7 @@ def fetch(catalogue, entries, options) -> int:
         options.retry_lost,
         options.deduplicate,
         options.remove_archives,
+        options.max_side,
     )
     results, status = [], 0
     meter = Meter(options.max_bytes)

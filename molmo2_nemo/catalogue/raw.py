@@ -67,6 +67,7 @@ class FetchNote(TypedDict, total=False):
     repo: str | None
     license: str | None
     terms: str | None
+    max_side: int | None  # pixels to which larger pictures were resized on arrival
     works: bool | None  # a sample could be made of one of the first rows
     useless: str | None  # why of none
     held_out: str | None  # "checked" or "not checked" against the pictures of evaluations

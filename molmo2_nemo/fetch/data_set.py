@@ -69,6 +69,7 @@ class FetchOptions:
     retry_lost: bool = False
     deduplicate: bool = False
     remove_archives: bool = False
+    max_side: int | None = None  # pixels of the longer side of pictures; larger ones are resized on arrival
     bounds: Bounds = field(default_factory=Bounds)
 
 
@@ -159,7 +160,15 @@ class _Fetch:
         self.waiting: list[str] = []  # sentences about what is missing
         self.counts: dict[str, int] = {}
         self.revisions: dict[str, str] = {}  # of its repositories
-        self.facts: dict = {"revision": None, "repo": None, "license": entry.license, "held_out": None}
+        # A fetch that goes on does as the one before it.
+        self.max_side = options.max_side or _noted_side(options.root, entry.name)
+        self.facts: dict = {
+            "max_side": self.max_side,
+            "revision": None,
+            "repo": None,
+            "license": entry.license,
+            "held_out": None,
+        }
         self.started, self.bytes_before = time.monotonic(), meter.bytes
 
     def run(self) -> FetchResult:
@@ -208,6 +217,8 @@ class _Fetch:
         text = f"{media['fetched']:,} of {media['urls']:,} addresses"
         if media.get("held_out"):
             text += f", {media['held_out']:,} held out"
+        if media.get("resized"):
+            text += f", {media['resized']:,} resized to {self.max_side} pixels"
         if media.get("later"):
             text += f", {media['later']:,} failed temporarily: run it again"
         return text
@@ -301,6 +312,7 @@ class _Fetch:
             replace(self.progress, add_bytes=self.meter.add),
             held_out,
             self.options.retry_lost,
+            max_side=self.max_side,
         )
         if self.options.deduplicate and kind == "image":
             counts["duplicates"] = remove_duplicates(folder)
@@ -528,6 +540,13 @@ def note_trial(root: Path, name: str, works: bool, reason: str | None) -> None:
     """Write into fetched.json whether samples can be made of the set, and if not, why not."""
     path = root / "raw" / name / "fetched.json"
     write_json(path, {**RawSource(root, name).info, "works": works, "useless": reason}, sort_keys=True)
+
+
+def _noted_side(root: Path, name: str) -> int | None:
+    try:
+        return RawSource(root, name).info.get("max_side")
+    except ValueError:
+        return None
 
 
 def is_shared(catalogue: Catalogue, url: str) -> bool:

@@ -1,7 +1,8 @@
 """Download pictures or videos from a list of addresses on many servers.
 
     media/ab/abcd....jpg   one file for each address (raw.media_name)
-    media/index.jsonl      address, file, bytes, sha256, width, height of each that is there
+    media/index.jsonl      address, file, bytes, sha256, width, height of each that is there; of a resized picture also
+                           those four of the published file, as `published`
     media/lost.jsonl       address, reason, status, date of the next attempt, of each that is not
     media/.part/           unfinished downloads
 
@@ -19,6 +20,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from molmo2_nemo.catalogue import resized
 from molmo2_nemo.catalogue.raw import MEDIA_SUFFIXES, media_name
 from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.media_check import BadContent, check_image, check_video, dhash
@@ -67,17 +69,20 @@ def fetch_list(
     held_out: tuple[set[str], set[str]] = (set(), set()),
     retry_lost: bool = False,
     today: date | None = None,
+    max_side: int | None = None,
 ) -> dict[str, int]:
     """Download everything that is available to `media` and return counts: urls, fetched, lost, held_out, "lost: KIND",
     and fresh: those lost for now that were tried in this call only.
 
-    held_out: addresses and checksums that must not be downloaded. NoNetwork, OutOfBytes and OSError of the disk pass
-    through; the next call continues.
+    held_out: addresses and checksums that must not be downloaded. max_side: pixels of the longer side of pictures;
+    larger ones that arrive are resized (catalogue/resized.py) and counted as resized, and those that are there already
+    stay as they are. NoNetwork, OutOfBytes and OSError of the disk pass through; the next call continues.
     """
     today = today or datetime.now(UTC).date()
     unique = {item.url: item for item in wanted}
     with locked(media / ".lock"):
-        job = _ListDownload(unique, media, rules, kind, progress or DownloadProgress(), held_out, retry_lost, today)
+        progress = progress or DownloadProgress()
+        job = _ListDownload(unique, media, rules, kind, progress, held_out, retry_lost, today, max_side)
         try:
             job.take_stock()
             if job.open:
@@ -97,15 +102,17 @@ def fetch_list(
         "held_out": reasons.pop("held out", 0),
         "lost": sum(reasons.values()),
     }
+    if smaller := sum("published" in job.index.records.get(url, {}) for url in unique):
+        counts["resized"] = smaller
     fresh = (job.lost.records[url] for url in unique if url in job.lost.records)
     counts["fresh"] = sum(record["kind"] == "later" and record["runs"] < 3 for record in fresh)
     return counts | {f"lost: {reason}": number for reason, number in sorted(reasons.items())}
 
 
 class _ListDownload:
-    def __init__(self, wanted, media, rules, kind, progress, held_out, retry_lost, today):
+    def __init__(self, wanted, media, rules, kind, progress, held_out, retry_lost, today, max_side):
         self.wanted, self.media, self.rules, self.kind, self.progress = wanted, media, rules, kind, progress
-        self.held_out, self.retry_lost, self.today = held_out, retry_lost, today
+        self.held_out, self.retry_lost, self.today, self.max_side = held_out, retry_lost, today, max_side
         self.index = Journal(media / "index.jsonl", "url")
         self.lost = Journal(media / "lost.jsonl", "url")
         self.open: list[Wanted] = []
@@ -121,7 +128,8 @@ class _ListDownload:
         """Find the addresses to download; those whose file differs from its record are downloaded again."""
         for url, item in self.wanted.items():
             record, lost = self.index.records.get(url), self.lost.records.get(url)
-            if record is not None and record["sha256"] in self.held_out[1] or url in self.held_out[0]:
+            digest = record and record.get("published", record)["sha256"]
+            if record is not None and digest in self.held_out[1] or url in self.held_out[0]:
                 if record is not None:  # from when the list was not known
                     self.index.remove(url)
                     (self.media / record["file"]).unlink(missing_ok=True)
@@ -129,7 +137,7 @@ class _ListDownload:
                     self._lose(item, Lost("held out", "held out for evaluation"))
                 continue
             if record is not None:
-                if self._is_there(record) and record["sha256"] == (item.sha256 or record["sha256"]).lower():
+                if self._is_there(record) and digest == (item.sha256 or digest).lower():
                     continue
                 self.index.remove(url)
             if lost is not None and (not self.retry_lost or lost["kind"] == "held out"):
@@ -229,6 +237,9 @@ class _ListDownload:
             while (seconds := self.paused.get(host, 0) - loop.time()) > 0:
                 await asyncio.sleep(seconds)
             there = next((p for s in MEDIA_SUFFIXES if (p := self.media / f"{stem}{s}").is_file()), None)
+            if there is not None and (record := self._kept(item, there)):
+                self._record(item, str(there.relative_to(self.media)), record)
+                return
             if there is not None:
                 # An earlier run was killed between renaming the file and recording it.
                 part.parent.mkdir(parents=True, exist_ok=True)
@@ -241,11 +252,11 @@ class _ListDownload:
             except BadContent as error:
                 part.unlink(missing_ok=True)
                 raise Lost("content", str(error)) from error
-            suffix = record.pop("suffix")
-            publish(part, self.media / f"{stem}{suffix}")
+            name = f"{stem}{record['suffix']}"
+            publish(_small(part) if "published" in record else part, self.media / name)
+            part.unlink(missing_ok=True)
             self._note_answer()
-            self.index.append({"url": item.url, "file": f"{stem}{suffix}", **record})
-            self.lost.remove(item.url)
+            self._record(item, name, record)
             self.long_waits.pop(host, None)
         except Unreachable as error:
             self.unanswered.append((item, error))
@@ -264,6 +275,10 @@ class _ListDownload:
             if error.kind in ("gone", "forbidden", "content", "held out"):
                 part.unlink(missing_ok=True)
             self._lose(item, error)
+
+    def _record(self, item: Wanted, name: str, record: dict) -> None:
+        self.index.append({"url": item.url, "file": name, **{k: v for k, v in record.items() if k != "suffix"}})
+        self.lost.remove(item.url)
 
     def _note_answer(self) -> None:
         """Remember that a server answered, so the network works and earlier failures are real."""
@@ -284,7 +299,20 @@ class _ListDownload:
             what = (check_image if self.kind == "image" else check_video)(part)  # which says so if it is a web page
             raise BadContent(f"another {self.kind} than the set's ({what['width']} x {what['height']}, other sha256)")
         found = check_image(part, published=bool(item.sha256)) if self.kind == "image" else check_video(part)
-        return {**found, "bytes": part.stat().st_size, "sha256": digest}
+        record = {**found, "bytes": part.stat().st_size, "sha256": digest}
+        small = resized.smaller(part.read_bytes(), self.max_side) if self.max_side and self.kind == "image" else None
+        if small is None:
+            return record
+        # Not into the same file: an interrupted download would go on at its end.
+        _small(part).write_bytes(small)
+        return _of_resized(_small(part))
+
+    def _kept(self, item: Wanted, path: Path) -> dict | None:
+        """The record of a file that an earlier run has resized; None: it is another file."""
+        record = _of_resized(path) if self.kind == "image" else None
+        if record and item.sha256 and record["published"]["sha256"] != item.sha256.lower():
+            return None
+        return record
 
     def _lose(self, item: Wanted, error: Lost) -> None:
         before = self.lost.records.get(item.url, {})
@@ -307,6 +335,23 @@ class _ListDownload:
         shutil.rmtree(self.media / ".part", ignore_errors=True)
         self.index.tidy()
         self.lost.tidy()
+
+
+def _small(part: Path) -> Path:
+    return part.with_name(f"{part.name}.small")
+
+
+def _of_resized(path: Path) -> dict | None:
+    """What the index says of a picture that was resized on arrival; None: it was not."""
+    with path.open("rb") as file:
+        published = resized.published(file.read(resized.COMMENT_BYTES))
+    if published is None:
+        return None
+    try:
+        found = check_image(path)
+    except BadContent:
+        return None
+    return {**found, "bytes": path.stat().st_size, "sha256": sha256_of(path), "published": published}
 
 
 def remove_duplicates(media: Path, max_bits: int = 2, today: date | None = None) -> int:

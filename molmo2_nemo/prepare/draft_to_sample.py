@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from molmo2_nemo.catalogue import resized
 from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.schema import read_example
@@ -83,11 +84,14 @@ def pack(draft: Draft, raw: RawSource) -> tuple[dict[str, bytes], int, Counter]:
     and why. Dropped: nothing of it can be used."""
     sample: dict = {"branches": []}
     parts: dict[str, bytes] = {}
+    published_sizes = []
     for index, image in enumerate(draft.images):
         data = _image(image, raw)
         part = f"img{index}{_kind(data)}"
         parts[part] = data
-        sample.setdefault("images", []).append({"part": part, **_try(image_facts, "picture", data)})
+        facts = _try(image_facts, "picture", data)
+        sample.setdefault("images", []).append({"part": part, **facts})
+        published_sizes.append(resized.published(data) or facts)
     if draft.video:
         data, ending, facts = _video(draft.video, raw)
         parts[f"video{ending}"] = data
@@ -96,7 +100,7 @@ def pack(draft: Draft, raw: RawSource) -> tuple[dict[str, bytes], int, Counter]:
     for branch in draft.branches:
         # A branch that is wrong is left out, and the others about the same picture are kept.
         try:
-            of_branch = _inside(branch, sample.get("images") or [sample.get("video")], draft)
+            of_branch = _inside(branch, published_sizes or [sample.get("video")], draft)
             example = read_example(json.dumps(sample | {"branches": [branch]}))
             use_fractions(example, "fraction")
             check_answers(example)
@@ -136,6 +140,7 @@ def _try(look, what: str, *args):
 def _inside(branch: dict, sizes: list, draft: Draft) -> int:
     """Change points of images and videos to fractions from 0 to 1; returns how many lay outside.
 
+    sizes: of the pictures as they were published, whose pixels are meant; resized ones have the same fractions.
     As in the public code they are moved to the border. ValueError: one is farther outside than the picture is large.
     """
     moved = 0

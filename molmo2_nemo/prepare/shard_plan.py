@@ -122,4 +122,6 @@ def source_of(plan: ShardPlan) -> dict:
         "revision": info.get("revision"),
         "license": plan.entry.get("license") or info.get("license"),
         "terms": plan.entry.get("terms"),
+        "max_side": info.get("max_side"),
+        "resized": (info.get("media") or {}).get("resized", 0),
     }
