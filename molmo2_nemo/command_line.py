@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from molmo2_nemo.config.errors import ConfigError, refuse
+from molmo2_nemo.config.flags import refuse_flags
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.environment import quiet_libraries, set_cpu_environment, set_gpu_environment
 from molmo2_nemo.paths import CONF_DIR, PACKAGE
@@ -20,6 +21,7 @@ def prepare(arguments: list[str]) -> None:
     set_gpu_environment()
     set_cpu_environment()
     try:
+        refuse_flags(arguments)
         refuse_unknown_overrides(arguments)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None

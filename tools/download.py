@@ -13,6 +13,7 @@ Exit status of fetch: 0 complete, 1 something is missing, 3 the disk is full, 4 
 import argparse
 import errno
 import json
+import math
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ from pathlib import Path
 from molmo2_nemo.catalogue.datasets import CATEGORIES, CONF_FILE, load_catalogue
 from molmo2_nemo.fetch.rules import Rules
 
+CHOSEN = ("fetch", "by hand")  # actions of a plan's rows that belong to what is got
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -67,6 +69,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     commands.add_parser("list", parents=both, help="data sets and their state")
     planning = commands.add_parser("plan", parents=both, help="what fits in a budget, in which order, how long")
     planning.add_argument("--budget", type=size, help="bytes, such as 500GB or 1TB (default: the free space)")
+    planning.add_argument(
+        "--tier",
+        choices=("small", "medium", "full"),
+        help="what fits in 500 GB, in 1 TB, or all of it, what you bring yourself included",
+    )
+    planning.add_argument(
+        "--max-side", type=side, metavar="PIXELS", help="with pictures resized as by fetch --max-side (an estimate)"
+    )
     planning.add_argument(
         "--speed", type=size, metavar="BYTES/S", help="such as 50MB (default: as measured by earlier fetches)"
     )
@@ -209,35 +219,76 @@ def show(catalogue, entries, options) -> int:
 
 
 def show_plan(catalogue, entries, options) -> int:
-    from molmo2_nemo.fetch.inventory import as_json, free_bytes, measured_speed, plan_downloads
+    from molmo2_nemo.data.blend import MANY_ROUNDS
+    from molmo2_nemo.fetch.inventory import as_json, free_bytes
+    from molmo2_nemo.fetch.plan import TIERS, measured_speed, plan_downloads, shares_of
 
+    if options.tier and options.budget:
+        raise ValueError("--tier and --budget are two budgets: give one of them.")
     free = free_bytes(options.root)
-    budget = options.budget or free
+    budget = TIERS[options.tier] or math.inf if options.tier else options.budget or free
     speed = options.speed or measured_speed(options.root)
-    rows = plan_downloads(entries, catalogue, options.root, budget, speed)
-    get = [row for row in rows if row.action == "fetch"]
-    total, seconds = sum(row.gigabytes for row in get), sum(row.seconds or 0 for row in get) if speed else None
+    shares = shares_of(catalogue, options.stage or 2, options.root)
+    rows = plan_downloads(
+        entries, catalogue, options.root, budget, speed, options.tier is not None, options.max_side, shares
+    )
     if options.json:
         print(as_json(rows))
         return 0
-    table = [("", "name", "action", "GB", "time", "")]
+    table = [("", "name", "action", "GB", "by hand", "time", "rounds", "")]
     for number, row in enumerate(rows, 1):
         gigabytes = f"{'~' if row.estimated else ''}{row.gigabytes:,.1f}" if row.action != "refused" else ""
-        table.append((str(number), row.name, row.action, gigabytes, duration(row.seconds), row.why[:70]))
+        by_hand = f"{'~' if row.by_hand_estimated else ''}{row.by_hand_gb:,.1f}" if row.by_hand_gb else ""
+        rounds = f"{row.rounds:,.1f}" if row.rounds and options.stage else ""
+        why = row.why + (f" ({row.by_hand_source})" if row.by_hand_source else "")
+        table.append(
+            (str(number), row.name, row.action, gigabytes, by_hand, duration(row.seconds), rounds, why[:90].rstrip())
+        )
     print_table(table)
+    print()
+    print_sums(rows, options, budget, speed)
+    many = [row for row in rows if options.stage and (row.rounds or 0) > MANY_ROUNDS]
+    if options.stage:
+        print(
+            f"rounds: how often each sample comes round in stage {options.stage} of the schedule seed, at least (one "
+            "sample a row)"
+        )
+    for row in many:
+        print(f"warning: {row.name} comes round {row.rounds:,.0f} times or more: give it less weight in the blend")
+    for entry in entries:
+        if entry.count_differs:
+            print(f"{entry.name}: {entry.count_differs}")
+    total = sum(row.gigabytes + row.by_hand_gb * bool(options.tier) for row in rows if row.action in CHOSEN)
+    if total * 1e9 > free:
+        print(f"note: only {free / 1e9:,.1f} GB are free under {options.root}")
+    return 0
+
+
+def print_sums(rows, options, budget: float, speed: float | None) -> None:
+    """Print what a plan adds up to, what it leaves out, and what its marks mean."""
+    from molmo2_nemo.fetch.plan import totals
+
+    total = totals(rows)
+    within = "" if budget == math.inf else f" within {budget / 1e9:,.1f} GB"
+    get = [row for row in rows if row.action == "fetch"]
+    seconds = f", {duration(sum(row.seconds for row in get))}" if speed else ""
     print(
-        f"\n{len(get)} of {len(rows)} sets are fetched within {budget / 1e9:,.1f} GB: {total:,.1f} GB"
-        + (f", {duration(seconds)}" if speed else "")
+        f"{len(get)} of {len(rows)} sets are fetched{within}: {sum(row.gigabytes for row in get):,.1f} GB{seconds}\n"
+        f"  by a program as a whole: {total.automatic} sets, {total.automatic_gb:,.1f} GB\n"
+        f"  with files that you bring: {total.by_hand} sets, {total.by_hand_fetched_gb:,.1f} GB fetched, "
+        f"{total.by_hand_gb:,.1f} GB by hand"
     )
+    out = [row for row in rows if row.action in ("no room", "refused")]
+    if out:
+        lost = sum(row.share or 0 for row in out)
+        names = ", ".join(f"{row.name} ({row.share:.1%})" if row.share else row.name for row in out)
+        print(f"left out, {lost:.1%} of the samples of stage {options.stage or 2}: {names}")
     if speed:
         print(f"at {speed / 1e6:,.2f} MB/s ({'as given' if options.speed else 'as measured in earlier fetches'})")
     else:
         print("no speed was measured yet: fetch something, or give --speed 50MB")
-    if any(row.estimated for row in get):
+    if any(row.estimated or row.by_hand_estimated for row in rows):
         print("~ estimated from the numbers of pictures and videos; archives take up to twice as much")
-    if total * 1e9 > free:
-        print(f"note: only {free / 1e9:,.1f} GB are free under {options.root}")
-    return 0
 
 
 def fetch(catalogue, entries, options) -> int:

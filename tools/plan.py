@@ -19,6 +19,7 @@ from dataclasses import asdict, replace
 from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check, check_settings
 from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.flags import refuse_flags
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.data.blend import check_present
 from molmo2_nemo.environment import quiet_libraries
@@ -58,6 +59,7 @@ def main() -> int:
     args, unknown = parser.parse_known_args()
     quiet_libraries()
     try:
+        refuse_flags(unknown)
         unexpected = [word for word in unknown if word.startswith("-")]
         if unexpected:
             raise ConfigError(f"{unexpected[0]} is no option of this command: see --help.")

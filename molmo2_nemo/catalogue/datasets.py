@@ -142,6 +142,30 @@ class LayoutEvidence(_Strict):
         return self
 
 
+class SourceState(_Strict):
+    """Whether the files can be had, and how: what was found where, on which day."""
+
+    state: Literal["open", "gated", "form", "moved", "dead", "unknown"]
+    page: Url | None = None  # where to agree, to register, or where it has moved to
+    evidence: str  # what says so: a file of a repository, or a thread
+    date: datetime.date  # of the evidence
+    note: str | None = None
+
+    @model_validator(mode="after")
+    def _has_its_page(self):
+        if self.state in ("gated", "form", "moved") and self.page is None:
+            raise ValueError(f"state {self.state} needs the key page")
+        return self
+
+
+class MediaSize(_Strict):
+    """Size of media that a fetch does not bring, or that the size of the entry leaves out."""
+
+    gb: float = Field(gt=0, strict=False)
+    source: str  # who says so
+    date: datetime.date | None = None
+
+
 class DataSet(_Strict):
     """One entry. What a fetch and a plan read is typed; the rest is kept as it is."""
 
@@ -153,7 +177,9 @@ class DataSet(_Strict):
     stage2_category: Literal[CATEGORIES] | None = None
     modality: Literal["image", "multi-image", "video", "text"] = "image"
     task: list[str] = []
-    license: str | None = None
+    source_state: SourceState | None = None  # None: nobody has looked
+    license: str | None = None  # "unknown": it was looked for, license_page says where
+    license_page: Url | None = None  # that names the licence, or does not
     terms: str | None = None
     gated: bool | None = None
     examples: Count | None = None
@@ -161,6 +187,7 @@ class DataSet(_Strict):
     size_gb: float | None = Field(None, gt=0, strict=False)
     disk_gb: float | None = Field(None, gt=0, strict=False)  # what a fetch takes, where size_gb is something else
     size_note: str | None = None
+    media_size: MediaSize | None = None
     fields: dict[str, str] | None = None
     layout_evidence: LayoutEvidence | None = None  # None: nobody has compared the entry with what is published
     ratio: float | None = Field(None, gt=0, le=1)
@@ -203,6 +230,20 @@ class DataSet(_Strict):
         if self.media.kind in BY_HAND or self.source.kind == "manual":
             return ["**/*.mp4"] if self.modality == "video" else ["**/*"]
         return []
+
+    @property
+    def samples(self) -> int:
+        """About how many samples become of it: one of each picture or video, or of each row, where these are fewer."""
+        known = [self.counts.get("paper_visual"), self.counts.get("released_rows") or self.counts.get("paper_examples")]
+        return min((int(number) for number in known if number), default=self.examples or 0)
+
+    @property
+    def count_differs(self) -> str | None:
+        """Where the first stage list names another number of examples than the release has: both. None: it does not."""
+        seed, released = self.counts.get("seed"), self.counts.get("released_rows")
+        if not seed or not released or abs(int(seed) / int(released) - 1) < 0.05:
+            return None
+        return f"{released:,} rows are released; the first stage list says {seed:,}"
 
     @property
     def size(self) -> int:

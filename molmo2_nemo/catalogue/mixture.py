@@ -34,6 +34,27 @@ def blends(catalogue: Catalogue) -> dict[str, tuple[str, dict]]:
     }
 
 
+def blend_of(catalogue: Catalogue, stage: int) -> dict:
+    """The blend that a stage trains on unless another is chosen."""
+    return blends(catalogue)["stage1" if stage == 1 else "stage2"][1]
+
+
+def rounds(blend: dict, samples: dict[str, int], rows: int) -> dict[str, tuple[float, float]]:
+    """Of each source of a blend without groups: its share of the samples, and how often each of its own comes round.
+
+    samples: of each source; one of which no number is known is left out. rows: of the whole schedule, of which each is
+    taken to hold one sample; where packing puts several into a row, each comes round as many times more often.
+    """
+    sizes = {name: samples[name] for name in blend["sources"] if samples[name]}
+    weights = {
+        name: source.get("weight") or source.get("factor", 1) * math.sqrt(source.get("size") or sizes[name])
+        for name, source in blend["sources"].items()
+        if name in sizes
+    }
+    total = sum(weights.values())
+    return {name: (value / total, rows * value / total / sizes[name]) for name, value in weights.items()}
+
+
 def options(entry: DataSet) -> dict:
     """Options of an entry's samples in stages 2 and 3."""
     values = {}

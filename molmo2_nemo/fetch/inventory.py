@@ -1,11 +1,10 @@
-"""Which data sets are on the disk, what is missing or broken, how to fix it, and what a download would take.
+"""Which data sets there are, which are on the disk, what is missing or broken, and how to fix it.
 
 This module only reads.
 """
 
 import importlib.util
 import json
-import math
 import os
 import shlex
 import shutil
@@ -13,15 +12,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from molmo2_nemo.catalogue.datasets import BY_HAND, Catalogue, DataSet
-from molmo2_nemo.catalogue.raw import FetchNote, RawSource, size_on_disk
+from molmo2_nemo.catalogue.datasets import DataSet
+from molmo2_nemo.catalogue.raw import FetchNote, RawSource
 from molmo2_nemo.fetch.hub import page, pinned
-from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.on_disk import broken_files, fault, lacking, missing_layout
 
-# For sets of unknown size: bytes of a picture (mean of public mirrors of PixMo's pictures), of a video (FunQA: 24.5 GB
-# for about 4,300 videos), and of a row of annotations.
-IMAGE_BYTES, VIDEO_BYTES, ROW_BYTES = 250_000, 5_700_000, 5_000
 GB = 10**9
 # Bytes above which `doctor` does not read annotation files that the user provided.
 READ_BYTES = 10**8
@@ -46,18 +41,6 @@ class ListedSet:
     state: str
     bytes_on_disk: int
     page: str | None
-
-
-@dataclass(frozen=True)
-class PlannedDownload:
-    """A data set's row in `plan`."""
-
-    name: str
-    action: str  # fetch | there | by hand | refused | no room
-    gigabytes: float
-    estimated: bool
-    seconds: float | None
-    why: str
 
 
 @dataclass(frozen=True)
@@ -146,90 +129,6 @@ def with_license(entries: list[DataSet], allowed: list[str], root: Path) -> list
 def _same_license(license: str, wanted: str) -> bool:
     rest = license.removeprefix(f"{wanted}-") if license.startswith(f"{wanted}-") else None
     return license == wanted or (rest is not None and rest.replace(".", "").isdigit())
-
-
-def size_of(entry: DataSet) -> tuple[int, bool]:
-    """Bytes that a fetch downloads, and whether they are estimated from the numbers of pictures and videos."""
-    known = entry.disk_gb or entry.size_gb
-    if known:
-        return int(known * GB), False
-    visuals = int(entry.counts.get("paper_visual") or entry.examples or 0)
-    rows = int(entry.counts.get("paper_annotations") or entry.examples or 0) * ROW_BYTES
-    if entry.modality == "text":
-        return rows, True
-    if entry.source.kind == "manual" or entry.media.kind in (*BY_HAND, "render"):
-        return rows, True  # a fetch downloads only these
-    return rows + visuals * (VIDEO_BYTES if entry.modality == "video" else IMAGE_BYTES), True
-
-
-def measured_speed(root: Path) -> float | None:
-    """Mean bytes/s of earlier fetches under this root that took a second or more; None: there was none."""
-    total = seconds = 0.0
-    for path in sorted((root / "raw").glob("*/fetched.json")):
-        info = read_note(root, path.parent.name) or {}
-        if (info.get("seconds") or 0) >= 1 and info.get("fetched_bytes"):
-            total, seconds = total + info["fetched_bytes"], seconds + info["seconds"]
-    return total / seconds if seconds else None
-
-
-def plan_downloads(
-    entries: list[DataSet], catalogue: Catalogue, root: Path, budget: int, speed: float | None
-) -> list[PlannedDownload]:
-    """What to fetch, in order, within `budget` bytes, and why the rest is left out.
-
-    What is there costs nothing. The rest is ordered by share of the mixture per byte: a stage's ratio, or the square
-    root of its size. speed: bytes/s, None: unknown.
-    """
-    ready, planned = [], []
-    archives: set[str] = set()  # that are there or are fetched before; several sets may use the same
-    for entry in entries:
-        size, estimated = size_of(entry)
-        state = state_of(entry, root)
-        if entry.unsure:
-            planned.append(PlannedDownload(entry.name, "refused", 0, False, None, entry.unsure))
-        elif state in ("complete", "useless"):
-            planned.append(PlannedDownload(entry.name, "there", _bytes_there(root, entry) / GB, False, None, state))
-            archives.update(entry.media.urls)
-        elif entry.source.kind == "manual":
-            why = f"python tools/download.py how {entry.name}"
-            planned.append(PlannedDownload(entry.name, "by hand", size / GB, estimated, None, why))
-        else:
-            ready.append((entry, max(0, size - _bytes_there(root, entry)), estimated))
-    ready.sort(key=lambda item: (-_worth(item[0]) / max(item[1], 1e6), item[0].name))
-    left, chosen = budget, []
-    for entry, size, estimated in ready:
-        shared = bool(entry.media.urls) and archives.issuperset(entry.media.urls)
-        if shared:
-            size = min(size, int(entry.counts.get("paper_annotations") or entry.examples or 0) * ROW_BYTES)
-        seconds = size / speed if speed else None
-        if size <= left:
-            left -= size
-            why = "annotations only; its media by hand" if entry.by_hand else ""
-            why = "annotations only; another set brings its archives" if shared else why
-            archives.update(entry.media.urls)
-            chosen.append(PlannedDownload(entry.name, "fetch", size / GB, estimated, seconds, why))
-        else:
-            why = f"{size / GB:,.1f} GB, {left / GB:,.1f} left"
-            planned.append(PlannedDownload(entry.name, "no room", size / GB, estimated, seconds, why))
-    order = {"no room": 0, "by hand": 1, "refused": 2, "there": 3}
-    return chosen + sorted(planned, key=lambda item: (order[item.action], item.name))
-
-
-def _worth(entry: DataSet) -> float:
-    # A stage-1 set's ratio puts it before all that only later stages need.
-    return 1e6 * entry.ratio if entry.ratio else math.sqrt(max(1, entry.size))
-
-
-def _bytes_there(root: Path, entry: DataSet) -> int:
-    """Bytes that a fetch need not download again, also after one that was stopped."""
-    info = read_note(root, entry.name) or {}
-    if isinstance(info.get("bytes"), int):
-        return info["bytes"]
-    folder = root / "raw" / entry.name
-    records = [*Journal(folder / "files.jsonl", "file").records.values()]
-    records += Journal(folder / "media" / "index.jsonl", "url").records.values()
-    parts = sum(size_on_disk(path) for path in [*folder.glob("media/.part"), *(folder / "hub").rglob(".part")])
-    return sum(record["bytes"] for record in records) + parts
 
 
 def doctor(entries: list[DataSet], root: Path, deep: bool = False, options: str = "") -> Iterator[Problem]:

@@ -131,6 +131,8 @@ def set_up(
 
     log = RunLog(run_dir)
     log.say(banner(config, device, precision, sources))
+    for line in blend.describe_rounds(sources, settings.max_steps * settings.global_batch_size):
+        log.say(line)
     log.say(gpu.description(config, precision, device))
     for line in start.ignored:
         log.say(f"ignored: {line}")

@@ -8,7 +8,8 @@ from programs import REPOSITORY, python, succeeded
 
 from molmo2_nemo.catalogue.datasets import load_catalogue
 from molmo2_nemo.catalogue.raw import RawSource, media_name, read_rows
-from molmo2_nemo.fetch.inventory import listed, plan_downloads, with_license
+from molmo2_nemo.fetch.inventory import listed, with_license
+from molmo2_nemo.fetch.plan import plan_downloads
 
 MINE = {
     "name": "mine",

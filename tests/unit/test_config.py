@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from molmo2_nemo import command_line
-from molmo2_nemo.config import checks, megatron_fields, schema
+from molmo2_nemo.config import checks, flags, megatron_fields, schema
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.paths import CONF_DIR
 
@@ -288,6 +288,36 @@ def test_impossible_settings_are_refused(stage, overrides, world_size, expected)
 def test_unknown_keys_and_options_are_named(argument, expected):
     with pytest.raises(ConfigError, match=re.escape(expected)):
         command_line.refuse_unknown_overrides([argument])
+
+
+@pytest.mark.parametrize(
+    "arguments, use",
+    [
+        (["--seq-length", "36864"], "data.seq_length=36864"),
+        (["model=tiny", "--max-frames=384"], "data.max_frames=384"),
+        (["--lr", "1e-5"], "optim.llm.lr=1e-5"),
+        (["--batch-size", "64", "model=tiny"], "train.global_batch_size=64"),
+        (["--tensor-model-parallel-size", "2"], "parallel.tensor_model_parallel_size=2"),
+        (["--bf16", "model=tiny"], "train.precision=bf16"),
+        (["--model", "tiny"], "model=tiny"),
+        (["--max-framez", "8"], "data.max_frames=8"),
+        (["--seq-length", "36864", "--max-frames=384"], "data.seq_length=36864 data.max_frames=384"),
+    ],
+)
+def test_options_of_argparse_are_answered_with_what_works(arguments, use):
+    with pytest.raises(ConfigError, match=f"KEY=VALUE here, without dashes: (perhaps )?use {re.escape(use)}\\.$"):
+        flags.refuse_flags(arguments)
+    command_line.refuse_unknown_overrides(use.split())
+
+
+def test_every_advised_key_is_one_of_the_configuration_and_what_hydra_takes_passes():
+    groups = {path.name for path in command_line.CONF_DIR.iterdir() if path.is_dir()}
+    assert set(flags.KEYS.values()) <= {*flags.all_keys(), *groups}
+    flags.refuse_flags(["--config-name", "stage1", "-c", "job", "--resolve", "train.seed=-1", "data.root=a--b"])
+    with pytest.raises(ConfigError, match="docs/settings.md has what is meant by --no-such-thing"):
+        flags.refuse_flags(["--cfg=job", "--no-such-thing"])
+    cfg = build("stage3", "data.seq_length=36864", "data.max_frames=384", "optim.llm.lr=1e-5")
+    assert (cfg.data.seq_length, cfg.data.max_frames, cfg.optim.llm.lr) == (36864, 384, 1e-5)
 
 
 def test_known_overrides_pass():

@@ -25,10 +25,11 @@ from molmo2_nemo.catalogue.datasets import HubFiles, load_catalogue
 from molmo2_nemo.catalogue.raw import RawSource, media_name, size_on_disk
 from molmo2_nemo.fetch.data_set import FetchOptions, Meter, fetch_set
 from molmo2_nemo.fetch.hub import HubFile, Repository, choose_files, read_card
-from molmo2_nemo.fetch.inventory import doctor, plan_downloads, state_of
+from molmo2_nemo.fetch.inventory import doctor, state_of
 from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.media_check import BadContent, check_image
 from molmo2_nemo.fetch.on_disk import broken_files
+from molmo2_nemo.fetch.plan import plan_downloads
 from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.fetch.url_list import DownloadProgress, NoNetwork, Wanted, fetch_list, remove_duplicates
 from molmo2_nemo.fetch.web import Lost, check_address, is_private
