@@ -199,18 +199,22 @@ def show(catalogue, entries, options) -> int:
     if options.json:
         print(as_json(rows))
         return 0
-    table = [("name", "kind", "examples", "GB", "licence", "gated", "layout", "state")]
+    table = [("name", "kind", "examples", "GB", "licence", "source", "layout", "state")]
     for row in rows:
-        gated = {True: "yes", False: "no", None: "?"}[row.gated]
         examples = f"{row.examples:,}" if row.examples else "?"
+        examples = f"{row.released_rows:,} / {examples}" if row.count_differs else examples
         gigabytes = f"{row.size_gb:g}" if row.size_gb else "?"
         license = (row.license or "?") + (" *" if row.terms else "")
-        table.append((row.name, row.kind, examples, gigabytes, license, gated, row.layout, row.state))
+        table.append((row.name, row.kind, examples, gigabytes, license, row.source, row.layout, row.state))
     print_table(table)
     states = [row.state for row in rows]
     summary = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "-")
     on_disk = sum(row.bytes_on_disk for row in rows)
     print(f"\n{len(rows)} data sets: {summary or 'none on disk'}; {on_disk / 1e9:,.1f} GB under {options.root / 'raw'}")
+    if any(row.count_differs for row in rows):
+        print("a / b: rows of the release / examples by the first list of stages")
+    if any(row.source in ("gated", "form", "moved", "dead") for row in rows):
+        print("gated, form, moved, dead: python tools/download.py how NAME has the page, and who found so on which day")
     if any(row.layout == "unverified" for row in rows):
         print("unverified: nobody has compared these entries of the catalogue with what is published")
     if any(row.terms for row in rows):

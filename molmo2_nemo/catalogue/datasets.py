@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from molmo2_nemo.paths import CONF_DIR
 
@@ -178,8 +178,9 @@ class DataSet(_Strict):
     modality: Literal["image", "multi-image", "video", "text"] = "image"
     task: list[str] = []
     source_state: SourceState | None = None  # None: nobody has looked
-    license: str | None = None  # "unknown": it was looked for, license_page says where
-    license_page: Url | None = None  # that names the licence, or does not
+    # None, in the file null or "unknown": it is not known. license_page is where it is named, or would be.
+    license: Annotated[str | None, BeforeValidator(lambda value: None if value == "unknown" else value)] = None
+    license_page: Url | None = None
     terms: str | None = None
     gated: bool | None = None
     examples: Count | None = None
@@ -243,7 +244,7 @@ class DataSet(_Strict):
         seed, released = self.counts.get("seed"), self.counts.get("released_rows")
         if not seed or not released or abs(int(seed) / int(released) - 1) < 0.05:
             return None
-        return f"{released:,} rows are released; the first stage list says {seed:,}"
+        return f"{released:,} rows are released; the first list of stages says {seed:,} examples"
 
     @property
     def size(self) -> int:

@@ -102,7 +102,7 @@ WORDS = {
 
 
 def refuse_flags(arguments: list[str]) -> None:
-    """Raise ConfigError, one sentence with the settings to write instead, if there are options that are none of Hydra's."""
+    """Raise ConfigError, one sentence with the settings to write instead, if there are options that Hydra has not."""
     takes_value, said, wanted = False, [], []
     for position, argument in enumerate(arguments):
         if takes_value:
@@ -120,7 +120,7 @@ def refuse_flags(arguments: list[str]) -> None:
         said.append(argument if "=" in argument or not value else f"{flag} {value}")
         wanted.append(advice(flag, value))
     if said:
-        text = f"use {' '.join(wanted)}" if all("=" in one and " " not in one for one in wanted) else ", ".join(wanted)
+        text = f"use {' '.join(wanted)}" if all("=" in one and " " not in one for one in wanted) else "; ".join(wanted)
         raise ConfigError(f"{' '.join(said)}: settings are written KEY=VALUE here, without dashes: {text}.")
 
 

@@ -36,6 +36,12 @@ class ListedSet:
     license: str | None
     terms: str | None
     gated: bool | None
+    source: str  # open | gated | form | moved | dead | unknown
+    source_page: str | None  # where to agree, to register, or where it has moved to
+    source_date: str | None  # of the evidence
+    license_page: str | None  # where the licence is named, or would be
+    released_rows: int | None
+    count_differs: str | None  # where the release and the first list of stages have unlike numbers
     layout: str  # verified: the entry was compared with what is published | unverified | own
     by_hand: bool
     state: str
@@ -90,7 +96,7 @@ def layout_of(entry: DataSet) -> str:
 def listed(entries: list[DataSet], root: Path) -> list[ListedSet]:
     rows = []
     for entry in entries:
-        info = read_note(root, entry.name) or {}
+        info, found = read_note(root, entry.name) or {}, entry.source_state
         rows.append(
             ListedSet(
                 entry.name,
@@ -100,9 +106,15 @@ def listed(entries: list[DataSet], root: Path) -> list[ListedSet]:
                 f"{entry.source.kind}/{entry.media.kind}",
                 entry.examples,
                 entry.disk_gb or entry.size_gb,
-                info.get("license") or entry.license,
+                info.get("license") or entry.license or ("unknown" if entry.license_page else None),
                 entry.terms,
                 entry.gated,
+                found.state if found else "unknown",
+                found.page if found else None,
+                str(found.date) if found else None,
+                entry.license_page,
+                entry.counts.get("released_rows"),
+                entry.count_differs,
                 layout_of(entry),
                 entry.by_hand,
                 state_of(entry, root),
@@ -273,9 +285,11 @@ def how(entry: DataSet, root: Path) -> str:
             ("Tasks", ", ".join(entry.task)),
             ("Stages", ", ".join(map(str, entry.stages))),
             ("Examples", f"{entry.examples:,}" if entry.examples else ""),
-            ("Licence", entry.license or "not known: read its page"),
+            ("Counts", entry.count_differs),
+            ("Licence", _license(entry)),
             ("Terms", entry.terms),
             ("Account or form needed", {True: "yes", False: "no", None: "not known"}[entry.gated]),
+            ("Source", _source(entry)),
             ("Page", page_of(entry)),
             ("Layout", _evidence(entry)),
             ("Note", entry.note),
@@ -318,6 +332,30 @@ def how(entry: DataSet, root: Path) -> str:
             f"Then `python tools/download.py fetch {entry.name}` registers it, and `doctor` checks it.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _license(entry: DataSet) -> str:
+    if entry.license:
+        return f"{entry.license}{f' ({entry.license_page})' if entry.license_page else ''}"
+    return (
+        f"unknown: none was found, look at {entry.license_page}" if entry.license_page else "not known: read its page"
+    )
+
+
+def _source(entry: DataSet) -> str:
+    found = entry.source_state
+    if found is None:
+        return "nobody has looked whether it can be had"
+    words = {
+        "open": "open",
+        "gated": f"gated: agree on {found.page}",
+        "form": f"a form or an account: {found.page}",
+        "moved": f"moved to {found.page}",
+        "dead": "reported dead",
+        "unknown": "unknown",
+    }[found.state]
+    note = f"; {found.note}" if found.note else ""
+    return f"{words} ({found.evidence}, {found.date}){note}"
 
 
 def _evidence(entry: DataSet) -> str:

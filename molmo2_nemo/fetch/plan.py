@@ -84,7 +84,7 @@ def size_of(entry: DataSet, max_side: int | None = None) -> Size:
     elif known:
         fetched, estimated = int(known * GB), False
     else:
-        fetched, estimated = rows + (0 if entry.by_hand else media), True
+        fetched, estimated = rows + (0 if entry.by_hand or entry.media.kind == "render" else media), True
     if max_side and entry.media.kind == "url-list" and not video and visuals:
         share = share_left(max_side, fetched / visuals)
         fetched, estimated = int(fetched * share), estimated or share < 1

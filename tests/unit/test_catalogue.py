@@ -1,6 +1,8 @@
 """conf/datasets.yaml and what is refused in a catalogue."""
 
+import datetime
 import json
+import math
 
 import pytest
 import yaml
@@ -8,8 +10,8 @@ from programs import REPOSITORY, python, succeeded
 
 from molmo2_nemo.catalogue.datasets import load_catalogue
 from molmo2_nemo.catalogue.raw import RawSource, media_name, read_rows
-from molmo2_nemo.fetch.inventory import listed, with_license
-from molmo2_nemo.fetch.plan import plan_downloads
+from molmo2_nemo.fetch.inventory import how, listed, with_license
+from molmo2_nemo.fetch.plan import TIERS, VIDEO_BYTES, plan_downloads, shares_of, totals
 
 MINE = {
     "name": "mine",
@@ -110,6 +112,76 @@ def test_plan_takes_what_is_worth_most_for_its_bytes_and_stays_within_the_budget
         (tmp_path / "raw" / name / "fetched.json").write_text(json.dumps(note))
     rows = {row.name: row for row in plan_downloads(found.sets, found, tmp_path, 12 * 10**9, speed=None)}
     assert rows["rich"].action == "there" and rows["large"].action == "fetch" and rows["large"].gigabytes == 10
+
+
+def test_a_plan_tells_media_by_hand_from_what_is_fetched_and_who_says_how_large_they_are(tmp_path):
+    size = {"gb": 134, "source": "a page", "date": datetime.date(2026, 1, 2)}
+    youtube = {"kind": "youtube-ids", "columns": ["video"]}
+    found = catalogue(
+        tmp_path,
+        {**MINE, "name": "whole", "disk_gb": 10},
+        {**MINE, "name": "named", "media": youtube, "modality": "video", "examples": 1000, "media_size": size},
+        {**MINE, "name": "guessed", "media": youtube, "modality": "video", "examples": 1000},
+    )
+    rows = {row.name: row for row in plan_downloads(found.sets, found, tmp_path, math.inf, None, whole=True)}
+    assert (rows["named"].by_hand_gb, rows["named"].by_hand_source, rows["named"].by_hand_estimated) == (
+        134,
+        "a page",
+        False,
+    )
+    assert rows["guessed"].by_hand_gb == pytest.approx(1000 * VIDEO_BYTES / 1e9) and rows["guessed"].by_hand_estimated
+    assert [name for name, row in rows.items() if row.annotations_only] == ["guessed", "named"]
+    sums = totals(list(rows.values()))
+    assert (sums.automatic, sums.automatic_gb, sums.by_hand) == (1, 10, 2)
+    assert sums.by_hand_gb == pytest.approx(134 + 1000 * VIDEO_BYTES / 1e9)
+    # A budget for the whole of a set has no room for what the user would have to bring.
+    rows = plan_downloads(found.sets, found, tmp_path, 100 * 10**9, None, whole=True)
+    assert {row.name for row in rows if row.action == "no room"} == {"named"}
+
+
+@pytest.mark.parametrize("tier, least, most", [("small", 400, 500), ("medium", 900, 1000), ("full", 5000, math.inf)])
+def test_the_tiers_hold_what_they_say(tier, least, most, tmp_path):
+    found = load_catalogue()
+    rows = plan_downloads(found.sets, found, tmp_path, TIERS[tier] or math.inf, None, whole=True)
+    sums = totals(rows)
+    assert least < sums.automatic_gb + sums.by_hand_fetched_gb + sums.by_hand_gb <= most
+    assert {"pixmo-cap", "pixmo-count"} <= {row.name for row in rows if row.action == "fetch"}
+
+
+def test_resized_pictures_bring_stage_1_into_80_gb_and_pixmo_count_comes_round_35_times(tmp_path):
+    found = load_catalogue()
+    shares = shares_of(found, 1, tmp_path)
+    for max_side, left_out in ((None, {"pixmo-cap"}), (600, set())):
+        rows = plan_downloads(found.of_stage(1), found, tmp_path, 80 * 10**9, None, max_side=max_side, shares=shares)
+        assert {row.name for row in rows if row.action != "fetch"} == left_out
+    assert shares["pixmo-count"] == (pytest.approx(0.1), pytest.approx(34.7, abs=0.1))
+    # 100,000 steps of 128 rows, each with one sample.
+    assert sum(times * found.find([name])[0].samples for name, (_, times) in shares.items()) == pytest.approx(12.8e6)
+
+
+def test_every_entry_says_whether_it_can_be_had_and_where_its_licence_is():
+    entries = load_catalogue().sets
+    assert all(entry.source_state and (entry.license or entry.license_page) for entry in entries)
+    assert {entry.counts.get("released_rows") for entry in load_catalogue().of_stage(1)} == {
+        717042,
+        2376222,
+        36916,
+        68051,
+        326154,
+    }
+
+
+def test_who_must_fill_a_form_is_told_where(tmp_path):
+    state = {"state": "form", "evidence": "its page", "date": datetime.date(2026, 1, 2)}
+    with pytest.raises(ValueError, match="source_state: state form needs the key page"):
+        catalogue(tmp_path, {**MINE, "source_state": state})
+    [entry] = catalogue(
+        tmp_path, {**MINE, "source_state": {**state, "page": "https://a.org"}, "license": "unknown"}
+    ).sets
+    assert "a form or an account: https://a.org (its page, 2026-01-02)" in how(entry, tmp_path)
+    assert entry.license is None
+    [row] = listed([entry], tmp_path)
+    assert (row.source, row.source_page, row.source_date) == ("form", "https://a.org", "2026-01-02")
 
 
 def test_list_is_a_table_or_json(tmp_path):
