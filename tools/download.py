@@ -5,6 +5,7 @@
     python tools/download.py fetch pixmo-cap chartqa --jobs 32    # or --stage 1; --limit 1000 gets a sample
     python tools/download.py how docvqa                           # what you have to provide, and where it goes
     python tools/download.py doctor                               # what is broken or missing, and how to fix it
+    python tools/download.py verify chartqa                       # 50 samples with pictures, and what does not fit
 
 Files go to raw/NAME under --root (default: DATA_ROOT, else data). A command can be stopped at any time and run again.
 Exit status of fetch: 0 complete, 1 something is missing, 3 the disk is full, 4 --max-bytes is used up, 130 interrupted.
@@ -34,9 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         catalogue = load_catalogue(options.catalogue)
         entries = chosen(catalogue, options)
-        return {"list": show, "plan": show_plan, "fetch": fetch, "how": show_how, "doctor": diagnose}[options.command](
-            catalogue, entries, options
-        )
+        return {"list": show, "plan": show_plan, "fetch": fetch, "how": show_how, "doctor": diagnose, "verify": verify}[
+            options.command
+        ](catalogue, entries, options)
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,6 +82,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--speed", type=size, metavar="BYTES/S", help="such as 50MB (default: as measured by earlier fetches)"
     )
     fetching = commands.add_parser("fetch", parents=both, help="download data sets")
+    add_fetch_options(fetching)
+    commands.add_parser("how", parents=both, help="what you have to provide, and where it goes")
+    trying = commands.add_parser(
+        "verify", parents=both, help="make samples of what is on disk, and say what does not fit"
+    )
+    trying.add_argument("--samples", type=positive, default=50, help="of each set (default %(default)s)")
+    trying.add_argument(
+        "--html", type=Path, metavar="DIR", help="where to write the pages (default: runs/verify/NAME); open index.html"
+    )
+    trying.add_argument("--no-pages", action="store_true", help="print the lines alone")
+    checking = commands.add_parser("doctor", parents=both, help="what is broken or missing, and how to fix it")
+    checking.add_argument("--deep", action="store_true", help="read every byte")
+    options = parser.parse_args(arguments)
+    # Options that a suggested command must repeat to mean the same files.
+    said = [("--root", options.root), ("--catalogue", options.catalogue if options.catalogue != CONF_FILE else None)]
+    options.again = "".join(f" {name} {shlex.quote(str(value))}" for name, value in said if value is not None)
+    options.root = (options.root or Path(os.environ.get("DATA_ROOT") or "data")).expanduser()
+    if options.command in ("fetch", "how", "verify") and not (options.names or options.stage or options.category):
+        parser.error(f"{options.command} needs names, --stage or --category")
+    return options
+
+
+def add_fetch_options(fetching: argparse.ArgumentParser) -> None:
     fetching.add_argument(
         "--jobs", type=positive, default=Rules.jobs, help="files to download at once (default %(default)s)"
     )
@@ -131,17 +155,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--allow-private", action="store_true", help="allow addresses of this machine and its network"
     )
     fetching.add_argument("--quiet", action="store_true", help="print no progress, only one line for each set")
-    commands.add_parser("how", parents=both, help="what you have to provide, and where it goes")
-    checking = commands.add_parser("doctor", parents=both, help="what is broken or missing, and how to fix it")
-    checking.add_argument("--deep", action="store_true", help="read every byte")
-    options = parser.parse_args(arguments)
-    # Options that a suggested command must repeat to mean the same files.
-    said = [("--root", options.root), ("--catalogue", options.catalogue if options.catalogue != CONF_FILE else None)]
-    options.again = "".join(f" {name} {shlex.quote(str(value))}" for name, value in said if value is not None)
-    options.root = (options.root or Path(os.environ.get("DATA_ROOT") or "data")).expanduser()
-    if options.command in ("fetch", "how") and not (options.names or options.stage or options.category):
-        parser.error(f"{options.command} needs names, --stage or --category")
-    return options
 
 
 def size(text: str) -> int:
@@ -408,6 +421,33 @@ def diagnose(catalogue, entries, options) -> int:
         f"{len(problems)} problem(s); {states.count('complete')} complete, {there} started, of {len(entries)} data sets"
     )
     return 1 if problems else 0
+
+
+def verify(catalogue, entries, options) -> int:
+    """Print what does not fit, and write a page for each sample. Returns 1 if something of a set does not fit."""
+    from molmo2_nemo.prepare.verify import MAX_DROPPED, report, take
+
+    wrong, results = 0, []
+    for entry in entries:
+        found = take(entry.model_dump(), options.root, options.samples)
+        lines, fits = report(entry, options.root, found)
+        fits = fits and found.share_lost <= MAX_DROPPED and bool(found.samples)
+        wrong += not fits
+        results.append({"name": entry.name, "fits": fits, "samples": len(found.samples), "lines": lines})
+        if not options.json:
+            print("\n".join(lines))
+        if found.samples and not options.no_pages:
+            sys.path.insert(0, str(Path(__file__).parent))
+            from inspect_data import show_samples
+
+            folder = options.html or Path("runs", "verify")
+            folder = folder / entry.name if len(entries) > 1 or not options.html else folder
+            show_samples(entry.name, found.samples, folder, 1 if entry.stages == [1] else 2)
+            if not options.json:
+                print(f"  pages:       {folder / 'index.html'}")
+    if options.json:
+        print(json.dumps(results, indent=1))
+    return 1 if wrong else 0
 
 
 class Bar:

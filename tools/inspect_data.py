@@ -87,6 +87,27 @@ def inspect(config: Config, wanted: int, html: Path | None):
     return statistics, seconds
 
 
+def show_samples(name: str, samples: list[dict[str, bytes]], html: Path, stage: int) -> None:
+    """Write pages of samples that are in no shards yet, as a stage shows them to the tiny model.
+
+    name: of their source. samples: parts of each, as prepare/draft_to_sample.pack makes them.
+    """
+    from molmo2_nemo.prepare.webdataset import write_shards
+
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / name
+        folder.mkdir()
+        write_shards(folder, {"train": ((f"{number:05d}", parts) for number, parts in enumerate(samples))})
+        (Path(root) / "blend.yaml").write_text(
+            f"weighting: fixed\nsources: {{'{name}': {{path: '{name}', weight: 1}}}}\n"
+        )
+        prepare([])
+        # One after the other, and few frames of a video: the pages are to be looked at.
+        few = ["data.num_workers=0", "data.shuffle_buffer_size=1", "data.packing_buffer_size=1", "data.max_frames=16"]
+        given = ["model=tiny", f"data.root={root}", f"data.blend={root}/blend.yaml", *few]
+        inspect(compose(f"stage{stage}", given), len(samples), html)
+
+
 def config_of_run(batch: Path) -> Config:
     """The settings of the run that has saved a batch in its folder errors/. ValueError: they are not there."""
     from omegaconf import OmegaConf

@@ -33,6 +33,7 @@ from molmo2_nemo.prepare.formats.table import KEYS
 from molmo2_nemo.prepare.mistakes import kind_of
 from molmo2_nemo.prepare.own_data import Outcome, OwnSample, Reading, held_out_keys, read_files, samples
 from molmo2_nemo.prepare.stage_datasets import PreparedStage, StageOptions, prepare_stage, result_of
+from molmo2_nemo.prepare.verify import MAX_DROPPED
 from molmo2_nemo.prepare.webdataset import SHARD_SAMPLES, write_shards
 
 # Kinds of mistakes that are listed, sentences of each, and lines of which only the number is named.
@@ -278,6 +279,13 @@ def main_stage(arguments: list[str]) -> None:
     parser.add_argument("--array-count", type=int, default=1, help="of a Slurm array: $SLURM_ARRAY_TASK_COUNT")
     parser.add_argument(
         "--only-license", nargs="+", default=(), metavar="LICENSE", help="those under one of these, e.g. odc-by cc-by"
+    )
+    parser.add_argument(
+        "--max-dropped",
+        type=float,
+        default=MAX_DROPPED,
+        metavar="SHARE",
+        help="refuse a set whose sample loses more of its annotations (default %(default)g; 1 takes what is left)",
     )
     parser.add_argument("--redo", action="store_true", help="prepare again what is finished")
     parser.add_argument("--verify", action="store_true", help="read the bytes of finished data sets again, too")

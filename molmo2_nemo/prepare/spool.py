@@ -166,13 +166,13 @@ def converted(entry: dict, raw: RawSource) -> Iterator[list[Draft | Drop]]:
         try:
             yield [checked(result) if isinstance(result, Draft) else result for result in converter.convert(row)]
         except KeyError as error:
-            yield [Drop(f"no column {error}")]
+            yield [Drop(f"no column {error}", unfit=True)]
         except UnicodeError:
-            yield [Drop("a text with half a character (a lone surrogate)")]
+            yield [Drop("a text with half a character (a lone surrogate)", unfit=True)]
         except ValueError as error:
-            yield [Drop(general(str(error)))]
+            yield [Drop(general(str(error)), unfit=True)]
         except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError):
-            yield [Drop("a value of another type than expected")]
+            yield [Drop("a value of another type than expected", unfit=True)]
 
 
 def checked(draft: Draft) -> Draft:

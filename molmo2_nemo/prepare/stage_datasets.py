@@ -28,6 +28,7 @@ from molmo2_nemo.prepare.records import Provenance
 from molmo2_nemo.prepare.shard_plan import ShardPlan, make_plan
 from molmo2_nemo.prepare.spool import write_spool
 from molmo2_nemo.prepare.stage_blend import write_blends
+from molmo2_nemo.prepare.verify import MAX_DROPPED, refusal, take
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -49,6 +50,7 @@ class StageOptions:
     only_license: tuple[str, ...] = ()  # data sets under one of these licences; none: all
     redo: bool = False  # make again what is finished
     verify: bool = False  # read the bytes of finished sets again
+    max_dropped: float = MAX_DROPPED  # share of a sample of a set that may be lost; a set that loses more is refused
     check_room: bool = True  # refuse to start without room for shards as large as the raw data
     quiet: bool = False  # no progress bars
 
@@ -58,6 +60,8 @@ class StageOptions:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
         if not 0 <= self.array_index < self.array_count:
             raise ValueError(f"--array-index {self.array_index} is not from 0 to --array-count - 1")
+        if not 0 <= self.max_dropped <= 1:
+            raise ValueError(f"--max-dropped {self.max_dropped:g} is not from 0 to 1")
         if not (self.root or self.out).is_dir():
             raise ValueError(f"{self.root or self.out} is no folder")
 
@@ -227,7 +231,7 @@ def examine(state: DatasetState, root: Path, out: Path, options: StageOptions) -
 
 
 def run(states: list[DatasetState], pool: ProcessPoolExecutor, options: StageOptions) -> None:
-    """For each set: check what is there, spool its rows, write its shards, finish. Several sets at once."""
+    """For each set: try a sample, check what is there, spool its rows, write its shards, finish. Several at once."""
     waiting, futures, at_once = list(states), {}, max(2, options.jobs // 4)
     share = slice(options.array_index, None, options.array_count)
     total = sum(len(state.plan.shards[share]) for state in states)
@@ -240,11 +244,18 @@ def run(states: list[DatasetState], pool: ProcessPoolExecutor, options: StageOpt
         plan = state.plan
         for name in ("shards", "records"):
             (plan.work / name).mkdir(parents=True, exist_ok=True)
-        submit(state, "check", missing_shards, plan, plan.shards[share])
+        if options.max_dropped < 1 and not any((plan.work / "records").iterdir()):
+            submit(state, "try", refused, plan, options)
+        else:
+            submit(state, "check", missing_shards, plan, plan.shards[share])
 
     def advance(state: DatasetState, step: str, future: Future) -> None:
         plan = state.plan
-        if step == "check":
+        if step == "try":
+            state.problem = future.result()
+            if state.problem is None:
+                submit(state, "check", missing_shards, plan, plan.shards[share])
+        elif step == "check":
             state.todo = future.result()
             bar.update(len(plan.shards[share]) - len(state.todo))
             if not state.todo:
@@ -295,6 +306,12 @@ def run(states: list[DatasetState], pool: ProcessPoolExecutor, options: StageOpt
                 except (ValueError, RecursionError) as error:
                     state.problem = str(error).rstrip(".")
                     state.locks.close()
+
+
+def refused(plan: ShardPlan, options: StageOptions) -> str | None:
+    """Why a set is not prepared, by a sample of it: a sentence, or None."""
+    found = take(plan.entry, plan.root, partial=options.partial)
+    return refusal(found, plan.name, options.max_dropped)
 
 
 def spool_with_bar(plan: ShardPlan, folder: Path, shards: list[str], line: int, quiet: bool) -> None:

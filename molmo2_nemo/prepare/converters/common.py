@@ -67,9 +67,10 @@ class Draft:
 
 @dataclass
 class Drop:
-    """An annotation that is not used."""
+    """An annotation that is not used: by a rule of its set, or because the row is not as expected (unfit)."""
 
     reason: str
+    unfit: bool = False
 
 
 Rows = Callable[[RawSource, str | None], Iterator[dict]]

@@ -1,0 +1,168 @@
+"""Whether a fetched data set is what its entry describes: some of its rows are made into samples, and the rest counted.
+
+`tools/download.py verify NAME` shows all of it; `tools/prepare.py` refuses a set that loses too much of such a sample.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from molmo2_nemo.catalogue.datasets import DataSet
+from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, RawSource, read_rows
+from molmo2_nemo.fetch.on_disk import missing_layout
+from molmo2_nemo.prepare.converters import converter_of
+from molmo2_nemo.prepare.converters.common import Draft, Drop
+from molmo2_nemo.prepare.draft_to_sample import Dropped, pack
+from molmo2_nemo.prepare.find_media import ABSENT
+from molmo2_nemo.prepare.spool import converted
+
+# Samples that are made, and rows that are read for each of them, so that they are not all about one picture or video.
+SAMPLES, ROWS_A_SAMPLE = 50, 8
+MAX_DROPPED = 0.05  # share of the sample's annotations that a set may lose
+# Media of which some are gone; a fetch counts them, and they say nothing about the set's form.
+PARTLY_GONE = ("url-list", "youtube-ids")
+# What a reason is about, by a part of it.
+KINDS = {
+    "columns": ("no column", "another type", "unlike length", "half a character"),
+    "coordinates": ("far outside", "coordinate"),
+    "times": ("a clip", "seconds, and the video", "rate"),
+    "layout": ("not on disk", "several folders", "cannot be read", "frames of different sizes", "an empty file"),
+}
+
+
+@dataclass
+class Sampled:
+    """What became of some rows of a set; numbers are of annotations, unless they say something else."""
+
+    rows: int = 0
+    kept: int = 0
+    lost: Counter = field(default_factory=Counter)  # reason -> number: what is not as expected
+    left_out: Counter = field(default_factory=Counter)  # reason -> number: by a rule of the set
+    gone: int = 0  # whose picture or video no server has any more
+    unit: str = "fraction"
+    lowest: float | None = None  # coordinate as it is in the rows, in `unit`
+    highest: float | None = None
+    moved: int = 0  # coordinates outside of their picture, which were moved to its border
+    samples: list[dict[str, bytes]] = field(default_factory=list)  # parts of each
+
+    @property
+    def share_lost(self) -> float:
+        """Of the annotations that no rule of the set leaves out."""
+        lost = sum(self.lost.values())
+        return lost / max(1, lost + self.kept)
+
+    @property
+    def reasons(self) -> str:
+        return "; ".join(f"{number:,} x {reason}" for reason, number in self.lost.most_common(3))
+
+
+def take(entry: dict, root: Path, wanted: int = SAMPLES, partial: bool = False) -> Sampled:
+    """Make samples of rows that are spread over the first of the set, an entry of the catalogue, below root/raw.
+
+    partial: media that are not there are not counted as lost. ValueError, one sentence: it cannot be read at all.
+    """
+    raw, found = RawSource(root, entry["name"]), Sampled()
+    converter_of(entry)
+    rows = list(islice((results for results in converted(entry, raw) if results), wanted * ROWS_A_SAMPLE))
+    chosen = rows if len(rows) <= wanted else [rows[len(rows) * k // wanted] for k in range(wanted)]
+    may_lack = partial or entry["media"]["kind"] in PARTLY_GONE
+    for results in chosen:
+        found.rows += 1
+        for result in results:
+            if isinstance(result, Drop):
+                (found.lost if result.unfit else found.left_out)[result.reason] += 1
+            else:
+                _make(result, raw, found, may_lack)
+    return found
+
+
+def _make(draft: Draft, raw: RawSource, found: Sampled, may_lack: bool) -> None:
+    """One sample, and what is to be said of its coordinates."""
+    values = [float(value) for value in _coordinates(draft)]
+    if values:
+        found.unit = draft.unit
+        found.lowest = min([*values, *([] if found.lowest is None else [found.lowest])])
+        found.highest = max([*values, *([] if found.highest is None else [found.highest])])
+    try:
+        parts, moved, unfit = pack(draft, raw)
+    except Dropped as error:
+        if may_lack and str(error) == ABSENT:
+            found.gone += len(draft.branches)
+        else:
+            found.lost[str(error)] += len(draft.branches)
+        return
+    found.lost.update(unfit)
+    found.kept += len(draft.branches) - sum(unfit.values())
+    found.moved += moved
+    found.samples.append(parts)
+
+
+def _coordinates(draft: Draft) -> Iterator[float]:
+    for branch in draft.branches:
+        for _, points in branch.get("points") or branch.get("frames") or []:
+            for point in points:
+                yield from point[-2:]
+
+
+def refusal(found: Sampled, name: str, most: float) -> str | None:
+    """A sentence, if the sample of a set loses more than the share `most`; None: it does not."""
+    if found.share_lost <= most:
+        return None
+    lost = sum(found.lost.values())
+    return (
+        f"{name} loses {found.share_lost:.0%} of a sample ({lost:,} of {lost + found.kept:,} annotations), more than "
+        f"--max-dropped {most:g} ({found.reasons}): see python tools/download.py verify {name}, or take what is left "
+        "with a larger --max-dropped"
+    )
+
+
+def report(entry: DataSet, root: Path, found: Sampled) -> tuple[list[str], bool]:
+    """Lines about layout, columns, coordinates, times and losses, and whether all of it fits."""
+    raw = RawSource(root, entry.name)
+    lacking, unnamed = _columns(entry, raw)
+    missing = missing_layout(entry, raw.folder)
+    about = {kind: Counter() for kind in (*KINDS, "other")}
+    for reason, number in found.lost.items():
+        kind = next((kind for kind, parts in KINDS.items() if any(part in reason for part in parts)), "other")
+        about[kind][reason] += number
+    said = {
+        kind: [f"{number:,} x {reason}" for reason, number in counts.most_common()] for kind, counts in about.items()
+    }
+    said["layout"] = [*(f"nothing matches manual/{pattern}" for pattern in missing), *said["layout"]]
+    doubt = found.unit != "fraction" and found.highest is not None and found.highest <= 1 and found.highest > 0
+    if doubt:
+        said["coordinates"].insert(0, f"all are at most 1, as fractions are, and the unit is {found.unit}")
+    notes = {"layout": [], "columns": [], "coordinates": [], "times": [], "other": []}
+    if lacking:
+        notes["columns"].append(f"named by the entry and not in the first rows: {', '.join(lacking)}")
+    if unnamed:
+        notes["columns"].append(f"not named by the entry: {', '.join(unnamed)}")
+    if found.lowest is not None:
+        notes["coordinates"].append(f"from {found.lowest:g} to {found.highest:g} ({found.unit})")
+    if found.moved:
+        notes["coordinates"].append(f"{found.moved:,} outside of their picture, moved to its border")
+    lines = [f"{entry.name}: {found.rows:,} rows became {len(found.samples):,} samples"]
+    for kind in said:
+        if said[kind] or notes[kind] or kind != "other":
+            what = "; ".join([*said[kind], *notes[kind]])
+            lines.append(f"  {kind + ':':<13}{'DOES NOT FIT: ' if said[kind] else ''}{what or 'fits'}")
+    for reason, number in found.left_out.most_common():
+        lines.append(f"  left out:    {number:,} x {reason} (a rule of the set)")
+    if found.gone:
+        lines.append(f"  gone:        {found.gone:,} whose picture or video was not fetched")
+    lines.append(f"  lost:        {found.share_lost:.1%} of {found.kept + sum(found.lost.values()):,} annotations")
+    return lines, not any(said.values())
+
+
+def _columns(entry: DataSet, raw: RawSource) -> tuple[list[str], list[str]]:
+    """Columns that the entry names and the first rows lack, and those that they have besides."""
+    seen: set[str] = set()
+    for path in raw.files():
+        if path.suffix.lower() in ROW_SUFFIXES:
+            for row in islice(read_rows(path), ROWS_A_SAMPLE):
+                seen.update(row)
+            break
+    named = set(entry.fields or {})
+    return (sorted(named - seen), sorted(seen - named)) if seen else ([], [])
