@@ -65,7 +65,7 @@ NOT_RUN = (
         "trains for hours, or needs data that are not here; training.md's tour trains",
     ),
     (
-        r"(python )?tools/download(\.py (fetch|doctor)|_\w+\.(py|sh)) ?.*",
+        r"(python )?tools/download(\.py (fetch|doctor|verify)|_\w+\.(py|sh)) ?.*",
         "needs the internet; test_fetch.py has servers",
     ),
     (r"python tools/prepare\.py .*", "needs raw data; test_prepare.py and test_prepare_stage.py run it"),

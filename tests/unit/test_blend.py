@@ -20,6 +20,7 @@ from molmo2_nemo.data.blend import (
     Source,
     SourceOptions,
     check_shards,
+    describe_rounds,
     load_blend,
     missing_sources,
     write_metadataset,
@@ -83,6 +84,14 @@ def test_fixed_weights(root):
 def test_square_roots_of_sizes(root):
     sources = load_blend(config(root, sqrt(a={"path": "a"}, b={"path": str(root / "b")})))
     assert weights(sources) == pytest.approx([3 / 13, 10 / 13])
+
+
+def test_what_comes_round_too_often_is_warned_of():
+    sources = [Source("captions", "/c", 0.9, 710_000), Source("counts", "/n", 0.1, 36_916)]
+    said, warning = describe_rounds(sources, 100_000 * 128)
+    assert said.endswith("in 12,800,000 rows: captions 16.2, counts 34.7")
+    assert warning.startswith("warning: counts comes round more than 20 times")
+    assert len(describe_rounds(sources, 1_000_000)) == 1
 
 
 def test_a_size_replaces_the_number_of_samples_and_a_factor_multiplies_its_root(root):
