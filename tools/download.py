@@ -427,27 +427,28 @@ def verify(catalogue, entries, options) -> int:
     """Print what does not fit, and write a page for each sample. Returns 1 if something of a set does not fit."""
     from molmo2_nemo.prepare.verify import MAX_DROPPED, report, take
 
-    wrong, results = 0, []
+    sys.path.insert(0, str(Path(__file__).parent))  # for python -m, too
+    results = []
     for entry in entries:
-        found = take(entry.model_dump(), options.root, options.samples)
-        lines, fits = report(entry, options.root, found)
-        fits = fits and found.share_lost <= MAX_DROPPED and bool(found.samples)
-        wrong += not fits
-        results.append({"name": entry.name, "fits": fits, "samples": len(found.samples), "lines": lines})
-        if not options.json:
-            print("\n".join(lines))
-        if found.samples and not options.no_pages:
-            sys.path.insert(0, str(Path(__file__).parent))
+        try:
+            found = take(entry.model_dump(), options.root, options.samples)
+            lines, fits = report(entry, options.root, found)
+            samples, fits = found.samples, fits and found.share_lost <= MAX_DROPPED and bool(found.samples)
+        except ValueError as error:  # it is not there, or a file of it is broken
+            lines, samples, fits = [str(error).rstrip(".")], [], False
+        if samples and not options.no_pages:
             from inspect_data import show_samples
 
             folder = options.html or Path("runs", "verify")
             folder = folder / entry.name if len(entries) > 1 or not options.html else folder
-            show_samples(entry.name, found.samples, folder, 1 if entry.stages == [1] else 2)
-            if not options.json:
-                print(f"  pages:       {folder / 'index.html'}")
+            show_samples(entry.name, samples, folder, 1 if entry.stages == [1] else 2)
+            lines.append(f"  pages:       {folder / 'index.html'}")
+        results.append({"name": entry.name, "fits": fits, "samples": len(samples), "lines": lines})
+        if not options.json:
+            print("\n".join(lines), flush=True)
     if options.json:
         print(json.dumps(results, indent=1))
-    return 1 if wrong else 0
+    return 0 if all(result["fits"] for result in results) else 1
 
 
 class Bar:
