@@ -23,6 +23,7 @@ import pytest
 from programs import REPOSITORY, python, run_ranks, succeeded
 
 from molmo2_nemo.command_line import refuse_unknown_overrides
+from molmo2_nemo.config import flags
 
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PROGRAMS = [*sorted((REPOSITORY / "recipes").glob("*.py")), *sorted((REPOSITORY / "tools").glob("**/*.py"))]
@@ -278,6 +279,9 @@ def test_options_named_in_the_documents_exist():
     others = {*others.split(), "--check", "--no-deps", "--no-build-isolation", "--local-dir", "--config-dir"}
     code = [*PROGRAMS, *SCRIPTS, *(REPOSITORY / "molmo2_nemo").glob("**/*.py")]
     known = {option for path in code for option in re.findall(r"--[a-z][a-z-]*[a-z]", path.read_text())} | others
+    # Of other trainers: what our recipes answer with the setting to write.
+    answered = {*flags.KEYS, *flags.WORDS, *(key.rpartition(".")[2] for key in flags.all_keys())}
+    known |= {f"--{name.replace('_', '-')}" for name in answered}
     for document, text in texts():
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", " ".join(spans(text))):
             assert option in known, f"{document}: {option}"

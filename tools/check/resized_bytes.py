@@ -7,6 +7,7 @@ The photographs come with scikit-image and scikit-learn; none is downloaded. As 
 are first saved as such, of quality 90.
 """
 
+import argparse
 import io
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,7 @@ def published(path: Path) -> bytes:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pixel_bytes, areas, left = [], [], {scale: [] for scale in SCALES}
     for package, names in PHOTOGRAPHS.items():
         folder = Path(find_spec(package).origin).parent / FOLDERS[package]
