@@ -1,6 +1,7 @@
 """Look at the training data as the model gets them: pages for a person, or statistics.
 
     python tools/inspect_data.py --config-name stage2 data=sample --samples 200 --html runs/inspect
+    python tools/inspect_data.py --config-name stage2 data=sample data.blend=my_data/blend.yaml --each --html runs/mine
     python tools/inspect_data.py --config-name stage1 data=sample --samples 20000 --stats
     python tools/inspect_data.py --config-name stage2 model=molmo2_4b data.blend=my_blend.yaml --samples 5000 --json
     python tools/inspect_data.py --batch RUN/errors/batch_step_00000012_dp000.pt
@@ -8,6 +9,8 @@
 Takes the overrides of the recipes and reads through the training loader, as rank 0 of 1. --html writes DIR/index.html
 and a page for each of --samples examples: pictures and videos with the points and tracks of answers, tokens, weights,
 the mask. They need no network and no server. --stats and --json count --samples samples, dropped ones included.
+Samples come as training draws them: at random, some of them several times and others not at all. With --each every
+stored sample comes once, in the order of the shards, held-out ones too: all of them, or the first --samples.
 --batch shows what a run has saved of a step whose loss was not finite, with the settings of that run; without --html,
 the pages are written beside the file.
 """
@@ -30,13 +33,16 @@ from molmo2_nemo.paths import CONF_DIR
 
 TEMPLATES = Path(__file__).parent / "inspect_pages"
 MAX_ERRORS = 20  # broken samples that --stats names
-# Pixels of a side of what the pages show, at most: pictures, videos, thumbnails.
-PICTURE_SIDE, FILM_SIDE, THUMBNAIL_SIDE = 1600, 854, 200
-PNG_SIDE = 800  # pictures up to this side are kept without loss
-# Frames a second of the pages' videos, and frames in all, at most.
-FILM_FPS, FILM_FRAMES = 12, 900
 MAX_TEXT = 400  # characters of questions and answers in the list of samples
 MAX_STORED = 200_000  # characters of a sample's JSON on its page
+SAMPLES = 200  # that are drawn unless --samples says otherwise
+# What the head of the list says of how its samples were chosen.
+DRAWN = (
+    "Drawn at random as training draws them, so that some may come several times and others not at all; with --each,"
+    " every stored sample comes once."
+)
+EACH = "Each stored sample once, source by source in the order of the shards, those held out for validation last."
+SAVED = "The samples of a batch that a run has saved."
 
 
 def with_tiny_model(overrides: list[str]) -> list[str]:
@@ -47,26 +53,34 @@ def with_tiny_model(overrides: list[str]) -> list[str]:
     return [*overrides, "model=tiny"]
 
 
-def inspect(config: Config, wanted: int, html: Path | None):
-    """Read the stream until `wanted` samples are counted, or have their page. Returns Statistics and seconds.
-
-    ValueError: the blend or the tokenizer cannot be used.
-    """
+def opened(config: Config, html: Path | None, chosen: str):
+    """(sources, encoder, statistics, pages or None) of a blend. ValueError: it or the tokenizer cannot be used."""
     # Imported here, since Megatron takes seconds: a mistake in the command line is answered before.
     from molmo2_nemo.data.blend import check_shards, load_blend
     from molmo2_nemo.data.encode import Encoder
-    from molmo2_nemo.data.inspection import Statistics, num_dropped, num_samples
-    from molmo2_nemo.data.loader import train_loader
+    from molmo2_nemo.data.inspection import Statistics
 
-    data, vision = config.data, config.model.vision
+    data = config.data
     sources = load_blend(data)
     check_shards(sources, data.max_error_rate)
-    encoder, statistics = Encoder(data, vision), Statistics(sources, data.seq_length, data.max_crops)
-    pages = Pages(html, config, sources, sources, encoder) if html else None
+    encoder = Encoder(data, config.model.vision)
+    if note := encoder.frames_note():
+        print(f"note: {note}", file=sys.stderr)
+    pages = Pages(html, config, sources, sources, encoder, chosen) if html else None
+    return sources, encoder, Statistics(sources, data.seq_length, data.max_crops), pages
+
+
+def inspect(config: Config, wanted: int, html: Path | None):
+    """Read the stream until `wanted` samples are counted, or have their page. Returns Statistics and seconds.
+
+    ValueError: as of `opened`.
+    """
+    from molmo2_nemo.data.inspection import num_dropped, num_samples
+    from molmo2_nemo.data.loader import train_loader
+
+    sources, _, statistics, pages = opened(config, html, DRAWN)
     with tempfile.TemporaryDirectory() as run_dir:
-        loader = train_loader(data, vision, sources, 0, 1, None, 1, Path(run_dir))
-        if loader.note:
-            print(f"note: {loader.note}", file=sys.stderr)
+        loader = train_loader(config.data, config.model.vision, sources, 0, 1, None, 1, Path(run_dir))
         started, seen = time.monotonic(), 0
         while seen < wanted:
             batch = next(loader)
@@ -76,12 +90,9 @@ def inspect(config: Config, wanted: int, html: Path | None):
             total = statistics.total
             # Dropped samples count for pages, too: a blend whose samples are all dropped would never end otherwise.
             seen = max(pages.number, num_dropped(total)) if pages else num_samples(total)
-            if sys.stderr.isatty():
-                print(f"\r{min(seen, wanted):,} of {wanted:,} samples", end="", file=sys.stderr)
+            show_progress(seen, wanted)
         seconds = time.monotonic() - started
         loader.close()
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
     if pages:
         pages.write_index(statistics)
     return statistics, seconds
@@ -102,10 +113,36 @@ def show_samples(name: str, samples: list[dict[str, bytes]], html: Path, stage: 
             f"weighting: fixed\nsources: {{'{name}': {{path: '{name}', weight: 1}}}}\n"
         )
         prepare([])
-        # One after the other, and few frames of a video: the pages are to be looked at.
-        few = ["data.num_workers=0", "data.shuffle_buffer_size=1", "data.packing_buffer_size=1", "data.max_frames=16"]
-        given = ["model=tiny", f"data.root={root}", f"data.blend={root}/blend.yaml", *few]
-        inspect(compose(f"stage{stage}", given), len(samples), html)
+        # Few frames of a video: the pages are to be looked at.
+        given = ["model=tiny", f"data.root={root}", f"data.blend={root}/blend.yaml", "data.max_frames=16"]
+        inspect_each(compose(f"stage{stage}", given), None, html)
+
+
+def inspect_each(config: Config, most: int | None, html: Path | None):
+    """The same of every stored sample once, or of the first `most`."""
+    from molmo2_nemo.data.stored import each_sample
+
+    sources, encoder, statistics, pages = opened(config, html, EACH)
+    wanted = sum(source.num_samples + source.num_validation_samples for source in sources)
+    wanted = wanted if most is None else min(most, wanted)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as run_dir:
+        found = itertools.islice(each_sample(config.data, encoder, sources, Path(run_dir)), wanted)
+        for number, (part, batch) in enumerate(found, start=1):
+            statistics.add(batch)
+            if pages:
+                pages.add(batch, statistics.rows, sys.maxsize, part)
+            show_progress(number, wanted)
+    if pages:
+        pages.write_index(statistics)
+    return statistics, time.monotonic() - started
+
+
+def show_progress(seen: int, wanted: int) -> None:
+    """On a terminal alone, and always in the same line."""
+    if sys.stderr.isatty():
+        end = "\n" if seen >= wanted else ""
+        print(f"\r{min(seen, wanted):,} of {wanted:,} samples", end=end, file=sys.stderr, flush=True)
 
 
 def config_of_run(batch: Path) -> Config:
@@ -138,7 +175,7 @@ def inspect_batch(config: Config, path: Path, html: Path | None):
     except ConfigError as error:
         print(f"note: the pages show the batch alone, since its shards are not at hand: {error}", file=sys.stderr)
         on_disk = []
-    pages = Pages(html, config, sources, on_disk, encoder) if html else None
+    pages = Pages(html, config, sources, on_disk, encoder, SAVED) if html else None
     for row in rows:
         statistics.add(row)
         if pages:
@@ -152,47 +189,56 @@ class Pages:
     """Writes a page for each example of batches, and the list of all samples.
 
     folder: where to; sources: what the batches' indices of sources mean; on_disk: those whose shards can be read.
-    What a page says of the model's input is from the batch; the shards have the pictures at their own proportions.
+    chosen: DRAWN, EACH or SAVED. What a page says of the model's input is from the batch; the shards have the pictures
+    at their own proportions.
     """
 
-    def __init__(self, folder: Path, config: Config, sources: list, on_disk: list, encoder):
+    def __init__(self, folder: Path, config: Config, sources: list, on_disk: list, encoder, chosen: str):
         from molmo2_nemo.data.stored import StoredSamples
 
         self.folder, self.config, self.sources, self.encoder = folder, config, sources, encoder
+        self.chosen = chosen
         self.stored = StoredSamples(on_disk)
         self.samples: list[dict] = []  # of the list: examples, and dropped ones
         self.number = 0  # of pages
 
-    def add(self, batch, row: int, wanted: int) -> None:
-        """The examples of a batch of one row, as long as there are fewer than `wanted` pages, and what was dropped."""
+    def add(self, batch, row: int, wanted: int, part: str = "train") -> None:
+        """The examples of a batch of one row, as long as there are fewer than `wanted` pages, and what was dropped.
+
+        part: the split part of all of them.
+        """
         from molmo2_nemo.data.inspection import examples_of, samples_of
 
         for example in itertools.islice(examples_of(batch, self.sources, self.encoder), wanted - self.number):
             self.number += 1
-            self.samples.append(self.write_page(example, row))
+            self.samples.append(self.write_page(example, row, part))
         num_dropped = sum(sample["state"] == "dropped" for sample in self.samples)
         dropped = (sample for sample in samples_of(batch, self.sources) if not sample.is_example)
         for sample in itertools.islice(dropped, wanted - num_dropped):
-            stored = self.stored.read(sample.source, sample.index, sample.key)
+            stored = self.stored.read(sample.source, sample.index, sample.key, part)
+            number = sys.maxsize
+            if self.chosen == EACH:  # it keeps its place in the list
+                number = self.number = self.number + 1
             self.samples.append(
-                entry(sample, stored, row)
-                | {"number": sys.maxsize, "state": "dropped", "question": sample.error, "tokens": 0, "crops": 0}
+                entry(sample, stored, row, part)
+                | {"number": number, "state": "dropped", "question": sample.error, "tokens": 0, "crops": 0}
             )
 
-    def write_page(self, example, row: int) -> dict:
+    def write_page(self, example, row: int, part: str) -> dict:
         """The page of one example with its pictures; what the list says of it."""
         from molmo2_nemo.data.inspection import draw_mask
+        from molmo2_nemo.data.page_media import Media
 
         sample = example.sample
         media = Media(self.folder / "samples" / f"{self.number:05d}")
-        stored = self.stored.read(sample.source, sample.index, sample.key)
+        stored = self.stored.read(sample.source, sample.index, sample.key, part)
         visuals = [media.visual(visual, number) for number, visual in enumerate(example.visuals)]
         film = media.own_proportions(visuals, stored, sample.video_start)
         mask, mask_step = draw_mask(example)
         segments = [self.segment(example, number, visuals, film) for number in range(len(example.segments))]
         answers = [turn for segment in segments for turn in segment["turns"] if turn["kind"] == "answer"]
         origin = stored.example.origin if stored.example else None
-        about = entry(sample, stored, row) | {
+        about = entry(sample, stored, row, part) | {
             "number": self.number,
             "page": f"samples/{self.number:05d}.html",
             "state": "shortened" if sample.changes else "whole",
@@ -255,6 +301,8 @@ class Pages:
         page = template("index.html").render(
             root="",
             config=self.config,
+            chosen=self.chosen,
+            is_packed=self.chosen != EACH,
             pages=pages,
             heads=heads,
             lines=lines,
@@ -268,13 +316,15 @@ class Pages:
             shutil.copyfile(TEMPLATES / name, self.folder / name)
 
 
-def entry(sample, stored, row: int) -> dict:
+def entry(sample, stored, row: int, part: str) -> dict:
     """What the list says of any sample."""
     origin = stored.example.origin if stored.example else None
     if origin:
         where = ", ".join([f"{origin.file}, {origin.place}", *origin.media[:1]])
     else:
         where = f"{stored.shard}, sample {stored.number}" if stored.shard else ""
+    if part == "val":
+        where += ", held out for validation"
     return {
         "page": None,
         "source": sample.source,
@@ -336,102 +386,6 @@ def answer(turn, name: str, visuals: list[dict], film: dict | None) -> dict:
     }
 
 
-class Media:
-    """The pictures and the video of one page, in a folder of its own."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.film_problem = folder, ""
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def save(self, image, file: str) -> str:
-        """The address of the picture, for the page beside the folder."""
-        image.save(self.folder / file, **({"quality": 92} if file.endswith(".jpg") else {"compress_level": 1}))
-        return f"{self.folder.name}/{file}"
-
-    def visual(self, visual, number: int) -> dict:
-        """A picture or frame as the model gets it, to be completed by `own_proportions`."""
-        from PIL import Image
-
-        crops = [self.save(Image.fromarray(c), f"picture{number}-crop{k}.png") for k, c in enumerate(visual.crops)]
-        height, width = visual.crops[0].shape[:2]
-        name = f"image {number + 1}"
-        return {
-            "seconds": visual.seconds,
-            "name": name,
-            "crops": crops,
-            "file": crops[0],
-            "width": width,
-            "height": height,
-            "size": "of unknown size",
-        }
-
-    def own_proportions(self, visuals: list[dict], stored, start: float) -> dict | None:
-        """Give the visuals the names and sizes of their files, and pictures instead of the model's view of them; the
-        video, if the sample has one. start: seconds of it at which what is shown begins."""
-        from PIL import Image
-
-        from molmo2_nemo.data.pictures import read_image
-
-        if stored.example is None or not visuals:
-            return None
-        video = stored.example.video
-        names = stored.example.origin.media if stored.example.origin else []
-        sizes = [video] * len(visuals) if video else stored.example.images
-        for number, (visual, size) in enumerate(zip(visuals, sizes)):
-            visual |= {"width": size.width, "height": size.height, "size": f"{size.width} \u00d7 {size.height} pixels"}
-            if video:
-                visuals[number] = visual
-                continue
-            image = Image.fromarray(read_image(stored.parts[size.part]))
-            image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-            ending = "png" if max(image.size) <= PNG_SIDE else "jpg"
-            visual["file"] = self.save(image, f"picture{number}.{ending}")
-            if number < len(names):
-                visual["name"] = f"image {number + 1}: {names[number]}" if len(visuals) > 1 else names[number]
-        return self.film(visuals, video, stored.parts[video.part], start, names) if video else None
-
-    def film(self, visuals: list[dict], video, data: bytes, start: float, names: list[str]) -> dict | None:
-        """What is shown of the video, as every browser plays it; None, and `film_problem`, if it is damaged."""
-        import av
-        from PIL import Image
-
-        from molmo2_nemo.data.video import pick_frames, write_video
-
-        times = [visual["seconds"] for visual in visuals]
-        seconds = max(min(2 * times[-1] - times[-2], video.duration - start) if len(times) > 1 else 0.0, times[-1])
-        fps = max(0.1, min(FILM_FPS, video.fps or FILM_FPS, FILM_FRAMES / max(seconds, 1e-3)))
-        shown = [number / fps for number in range(max(1, round(seconds * fps)))]
-        frames = pick_frames(data, shown, video.num_frames, start=start)
-        try:
-            write_video(map(Image.fromarray, frames), fps, self.folder / "video.mp4", FILM_SIDE)
-        except (ValueError, OSError, av.error.FFmpegError) as error:  # frames that the model does not get
-            (self.folder / "video.mp4").unlink(missing_ok=True)
-            self.film_problem = str(error)
-            return None
-        return {
-            "file": f"{self.folder.name}/video.mp4",
-            "name": names[0] if names else "video",
-            "times": shown,
-            "fps": fps,
-            "seconds": seconds,
-            "start": start,
-            **{key: visuals[0][key] for key in ("width", "height", "size")},
-        }
-
-    def thumbnail(self, visuals: list[dict]) -> str | None:
-        """The address of a small picture, for the list."""
-        from PIL import Image
-
-        if not visuals:
-            return None
-        first = visuals[0]
-        with Image.open(self.folder.parent / first["file"]) as image:
-            scale = THUMBNAIL_SIDE / max(first["width"], first["height"])
-            size = [max(1, round(first[side] * scale)) for side in ("width", "height")]
-            small = image.convert("RGB").resize(size)
-        return f"samples/{self.save(small, 'thumbnail.jpg')}"
-
-
 def chips(example, segment, encoder) -> list[dict]:
     """The tokens of a segment in order: input, target, weight, position; visual ones in a row are one chip."""
 
@@ -481,8 +435,8 @@ def template(name: str):
     return environment.get_template(name)
 
 
-def print_table(statistics, seconds: float, waiting: int) -> None:
-    """waiting: samples of the loader's pools, which were drawn and are in no row yet."""
+def print_table(statistics, seconds: float, waiting: int | None) -> None:
+    """waiting: samples of the loader's pools, which were drawn and are in no row yet; None: each has its own row."""
     from molmo2_nemo.data.counters import CHOSEN
     from molmo2_nemo.data.inspection import num_samples
 
@@ -492,16 +446,17 @@ def print_table(statistics, seconds: float, waiting: int) -> None:
         first, *middle, last = (cell.rjust(width) for cell, width in zip(line, widths))
         print("  ".join([first.strip().ljust(widths[0]), *middle, last.strip()]).rstrip())
     counts = statistics.total
+    rows = f"{statistics.rows:,} rows, {statistics.fill:.1%} of the tokens and {statistics.crop_fill:.1%} of the crops"
     print(
-        f"{statistics.rows:,} rows, {statistics.fill:.1%} of the tokens and {statistics.crop_fill:.1%} of the crops"
-        f" filled; {num_samples(counts) / seconds:,.0f} samples/s; left out because they did not fit:"
+        f"{'each stored sample once' if waiting is None else rows + ' filled'};"
+        f" {num_samples(counts) / seconds:,.0f} samples/s; left out because they did not fit:"
         f" {counts['dropped_branches']:,} branches, {counts['frames_thinned']:,} frames of {counts['videos_thinned']:,}"
         f" videos; {counts['images_shrunk']:,} images got fewer crops"
     )
     chosen = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in CHOSEN if counts[name])
     if chosen:
         print(f"changed for what is shown: {chosen}")
-    if num_samples(counts) < 10 * waiting:
+    if waiting is not None and num_samples(counts) < 10 * waiting:
         print(
             f"note: {waiting} more samples wait for a row that they fit, so that the shares of so few rows are not yet"
             " those of the blend"
@@ -517,7 +472,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of the recipes")
     stages = sorted(path.stem for path in CONF_DIR.glob("stage*.yaml"))
     parser.add_argument("--config-name", choices=stages, help="the recipe's configuration")
-    parser.add_argument("--samples", type=int, default=200, help="how many to look at (default 200)")
+    parser.add_argument("--samples", type=int, help=f"how many to look at (default: {SAMPLES}; with --each, all)")
+    parser.add_argument("--each", action="store_true", help="every stored sample once, in the order of the shards")
     parser.add_argument("--batch", type=Path, metavar="FILE", help="show a batch that a run has saved")
     parser.add_argument("--html", type=Path, metavar="DIR", help="write pages to this folder")
     parser.add_argument("--stats", action="store_true", help="print a table")
@@ -529,7 +485,9 @@ def main() -> None:
         parser.error("the following arguments are required: --config-name")
     if not (arguments.html or arguments.stats or arguments.json):
         parser.error("say what to make: --html DIR, --stats or --json")
-    if arguments.samples < 1:
+    if arguments.each and arguments.batch:
+        parser.error("--each is for the shards of a blend: leave it out with --batch")
+    if arguments.samples is not None and arguments.samples < 1:
         parser.error(f"--samples {arguments.samples}: it must be at least 1")
     prepare(arguments.overrides)
     try:
@@ -541,15 +499,18 @@ def main() -> None:
         check_data(config.data, config.model.vision, config.parallel)
         if arguments.batch:
             statistics, seconds = inspect_batch(config, arguments.batch, arguments.html)
+        elif arguments.each:
+            statistics, seconds = inspect_each(config, arguments.samples, arguments.html)
         else:
-            statistics, seconds = inspect(config, arguments.samples, arguments.html)
+            statistics, seconds = inspect(config, arguments.samples or SAMPLES, arguments.html)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if arguments.json:
         print(json.dumps(statistics.to_json(), indent=2))
     elif arguments.stats:
-        print_table(statistics, seconds, config.data.packing_buffer_size * max(1, config.data.num_workers))
+        waiting = config.data.packing_buffer_size * max(1, config.data.num_workers)
+        print_table(statistics, seconds, None if arguments.each else waiting)
     if arguments.html:
         print(f"open {arguments.html / 'index.html'}", file=sys.stderr)
 

@@ -251,7 +251,7 @@ def print_own_report(
         print(f"of {len(many):,} samples only {limit} images are used, unless with data.max_images={max(many)}")
     blend = shlex.quote(f"data.blend={arguments.out / 'blend.yaml'}")
     print("\nLook at them, then train on them:")
-    print(f"  python tools/inspect_data.py --config-name stage2 {blend} --samples 20 --html runs/inspect")
+    print(f"  python tools/inspect_data.py --config-name stage2 {blend} --each --samples 200 --html runs/inspect")
     print(f"  python recipes/stage2_sft.py {blend} train.init_from=CHECKPOINT")
 
 

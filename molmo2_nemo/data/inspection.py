@@ -42,7 +42,7 @@ class UsedSample:
     """A sample that a row has used up: it is one of its examples, or was dropped."""
 
     source: str
-    index: int  # in the training split of the source
+    index: int  # in the source's training split, or in the held-out one if the batch is of that
     key: str
     counts: dict[str, int]  # of counters.COUNTERS
     video_start: float  # seconds of its video at which what is shown begins

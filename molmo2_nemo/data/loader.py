@@ -74,7 +74,7 @@ SECONDS_BETWEEN_LOOKS = 0.01
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # The blend in Energon's format, in the run's folder.
 METADATASET = "energon_blend.yaml"
-HELD_OUT_METADATASET = "energon_questions.yaml"  # the sources that questions are taken from
+STORED_METADATASET = "energon_stored.yaml"  # the sources of `stored_samples`
 
 
 @edataclass
@@ -286,7 +286,7 @@ class Molmo2TaskEncoder(TaskEncoder):
         )
 
 
-class HeldOutSamples(Molmo2TaskEncoder):
+class StoredAsTheyAre(Molmo2TaskEncoder):
     """Stops after the first step: samples of all sources in turn, as they are stored in the shards."""
 
     def build_val_datasets(self, *, datasets, worker_config, **_):
@@ -450,22 +450,24 @@ def validation_loader(
         return ValidationLoader(get_loader(dataset, watchdog_timeout_seconds=None))
 
 
-def held_out_samples(data: DataConfig, encoder: Encoder, sources: list[Source], run_dir: Path) -> Iterator[RawSample]:
-    """The undecoded samples of the held-out split, one of each source in turn; read in this process.
+def stored_samples(
+    data: DataConfig, encoder: Encoder, sources: list[Source], run_dir: Path, part: str
+) -> Iterator[RawSample]:
+    """The undecoded samples of a split part (train, val), each once, the sources in turn; read in this process.
 
-    Each has its source's name in __subflavors__["source"]. Nothing comes where nothing is held out.
-    """
-    sources = [source for source in sources if source.num_validation_samples]
+    Each has its source's name in __subflavors__["source"]."""
+    sources = [s for s in sources if (s.num_samples if part == "train" else s.num_validation_samples)]
     if not sources:
         return
-    path = Path(run_dir) / HELD_OUT_METADATASET
+    path = Path(run_dir) / STORED_METADATASET
     write_metadataset(sources, path)
     with _quiet():
         dataset = get_val_dataset(
             str(path.absolute()),
+            split_part=part,
             worker_config=_worker_config(0, 1, 0, None, data.seed),
             batch_size=1,
-            task_encoder=HeldOutSamples(data, encoder, sources),
+            task_encoder=StoredAsTheyAre(data, encoder, sources),
         )
         loader = get_loader(dataset)
     loader.pin_memory = False

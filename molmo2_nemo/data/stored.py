@@ -1,6 +1,7 @@
-"""Samples as they are stored in the shards of a blend, read again by their index for a person to look at."""
+"""Samples as they are stored in the shards of a blend, for a person to look at: by their index, or each once."""
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +9,12 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.structs import ShardInfo
 
+from molmo2_nemo.config.schema import DataConfig
+from molmo2_nemo.data import progress
 from molmo2_nemo.data.blend import Source
+from molmo2_nemo.data.encode import Encoder
+from molmo2_nemo.data.loader import Molmo2TaskEncoder, stored_samples
+from molmo2_nemo.data.packing import Batch
 from molmo2_nemo.data.schema import Example, read_example
 from molmo2_nemo.data.shard_index import read_index
 
@@ -33,20 +39,35 @@ class Stored:
         return list(dict.fromkeys("chat" if isinstance(branch, list) else branch.task for branch in branches))
 
 
+def each_sample(
+    data: DataConfig, encoder: Encoder, sources: list[Source], run_dir: Path
+) -> Iterator[tuple[str, Batch]]:
+    """Every sample once, source by source in the order of the shards: (split part, a batch of one row with it alone).
+
+    part: train, or after these val. Planned, decoded and laid out by the code that makes rows for training, at its
+    first draw. What is broken is counted in the batch, as in training. Writes a small file to run_dir.
+    """
+    training = Molmo2TaskEncoder(data, encoder, sources, progress.beginning(sources))
+    for source in sources:
+        for part in ("train", "val"):
+            for sample in stored_samples(data, encoder, [source], run_dir, part):
+                yield part, training.batch([training.make_row([training.preencode_sample(sample)])])
+
+
 class StoredSamples:
-    """Reads samples of the training split by index into it."""
+    """Reads samples of a split part by index into it."""
 
     def __init__(self, sources: list[Source]):
         self.sources = {source.name: source for source in sources}
-        self._readers: dict[str, ShardInfosITarReader] = {}
+        self._readers: dict[tuple[str, str], ShardInfosITarReader] = {}
 
-    def read(self, source: str, index: int, key: str) -> Stored:
-        """What can be read of a sample: `index` is that of Batch.examples, `source` a name.
+    def read(self, source: str, index: int, key: str, part: str = "train") -> Stored:
+        """What can be read of a sample: `index` is that of Batch.examples, `source` a name, `part` train or val.
 
         key: as inspection.UsedSample has it. Where the shards hold another sample at this place by now, it is not read.
         """
         try:
-            reader = self._reader(source)
+            reader = self._reader(source, part)
             number = bisect_right(reader.shard_count_cumsum, index) - 1
             stored = Stored(reader.shard_infos[number].name, index - reader.shard_count_cumsum[number] + 1)
         except (KeyError, IndexError, OSError, ValueError):  # no such source any more, or other shards
@@ -63,10 +84,10 @@ class StoredSamples:
             reader.close()
         return stored
 
-    def _reader(self, source: str) -> ShardInfosITarReader:
-        if source not in self._readers:
+    def _reader(self, source: str, part: str) -> ShardInfosITarReader:
+        if (source, part) not in self._readers:
             folder = Path(self.sources[source].path)
-            shards = read_index(source, folder)["train"]
+            shards = read_index(source, folder)[part]
             infos = [ShardInfo(name=name, path=EPath(folder / name), count=count) for name, count in shards.items()]
-            self._readers[source] = ShardInfosITarReader(EPath(folder), infos)
-        return self._readers[source]
+            self._readers[source, part] = ShardInfosITarReader(EPath(folder), infos)
+        return self._readers[source, part]

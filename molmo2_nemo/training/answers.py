@@ -30,7 +30,7 @@ from molmo2_nemo.config.schema import Config, DataConfig
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.encode import Encoder, SamplePlan
 from molmo2_nemo.data.inspection import pixels_of
-from molmo2_nemo.data.loader import RawSample, held_out_samples
+from molmo2_nemo.data.loader import RawSample, stored_samples
 from molmo2_nemo.data.marks import Visual, draw_marks, read_answer
 from molmo2_nemo.data.packing import Batch, Row, collate, make_row
 from molmo2_nemo.data.points import render_content
@@ -122,7 +122,7 @@ def choose(data: DataConfig, encoder: Encoder, sources: list[Source], run_dir: P
     by_name, questions, useless = {source.name: source for source in sources}, [], 0
     if not count:
         return []
-    for sample in held_out_samples(data, encoder, sources, run_dir):
+    for sample in stored_samples(data, encoder, sources, run_dir, "val"):
         source = by_name[sample.__subflavors__["source"]]
         try:
             question = read_question(sample, source, data, encoder)

@@ -4,6 +4,8 @@ import html
 import io
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,12 +14,17 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+import yaml
 from media_files import film
 from PIL import Image
-from programs import python, succeeded
-from sources import chat, write_blend, write_source
+from programs import REPOSITORY, python, succeeded
+from sources import VISION, chat, config, write_blend, write_source
 
+from molmo2_nemo.data.blend import load_blend
+from molmo2_nemo.data.encode import Encoder
+from molmo2_nemo.data.inspection import examples_of, samples_of
 from molmo2_nemo.data.marks import COLOURS, Visual, draw_marks, read_answer
+from molmo2_nemo.data.stored import StoredSamples, each_sample
 
 HOSTILE = '</script><script>alert("x")</script> & <b>bold</b>'
 POINT = (0.25, 0.75)
@@ -221,9 +228,51 @@ def test_statistics_name_what_is_broken_and_a_stream_that_drops_everything_ends(
     assert root.is_dir() and not (tmp_path / "pages" / "samples").exists()
 
 
+def test_each_stored_sample_comes_once_in_the_order_of_the_shards(tmp_path):
+    """Held-out samples after the others, and broken ones in their places."""
+    samples = [{"json": chat(f"Question {number}?", "yes")} for number in range(7)]
+    samples[3] = {"json": {"branches": []}}
+    write_source(tmp_path / "second", samples, shard_size=2)
+    split = {"split_parts": {"train": ["train-0.tar", "train-1.tar", "train-3.tar"], "val": ["train-2.tar"]}}
+    (tmp_path / "second" / ".nv-meta" / "split.yaml").write_text(yaml.safe_dump(split | {"exclude": []}))
+    write_source(tmp_path / "first", [{"json": chat("One?", "yes")}])
+    data = config(tmp_path, blend=write_blend(tmp_path / "blend.yaml", "first", "second"))
+    sources, encoder = load_blend(data), Encoder(data, VISION)
+    stored, found = StoredSamples(sources), []
+    for part, batch in each_sample(data, encoder, sources, tmp_path):
+        [sample] = samples_of(batch, sources)
+        texts = [turn for example in examples_of(batch, sources, encoder) for turn in example.segments[0].turns]
+        assert sample.is_example == bool(texts)
+        assert not texts or json.loads(stored.read(sample.source, sample.index, sample.key, part).json)["branches"]
+        found.append((sample.source, sample.key, part, re.findall(r"\w+\?", texts[0][1]) if texts else sample.changes))
+    assert found == [
+        ("first", "00000", "train", ["One?"]),
+        *(("second", f"0000{number}", "train", [f"{number}?"]) for number in (0, 1, 2)),
+        ("second", "00003", "train", ["dropped: malformed"]),
+        ("second", "00006", "train", ["6?"]),
+        *(("second", f"0000{number}", "val", [f"{number}?"]) for number in (4, 5)),
+    ]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node runs the page's script")
+def test_the_list_is_searched_for_the_phrase_as_it_is_typed():
+    fields = {"key": "", "source": "mine", "answer": "", "changes": [], "tasks": [], "tokens": 9, "state": "whole"}
+    samples = [
+        {"number": n, "where": f"mine.jsonl, line {n}, 10.png", "question": "What  is\nit?"} | fields
+        for n in range(1, 25)
+    ]
+    script = (REPOSITORY / "tools" / "inspect_pages" / "pages.js").read_text().partition("function row")[0]
+    found = "console.log(JSON.stringify(PHRASES.map(text => chosen(new Map([['text', text]])).map(s => s.number))))"
+    phrases = ["line 10", "Line 2", "line 2,", "what is it", "10 line", ""]
+    script += f"const SAMPLES = {json.dumps(samples)}, PHRASES = {json.dumps(phrases)};\n{found}"
+    numbers = json.loads(subprocess.run(["node", "-e", script], check=True, capture_output=True, text=True).stdout)
+    assert numbers == [[10], [2, *range(20, 25)], [2], list(range(1, 25)), [], list(range(1, 25))]
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
+        (["--each", "--batch", "batch.pt"], "--each is for the shards of a blend: leave it out with --batch"),
         (["--samples", "10"], "say what to make: --html DIR, --stats or --json"),
         (["--samples", "0", "--stats"], "--samples 0: it must be at least 1"),
         (["--stats", "data=sample", "data.blend=none.yaml"], "none.yaml"),

@@ -297,7 +297,10 @@ def test_commands_of_the_document(sample, tmp_path):
         program, *arguments = shlex.split(command)
         assert program == "python"
         output = succeeded(python(*arguments)).stdout
-    assert len(list((tmp_path / "runs" / "inspect" / "samples").glob("*.html"))) == 20
+    listed = (tmp_path / "runs" / "inspect" / "samples.js").read_text()
+    lines = re.findall(r'"where": "own_data.jsonl, line (\d+)', listed)
+    assert list(map(int, lines)) == [*range(1, 19), 20, 19] and listed.count('"page": "samples/') == 20
+    assert "line 19, video1.mp4, held out for validation" in listed
     [points] = parse(output)
     [(image, [point])] = points.groups
     assert (points.label, image) == ("green triangle", 1) and np.allclose(point, (0.49, 0.821), atol=0.05)

@@ -26,7 +26,8 @@ const ORDERS = {
 const wishes = () => new URLSearchParams(location.hash.slice(1));
 
 function chosen(wish) {
-  const words = (wish.get("text") || "").toLowerCase().split(/\s+/).filter(word => word);
+  const plain = text => text.toLowerCase().replace(/\s+/g, " ");
+  const phrase = plain(wish.get("text") || "").trim();
   const least = wish.get("least") || 0, most = wish.get("most") || Infinity;
   return SAMPLES.filter(sample => {
     if (wish.get("source") && sample.source !== wish.get("source")) return false;
@@ -34,7 +35,7 @@ function chosen(wish) {
     if (wish.get("state") && sample.state !== wish.get("state")) return false;
     if (sample.tokens < least || sample.tokens > most) return false;
     const text = [sample.key, sample.source, sample.where, sample.question, sample.answer, ...sample.changes];
-    return words.every(word => text.some(part => part.toLowerCase().includes(word)));
+    return text.some(part => plain(part).includes(phrase));
   }).sort((ORDERS[wish.get("sort")] || ORDERS[""])[1]);
 }
 
