@@ -25,6 +25,8 @@ WHOLE = 0.9
 INDEXED = {"mp4", "mov", "avi", "matroska", "webm", "flv", "asf"}
 # Frames a second of a stream that names no rate (what FFmpeg takes, too).
 UNTIMED_FPS = 25
+# A bare stream that names more has the ticks of its clock for a rate, 1,000 or 90,000 a second.
+MOST_UNTIMED_FPS = 300
 
 
 def frame_times(duration: float, max_frames: int, max_fps: float = 2.0) -> list[float]:
@@ -136,8 +138,10 @@ def list_frames(video: bytes | Path, num_frames: int | None = None) -> Listing:
             packets.pop()
         is_untimed = all(packet.pts is None and packet.dts is None for packet in packets)
         listed = [_Packet.of(packet) for packet in packets]
-        if is_untimed:  # a bare stream, such as raw H.264
-            unit = float(1 / (fps or UNTIMED_FPS))
+        if is_untimed:  # a bare stream, such as raw H.264, of which FFmpeg's reader says 25 whatever its headers say
+            named = stream.codec_context.framerate
+            fps = named if named and named <= MOST_UNTIMED_FPS else fps or UNTIMED_FPS
+            unit = float(1 / Fraction(fps))
             listed = [_Packet(number, False, packet.is_key, True) for number, packet in enumerate(listed)]
         else:
             unit = float(stream.time_base)

@@ -286,11 +286,30 @@ def test_an_unknown_codec_is_refused():
         list(pick_frames(video, [0.0]))
 
 
-@pytest.mark.parametrize("format, codec", [("h264", "libx264"), ("hevc", "libx265"), ("obu", "libsvtav1")])
-def test_a_bare_stream_has_as_many_frames_a_second_as_ffmpeg_gives_it(format, codec):
+@pytest.mark.parametrize("format, codec", [("h264", "libx264"), ("hevc", "libx265")])
+@pytest.mark.parametrize("rate", [12, 30, 240])
+def test_a_bare_stream_has_the_rate_of_its_own_headers(rate, format, codec):
+    file = io.BytesIO()
+    with av.open(file, "w", format=format) as container:
+        stream = container.add_stream(codec, rate=rate, options={"threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(12):
+            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24").reformat(format="yuv420p", threads=1)
+            frame.pts, frame.time_base = number, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    facts = video_facts(file.getvalue())
+    assert facts["fps"] == rate and facts["duration"] == pytest.approx(12 / rate) and facts["num_frames"] == 12
+
+
+@pytest.mark.parametrize(
+    "format, codec, rate", [("h264", "libx264", 25), ("hevc", "libx265", 30), ("obu", "libsvtav1", 25)]
+)
+def test_a_bare_stream_without_a_rate_has_the_25_of_ffmpeg(format, codec, rate):
+    """x264 is told the milliseconds of the clock alone here, x265 30, and AV1's streams name no rate."""
     video = write_video([i / 10 for i in range(12)], format, codec=codec)
-    assert numbers(pick_frames(video, [i / 25 for i in range(12)])) == list(range(12))
-    assert video_facts(video) == {"width": 64, "height": 48, "duration": 12 / 25, "num_frames": 12, "fps": 25}
+    assert numbers(pick_frames(video, [i / rate for i in range(12)])) == list(range(12))
+    assert video_facts(video) == {"width": 64, "height": 48, "duration": 12 / rate, "num_frames": 12, "fps": rate}
 
 
 @pytest.mark.parametrize(
