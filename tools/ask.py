@@ -26,8 +26,8 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="HF_DIR", type=Path)
     parser.add_argument("questions", nargs="*", metavar="QUESTION")
-    parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; give it again for more")
-    parser.add_argument("--video", type=Path, action="append", default=[])
+    parser.add_argument("--image", type=_file, action="append", default=[], help="a picture; give it again for more")
+    parser.add_argument("--video", type=_file, action="append", default=[])
     parser.add_argument("--system", help="a system prompt")
     parser.add_argument("--max-new-tokens", type=_positive, default=2048, help="of an answer (default: %(default)s)")
     parser.add_argument("--max-crops", type=_positive, help="of a picture (default: the export's; 24 for small print)")
@@ -58,6 +58,12 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not 0 <= args.port < 65536:
         parser.error(f"--port {args.port}: a port is a number from 0 to 65535")
     return args
+
+
+def _file(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is an address, and none is fetched: download the file first")
+    return Path(text)
 
 
 def _positive(text: str) -> int:
@@ -92,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def load(args: argparse.Namespace, folder: Path):
-    """The model of a folder, with the limits of the command line."""
+    """The model of a folder, its weights not loaded yet, with the limits of the command line."""
     from molmo2_nemo.ask.model import Asker
 
     asker = Asker(folder, args.device, lambda text: print(text, file=sys.stderr))
@@ -107,7 +113,7 @@ def ask_questions(args: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from molmo2_nemo.ask import drawing
-    from molmo2_nemo.ask.requests import conversation
+    from molmo2_nemo.ask.requests import conversation, placed
 
     video = args.video[0] if args.video else None
     if args.draw:
@@ -116,11 +122,24 @@ def ask_questions(args: argparse.Namespace) -> None:
             raise ValueError(f"--draw {args.draw}: there is nothing to draw on without --image or --video")
     for question in args.questions:
         conversation(question, args.system)
+
+    def texts(questions: Sequence[str]) -> list[str]:
+        """Without placeholders, for which each picture may have one in all of them."""
+        turns = [{"role": "user", "content": question} for question in questions]
+        return [turn["content"] for turn in placed(turns, len(args.image), bool(video))]
+
+    given = texts(args.questions)
     folders = [args.model, *([args.compare] if args.compare else [])]
     askers = [load(args, folder) for folder in folders]
     seen = [asker.see(args.image, video) for asker in askers]
+    for asker, about in zip(askers, seen):
+        asker.check_tokens([message for text in given for message in conversation(text, args.system)])
+        if given:
+            asker.inputs(conversation(given[0], args.system), about)
+    for asker in askers:  # all that can be known before is: this takes minutes
+        asker.load()
     histories = [[] for _ in askers]
-    for question in iter(args.questions) if args.questions else typed_questions():
+    for question in given or (text for typed in typed_questions() for text in texts([typed])):
         asked = conversation(question, None if histories[0] else args.system)
         for asker, about, history in zip(askers, seen, histories):
             streams = sys.stdout.isatty() and len(askers) == 1
@@ -134,10 +153,9 @@ def ask_questions(args: argparse.Namespace) -> None:
             if reply.is_cut:
                 print("the answer was cut off: allow it more with --max-new-tokens", file=sys.stderr)
         if args.draw:
-            number = drawing.draw(reply.text, seen[0], video, args.draw)
-            print(
-                f"{args.draw}: {number} points" if number else f"{args.draw}: no points in the answer", file=sys.stderr
-            )
+            number, left_out = drawing.draw(reply.text, seen[0], video, args.draw)
+            drawn = f"{number} points drawn" if number or left_out else "no points in the answer"
+            print(f"{args.draw}: {'; '.join([drawn, *left_out])}", file=sys.stderr)
 
 
 def typed_questions() -> Iterator[str]:
@@ -159,9 +177,14 @@ def ask_batch(args: argparse.Namespace) -> None:
     """Answer the questions of a file, and write each with its answer as soon as it is there."""
     from tqdm import tqdm
 
-    from molmo2_nemo.ask.requests import read_records, read_request
+    from molmo2_nemo.ask.requests import WRITTEN, read_records
 
     records = read_records(args.batch)
+    if replaced := [key for key in WRITTEN if any(key in record for record in records)]:
+        print(f"{args.batch} has the keys {', '.join(replaced)}, which the answers replace", file=sys.stderr)
+    records = [{key: record[key] for key in record if key not in WRITTEN} for record in records]
+    if args.out:
+        check_out(args.out)
     results = finished_results(args.out, records, str(args.model)) if args.out else []
     if results:
         print(
@@ -173,14 +196,7 @@ def ask_batch(args: argparse.Namespace) -> None:
     seconds = 1 if sys.stderr.isatty() else 30  # between two states of the progress bar
     with tqdm(total=len(records), initial=len(results), unit=" questions", mininterval=seconds) as progress:
         for record in rest:
-            try:
-                request = read_request(record, args.batch.parent, args.system)
-                seen = asker.see(request.images, request.video)
-                reply = asker.answer(request.messages, seen, args.max_new_tokens)
-                result = {"said": reply.text} | ({"cut": True} if reply.is_cut else {})
-            except ValueError as error:
-                result = {"error": " ".join(str(error).split())}
-            result = {**record, **result, "model": str(args.model)}
+            result = {**record, **answer_to(record, asker, args), "model": str(args.model)}
             results.append(result)
             progress.update()
             if out:
@@ -193,19 +209,47 @@ def ask_batch(args: argparse.Namespace) -> None:
     report_score(results)
 
 
+def answer_to(record: dict, asker, args: argparse.Namespace) -> dict:
+    """The keys that are added to a question of a batch. ValueError: the model cannot be loaded."""
+    from molmo2_nemo.ask.requests import read_request
+
+    try:
+        request = read_request(record, args.batch.parent, args.system)
+        seen = asker.see(request.images, request.video, ('the key "image"', 'the key "video"'))
+        asker.check_tokens(request.messages)
+    except ValueError as error:
+        return {"error": " ".join(str(error).split())}
+    asker.load()
+    try:
+        reply = asker.answer(request.messages, seen, args.max_new_tokens)
+    except ValueError as error:
+        return {"error": " ".join(str(error).split())}
+    return {"said": reply.text} | ({"cut": True} if reply.is_cut else {})
+
+
+def check_out(out: Path) -> None:
+    """ValueError: nothing can be written to this file. An empty one is left."""
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}: make it")
+    try:
+        out.open("a").close()
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from error
+
+
 def finished_results(out: Path, records: list[dict], model: str) -> list[dict]:
     """What an earlier run has written. ValueError: of another model, or to other questions."""
-    from molmo2_nemo.ask.requests import read_records
+    from molmo2_nemo.ask.requests import WRITTEN, read_records
 
-    if not out.exists() or not out.stat().st_size:
+    if not out.stat().st_size:
         return []
     content = out.read_bytes()
     if not content.endswith(b"\n"):  # it was stopped in the middle of a line
         content = content[: content.rfind(b"\n") + 1]
         os.truncate(out, len(content))
     results = read_records(out) if content.strip() else []
-    expected = [{**result, **record, "model": model} for result, record in zip(results, records)]
-    if expected != results:
+    asked = [{key: result[key] for key in result if key not in WRITTEN} for result in results]
+    if asked != records[: len(results)] or any(result.get("model") != model for result in results):
         raise ValueError(f"{out} has answers of another model or to other questions: name another --out, or remove it")
     return results
 
@@ -226,9 +270,11 @@ def report_score(results: list[dict]) -> None:
 def show_page(args: argparse.Namespace) -> None:
     from molmo2_nemo.ask.web import find_media, make_server
 
-    media = find_media(args.image, args.video)
+    media = find_media(args.image, args.video, lambda text: print(text, file=sys.stderr))
     askers = [load(args, folder) for folder in [args.model, *([args.compare] if args.compare else [])]]
     server = make_server(askers, media, args.port, args.max_new_tokens, args.system)
+    for asker in askers:
+        asker.load()
     print(f"http://127.0.0.1:{server.server_address[1]}/ shows {len(media)} files; Ctrl-C ends it", flush=True)
     server.serve_forever()
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from molmo2_nemo.ask.model import Seen
-from molmo2_nemo.data.marks import LEAST_HOLD, MARKED_SIDE, Answer, draw_marks, marks_at, paths_of, read_answer
+from molmo2_nemo.data.marks import LEAST_HOLD, MARKED_SIDE, ROUNDED, Answer, draw_marks, marks_at, paths_of, read_answer
 from molmo2_nemo.data.video import list_frames, pick_frames, write_video
 
 SUFFIXES = (".png", ".mp4")
@@ -16,7 +16,7 @@ GAP = 12  # pixels between pictures
 MARK_SHARE = 1 / 70
 # A sheet has this many frames at most, each of this width in pixels.
 SHEET_FRAMES, SHEET_WIDTH = 16, 480
-MAX_FPS = 30  # of a video that is written
+MIN_FPS, MAX_FPS = 1 / LEAST_HOLD, 30  # of a video that is written
 
 
 def check_target(out: Path, has_video: bool) -> None:
@@ -29,20 +29,34 @@ def check_target(out: Path, has_video: bool) -> None:
         raise ValueError(f"--draw {out}: there is no folder {out.parent}")
 
 
-def draw(text: str, seen: Seen, video: Path | None, out: Path) -> int:
-    """Draw the points of the answer `text`; returns their number. What has none is drawn without any.
+def draw(text: str, seen: Seen, video: Path | None, out: Path) -> tuple[int, list[str]]:
+    """Draw the points of the answer `text`; what has none is drawn without any.
 
-    video: the file that `seen` is of. OSError: `out` cannot be written.
+    video: the file that `seen` is of. Returns the number of points that are drawn, and a phrase for each kind of those
+    that are not. OSError: `out` cannot be written.
     """
-    answer = read_answer(text, seen.visuals)
+    answer = read_answer(text, seen.visuals, float("inf") if video is None else seen.duration)
+    drawn, left_out = len(answer.marks), []
+    if answer.num_outside:
+        reason = (
+            f"of pictures that were not given, which are {len(seen.pictures)}"
+            if video is None
+            else f"after the video's end at {seen.duration:.1f} s"
+        )
+        left_out.append(f"{answer.num_outside} left out, {reason}")
     if out.suffix.lower() == ".mp4":
         fps = _fps(list_frames(video).seconds)
         write_video(_video_with_marks(text, seen, video.read_bytes(), fps), fps, out)
     elif video is None:
         _side_by_side([_picture(picture, answer, number) for number, picture in enumerate(seen.pictures)]).save(out)
     else:
-        _sheet(answer, seen, video.read_bytes()).save(out)
-    return len(answer.marks)
+        shown = _frames_of_sheet(answer, seen)
+        _sheet(answer, seen, shown, video.read_bytes()).save(out)
+        drawn = sum(mark.visual in shown for mark in answer.marks)
+        if drawn < len(answer.marks):
+            reason = f"on frames beyond the {SHEET_FRAMES} of a sheet: an .mp4 has all"
+            left_out.append(f"{len(answer.marks) - drawn} left out, {reason}")
+    return drawn, left_out
 
 
 def _picture(picture: np.ndarray, answer: Answer, visual: int) -> Image.Image:
@@ -66,13 +80,18 @@ def _side_by_side(pictures: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _sheet(answer: Answer, seen: Seen, video: bytes) -> Image.Image:
-    """Frames with marks, or the first ones where there are none, in rows of four, each with its time."""
+def _frames_of_sheet(answer: Answer, seen: Seen) -> list[int]:
+    """Frames with marks, or any where there are none, as many as there is room for."""
     marked = sorted({mark.visual for mark in answer.marks}) or list(range(len(seen.times)))
     if len(marked) > SHEET_FRAMES:
         marked = [marked[i] for i in np.linspace(0, len(marked) - 1, SHEET_FRAMES).round().astype(int)]
+    return marked
+
+
+def _sheet(answer: Answer, seen: Seen, shown: list[int], video: bytes) -> Image.Image:
+    """These frames in rows of four, each with its marks and its time."""
     tiles = []
-    for visual, frame in zip(marked, pick_frames(video, [seen.times[visual] for visual in marked])):
+    for visual, frame in zip(shown, pick_frames(video, [seen.times[visual] for visual in shown])):
         tile = _picture(frame, answer, visual)
         tile = tile.resize((SHEET_WIDTH, max(1, round(tile.height * SHEET_WIDTH / tile.width))))
         ImageDraw.Draw(tile).text(
@@ -87,8 +106,8 @@ def _sheet(answer: Answer, seen: Seen, video: bytes) -> Image.Image:
 
 
 def _fps(stamps: np.ndarray) -> float:
-    """A constant rate for a video with frames at these seconds."""
-    return min(MAX_FPS, max(1.0, (len(stamps) - 1) / stamps[-1])) if len(stamps) > 1 else 1.0
+    """A constant rate for a video with frames at these seconds, at which every point is on a frame."""
+    return min(MAX_FPS, max(MIN_FPS, (len(stamps) - 1) / stamps[-1])) if len(stamps) > 1 else MIN_FPS
 
 
 def _video_with_marks(text: str, seen: Seen, video: bytes, fps: float) -> Iterator[Image.Image]:
@@ -96,6 +115,9 @@ def _video_with_marks(text: str, seen: Seen, video: bytes, fps: float) -> Iterat
     step = float(np.median(np.diff(seen.times))) if len(seen.times) > 1 else LEAST_HOLD
     times = np.arange(max(1, round(seen.duration * fps))) / fps
     paths = paths_of(text)
+    for path in paths:  # a point at the video's end is on its last frame
+        path.places = [(min(t, times[-1]), x, y) for t, x, y in path.places if t <= seen.duration + ROUNDED]
+    paths = [path for path in paths if path.places]
     objects = [(path.number, path.label) for path in paths]
     for time, frame in zip(times, pick_frames(video, times)):
         yield _picture(frame, Answer(text, objects, marks_at(paths, float(time), step)), 0)

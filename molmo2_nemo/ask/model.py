@@ -6,13 +6,14 @@ data/pictures.py, data/video.py and data/processor.py, as those of training do.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, TextStreamer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature, TextStreamer
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
@@ -50,7 +51,10 @@ class Reply:
 
 
 class Asker:
-    """A model and its processor. ValueError, one sentence: the folder does not hold such a model."""
+    """A model and its processor. ValueError, one sentence: the folder does not hold such a model.
+
+    The weights are loaded by `load`, or else by the first answer: what is asked can be looked at before.
+    """
 
     def __init__(self, folder: Path, device: str | None = None, report: Callable[[str], None] = lambda text: None):
         """device: cuda or cpu; None: a GPU if there is one. On a GPU the weights are bfloat16, on a CPU float32."""
@@ -60,22 +64,10 @@ class Asker:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"--device {self.device}: torch finds no GPU here; leave --device out")
-        dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
-        report(f"loading {folder} onto {self.device} in {str(dtype).removeprefix('torch.')}")
-        try:
+        self.folder, self.report, self.model = folder, report, None
+        with _explained(folder):
             self.processor = AutoProcessor.from_pretrained(folder)
-            self.model, found = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True
-            )
-        except MemoryError:
-            raise
-        except Exception as error:  # transformers, safetensors and tokenizers raise errors of any type on broken files
-            raise ValueError(f"{folder} cannot be loaded ({_first_line(error)}): {ADVICE}") from error
-        if found["missing_keys"] or found["mismatched_keys"]:
-            wrong = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-            raise ValueError(f"{folder} lacks weights, {wrong[0]} for one, of {len(wrong)}: {ADVICE}")
-        self.folder = folder
-        self.model = self.model.to(self.device).eval()
+            self.positions = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
         self.tokenizer = self.processor.tokenizer
         self.special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         video = self.processor.video_processor
@@ -85,17 +77,36 @@ class Asker:
             video.max_fps,
         )
 
-    def see(self, images: Sequence[Path], video: Path | None) -> Seen:
-        """Read the files. ValueError, one sentence that names the file: it cannot be read."""
+    def load(self) -> None:
+        """The weights, unless they are there. ValueError: as of the class."""
+        if self.model is not None:
+            return
+        dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
+        self.report(f"loading {self.folder} onto {self.device} in {str(dtype).removeprefix('torch.')}")
+        with _explained(self.folder):
+            model, found = AutoModelForImageTextToText.from_pretrained(
+                self.folder, dtype=dtype, output_loading_info=True
+            )
+        if found["missing_keys"] or found["mismatched_keys"]:
+            wrong = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+            raise ValueError(f"{self.folder} lacks weights, {wrong[0]} for one, of {len(wrong)}: {ADVICE}")
+        self.model = model.to(self.device).eval()
+
+    def see(self, images: Sequence[Path], video: Path | None, keys: tuple[str, str] = ("--image", "--video")) -> Seen:
+        """Read the files. keys: where pictures and videos are named, for messages.
+
+        ValueError, one sentence that names the file: it cannot be read.
+        """
         if images and video:
             raise ValueError("a question is about pictures or about a video, not about both: leave one of them out")
         if video:
-            return self._frames(video)
-        return Seen([_try(read_image, image, "picture", video_facts) for image in images])
+            return self._frames(video, f"a picture: give it with {keys[0]}")
+        instead = f"a video: give it with {keys[1]}"
+        return Seen([_try(read_image, image, video_facts, instead) for image in images])
 
-    def _frames(self, video: Path) -> Seen:
+    def _frames(self, video: Path, instead: str) -> Seen:
         """Frames at `max_fps` with the last one included, as in training. Never more than the resized ones are held."""
-        duration = _try(video_facts, video, "video", read_image)["duration"]
+        duration = _try(video_facts, video, read_image, instead)["duration"]
         times = frame_times(duration, self.max_frames, self.max_fps)
         size = self.processor.video_processor.size
         frames = torch.empty(len(times), 3, size["height"], size["width"], dtype=torch.uint8)
@@ -106,12 +117,19 @@ class Asker:
             raise ValueError(f"{video}: {_first_line(error)}") from error
         return Seen(frames=frames, times=times, duration=duration)
 
-    def inputs(self, messages: Sequence[dict], seen: Seen) -> BatchFeature:
-        """The model's inputs, on the CPU. messages: see `check_messages`. ValueError: a text spells a special token."""
+    def check_tokens(self, messages: Sequence[dict]) -> None:
+        """ValueError: a text spells a special token."""
         for message in messages:
             for token in self.special:
                 if token in message["content"]:
                     raise ValueError(f"a text spells {token}, which stands for something else to the model: rewrite it")
+
+    def inputs(self, messages: Sequence[dict], seen: Seen) -> BatchFeature:
+        """The model's inputs, on the CPU. messages: see `check_messages`.
+
+        ValueError: a text spells a special token, or the model has too few positions for the question.
+        """
+        self.check_tokens(messages)
         kinds = ["image"] * len(seen.pictures) + ["video"] * (seen.frames is not None)
         first = next(number for number, message in enumerate(messages) if message["role"] == "user")
         content = [*({"type": kind} for kind in kinds), {"type": "text", "text": messages[first]["content"]}]
@@ -124,21 +142,23 @@ class Asker:
             metadata = VideoMetadata(len(seen.times), fps=1, duration=seen.duration, frames_indices=seen.times)
             about = {"videos": [seen.frames], "video_metadata": [metadata], "do_sample_frames": False}
         text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return self.processor(text=text, return_tensors="pt", **about)
+        inputs = self.processor(text=text, return_tensors="pt", **about)
+        length = inputs["input_ids"].shape[1]
+        if length >= self.positions:
+            raise ValueError(
+                f"the question takes {length:,} tokens, and the model has {self.positions:,} positions: "
+                "use fewer pictures, a smaller --max-crops or a smaller --max-frames"
+            )
+        return inputs
 
     def answer(
         self, messages: Sequence[dict], seen: Seen, max_new_tokens: int, streamer: TextStreamer | None = None
     ) -> Reply:
-        """The greedy answer. ValueError: the model has too few positions for the question."""
+        """The greedy answer. ValueError: as of `inputs`, or there is too little memory."""
         inputs = self.inputs(messages, seen)
+        self.load()
         length = inputs["input_ids"].shape[1]
-        room = self.model.config.get_text_config().max_position_embeddings - length
-        if room < 1:
-            raise ValueError(
-                f"the question takes {length:,} tokens, and the model has {length + room:,} positions: "
-                "use fewer pictures, a smaller --max-crops or a smaller --max-frames"
-            )
-        most = min(max_new_tokens, room)
+        most = min(max_new_tokens, self.positions - length)
         try:
             with torch.inference_mode():
                 tokens = self.model.generate(
@@ -168,6 +188,12 @@ def check_messages(messages) -> list[dict]:
             'messages are [{"role": "user", "content": "..."}, {"role": "assistant", ...}, ...], '
             "the last one a question, with one of the role system before them if you like"
         )
+    check_texts(messages)
+    return messages
+
+
+def check_texts(messages: Sequence[dict]) -> None:
+    """ValueError: a text of these messages is empty, or not valid UTF-8."""
     for message in messages:
         if not message["content"].strip():
             raise ValueError(f"a text of the role {message['role']} is empty")
@@ -175,7 +201,6 @@ def check_messages(messages) -> list[dict]:
             message["content"].encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"a text of the role {message['role']} is not valid UTF-8") from error
-    return messages
 
 
 def _check_folder(folder: Path) -> None:
@@ -191,11 +216,25 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} holds a model of the type {kind}, not molmo2: {ADVICE}")
 
 
-def _try(read: Callable[[bytes], object], file: Path, kind: str, other: Callable[[bytes], object]):
-    """What `read` makes of a file's bytes. ValueError, with the file's name; `other` reads the other kind of media."""
+@contextmanager
+def _explained(folder: Path):
+    """ValueError, one sentence, in the place of whatever transformers, safetensors and tokenizers raise."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be loaded ({_first_line(error)}): {ADVICE}") from error
+
+
+def _try(read: Callable[[bytes], object], file: Path, other: Callable[[bytes], object], instead: str):
+    """What `read` makes of a file's bytes. ValueError, with the file's name.
+
+    other: reads the other kind of media; instead: what the file is if that works.
+    """
     try:
         if file.stat().st_size > limits.MAX_MEDIA:
-            raise ValueError(f"it has more than {limits.MAX_MEDIA:,} bytes")
+            raise ValueError(f"{file} has more than {limits.MAX_MEDIA:,} bytes: cut it")
         data = file.read_bytes()
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
@@ -206,8 +245,7 @@ def _try(read: Callable[[bytes], object], file: Path, kind: str, other: Callable
             other(data)
         except ValueError:
             raise ValueError(f"{file}: {_first_line(error)}") from error
-        right = {"picture": "video: give it with --video", "video": "picture: give it with --image"}[kind]
-        raise ValueError(f"{file} is a {right}") from error
+        raise ValueError(f"{file} is {instead}") from error
 
 
 def _first_line(error: Exception) -> str:

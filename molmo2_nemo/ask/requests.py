@@ -1,11 +1,17 @@
 """Questions in a file, a JSON object each: on lines of their own, or in one array."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from molmo2_nemo.ask.model import check_messages
+from molmo2_nemo.ask.model import check_messages, check_texts
+from molmo2_nemo.prepare.annotations import PLACEHOLDER
+from molmo2_nemo.prepare.formats import conversations
+from molmo2_nemo.prepare.formats.line import Unpacked
 
+# What a batch writes to a question's object. Where the file has these keys, from an earlier batch, they are replaced.
+WRITTEN = ("said", "cut", "error", "model")
 MEDIA = ("image", "images", "video")
 
 
@@ -22,6 +28,33 @@ def conversation(question: str, system: str | None = None) -> list[dict]:
     """ValueError: a text is empty."""
     before = [] if system is None else [{"role": "system", "content": system}]
     return check_messages([*before, {"role": "user", "content": question}])
+
+
+def placed(messages: Sequence[dict], num_images: int, has_video: bool) -> list[dict]:
+    """Messages without placeholders such as <image>, which tools/prepare.py takes out in the same way.
+
+    ValueError, one sentence: there are more or fewer of them than files, or one that stands for nothing.
+    """
+    texts = [message["content"] for message in messages if message["role"] != "assistant"]
+    if any(map(conversations.PLACEHOLDER.search, texts)):
+        files = {"images": [str(number) for number in range(num_images)], "videos": ["0"] if has_video else []}
+        line = conversations.read({"messages": messages, **files}, "messages", Unpacked(Path()))
+        messages = line.document["messages"]
+    for message in messages:
+        if message["role"] != "assistant" and (token := PLACEHOLDER.search(message["content"])):
+            raise ValueError(
+                f"a text holds {token[0]}, which stands for nothing here: remove it, or if it is about such a tag, "
+                f"write {token[0][0]} {token[0][1:]}"
+            )
+    check_texts(messages)
+    return list(messages)
+
+
+def local_file(name: str) -> Path:
+    """ValueError: it is an address."""
+    if "://" in name:
+        raise ValueError(f"{name[:200]} is an address, and none is fetched: download the file and give its path")
+    return Path(name)
 
 
 def read_records(file: Path) -> list[dict]:
@@ -77,5 +110,6 @@ def read_request(record: dict, folder: Path, system: str | None = None) -> Reque
     names = record.get("images", [record[named[0]]] if named else [])
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{named[0]} names no file, or is no list of files")
-    files = [folder / name for name in names]
-    return Request(messages, video=files[0]) if named == ["video"] else Request(messages, files)
+    files, has_video = [folder / local_file(name) for name in names], named == ["video"]
+    messages = placed(messages, 0 if has_video else len(files), has_video)
+    return Request(messages, video=files[0]) if has_video else Request(messages, files)

@@ -7,7 +7,7 @@ nothing else of the disk. Requests that name another host (another site's page c
 import io
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,13 +17,16 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from molmo2_nemo.ask.model import Asker, Seen, check_messages
+from molmo2_nemo.ask.requests import placed
 from molmo2_nemo.data.marks import colour_of, read_answer
 
 ADDRESS = "127.0.0.1"
 PAGE = Path(__file__).parent / "page.html"
 # In a folder, files of these endings are shown; a file that is named itself may have any.
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif"}
-VIDEOS = {".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".flv", ".wmv", ".ts", ".mpg", ".mpeg", ".3gp", ".h264"}
+VIDEOS = {".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".flv", ".wmv", ".ts", ".mpg", ".mpeg", ".3gp"}
+VIDEOS |= {".h264", ".h265", ".hevc", ".mts", ".m2ts", ".ogv"}
+MOST_NAMED = 10  # of the files that are left out
 MAX_REQUEST = 2**20  # bytes
 SHOWN_SIDE = 1600  # pixels of the longer side of a picture on the page, at most
 HEADERS = {
@@ -34,15 +37,21 @@ HEADERS = {
 }
 
 
-def find_media(images: Sequence[Path], videos: Sequence[Path]) -> list[tuple[Path, bool]]:
+def find_media(
+    images: Sequence[Path], videos: Sequence[Path], report: Callable[[str], None] = lambda text: None
+) -> list[tuple[Path, bool]]:
     """(file, whether it is a video): those named, and in the named folders pictures and videos by their endings.
 
-    ValueError: there are none.
+    report: is told what else is in the folders. ValueError: there are none.
     """
     found = []
     for path, is_video in [*((path, False) for path in images), *((path, True) for path in videos)]:
         if path.is_dir():
-            files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in PICTURES | VIDEOS]
+            inside = sorted(path.iterdir())
+            files = [file for file in inside if file.suffix.lower() in PICTURES | VIDEOS and file.is_file()]
+            if others := [file.name for file in inside if file not in files]:
+                names = ", ".join([*others[:MOST_NAMED], *(["..."] if len(others) > MOST_NAMED else [])])
+                report(f"{path}: not shown, since by their names they are no pictures or videos that are read: {names}")
             found += [(file, file.suffix.lower() in VIDEOS) for file in files]
         elif path.is_file():
             found.append((path, is_video))
@@ -111,8 +120,9 @@ class Page:
         messages = check_messages(question.get("messages"))
         with self.lock:
             seen = self.see(model, number)
+            messages = placed(messages, len(seen.pictures), seen.frames is not None)
             reply = self.askers[model].answer(messages, seen, max(1, most))
-        found = read_answer(reply.text, seen.visuals)
+        found = read_answer(reply.text, seen.visuals, float("inf") if seen.duration is None else seen.duration)
         marks = [
             {
                 "frame": mark.visual,
@@ -124,7 +134,7 @@ class Page:
             }
             for mark in found.marks
         ]
-        return {"text": reply.text, "cut": reply.is_cut, "marks": marks}
+        return {"text": reply.text, "cut": reply.is_cut, "marks": marks, "outside": found.num_outside}
 
 
 def make_server(

@@ -14,6 +14,8 @@ MARK_RADIUS = 5  # pixels
 MARKED_SIDE = 336
 # Seconds: how long a point stays in a video, at least.
 LEAST_HOLD = 0.5
+# Seconds that a point may be after a video's end: answers have tenths.
+ROUNDED = 0.05 + 1e-6
 
 
 @dataclass
@@ -41,12 +43,15 @@ class Answer:
     text: str
     objects: list[tuple[int, str]] = field(default_factory=list)  # (number, label)
     marks: list[Mark] = field(default_factory=list)
-    num_outside: int = 0  # points of images that the example does not have
+    num_outside: int = 0  # points of images that the example does not have, or after its video's end
     largest_gap: float = 0.0  # seconds between a point and the frame that it is drawn on
 
 
-def read_answer(text: str, visuals: list[Visual]) -> Answer:
-    """An answer with its points on the images that they name, or on the frames that are nearest in time."""
+def read_answer(text: str, visuals: list[Visual], end: float = float("inf")) -> Answer:
+    """An answer with its points on the images that they name, or on the frames that are nearest in time.
+
+    end: seconds, of the video; no frame shows what is later.
+    """
     answer = Answer(text)
     times = [visual.seconds for visual in visuals if visual.seconds is not None]
     for found in parse(text):
@@ -59,10 +64,10 @@ def read_answer(text: str, visuals: list[Visual]) -> Answer:
             frames = found.frames
         objects = {}
         for where, triplets in frames:
-            if times:
+            if times and where <= end + ROUNDED:
                 visual = min(range(len(times)), key=lambda index: abs(times[index] - where))
                 answer.largest_gap = max(answer.largest_gap, abs(times[visual] - where))
-            elif 1 <= where <= len(visuals) and where == int(where):
+            elif not times and 1 <= where <= len(visuals) and where == int(where):
                 visual = int(where) - 1
             else:
                 answer.num_outside += len(triplets)

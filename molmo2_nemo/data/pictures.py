@@ -1,6 +1,7 @@
 """Picture files -> pixels. Preparation, training, inspection, answers and `tools/ask.py` all read pictures here."""
 
 import io
+import warnings
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -22,10 +23,13 @@ def read_image(data: bytes) -> np.ndarray:
     floating-point numbers, the picture is refused. ValueError: that, or the bytes are no readable picture, or it has
     more than limits.MAX_IMAGE_PIXELS.
     """
+    most = limits.MAX_IMAGE_PIXELS
     try:
-        image = Image.open(io.BytesIO(data), formats=limits.IMAGE_FORMATS)
-        if image.width * image.height > limits.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} are more than {limits.MAX_IMAGE_PIXELS:,} pixels")
+        with warnings.catch_warnings():  # Pillow's own limit is another one
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=limits.IMAGE_FORMATS)
+        if image.width * image.height > most:
+            raise ValueError(f"{image.width} x {image.height} are more than {most:,} pixels: make it smaller")
         black, white = _black_and_white(image)
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
@@ -36,9 +40,7 @@ def read_image(data: bytes) -> np.ndarray:
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:  # before its size can be asked for
-        raise ValueError(
-            f"The image cannot be decoded: it has more than {limits.MAX_IMAGE_PIXELS:,} pixels."
-        ) from error
+        raise ValueError(f"The image cannot be decoded: it has more than {most:,} pixels: make it smaller.") from error
     except UnidentifiedImageError as error:
         raise ValueError(
             f"The image cannot be decoded: it is none of {', '.join(limits.IMAGE_FORMATS)}, or of a kind of them that "

@@ -17,6 +17,7 @@ from PIL import Image
 
 from molmo2_nemo.ask import drawing, model, web
 from molmo2_nemo.ask.model import Asker, Reply, Seen
+from molmo2_nemo.ask.requests import read_request
 from molmo2_nemo.data.points import Tracks, format_tracks
 
 SHORT = ["--device", "cpu", "--max-new-tokens", "3"]
@@ -33,6 +34,7 @@ def files(tmp_path_factory):
     (folder / "cut.mp4").write_bytes(film()[:900])
     (folder / "text.png").write_text("no picture")
     (folder / "empty.png").write_bytes(b"")
+    (folder / "good.jsonl").write_text('{"question": "q"}')
     return folder
 
 
@@ -57,7 +59,9 @@ def said(monkeypatch):
 
 @pytest.fixture(scope="module")
 def loaded(export):
-    return Asker(export, "cpu")
+    asker = Asker(export, "cpu")
+    asker.load()
+    return asker
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +113,24 @@ def test_a_conversation_keeps_its_answers_and_its_system_prompt(files, export, s
     assert roles == [("system", "S"), ("user", "What?"), ("assistant", "A circle."), ("user", "Which colour?")]
 
 
+@pytest.mark.parametrize(
+    "pictures, questions, asked",
+    [
+        (["picture.png"], ["<image>\nWhat?"], ["What?"]),
+        (["picture.png", "other.jpg"], ["Is <image> red?", "And <image>?"], ["Is Image 1 red?", "And Image 2?"]),
+        (["picture.png"], ["What?", "Is a circle in <image> there?"], ["What?", "Is a circle in the image there?"]),
+    ],
+)
+def test_placeholders_are_taken_out_as_for_training(pictures, questions, asked, files, export, said, capsys):
+    said += ["One."] * len(questions)
+    about = [word for name in pictures for word in ("--image", files / name)]
+    assert run(capsys, export, *SHORT, *about, *questions)[0] == 0
+    assert [message["content"] for message in said.asked[-1] if message["role"] == "user"] == asked
+    record = {"images": pictures, "messages": [{"role": "user", "content": questions[0]}]}
+    if len(questions) == 1:
+        assert read_request(record, files).messages[0]["content"] == asked[0]
+
+
 def test_questions_come_from_standard_input(files, export, said, capsys, monkeypatch):
     said += ["One.", "Two."]
     monkeypatch.setattr("sys.stdin", io.StringIO("First?\n\nSecond?\n"))
@@ -135,6 +157,12 @@ WRONG = {
     "half a video": (["--video", "{files}/cut.mp4", "q"], "cut.mp4: The video"),
     "picture and video": (["--image", "{files}/picture.png", "--video", "{files}/clip.mp4", "q"], "or about one"),
     "two videos": (["--video", "a.mp4", "--video", "b.mp4", "q"], "about one video"),
+    "an address": (["--image", "https://x/a.png", "q"], "https://x/a.png is an address, and none is fetched: download"),
+    "more placeholders than pictures": (["--image", "{files}/picture.png", "<image> <image>?"], "<image> 2 times, and"),
+    "a placeholder without a picture": (["<image>?"], "have <image> 1 times, and there are 0 images"),
+    "a placeholder of others": (["Is <box> there?"], "a text holds <box>, which stands for nothing here: remove it"),
+    "out into no folder": (["--batch", "{files}/good.jsonl", "--out", "/nowhere/a"], "there is no folder /nowhere"),
+    "out is a folder": (["--batch", "{files}/good.jsonl", "--out", "{files}"], "cannot be written: Is a directory"),
     "empty question": ([" "], "a text of the role user is empty"),
     "a token of the model": (["--image", "{files}/picture.png", "<im_patch>?"], "a text spells <im_patch>, which"),
     "a placeholder": (["--image", "{files}/picture.png", "<|image|>"], "a text spells <|image|>, which"),
@@ -158,12 +186,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_mistake_is_one_sentence(kind, files, export, capsys):
+def test_a_mistake_is_one_sentence(kind, files, export, capsys, monkeypatch):
+    weights_loaded = []
+    monkeypatch.setattr(Asker, "load", lambda self: weights_loaded.append(self))
     arguments, sentence = WRONG[kind]
     before = [] if "--device" in arguments else ["--device", "cpu"]
     status, out, error = run(capsys, export, *before, *(word.format(files=files) for word in arguments))
     last = error.strip().splitlines()[-1]
     assert status in (1, 2) and out == "" and sentence in last and "Traceback" not in error
+    assert not weights_loaded  # it is said before that, which takes minutes
     assert re.match(r"(\S+: )?error: ", last)
 
 
@@ -237,6 +268,20 @@ def test_a_batch_goes_on_where_it_was_stopped(files, export, said, capsys):
     assert status == 1 and "has answers of another model or to other questions" in error
 
 
+def test_answers_can_be_asked_again(files, export, said, capsys):
+    """What an earlier batch has written is replaced, and a second run finds its own answers."""
+    batch, out = files / "again.jsonl", files / "again_out.jsonl"
+    line = {"question": "Where?", "said": "There.", "error": "none", "model": "old"}
+    batch.write_text(json.dumps(line) + "\n" + json.dumps({"image": "clip.mp4", "question": "Who?"}))
+    said.append("Here.")
+    for _ in range(2):
+        status, _, error = run(capsys, export, *SHORT, "--batch", batch, "--out", out)
+        assert status == 1 and f"{batch} has the keys said, error, model, which the answers replace" in error
+        first, second = map(json.loads, out.read_text().splitlines())
+        assert first == {"question": "Where?", "said": "Here.", "model": str(export)}
+        assert second["error"].endswith('clip.mp4 is a video: give it with the key "video"')
+
+
 @pytest.mark.parametrize(
     "text, sentence",
     [
@@ -266,6 +311,8 @@ def test_a_file_that_is_no_batch_is_one_sentence(text, sentence, export, tmp_pat
         ({"question": "a", "image": "a", "video": "b"}, "one of them is enough"),
         ({"question": "a", "image": ["a"]}, "image names no file"),
         ({"question": "a", "images": "a"}, "images names no file"),
+        ({"question": "a", "image": "s3://b/a.png"}, "s3://b/a.png is an address"),
+        ({"question": "<video>?"}, "<video> 1 times, and there are 0 videos"),
     ],
 )
 def test_a_wrong_record_is_one_sentence(record, sentence, export, tmp_path, said, capsys):
@@ -297,14 +344,15 @@ def test_points_are_drawn_where_the_answer_says(files, export, said, capsys, tmp
 def test_points_of_several_pictures_are_drawn_side_by_side(files, loaded, tmp_path):
     seen = loaded.see([files / "picture.png", files / "other.jpg"], None)
     text = '<points coords="1 1 500 500;2 2 500 500 3 700 700;3 4 100 100">dots</points>'
-    assert drawing.draw(text, seen, None, tmp_path / "a.png") == 3
+    left_out = ["1 left out, of pictures that were not given, which are 2"]
+    assert drawing.draw(text, seen, None, tmp_path / "a.png") == (3, left_out)
     assert Image.open(tmp_path / "a.png").size[0] > 300
 
 
 def test_tracks_move_with_the_video(files, loaded, tmp_path):
     text = format_tracks(Tracks("ball", [(0.0, [("a", 0.1, 0.5)]), (0.5, [("a", 0.3, 0.5)]), (2.5, [("a", 0.9, 0.5)])]))
     seen = loaded.see([], files / "clip.mp4")
-    assert drawing.draw(text, seen, files / "clip.mp4", tmp_path / "a.mp4") == 3
+    assert drawing.draw(text, seen, files / "clip.mp4", tmp_path / "a.mp4") == (3, [])
     drawing.draw("no points", seen, files / "clip.mp4", tmp_path / "plain.mp4")
     films = []
     for name in ("a.mp4", "plain.mp4"):
@@ -319,8 +367,32 @@ def test_tracks_move_with_the_video(files, loaded, tmp_path):
     # From 0.1 to 0.3 within half a second, there for half a second more, away, and back at 2.5 s.
     assert all(abs(centres[i] - (0.1 + 0.04 * i)) < 0.04 for i in range(6))
     assert centres[9] is not None and centres[12] is None and centres[24] is None and abs(centres[26] - 0.9) < 0.06
-    assert drawing.draw(text, seen, files / "clip.mp4", tmp_path / "sheet.png") == 3
+    assert drawing.draw(text, seen, files / "clip.mp4", tmp_path / "sheet.png") == (3, [])
     assert Image.open(tmp_path / "sheet.png").size == (3 * 480 + 24, 320)
+
+
+def test_a_point_that_no_frame_shows_is_said_and_one_at_the_end_is_drawn(files, loaded, tmp_path):
+    seen = loaded.see([], files / "clip.mp4")
+    assert seen.duration == 3.1  # its last frame is at 3.0
+    text = '<points coords="3.1 1 900 900;99.0 2 100 100">dots</points>'
+    left_out = ["1 left out, after the video's end at 3.1 s"]
+    for name in ("a.mp4", "a.png"):
+        assert drawing.draw(text, seen, files / "clip.mp4", tmp_path / name) == (1, left_out)
+    drawing.draw("no points", seen, files / "clip.mp4", tmp_path / "plain.mp4")
+    last = []
+    for name in ("a.mp4", "plain.mp4"):
+        with av.open(str(tmp_path / name)) as container:
+            last.append([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)][-1])
+    changed = differing(*last)
+    assert changed[230, 345] and not changed[:128, :192].any()
+
+
+def test_a_sheet_says_what_it_has_no_room_for(loaded, tmp_path):
+    (tmp_path / "long.mp4").write_bytes(film(times=range(30)))
+    seen = loaded.see([], tmp_path / "long.mp4")
+    points = ";".join(f"{time:.1f} {number} 500 500" for number, time in enumerate(seen.times, start=1))
+    drawn = drawing.draw(f'<points coords="{points}">dots</points>', seen, tmp_path / "long.mp4", tmp_path / "a.png")
+    assert len(seen.times) == 24 and drawn == (16, ["8 left out, on frames beyond the 16 of a sheet: an .mp4 has all"])
 
 
 def test_few_frames_are_held_of_a_long_video(loaded, tmp_path, monkeypatch):
@@ -383,11 +455,24 @@ def test_the_page_shows_pictures_and_answers_of_two_models(page, export):
         json.loads(fetched(f"{address}/answer", {"model": m, "media": 0, "messages": messages, "max_new_tokens": 9})[1])
         for m in (0, 1)
     )
-    assert first["text"] == TEXT and second == {"text": "No.", "cut": False, "marks": []}
+    assert first["text"] == TEXT and second == {"text": "No.", "cut": False, "marks": [], "outside": 0}
     assert [(mark["x"], mark["y"], mark["number"], mark["label"]) for mark in first["marks"]] == [
         (0.1, 0.2, 1, "dots"),
         (0.9, 0.8, 2, "dots"),
     ]
+
+
+def test_what_a_folder_has_besides_is_said(tmp_path):
+    scene().save(tmp_path / "a.png")
+    for name in ("b.heic", "c.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "d.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "e").mkdir()
+    said = []
+    assert web.find_media([tmp_path], [], said.append) == [(tmp_path / "a.png", False)]
+    assert (
+        len(said) == 1 and said[0].startswith(f"{tmp_path}: not shown") and said[0].endswith("b.heic, c.txt, d.png, e")
+    )
 
 
 def test_the_page_refuses_what_is_not_its_own(page, files):

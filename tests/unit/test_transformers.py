@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from media_files import PICTURES, VIDEOS, scene
+from media_files import PICTURES, VIDEOS, saved, scene
 from PIL import Image
 from programs import REPOSITORY, python, run, succeeded
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -45,6 +45,10 @@ for path in sorted(Path(FOLDER).glob("*.mp4")):
     theirs = VideoDecoder(str(path), dimension_order="NHWC")[:].numpy()
     assert ours.shape == theirs.shape and np.abs(ours.astype(int) - theirs).max() <= 1, path
 print("the same frames")
+try:
+    VideoDecoder(f"{FOLDER}/raw.h264")[0]
+except RuntimeError:
+    print("no bare streams")
 """
 
 
@@ -54,10 +58,11 @@ def test_a_video_is_asked_about_by_its_path_and_has_the_frames_of_torchcodec(exp
     pytest.importorskip("torchcodec", reason="run tools/setup.sh: requirements.lock has torchcodec")
     for number, kind in enumerate(("plain", "turned by a phone", "changing rate", "10 bits", "10 bits of BT.709")):
         (tmp_path / f"{number}.mp4").write_bytes(VIDEOS[kind]())
+    (tmp_path / "raw.h264").write_bytes(VIDEOS["raw H.264"]())
     links = make_links(tmp_path / "ffmpeg")
     content = f'{{"type": "video", "path": "{tmp_path}/0.mp4"}}'
     out = run_example(export, content, FRAMES.replace("FOLDER", repr(str(tmp_path))), LD_LIBRARY_PATH=str(links))
-    assert out.count("\n") >= 4 and "the same frames" in out
+    assert out.count("\n") >= 4 and "the same frames" in out and "no bare streams" in out
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +100,16 @@ def test_pictures_that_transformers_opens_are_ours(plain, tmp_path):
         )
         given = processor.image_processor(Image.fromarray(read_image(file.read_bytes())), return_tensors="pt")
         assert np.array_equal(opened["pixel_values"], given["pixel_values"]), kind
+
+
+@pytest.mark.parametrize("kind", ["BMP", "JPEG2000", "TIFF", "PPM", "GIF", "WEBP"])
+def test_pictures_that_transformers_does_not_open_are_those_of_the_document(kind, plain, tmp_path):
+    file, frames = tmp_path / "picture", [scene().rotate(90)] if kind in ("GIF", "WEBP") else []
+    file.write_bytes(saved(scene(), kind, **({"save_all": True, "append_images": frames} if frames else {})))
+    assert read_image(file.read_bytes()).shape == (100, 150, 3)
+    content = [{"type": "image", "path": str(file)}, {"type": "text", "text": "?"}]
+    with pytest.raises(ValueError):
+        plain[1].apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
 
 
 def test_a_gpu_is_used_if_there_is_one(export):

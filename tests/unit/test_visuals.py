@@ -270,6 +270,12 @@ def test_a_decompression_bomb_is_refused_by_its_header(side):
         read_image(bomb)
 
 
+@pytest.mark.filterwarnings("error")
+def test_pillow_warns_of_no_size_below_our_limit(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 24 - 1)  # from which on it warns
+    assert read_image(encoded(quadrants(40, 24))).shape == (24, 40, 3)
+
+
 def test_the_limit_of_pixels_is_the_last_size_allowed(monkeypatch):
     data = encoded(quadrants(40, 24))
     monkeypatch.setattr(limits, "MAX_IMAGE_PIXELS", 40 * 24)
