@@ -41,9 +41,12 @@ MAX_WHOLE = 2**30
 class UnreadableFile(ValueError):
     """A file of rows is broken, or of another form than its suffix says; `reason` says so without naming the file."""
 
-    def __init__(self, path: Path, error: Exception):
-        self.reason = " ".join(str(error).split())
-        super().__init__(f"{path} cannot be read: {self.reason}.")
+    def __init__(self, path: Path, error: Exception | str):
+        super().__init__(path, error)  # as they are, so that it comes back whole from another process
+        self.path, self.reason = path, " ".join(str(error).split())
+
+    def __str__(self) -> str:
+        return f"{self.path} cannot be read: {self.reason}."
 
 
 def media_name(url: str) -> str:

@@ -220,8 +220,11 @@ class ValueMistake(ValueError):
     """What is wrong with the value at a place. `problem` goes on from the value's name, or is a sentence of its own."""
 
     def __init__(self, place: Place, problem: str):
-        super().__init__(said_of(spelt(place), problem))
+        super().__init__(place, problem)  # as they are, so that it comes back whole from another process
         self.place, self.problem = place, problem
+
+    def __str__(self) -> str:
+        return said_of(spelt(self.place), self.problem)
 
 
 def spelt(place: Place) -> str:

@@ -59,7 +59,10 @@ class LineMistakes(ValueError):
 
     def __init__(self, sentences: Iterable[str]):
         self.sentences = [" ".join(sentence.split()).rstrip(".") for sentence in sentences]
-        super().__init__("; ".join(self.sentences))
+        super().__init__(self.sentences)  # as they are, so that it comes back whole from another process
+
+    def __str__(self) -> str:
+        return "; ".join(self.sentences)
 
 
 def kind_of(sentence: str) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import pickle
 import random
 import shutil
 import subprocess
@@ -23,15 +24,16 @@ from PIL import Image
 from programs import python
 
 from molmo2_nemo.catalogue.datasets import load_catalogue
-from molmo2_nemo.catalogue.raw import RawSource, media_name
+from molmo2_nemo.catalogue.raw import RawSource, UnreadableFile, media_name
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.blend import check_shards, load_blend
-from molmo2_nemo.data.schema import read_example
+from molmo2_nemo.data.schema import ValueMistake, read_example
 from molmo2_nemo.data.video import pick_frames
 from molmo2_nemo.files import readable_size
 from molmo2_nemo.prepare import shard_plan, stage_datasets
 from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft
 from molmo2_nemo.prepare.draft_to_sample import Dropped, join, pack
+from molmo2_nemo.prepare.mistakes import LineMistakes
 
 PICTURES = [skimage.data.chelsea(), skimage.data.coffee(), skimage.data.astronaut()]
 STAGE_1 = ("pixmo-cap", "pixmo-points", "pixmo-count", "cosyn-point", "tulu-v2-sft-mixture")
@@ -472,6 +474,27 @@ def raw(tmp_path_factory):
     fetched(root, "any", [], media)
     (root / "raw" / "any" / "manual" / "elsewhere").symlink_to("/etc")
     return RawSource(root, "any")
+
+
+def test_a_broken_file_of_rows_takes_no_other_set_with_it(tmp_path, capsys):
+    rows = [{"image_url": address("cap", n), "caption": f"Picture {n}.", "transcripts": []} for n in range(4)]
+    fetched(tmp_path, "pixmo-cap", rows, {address("cap", n): jpeg(n) for n in range(4)})
+    folder = fetched(tmp_path, "tulu-v2-sft-mixture", [{"id": "t0", "messages": [], "source": "flan"}])
+    (folder / "hub" / "data" / "train.jsonl").write_bytes(b'{"id": "t0"')
+    assert run(tmp_path, "pixmo-cap", "tulu-v2-sft-mixture") == 1
+    printed = "".join(capsys.readouterr())
+    assert "train.jsonl cannot be read" in printed and "memory" not in printed
+    assert samples(tmp_path / "pixmo-cap")
+
+
+def test_errors_come_back_whole_from_another_process():
+    for error in (
+        UnreadableFile(Path("rows.parquet"), ValueError("it is cut")),
+        ValueMistake(("branches", 0, "text"), "is empty"),
+        LineMistakes(["text is empty.", "label is empty"]),
+    ):
+        again = pickle.loads(pickle.dumps(error))
+        assert str(again) == str(error) and vars(again) == vars(error)
 
 
 def test_clips_tracks_and_subtitles_of_a_video(raw):

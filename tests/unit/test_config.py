@@ -295,7 +295,18 @@ def test_unknown_keys_and_options_are_named(argument, expected):
     [
         (["--seq-length", "36864"], "data.seq_length=36864"),
         (["model=tiny", "--max-frames=384"], "data.max_frames=384"),
-        (["--lr", "1e-5"], "optim.llm.lr=1e-5"),
+        (["--lr", "1e-5"], "optim.vit.lr=1e-5 optim.connector.lr=1e-5 optim.llm.lr=1e-5"),
+        (["--vit_lr", "1e-6"], "optim.vit.lr=1e-6"),
+        (["--freeze_llm"], "optim.llm.freeze=true"),
+        (["--freeze-vit", "true"], "optim.vit.freeze=true"),
+        (["--hidden-size", "4096"], "model.hidden_size=4096"),
+        (["--num-layers", "32"], "model.num_layers=32"),
+        (["--bf16", "false"], "train.precision=fp32"),
+        (["--sequence-parallel"], "parallel.sequence_parallel=true"),
+        (["--use-distributed-optimizer"], "ddp.use_distributed_optimizer=true"),
+        (["--recompute-granularity", "full"], "transformer.recompute_granularity=full"),
+        (["--lr_scheduler_type", "cosine"], "optim.decay=cosine"),
+        (["--model", "Molmo2-8B"], "model=molmo2_8b"),
         (["--batch-size", "64", "model=tiny"], "train.global_batch_size=64"),
         (["--tensor-model-parallel-size", "2"], "parallel.tensor_model_parallel_size=2"),
         (["--bf16", "model=tiny"], "train.precision=bf16"),
@@ -312,7 +323,19 @@ def test_options_of_argparse_are_answered_with_what_works(arguments, use):
 
 def test_every_advised_key_is_one_of_the_configuration_and_what_hydra_takes_passes():
     groups = {path.name for path in command_line.CONF_DIR.iterdir() if path.is_dir()}
-    assert set(flags.KEYS.values()) <= {*flags.all_keys(), *groups}
+    of_megatron = {key for key in flags.KEYS.values() if key.startswith(("transformer.", "ddp."))}
+    keys = {*flags.KEYS.values(), *(key for several in flags.SEVERAL.values() for key in several)}
+    assert keys - of_megatron <= {*flags.all_keys(), *groups}
+    command_line.refuse_unknown_overrides([pair for both in flags.SWITCHES.values() for pair in both])
+    for option, words in (
+        ("--resume_from_checkpoint=x", "the same command with the same run_dir"),
+        ("--lora_rank=8", "there is no LoRA here"),
+        ("--train_type=lora", "there is no LoRA here"),
+        ("--report_to=wandb", "train.wandb_project=NAME"),
+        ("--nnodes=4", "torchrun --nnodes N"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            flags.refuse_flags([option])
     flags.refuse_flags(["--config-name", "stage1", "-c", "job", "--resolve", "train.seed=-1", "data.root=a--b"])
     with pytest.raises(ConfigError, match="docs/settings.md has what is meant by --no-such-thing"):
         flags.refuse_flags(["--cfg=job", "--no-such-thing"])

@@ -49,7 +49,7 @@ def rows(file: Path, number: int) -> Iterator[Row]:
     numbers, strays, seen = count(number), [], set()
     for k, annotation in enumerate(json_items(file, "annotations"), 1):
         if isinstance(annotation, dict) and "image_id" in annotation:
-            found[str(annotation["image_id"])].append(Annotation(*map(annotation.get, Annotation._fields)))
+            found[str(annotation["image_id"])].append(Annotation(*map(annotation.get, Annotation.__annotations__)))
         else:
             strays.append((f"annotation {k}", "it has no image_id"))
     for k, image in enumerate(json_items(file, "images"), 1):
