@@ -240,6 +240,8 @@ def show_plan(catalogue, entries, options) -> int:
     from molmo2_nemo.fetch.inventory import as_json, free_bytes
     from molmo2_nemo.fetch.plan import TIERS, measured_speed, plan_downloads, shares_of
 
+    if options.budget is not None and options.budget < 10**6:
+        raise ValueError(f"--budget {options.budget} is so many bytes: write the unit, as in {options.budget}GB.")
     if options.tier and options.budget:
         raise ValueError("--tier and --budget are two budgets: give one of them.")
     free = free_bytes(options.root)
@@ -289,8 +291,10 @@ def print_sums(rows, options, budget: float, speed: float | None) -> None:
     within = "" if budget == math.inf else f" within {budget / 1e9:,.1f} GB"
     get = [row for row in rows if row.action == "fetch"]
     seconds = f", {duration(sum(row.seconds for row in get))}" if speed else ""
+    fetched = total.automatic_gb + total.by_hand_fetched_gb
     print(
-        f"{len(get)} of {len(rows)} sets are fetched{within}: {sum(row.gigabytes for row in get):,.1f} GB{seconds}\n"
+        f"{total.automatic + total.by_hand} of {len(rows)} sets are taken{within}: {fetched:,.1f} GB fetched{seconds}, "
+        f"{total.by_hand_gb:,.1f} GB by hand\n"
         f"  by a program as a whole: {total.automatic} sets, {total.automatic_gb:,.1f} GB\n"
         f"  with files that you bring: {total.by_hand} sets, {total.by_hand_fetched_gb:,.1f} GB fetched, "
         f"{total.by_hand_gb:,.1f} GB by hand"

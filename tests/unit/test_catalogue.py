@@ -262,6 +262,7 @@ WRONG = {
     "fetch pixmo-cap --timeout nan": "nan is not a number",
     "plan --budget lots": "lots is not a size",
     "plan --budget 0": "0 is not above 0",
+    "plan --budget 80": "--budget 80 is so many bytes: write the unit, as in 80GB",
     f"plan --budget {'9' * 400}": "is not a size",
     "list --stage 4": "invalid choice: 4",
     "list --category x": "invalid choice: 'x'",
