@@ -10,6 +10,7 @@ with measurements; times rest on assumed efficiencies.
 """
 
 import argparse
+import difflib
 import itertools
 import json
 import re
@@ -59,8 +60,10 @@ def main() -> int:
     args, unknown = parser.parse_known_args()
     quiet_libraries()
     try:
-        refuse_flags(unknown)
+        own = ("--config-name", "--gpu-memory", "--gpu", "--search", "--json", "--help")
         unexpected = [word for word in unknown if word.startswith("-")]
+        if not any(difflib.get_close_matches(word, own, cutoff=0.8) for word in unexpected):
+            refuse_flags(unknown)  # an option of another trainer, not a mistyped one of this command
         if unexpected:
             raise ConfigError(f"{unexpected[0]} is no option of this command: see --help.")
         gpus, overrides = take_gpus([*args.overrides, *unknown])
