@@ -26,7 +26,6 @@ from pathlib import Path
 from molmo2_nemo.catalogue.datasets import CATEGORIES, CONF_FILE, load_catalogue
 from molmo2_nemo.fetch.rules import Rules
 
-CHOSEN = ("fetch", "by hand")  # actions of a plan's rows that belong to what is got
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -238,7 +237,7 @@ def show(catalogue, entries, options) -> int:
 def show_plan(catalogue, entries, options) -> int:
     from molmo2_nemo.data.blend import MANY_ROUNDS
     from molmo2_nemo.fetch.inventory import as_json, free_bytes
-    from molmo2_nemo.fetch.plan import TIERS, measured_speed, plan_downloads, shares_of
+    from molmo2_nemo.fetch.plan import CHOSEN, TIERS, measured_speed, plan_downloads, shares_of
 
     if options.budget is not None and options.budget < 10**6:
         raise ValueError(f"--budget {options.budget} is so many bytes: write the unit, as in {options.budget}GB.")

@@ -60,7 +60,7 @@ def main() -> int:
     args, unknown = parser.parse_known_args()
     quiet_libraries()
     try:
-        own = ("--config-name", "--gpu-memory", "--gpu", "--search", "--json", "--help")
+        own = [f"--{name.replace('_', '-')}" for name in vars(args)]
         unexpected = [word for word in unknown if word.startswith("-")]
         if not any(difflib.get_close_matches(word, own, cutoff=0.8) for word in unexpected):
             refuse_flags(unknown)  # an option of another trainer, not a mistyped one of this command

@@ -6,7 +6,6 @@ The recipes are Hydra programs: their settings are KEY=VALUE. This module import
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator
 
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
@@ -34,8 +33,6 @@ KEYS = {
     "freeze_connector": "optim.connector.freeze",
     "beta1": "optim.adam_beta1",
     "beta2": "optim.adam_beta2",
-    "adam_beta1": "optim.adam_beta1",
-    "adam_beta2": "optim.adam_beta2",
     "hidden_size": "model.hidden_size",
     "num_layers": "model.num_layers",
     "cutoff_len": "data.seq_length",
@@ -105,10 +102,10 @@ KEYS = {
     "model": "model",
     "hardware": "hardware",
 }
-# Names for which there are several settings, or none, or a run does it by itself.
 RESUME = "for a run that goes on the same command with the same run_dir, for its weights alone train.init_from=FOLDER"
 NO_LORA = "there is no LoRA here: freeze parts with optim.llm.freeze=true or optim.vit.freeze=true"
 TRACKERS = "TensorBoard's files are always written, and train.wandb_project=NAME writes to Weights & Biases"
+# Names for which there are several settings, or none, or a run does it by itself.
 WORDS = {
     "fp16": "use train.precision=bf16, since fp16 is not trained in",
     "gradient_accumulation_steps": "use train.global_batch_size and train.micro_batch_size, from which it follows",
@@ -174,7 +171,7 @@ def advice(flag: str, value: str) -> str:
     key = KEYS.get(name) or key_named(name)
     if key is not None:
         return f"{key}={shown(key, value)}"
-    every = [*KEYS, *(path.rpartition(".")[2] for path in all_keys())]
+    every = [*KEYS, *(path.rpartition(".")[2] for path in types_of_keys())]
     close = difflib.get_close_matches(name, every, n=1, cutoff=0.85)
     if close:
         key = KEYS.get(close[0]) or key_named(close[0])
@@ -187,23 +184,18 @@ def shown(key: str, value: str) -> str:
     if key in ("model", "hardware"):
         known = {path.stem.replace("_", ""): path.stem for path in (CONF_DIR / key).glob("*.yaml")}
         value = known.get(value.lower().replace("-", "").replace("_", ""), value)
-    is_switch = key.endswith((".freeze", ".use_distributed_optimizer")) or types_of_keys().get(key) is bool
+    is_switch = key == "ddp.use_distributed_optimizer" or types_of_keys().get(key) is bool
     return value or ("true" if is_switch else "VALUE")
 
 
 def key_named(name: str) -> str | None:
     """The first key of the configuration that ends with this name; None: there is none."""
-    return next((path for path in all_keys() if path == name or path.rpartition(".")[2] == name), None)
-
-
-def all_keys() -> Iterator[str]:
-    """Dotted keys of all settings, those that a user changes before those of the model and of the schedule."""
-    return iter(types_of_keys())
+    return next((path for path in types_of_keys() if path == name or path.rpartition(".")[2] == name), None)
 
 
 @functools.cache
 def types_of_keys(cls: type = Config, before: str = "") -> dict[str, type]:
-    """Dotted key -> type, in the order of `all_keys`."""
+    """Dotted key -> type of all settings, those that a user changes before those of the model and of the schedule."""
     found = {}
     for field in sorted(dataclasses.fields(cls), key=lambda field: field.name in ("model", "schedule")):
         if dataclasses.is_dataclass(field.type):

@@ -24,6 +24,7 @@ GB = 10**9
 IMAGE_BYTES, VIDEO_BYTES, ROW_BYTES = 250_000, 5_700_000, 5_000
 # Bytes of all that a set takes, media by hand included. None: there is no bound.
 TIERS = {"small": 500 * GB, "medium": 1000 * GB, "full": None}
+CHOSEN = ("fetch", "by hand")  # actions of rows that belong to what is got
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def plan_downloads(
 
 def totals(rows: list[PlannedDownload]) -> Total:
     """Sums of what is chosen: rows whose action is fetch, or by hand."""
-    chosen = [row for row in rows if row.action in ("fetch", "by hand")]
+    chosen = [row for row in rows if row.action in CHOSEN]
     automatic = [row for row in chosen if not row.by_hand_gb]
     by_hand = [row for row in chosen if row.by_hand_gb]
     return Total(

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 
+from molmo2_nemo.data.frames import messages_of
 from molmo2_nemo.data.points import NO_TRACKS, SAME_TIME, Points, from_json, render_content
 from molmo2_nemo.data.schema import (
     UNITS,
@@ -107,13 +108,17 @@ def _at(place: Place, function, *args):
         raise ValueMistake(place, str(error)) from error
 
 
+def _messages(branch, here: Place) -> list[tuple[Place, Message]]:
+    """The messages of a branch at the place `here`, each with its own place; none if it is a task without them."""
+    inside = here if isinstance(branch, list) else (*here, "messages")
+    return [((*inside, number), message) for number, message in enumerate(messages_of(branch))]
+
+
 def _entries(branch, here: Place) -> Iterator[tuple[Place, dict]]:
     """The entries of `points` of a conversation's messages."""
-    messages = branch if isinstance(branch, list) else branch.messages if isinstance(branch, Chat) else []
-    inside = here if isinstance(branch, list) else (*here, "messages")
-    for number, message in enumerate(messages):
+    for place, message in _messages(branch, here):
         for k, entry in enumerate(message.points):
-            yield (*inside, number, "points", k), entry
+            yield (*place, "points", k), entry
 
 
 def _fractions(point: tuple, side: tuple[int, int], unit: str) -> tuple[float, float]:
@@ -260,12 +265,9 @@ def mistakes_in(example: Example) -> Iterator[ValueMistake]:
             yield ValueMistake((*here, "frames"), "is empty: there is nothing to follow")
         if isinstance(branch, MultipleChoice):
             yield from _mistakes_in_options(branch.options, (*here, "options"))
-        if isinstance(branch, list | Chat):
-            inside = here if isinstance(branch, list) else (*here, "messages")
-            messages: list[Message] = branch if isinstance(branch, list) else branch.messages
-            for k, message in enumerate(messages):
-                if not message.points and (marker := MARKER.search(message.content)):
-                    yield ValueMistake((*inside, k), f"has the marker {marker[0]} and no points for it")
+        for place, message in _messages(branch, here):
+            if not message.points and (marker := MARKER.search(message.content)):
+                yield ValueMistake(place, f"has the marker {marker[0]} and no points for it")
 
 
 def doubts(example: Example, are_boxes: bool = False) -> Iterator[ValueMistake]:
@@ -297,8 +299,7 @@ def doubts(example: Example, are_boxes: bool = False) -> Iterator[ValueMistake]:
             yield from _same_twice(branch.points, (*here, "points"))
         elif isinstance(branch, Tracking):
             yield from _object_twice(branch.frames, (*here, "frames"))
-        elif isinstance(branch, list | Chat):
-            yield from _unused_points(branch, here)
+        yield from _unused_points(branch, here)
 
 
 def is_blank(text: str) -> bool:
@@ -374,15 +375,14 @@ def _object_twice(frames: list, place: Place) -> Iterator[ValueMistake]:
 
 
 def _unused_points(branch, here: Place) -> Iterator[ValueMistake]:
-    inside = here if isinstance(branch, list) else (*here, "messages")
-    for number, message in enumerate(branch if isinstance(branch, list) else branch.messages):
+    for place, message in _messages(branch, here):
         used = {int(marker[8:-2]) for marker in MARKER.findall(message.content)}
         if used - set(range(len(message.points))):  # check_answers names a marker without an entry
             continue
         for k in range(len(message.points)):
             if k not in used:
                 yield ValueMistake(
-                    (*inside, number, "points", k), f"is not used: put <points {k}/> where it belongs in the content"
+                    (*place, "points", k), f"is not used: put <points {k}/> where it belongs in the content"
                 )
 
 
@@ -391,9 +391,8 @@ def texts_of(example: Example) -> Iterator[tuple[Place, str]]:
     for number, branch in enumerate(example.branches):
         here: Place = ("branches", number)
         if isinstance(branch, list | Chat):
-            inside = here if isinstance(branch, list) else (*here, "messages")
-            for k, message in enumerate(branch if isinstance(branch, list) else branch.messages):
-                yield (*inside, k, "content"), message.content
+            for place, message in _messages(branch, here):
+                yield (*place, "content"), message.content
             for place, entry in _entries(branch, here):
                 if isinstance(entry.get("label"), str):
                     yield (*place, "label"), entry["label"]

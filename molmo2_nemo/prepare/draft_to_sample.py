@@ -21,7 +21,7 @@ from molmo2_nemo.prepare.annotations import check_answers, check_rates, use_frac
 from molmo2_nemo.prepare.clock_faces import draw_clock
 from molmo2_nemo.prepare.converters.common import Clip, Converter, Draft, digest
 from molmo2_nemo.prepare.find_media import ABSENT, Dropped, find_frames, find_media
-from molmo2_nemo.prepare.media import MAX_MEDIA, encode, excerpt, image_facts, suffix, video_facts
+from molmo2_nemo.prepare.media import MAX_MEDIA, encode, excerpt, image_facts, image_suffix, suffix, video_facts
 
 # Seconds by which a clip may lie outside of its video: annotations are rounded.
 SAME_END = 1.0
@@ -31,8 +31,6 @@ ROUNDED, USUAL_RATES = 0.5, (4, 5, 6, 24, 25, 30)
 FAR = 1.0
 # A clip is cut out of a file that has more bytes than this, if it is shorter than this share of it.
 MIN_CUT, CUT_SHARE = 2 * 2**20, 0.6
-# Suffix of a picture by the first bytes of the file, since addresses need not have one.
-MAGIC = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"RIFF", ".webp"), (b"BM", ".bmp"))
 NUMBER = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?")
 
 
@@ -87,7 +85,7 @@ def pack(draft: Draft, raw: RawSource) -> tuple[dict[str, bytes], int, Counter]:
     published_sizes = []
     for index, image in enumerate(draft.images):
         data = _image(image, raw)
-        part = f"img{index}{_kind(data)}"
+        part = f"img{index}{image_suffix(data) or '.bin'}"
         parts[part] = data
         facts = _try(image_facts, "picture", data)
         sample.setdefault("images", []).append({"part": part, **facts})
@@ -187,10 +185,6 @@ def _clock(image: dict, raw: RawSource) -> bytes:
         return _read(find_media(image["name"], raw))
     except Dropped:
         return _try(draw_clock, "clock", image["clock"]["says"], image["clock"]["watch"])
-
-
-def _kind(data: bytes) -> str:
-    return next((ending for magic, ending in MAGIC if data.startswith(magic)), ".bin")
 
 
 def _drawn(data: bytes, boxes: list, opacity: int) -> bytes:

@@ -13,6 +13,8 @@ from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.video import TOLERANCE, list_frames, pick_frames
 from molmo2_nemo.limits import MAX_MEDIA
 
+# Suffix of a picture by the first bytes of the file, since addresses need not have one.
+MAGIC = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"RIFF", ".webp"), (b"BM", ".bmp"))
 SEEK_BACK = 0.5  # seconds before a clip's start at which to look for a key frame
 # Option of the containers that are written: no random identity and no time of day in them.
 BIT_EXACT = {"fflags": "+bitexact"}
@@ -26,6 +28,11 @@ def suffix(file: Path) -> str:
     """.jpg and the like; part names are for people, the content decides how it is decoded."""
     suffix = file.suffix.lower()
     return suffix if suffix[1:].isalnum() and suffix.isascii() and len(suffix) < 8 else ".bin"
+
+
+def image_suffix(data: bytes) -> str:
+    """.jpg and the like, by the content; "" for another kind."""
+    return next((ending for magic, ending in MAGIC if data.startswith(magic)), "")
 
 
 def image_facts(data: bytes) -> dict:

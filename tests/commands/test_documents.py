@@ -280,7 +280,7 @@ def test_options_named_in_the_documents_exist():
     code = [*PROGRAMS, *SCRIPTS, *(REPOSITORY / "molmo2_nemo").glob("**/*.py")]
     known = {option for path in code for option in re.findall(r"--[a-z][a-z-]*[a-z]", path.read_text())} | others
     # Of other trainers: what our recipes answer with the setting to write.
-    answered = {*flags.KEYS, *flags.WORDS, *(key.rpartition(".")[2] for key in flags.all_keys())}
+    answered = {*flags.KEYS, *flags.WORDS, *(key.rpartition(".")[2] for key in flags.types_of_keys())}
     known |= {f"--{name.replace('_', '-')}" for name in answered}
     for document, text in texts():
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", " ".join(spans(text))):

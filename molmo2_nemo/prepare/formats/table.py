@@ -16,6 +16,7 @@ from pathlib import Path
 
 from molmo2_nemo.catalogue.raw import read_rows
 from molmo2_nemo.prepare.formats.line import NAMELESS, Refused, Row, Unpacked
+from molmo2_nemo.prepare.media import image_suffix
 from molmo2_nemo.prepare.mistakes import MEANT
 
 TEXT_SUFFIXES = (".csv", ".tsv")
@@ -208,8 +209,7 @@ def _unpack(value, unpacked: Unpacked, column: str):
 
 def _words(column: str, data: bytes) -> str:
     """What a picture without a name is called, with the suffix of its kind."""
-    magic = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"RIFF", ".webp"))
-    suffix = next((suffix for start, suffix in magic if data.startswith(start)), "")
+    suffix = image_suffix(data)
     return f"picture in the column {column}{suffix}" if suffix else f"{NAMELESS} in the column {column}"
 
 
