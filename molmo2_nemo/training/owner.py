@@ -7,6 +7,8 @@ compared, so that clocks may differ or be set back.
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import socket
@@ -15,9 +17,10 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import BinaryIO
 
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.files import write_atomically
+from molmo2_nemo.files import NO_LOCKS, write_atomically
 
 OWNER = "owner.json"
 BEAT_SECONDS = 10
@@ -78,19 +81,29 @@ class Owner:
             own.unlink(missing_ok=True)
 
     def _remove(self, dead: dict | None) -> None:
-        """Take the file of an owner that is dead away, unless another run was faster."""
-        aside = self.path.with_name(f".{OWNER}.{self.me['token']}.dead")
-        with contextlib.suppress(FileNotFoundError):
-            self.path.rename(aside)
-            found = read(aside)
-            if (found or {}).get("token") != (dead or {}).get("token"):
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.path)
-            aside.unlink()
+        """Take the file of an owner that is dead away, unless another run was faster.
+
+        Under a lock on that very file: who waits for it finds afterwards that another file has its name.
+        """
+        with contextlib.suppress(FileNotFoundError), self._opened() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:  # EBADF: over NFS, of a file that may only be read
+                if error.errno not in {*NO_LOCKS, errno.EBADF}:
+                    raise
+            is_the_same = os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+            if is_the_same and (read(self.path) or {}).get("token") == (dead or {}).get("token"):
+                self.path.unlink()
         if dead is not None:  # what it was writing when it was killed (files.write_atomically)
             name = f".{OWNER}.{dead.get('host')}.{dead.get('pid')}"
             if "/" not in name:
                 self.path.with_name(name).unlink(missing_ok=True)
+
+    def _opened(self) -> BinaryIO:
+        try:
+            return self.path.open("r+b")
+        except PermissionError:  # of another user
+            return self.path.open("rb")
 
     def _beat(self) -> None:
         while not self.ended.wait(BEAT_SECONDS):
