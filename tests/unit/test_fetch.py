@@ -16,6 +16,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from fetch_servers import Hub, Media, Repo, picture
 from PIL import Image
@@ -553,7 +554,7 @@ def test_youtube_ids_go_to_an_installed_yt_dlp_alone(hub, tmp_path, monkeypatch)
 
 def start(root: Path, hub, *options) -> subprocess.Popen:
     command = [
-        sys.executable,
+        warm.executable(),
         "tools/download.py",
         "fetch",
         "mine",
@@ -565,6 +566,12 @@ def start(root: Path, hub, *options) -> subprocess.Popen:
     command += ["--timeout", "5", "--per-host", "16", "--quiet", *options]
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
     return subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill the program itself; the process that stands for it ends as it ends."""
+    os.kill(warm.pid_behind(process.pid), signal.SIGKILL)
+    process.wait()
 
 
 def big_set(hub, media, root: Path, pictures: int = 240) -> None:
@@ -607,8 +614,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(hub, media, tmp_pa
         while process.poll() is None:
             time.sleep(0.01)
             if size_on_disk(folder) >= size and len(in_media(tmp_path / "killed")) >= pictures and folder.exists():
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+                kill(process)
                 kills += process.returncode == -signal.SIGKILL
                 assert (
                     state_of(load_catalogue(tmp_path / "killed/datasets.yaml").sets[0], tmp_path / "killed")
@@ -631,8 +637,7 @@ def test_a_large_file_goes_on_where_a_kill_left_it(hub, media, tmp_path):
     deadline = time.monotonic() + 30
     while not any(path.stat().st_size > 5_000_000 for path in part.glob("*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.kill()
-    process.wait()
+    kill(process)
     hub.delay = 0.0005
     assert start(tmp_path, hub).wait(60) == 0
     assert hub.ranges and min(hub.ranges) > 5_000_000
@@ -659,9 +664,9 @@ def test_a_full_disk_and_used_up_bytes_stop_the_run_and_the_next_goes_on(hub, me
     assert state_of(load_catalogue(tmp_path / "datasets.yaml").sets[0], tmp_path) == "part"
     # A file of the disk's fault is no dead address.
     assert not (tmp_path / "raw/mine/media/lost.jsonl").exists()
-    result = run([*limited, "--max-bytes", "5MB"])
+    result = python(*limited[1:], "--max-bytes", "5MB")
     assert result.returncode == 4 and "--max-bytes 5,000,000 is used up" in result.stdout
-    result = run([*limited, "--json"])
+    result = python(*limited[1:], "--json")
     assert result.returncode == 0 and json.loads(result.stdout)[0]["state"] == "complete"
     assert len(in_media(tmp_path)) == 20
 
@@ -674,8 +679,7 @@ def test_two_fetches_of_a_set_do_not_meet(hub, media, tmp_path):
         time.sleep(0.02)
     catalogue = load_catalogue(tmp_path / "datasets.yaml")
     second = fetch_set(catalogue.sets[0], catalogue, FetchOptions(tmp_path, RULES), Meter(), DownloadProgress())
-    first.kill()
-    first.wait()
+    kill(first)
     assert second.state == "failed" and second.reason == "another fetch of mine is running"
 
 
