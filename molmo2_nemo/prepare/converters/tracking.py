@@ -28,6 +28,7 @@ STYLES = {
 SOURCE_FPS = {"sav": 24.0}
 # How many frames a second the files of a video have, by its name: a file beside the rows of burst and vicas.
 NATIVE_FPS = "video_original_fps.json"
+UNLISTED = "an object that its row does not list in mask_id"
 # Queries of one video at one rate share a sample, so that the video is stored once. They are few: answers are long.
 MAX_BRANCHES = 8
 
@@ -77,21 +78,28 @@ def _words(path: Path) -> set[str]:
 
 
 def tracks(row: dict) -> Iterator[Draft | Drop]:
-    """One query. Occluded points are left out, and so are points between the frames at the rate of the annotations."""
+    """One query. Occluded points are left out, and so are points between the frames at the rate of the annotations.
+
+    So are objects that the row does not list in `mask_id` (allenai/molmo2: olmo/data/academic_video_track_datasets.py,
+    _create_message_list): each is counted once.
+    """
     width, height = float(row["width"]), float(row["height"])
     if not (width > 0 and height > 0):
         raise ValueError("a width or height that is not above 0")
-    fps, frames = float(row["sampling_fps"]), []
+    fps, frames, unlisted = float(row["sampling_fps"]), [], set()
+    listed = {str(name) for name in row["mask_id"]}
     for frame in row["frame_trajectories"]:
+        unlisted |= {str(point["id"]) for point in frame["points"]} - listed
         objects = [
             [str(point["id"]), float(point["point"][0]) / width, float(point["point"][1]) / height]
             for point in frame["points"]
-            if not point.get("occluded") and point.get("point")
+            if str(point["id"]) in listed and not point.get("occluded") and point.get("point")
         ]
         if not all(math.isfinite(value) for _, *pair in objects for value in pair):
             raise ValueError("a coordinate is no number")
         if objects:
             frames.append([float(frame["time"]), objects])
+    yield from (Drop(UNLISTED) for _ in unlisted)
     if "native_fps" in row and not row["native_fps"]:
         yield Drop(f"its video has no rate in {NATIVE_FPS}")
         return
