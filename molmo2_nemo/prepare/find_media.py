@@ -8,6 +8,7 @@ from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.limits import VIDEO_SUFFIXES
 
 ABSENT = "its picture or video is not on disk"
+SEVERAL = "several files have the name of its video"
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 # Folders inside of a video's folder that hold its frames: LaSOT, WebUAV and LaTOT have img, TNL2K, TNLLT and VastTrack
 # imgs, DanceTrack, MOT, SoccerNet and SportsMOT img1 (allenai/molmo2 at f3cb108:
@@ -22,7 +23,8 @@ class Dropped(ValueError):
 
 
 def find_media(names: str | list[str], raw: RawSource) -> Path:
-    """The first of the names that is on disk. Dropped: none is."""
+    """The first of the names that is on disk. Dropped: none is, or several files could be meant."""
+    several = False
     for name in [names] if isinstance(names, str) else names:
         if name.startswith("./"):
             inside = PurePosixPath(name).parts
@@ -37,7 +39,8 @@ def find_media(names: str | list[str], raw: RawSource) -> Path:
             found = _ending_with(name, raw)
             if len(found) == 1:
                 return found[0]
-    raise Dropped(ABSENT)
+            several |= len(found) > 1
+    raise Dropped(SEVERAL if several else ABSENT)
 
 
 def find_frames(names: list[str], raw: RawSource) -> list[Path]:

@@ -28,7 +28,14 @@ KINDS = {
     "columns": ("no column", "another type", "unlike length", "half a character"),
     "coordinates": ("far outside", "coordinate"),
     "times": ("a clip", "seconds, and the video", "rate"),
-    "layout": ("not on disk", "several folders", "cannot be read", "frames of different sizes", "an empty file"),
+    "layout": (
+        "not on disk",
+        "several folders",
+        "several files",
+        "cannot be read",
+        "frames of different sizes",
+        "an empty file",
+    ),
 }
 
 

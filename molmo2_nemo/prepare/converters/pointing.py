@@ -145,7 +145,8 @@ def molmo2_video_point(row: dict) -> Iterator[Draft | Drop]:
     """Times are those of the whole video at 2 frames a second. A long video comes as windows of MAX_SECONDS.
 
     `question` counts: it is asked where the answer has a number. Videos may be there as they were found, or at 2 frames
-    a second as ID_2fps.mp4 (the data set's card; allenai/molmo2: _find_video_point_path_by_id).
+    a second as ID_2fps.mp4, and the generated PREFIX/NAME as PREFIX-2fps/NAME_2fps.mp4 (the data set's card;
+    allenai/molmo2: _find_video_point_path_by_id). A NAME alone could be the video of another PREFIX.
     """
     if row.get("annotator_unsure"):
         yield Drop("the annotator was unsure")
@@ -160,8 +161,9 @@ def molmo2_video_point(row: dict) -> Iterator[Draft | Drop]:
     if isinstance(task, Drop):
         yield task
         return
-    name, last = row["video_id"], row["video_id"].rsplit("/", 1)[-1]
-    video = clip(list(dict.fromkeys([name, f"{name}_2fps", last, f"{last}_2fps"])), *(span or ()))
+    prefix, slash, name = row["video_id"].rpartition("/")
+    at_two_fps = f"{prefix}-2fps/{name}_2fps" if slash else f"{name}_2fps"
+    video = clip([row["video_id"], at_two_fps], *(span or ()))
     multi_turn = 0.0 if span else MULTI_TURN
     yield Draft([task], video=video, unit="percent", multi_turn=multi_turn, tree=None if span else "")
 
