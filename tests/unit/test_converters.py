@@ -12,6 +12,7 @@ from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.data.schema import Branch
 from molmo2_nemo.prepare.converters import CONVERTERS, converter_of
 from molmo2_nemo.prepare.converters.common import Draft, Drop, json_items
+from molmo2_nemo.prepare.converters.pointing import normal_label
 
 BRANCH = TypeAdapter(Branch)
 MANTIS = {
@@ -125,6 +126,34 @@ def test_multi_image_points_ask_once_of_each_image_of_all_or_of_some_and_of_the_
     many = [[{"x": 1.0, "y": 1.0}] * 61, *row["points"][1:]]
     kept, *dropped = convert("Molmo2-MultiImagePoint", row | {"points": many})
     assert {task["label"] for task in kept.branches} >= {"a dog"} and set(dropped) == {"more than 60 points"}
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("a person on a bike", "People on bikes."),
+        ("leaf", "the leaves"),
+        ("Wolf", "wolves"),
+        ("a bus", "buses"),
+        ("cherry", "cherries"),
+        ("cookie", "cookies"),
+        ("roof", "roofs"),
+        ("glass", "glasses"),
+        ("snowman", "snowmen"),
+        ("specimen", "specimens"),
+        ("goose", "geese"),
+        ("shoe", "shoes"),
+        ("lens", "lenses"),
+        ("tooth", "teeth"),
+    ],
+)
+def test_a_noun_and_its_plural_are_one_label(one, other):
+    assert normal_label(one) == normal_label(other)
+
+
+def test_other_words_are_other_labels():
+    words = "cap cape tape tap can cane cat car care glass grass bus bush leaf lease man mouse moose horse hose house"
+    assert len({normal_label(word) for word in words.split()}) == len(words.split())
 
 
 def test_a_wrong_question_takes_no_other_of_its_row_along():

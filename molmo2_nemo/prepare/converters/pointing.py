@@ -30,7 +30,26 @@ MAX_SECONDS = 63.0
 MULTI_TURN = 0.2
 # How often all images are asked of (molmo2: launch_scripts/sft.py, p_multi_point_all_image).
 ALL_IMAGES_SHARE = 0.5
-ARTICLE = re.compile(r"^(the|an?) ")
+ARTICLE = re.compile(r"\b(?:the|an?) (?=\S)")
+# Plurals that are formed otherwise than with s (nouns of WordNet's list of exceptions, noun.exc, that can be pointed
+# at; people as in rails/rails: activesupport/lib/active_support/inflections.rb).
+IRREGULAR = {
+    "people": "person",
+    "mice": "mouse",
+    "lice": "louse",
+    "geese": "goose",
+    "oxen": "ox",
+    "dice": "die",
+    "cacti": "cactus",
+    "fungi": "fungus",
+    "octopi": "octopus",
+    "nuclei": "nucleus",
+    "larvae": "larva",
+    "antennae": "antenna",
+}
+IRREGULAR_ENDINGS = {"men": "man", "children": "child", "feet": "foot", "teeth": "tooth"}
+# After these the plural has an e before its s: boxes, dishes, benches, buses, tomatoes.
+ES_AFTER = ("xe", "she", "che", "se", "ze", "oe")
 TOO_MANY = f"more than {MAX_POINTS} points"
 
 
@@ -105,10 +124,28 @@ def multi_image_point(row: dict) -> Iterator[Draft | Drop]:
 
 
 def normal_label(label: str) -> str:
-    """A label without the differences of one annotator to another: case, spaces, article, punctuation at its ends and
-    the s of a plural."""
+    """A label without the differences of one annotator to another: case, spaces, articles, punctuation at its ends and
+    whether a word is in the singular or the plural. How the labels of the public set were compared is not published."""
     words = ARTICLE.sub("", " ".join(label.lower().split()).strip(" .,:;!?\"'"))
-    return words[:-1] if len(words) > 3 and words.endswith("s") and not words.endswith("ss") else words
+    return " ".join(map(same_for_plural, words.split()))
+
+
+def same_for_plural(word: str) -> str:
+    """What a noun and its plural have in common: of "leaf" and "leaves" it is "leav", of "box" and "boxes" "box".
+
+    It is only compared, and never shown.
+    """
+    word, before = IRREGULAR.get(word, word), None
+    while word != before and len(word) > 3:
+        before = word
+        if word.endswith(ES_AFTER) or (word.endswith("s") and not word.endswith("ss")):
+            word = word[:-1]
+    for plural, singular in IRREGULAR_ENDINGS.items():
+        if word.endswith(plural):
+            return word.removesuffix(plural) + singular
+    if word.endswith(("f", "fe", "ve")) and not word.endswith("ff"):
+        return word.rstrip("e")[:-1] + "v"
+    return word[:-2] + "y" if len(word) > 3 and word.endswith("ie") else word
 
 
 def _parts_asked(number: int, draw: random.Random) -> list[list[int]]:
