@@ -168,6 +168,18 @@ def test_a_wrong_question_takes_no_other_of_its_row_along():
     assert convert("nlvr2", odd) == ["no question"]
     with pytest.raises(ValueError, match="nothing is asked"):
         convert("vqa-v2", {"image": "i.jpg", "message_list": []})
+    asked = [
+        {"question": "Q?", "options": ["a", "b"], "answer_id": 1},
+        {"question": "R?", "options": ["a", None], "answer_id": 0},
+    ]
+    kept, *dropped = convert("perception-test", {"video": "v", "mc_question": asked})
+    assert [task["question"] for task in kept.branches] == ["Q?"]
+    assert dropped == ["fewer than two options, or an empty one"]
+    # What a question has no use for is lost; what a rule leaves out is not.
+    results = list(converter_of(ENTRIES["perception-test"]).convert({"video": "v", "mc_question": asked}))
+    assert [result.unfit for result in results if isinstance(result, Drop)] == [True]
+    points = {"id": "c", "image": PNG, "questions": ["Q?"], "answer_points": [{"x": [1.0] * 61, "y": [3.0] * 61}]}
+    assert [result.unfit for result in converter_of(ENTRIES["cosyn-point"]).convert(points)] == [False]
 
 
 def video_point_row(**more):

@@ -103,7 +103,7 @@ def question(text: str, answers: str | list[str], style: str, explanation: str |
 
 def choice(text: str, options: list, answer: int, style: str) -> dict:
     """A multiple choice task. answer: index from 0. ValueError: fewer than two options, or answer is none."""
-    options, answer = [str(option).strip() for option in options], int(answer)
+    options, answer = [_text(option) for option in options], int(answer)
     if not text or not str(text).strip():
         raise ValueError("no question")
     if len(options) < 2 or not all(options):
@@ -121,10 +121,14 @@ def choice(text: str, options: list, answer: int, style: str) -> dict:
 
 def shuffled_choice(text: str, right: str, wrong: Iterable[str], style: str, *seed) -> dict:
     """A choice whose order of options depends on the seed alone."""
-    options = list(dict.fromkeys([str(right).strip(), *(str(option).strip() for option in wrong)]))
+    options = list(dict.fromkeys(map(_text, [right, *wrong])))
     right = options[0]
     fixed_random(text, *seed).shuffle(options)
     return choice(text, options, options.index(right), style)
+
+
+def _text(option) -> str:
+    return "" if option is None else str(option).strip()
 
 
 def caption(text: str | list[str], style: str) -> dict:
@@ -175,14 +179,17 @@ def xy(points) -> list[list[float]]:
     return [[float(x), float(y)] for x, y in pairs]
 
 
-def usable(make: Callable[..., dict], items: Iterable) -> list[dict | Drop]:
-    """`make(item)` of each item, a task. An item that it refuses becomes a Drop and takes no other along."""
+def usable(make: Callable[..., dict | Drop], items: Iterable) -> list[dict | Drop]:
+    """`make(item)` of each item: a task, or a Drop by a rule.
+
+    An item for which it raises ValueError is not as expected: it becomes a Drop, too, and takes no other along.
+    """
     tasks: list[dict | Drop] = []
     for item in items:
         try:
             tasks.append(make(item))
         except ValueError as error:
-            tasks.append(Drop(str(error)))
+            tasks.append(Drop(str(error), unfit=True))
     return tasks
 
 

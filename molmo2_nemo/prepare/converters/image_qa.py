@@ -250,14 +250,14 @@ def ai2d(row: dict) -> Iterator[Draft | Drop]:
             yield from drafts_of([task], [image], about=row["image"], tree=None)
 
 
-def _ai2d_task(text: str, item: dict, letters: set[str]) -> dict:
-    """ValueError: the question is about letters and none are drawn, or it has no right answer."""
+def _ai2d_task(text: str, item: dict, letters: set[str]) -> dict | Drop:
+    """A Drop: the question is about letters and none are drawn, or it has no right answer."""
     options = [str(option) for option in item["answerTexts"]]
     right, options = options[item["correctAnswer"]], list(dict.fromkeys(o for o in options if o != NO_OPTION))
     if right == NO_OPTION:
-        raise ValueError("the right answer is none of the options")
+        return Drop("the right answer is none of the options")
     if item.get("abcLabel") and not letters:
-        raise ValueError("a question about letters, and none are to be drawn")
+        return Drop("a question about letters, and none are to be drawn")
     answer, are_letters = options.index(right), [option.upper() in letters for option in options]
     if item.get("abcLabel") and sum(are_letters) >= len(options) - 1:
         options = [option.upper() if known else option for option, known in zip(options, are_letters)]

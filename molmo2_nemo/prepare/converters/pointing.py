@@ -84,10 +84,10 @@ def cosyn_point(row: dict) -> Iterator[Draft | Drop]:
     olmo/preprocessing/data_formatter.py, format_points).
     """
 
-    def task(item: tuple) -> dict:
+    def task(item: tuple) -> dict | Drop:
         text, points, name = item
         if len(points := xy(points)) > MAX_POINTS:
-            raise ValueError(TOO_MANY)
+            return Drop(TOO_MANY)
         return pointing(name or text, [[1, points]], "cosyn_point", text)
 
     names = row.get("names") or [None] * len(row["questions"])
@@ -110,11 +110,11 @@ def multi_image_point(row: dict) -> Iterator[Draft | Drop]:
         spelt.setdefault(normal_label(label), label)
         found.setdefault(normal_label(label), {})[index] = xy(points)
 
-    def task(item: tuple) -> dict:
+    def task(item: tuple) -> dict | Drop:
         name, asked = item
         groups = [[index, found[name][index]] for index in asked if index in found[name]]
         if sum(len(points) for _, points in groups) > MAX_POINTS:
-            raise ValueError(TOO_MANY)
+            return Drop(TOO_MANY)
         some = {} if len(asked) == len(images) else {"images": asked}
         return pointing(spelt[name], groups, MULTI_IMAGE_MODES, **some)
 

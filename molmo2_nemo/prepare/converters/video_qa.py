@@ -15,6 +15,7 @@ from molmo2_nemo.prepare.converters.common import (
     choice,
     clip,
     columns,
+    drafts_of,
     find,
     json_items,
     jsonl,
@@ -24,6 +25,7 @@ from molmo2_nemo.prepare.converters.common import (
     shuffled_choice,
     table,
     together,
+    usable,
 )
 
 MC, SHORT = "video_multiple_choice", "video_short_answer"
@@ -45,6 +47,17 @@ def numbered(row: dict, prefix: str, first: int, count: int) -> list[str]:
 def human_qa(row: dict) -> Iterator[Draft | Drop]:
     if not (row["answer"] or "").strip():
         yield Drop("no answer")
+def with_and_without(text: str, options: list, answer) -> list[dict | Drop]:
+    """A question alone and with its options, as far as each can be asked. answer: index of the right option from 0."""
+    index = int(answer)
+    if not 0 <= index < len(options):
+        raise ValueError("the right answer is none of the options")
+    return [
+        *usable(lambda right: question(text, [right], SHORT), [options[index]]),
+        *usable(lambda all_options: choice(text, all_options, index, MC), [options]),
+    ]
+
+
     else:
         yield Draft([question(row["question"], row["answer"], "user_qa")], video=clip(row["video_id"]))
 
@@ -56,12 +69,10 @@ def caption_qa(row: dict) -> Iterator[Draft]:
     yield Draft([task], video=clip(row["video_id"], subtitles=subtitles))
 
 
-def camera_bench(row: dict) -> Iterator[Draft]:
-    tasks = [
-        shuffled_choice(text, right, wrong, MC, row["video_path"])
-        for text, right, wrong in columns(row["mc_qa_list"], "Question", "Answer", "NegativeAnswers")
-    ]
-    yield Draft(tasks, video=clip(row["video_path"]))
+def camera_bench(row: dict) -> Iterator[Draft | Drop]:
+    asked = columns(row["mc_qa_list"], "Question", "Answer", "NegativeAnswers")
+    tasks = usable(lambda item: shuffled_choice(*item, MC, row["video_path"]), asked)
+    yield from drafts_of(tasks, [], video=clip(row["video_path"]))
 
 
 def nextqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
@@ -76,12 +87,10 @@ def nextqa(row: dict) -> Iterator[Draft]:
     yield Draft([task], video=clip(list(dict.fromkeys([row["file"], row["file"].rsplit("/", 1)[-1]]))))
 
 
-def intentqa(row: dict) -> Iterator[Draft]:
+def intentqa(row: dict) -> Iterator[Draft | Drop]:
     """NExT-QA's columns; each question is asked with and without its options."""
-    options = numbered(row, "a", 0, 5)
-    task = choice(row["question"], options, row["answer"], MC)
-    spoken = question(row["question"], options[task["answer"]], SHORT)
-    yield Draft([spoken, task], video=clip(row["video_id"]))
+    tasks = with_and_without(row["question"], numbered(row, "a", 0, 5), row["answer"])
+    yield from drafts_of(tasks, [], video=clip(row["video_id"]))
 
 
 def video_instruct(row: dict) -> Iterator[Draft]:
@@ -96,30 +105,29 @@ def perception_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
 
 
 def perception_test(row: dict) -> Iterator[Draft | Drop]:
-    tasks = [choice(q["question"], q["options"], q["answer_id"], MC) for q in row.get("mc_question") or []]
-    if tasks:
-        yield Draft(tasks, video=clip([f"train_videos/{row['video']}", row["video"]]))
-    else:
+    asked = row.get("mc_question")
+    if not asked:
         yield Drop("no question with options")
 
 
 def tgif_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
+        return
+    tasks = usable(lambda item: choice(item["question"], item["options"], item["answer_id"], MC), asked)
+    yield from drafts_of(tasks, [], video=clip([f"train_videos/{row['video']}", row["video"]]))
     """The columns are separated by tabs, although the files are called .csv."""
     for kind in ("action", "count", "transition", "frameqa"):
         for row in table(find(raw, f"Train_{kind}_question.csv"), "\t"):
             yield row | {"kind": kind}
 
 
-def tgif(row: dict) -> Iterator[Draft]:
+def tgif(row: dict) -> Iterator[Draft | Drop]:
     """Actions and transitions are asked with and without their options."""
     if row["kind"] in ("action", "transition"):
-        options = numbered(row, "a", 1, 5)
-        task = choice(row["question"], options, row["answer"], MC)
-        tasks = [task, question(row["question"], task["options"][task["answer"]], SHORT)]
+        tasks = with_and_without(row["question"], numbered(row, "a", 1, 5), row["answer"])
     else:
         tasks = [question(row["question"], row["answer"], SHORT)]
     name = row["gif_name"].strip().removesuffix(".gif")
-    yield Draft(tasks, video=clip([name, f"gifs/{name}", f"videos/{name}"]))
+    yield from drafts_of(tasks, [], video=clip([name, f"gifs/{name}", f"videos/{name}"]))
 
 
 def tvqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
@@ -173,15 +181,14 @@ def _without_narrator(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def llava_video(row: dict) -> Iterator[Draft]:
+def llava_video(row: dict) -> Iterator[Draft | Drop]:
     """Conversations, the first question of which starts with "<image>". Lettered options become a choice."""
     turns = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
-    tasks = []
-    for text, answer in together(turns[::2], turns[1::2]):
-        tasks.append(lettered_choice(text, answer) or question(text, answer, SHORT))
-    kinds = {"mc" if task["task"] == "multiple_choice" else "oe" for task in tasks}
+    asked = together(turns[::2], turns[1::2])
+    tasks = usable(lambda item: lettered_choice(*item) or question(*item, SHORT), asked)
+    kinds = {"mc" if task["task"] == "multiple_choice" else "oe" for task in tasks if isinstance(task, dict)}
     names = [row["video"], f"{row['data_source']}/{row['video']}"] if row.get("data_source") else [row["video"]]
-    yield Draft(tasks, video=clip(names), tree="-".join(sorted(kinds)))
+    yield from drafts_of(tasks, [], video=clip(names), tree="-".join(sorted(kinds)))
 
 
 def lettered_choice(text: str, answer: str) -> dict | None:
@@ -254,7 +261,7 @@ def open_answer(row: dict, name: str, folder: str = "") -> Iterator[Draft | Drop
 
 def cinepile(row: dict) -> Iterator[Draft]:
     """Subtitles are one text with a tag before each; those without times are shown during the whole clip."""
-    tasks = [choice(e["question"], e["choices"], e["answer_key_position"], MC) for e in row["examples"]]
+    tasks = usable(lambda e: choice(e["question"], e["choices"], e["answer_key_position"], MC), row["examples"])
     pieces = [TAG.sub(" ", piece).strip() for piece in SUBTITLE.split(row.get("subtitles") or "")]
     timed = [(piece, TIMED.match(piece)) for piece in pieces if piece]
     if timed and all(match for _, match in timed):
@@ -263,27 +270,28 @@ def cinepile(row: dict) -> Iterator[Draft]:
         text = "\n".join(piece for piece, _ in timed)
         subtitles = [(0.0, 1e6, text)] if text else []
     name = row["video_id"]
-    yield Draft(tasks, video=clip([f"{name}/{name}", name], subtitles=subtitles))
+    yield from drafts_of(tasks, [], video=clip([f"{name}/{name}", name], subtitles=subtitles))
 
 
 def clevrer(row: dict) -> Iterator[Draft | Drop]:
     """Descriptive questions have an answer; the others choices, of which exactly one must be right."""
-    options, spoken = [], []
-    for item in row["questions"]:
-        if "choices" not in item:
-            spoken.append(question(item["question"], item["answer"], SHORT))
-            continue
+
+    def with_choices(item: dict) -> dict | Drop:
         right = [i for i, c in enumerate(item["choices"]) if c["answer"] == "correct"]
         if len(right) != 1 or len(item["choices"]) < 2:
-            yield Drop("not exactly one right choice")
-        else:
-            options.append(choice(item["question"], [c["choice"] for c in item["choices"]], right[0], MC))
+            return Drop("not exactly one right choice")
+        return choice(item["question"], [c["choice"] for c in item["choices"]], right[0], MC)
+
+    asked = row["questions"]
+    options = usable(with_choices, (item for item in asked if "choices" in item))
+    descriptive = (item for item in asked if "choices" not in item)
+    spoken = usable(lambda item: question(item["question"], item["answer"], SHORT), descriptive)
     name = row["video_filename"]
     number = int((re.search(r"\d+", name) or ["0"])[0]) // 1000
     names = [name, f"video_{number * 1000:05d}-{(number + 1) * 1000:05d}/{name}"]
     for tree, tasks in (("mc", options), ("oe", spoken)):
         if tasks:
-            yield Draft(tasks, video=clip(names), tree=tree)
+            yield from drafts_of(tasks, [], video=clip(names), tree=tree)
 
 
 def funqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
@@ -324,19 +332,19 @@ def _asked_in_text(text: str) -> tuple[str, list[str]]:
 
 def star(row: dict) -> Iterator[Draft]:
     """Each question with and without its options, about seconds of a Charades video."""
-    tasks, options = [question(row["question"], row["answer"], SHORT)], [c["choice"] for c in row["choices"]]
-    if row["answer"] in options:
-        tasks.append(choice(row["question"], options, options.index(row["answer"]), MC))
+    text, answer, options = row["question"], row["answer"], [c["choice"] for c in row["choices"]]
+    if answer in options:
+        tasks = with_and_without(text, options, options.index(answer))
     else:
-        yield Drop("the right answer is none of the options")
+        tasks = [question(text, answer, SHORT), Drop("the right answer is none of the options")]
     name = row["video_id"]
-    yield Draft(tasks, video=clip([f"Charades_v1/{name}", name], row["start"], row["end"]))
+    yield from drafts_of(tasks, [], video=clip([f"Charades_v1/{name}", name], row["start"], row["end"]))
 
 
-def narrative_qa(row: dict) -> Iterator[Draft]:
-    tasks = [question(pair["raw_question"], pair["raw_answer"], SHORT) for pair in row["qa_pairs"]]
+def narrative_qa(row: dict) -> Iterator[Draft | Drop]:
+    tasks = usable(lambda pair: question(pair["raw_question"], pair["raw_answer"], SHORT), row["qa_pairs"])
     name = row["video_name"]
-    yield Draft(tasks, video=clip([name, f"oops_video/train/{name}", f"train/{name}"]))
+    yield from drafts_of(tasks, [], video=clip([name, f"oops_video/train/{name}", f"train/{name}"]))
 
 
 def countix_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
@@ -361,12 +369,12 @@ def ego4d(row: dict) -> Iterator[Draft | Drop]:
     if row.get("corrupt"):
         yield Drop("marked as corrupt")
         return
-    tasks = [question(m["question"], m["answer"], m["style"]) for m in row["message_list"]]
+    tasks = usable(lambda m: question(m["question"], m["answer"], m["style"]), row["message_list"])
     video = Clip([row["clip"], f"clips/{row['clip']}"])
     if row.get("start") is not None and row.get("end") is not None:
         whole = clip([f"full_scale/{row['uid']}", row["uid"]], row["start"], row["end"], video.names)
         video = whole
-    yield Draft(tasks, video=video)
+    yield from drafts_of(tasks, [], video=video)
 
 
 CONVERTERS = {
