@@ -33,6 +33,9 @@ OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s*(.+?)\s*$")
 # Branches of one clip of STAR (allenai/molmo2).
 STAR_BRANCHES = 10
 TVQA_FPS = 3
+# Where the options of FunQA may begin, and at how many of these places it is tried.
+OPTIONS_BEGIN = re.compile(r"(?:The Options are:|\n)\s*(?=\[)")
+MAX_BEGINNINGS = 20
 SUBTITLE = re.compile(r"<subtitle>", re.IGNORECASE)
 TAG = re.compile(r"<[^<>]{1,40}>")
 TIMED = re.compile(r"^\s*\[?\s*([0-9.]+)\s*[-–]\s*([0-9.]+)\s*\]?[\s:]+(.*)$", re.DOTALL)
@@ -295,8 +298,13 @@ def clevrer(row: dict) -> Iterator[Draft | Drop]:
 
 
 def funqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
-    yield from json_items(find(raw, "FunQA_train.json"))
-    yield from json_items(find(raw, "Funqa_mcqa_v1.json"))
+    """The multiple choice file is of all splits: a row of it is `trained` if its video has an answer in the other."""
+    trained = set()
+    for row in json_items(find(raw, "FunQA_train.json")):
+        trained.add(row.get("visual_input"))
+        yield row
+    for row in json_items(find(raw, "Funqa_mcqa_v1.json")):
+        yield row | {"trained": row.get("visual_input") in trained}
 
 
 def funqa(row: dict) -> Iterator[Draft | Drop]:
@@ -309,6 +317,9 @@ def funqa(row: dict) -> Iterator[Draft | Drop]:
     if row.get("gt") is None:
         yield Draft([question(row["instruction"], row["output"], SHORT)], video=video, tree="oe")
     else:
+    if row.get("trained") is False:
+        yield Drop("a question about a video of another split")
+        return
         asked, options = _asked_in_text(row["instruction"])
         yield Draft([choice(asked, options, int(row["gt"]) - 1, MC)], video=video, tree="mc")
 
@@ -318,19 +329,21 @@ def _asked_in_text(text: str) -> tuple[str, list[str]]:
 
     ValueError: the text does not end with a Python list.
     """
-    # The list is the last line, or follows these words.
-    before, _, written = text.strip().rpartition("The Options are:" if "The Options are:" in text else "\n")
-    try:
-        options = ast.literal_eval(written.strip()) if len(text) < 20_000 else None
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        options = None
-    if not isinstance(options, list):
-        raise ValueError("no list of options in the text")
-    asked = before.strip().rpartition("\n")[2].rpartition("The Question is:")[2].strip()
-    return asked, [str(option).removeprefix(f"Options {k}:").strip() for k, option in enumerate(options, 1)]
+    # The list is what follows one of these and reaches to the end. The question and the options may hold them, too.
+    for start in list(OPTIONS_BEGIN.finditer(text))[:MAX_BEGINNINGS] if len(text) < 20_000 else []:
+        try:
+            options = ast.literal_eval(text[start.end() :].strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(options, list):
+            line = text[: start.start()].strip().rpartition("\n")[2]
+            asked = line.partition("The Question is:")[2] if "The Question is:" in line else line
+            named = [str(option).removeprefix(f"Options {k}:").strip() for k, option in enumerate(options, 1)]
+            return asked.strip(), named
+    raise ValueError("no list of options in the text")
 
 
-def star(row: dict) -> Iterator[Draft]:
+def star(row: dict) -> Iterator[Draft | Drop]:
     """Each question with and without its options, about seconds of a Charades video."""
     text, answer, options = row["question"], row["answer"], [c["choice"] for c in row["choices"]]
     if answer in options:
