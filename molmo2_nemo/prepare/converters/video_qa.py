@@ -47,9 +47,6 @@ def numbered(row: dict, prefix: str, first: int, count: int) -> list[str]:
     return [row[f"{prefix}{index}"] for index in range(first, first + count)]
 
 
-def human_qa(row: dict) -> Iterator[Draft | Drop]:
-    if not (row["answer"] or "").strip():
-        yield Drop("no answer")
 def with_and_without(text: str, options: list, answer) -> list[dict | Drop]:
     """A question alone and with its options, as far as each can be asked. answer: index of the right option from 0."""
     index = int(answer)
@@ -61,6 +58,9 @@ def with_and_without(text: str, options: list, answer) -> list[dict | Drop]:
     ]
 
 
+def human_qa(row: dict) -> Iterator[Draft | Drop]:
+    if not (row["answer"] or "").strip():
+        yield Drop("no answer")
     else:
         yield Draft([question(row["question"], row["answer"], "user_qa")], video=clip(row["video_id"]))
 
@@ -111,12 +111,12 @@ def perception_test(row: dict) -> Iterator[Draft | Drop]:
     asked = row.get("mc_question")
     if not asked:
         yield Drop("no question with options")
-
-
-def tgif_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
         return
     tasks = usable(lambda item: choice(item["question"], item["options"], item["answer_id"], MC), asked)
     yield from drafts_of(tasks, [], video=clip([f"train_videos/{row['video']}", row["video"]]))
+
+
+def tgif_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
     """The columns are separated by tabs, although the files are called .csv."""
     for kind in ("action", "count", "transition", "frameqa"):
         for row in table(find(raw, f"Train_{kind}_question.csv"), "\t"):
@@ -252,17 +252,25 @@ def social_iq(row: dict) -> Iterator[Draft]:
     yield Draft([task], video=clip(row["vid_name"]))
 
 
-def open_answer(row: dict, name: str, folder: str = "") -> Iterator[Draft | Drop]:
+def open_answer(row: dict, name: str) -> Iterator[Draft | Drop]:
     """A question and its answer, or answers, about the video that the column `name` names."""
     answer = row["answer"]
     if not answer or not str(answer).strip():
         yield Drop("no answer")
         return
-    names = [row[name], f"{folder}{row[name]}"] if folder else row[name]
-    yield Draft([question(row["question"], answer, SHORT)], video=clip(names))
+    yield Draft([question(row["question"], answer, SHORT)], video=clip(row[name]))
 
 
-def cinepile(row: dict) -> Iterator[Draft]:
+def sports_qa(row: dict) -> Iterator[Draft | Drop]:
+    """`video` is SPORT/NAME, but the archives have the gymnasts' clips (fg/NAME) in finegym_01 to finegym_05."""
+    for result in open_answer(row, "video"):
+        if isinstance(result, Draft) and row["video"].startswith("fg/"):
+            name = row["video"].removeprefix("fg/")
+            result.video = clip([row["video"], *(f"finegym_{part:02}/{name}" for part in range(1, 6))])
+        yield result
+
+
+def cinepile(row: dict) -> Iterator[Draft | Drop]:
     """Subtitles are one text with a tag before each; those without times are shown during the whole clip."""
     tasks = usable(lambda e: choice(e["question"], e["choices"], e["answer_key_position"], MC), row["examples"])
     pieces = [TAG.sub(" ", piece).strip() for piece in SUBTITLE.split(row.get("subtitles") or "")]
@@ -309,6 +317,9 @@ def funqa_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
 
 def funqa(row: dict) -> Iterator[Draft | Drop]:
     """Tasks that ask for times are left out. Rows of the multiple choice file name no task."""
+    if row.get("trained") is False:
+        yield Drop("a question about a video of another split")
+        return
     if row.get("task") in ("H1", "C1", "M1", "C4", "C5"):
         yield Drop("asks for times")
         return
@@ -317,9 +328,6 @@ def funqa(row: dict) -> Iterator[Draft | Drop]:
     if row.get("gt") is None:
         yield Draft([question(row["instruction"], row["output"], SHORT)], video=video, tree="oe")
     else:
-    if row.get("trained") is False:
-        yield Drop("a question about a video of another split")
-        return
         asked, options = _asked_in_text(row["instruction"])
         yield Draft([choice(asked, options, int(row["gt"]) - 1, MC)], video=video, tree="mc")
 
@@ -406,7 +414,7 @@ CONVERTERS = {
     "how2qa": Converter(how2qa, how2qa_rows),
     "sutd-trafficqa": Converter(trafficqa, trafficqa_rows),
     "social-iq-2": Converter(social_iq),
-    "sports-qa": Converter(partial(open_answer, name="video"), array_rows("meta-data/train.json")),
+    "sports-qa": Converter(sports_qa, array_rows("meta-data/train.json")),
     "cinepile": Converter(cinepile),
     "clevrer": Converter(clevrer, array_rows("train.json")),
     "funqa": Converter(funqa, funqa_rows),
