@@ -11,6 +11,7 @@ from molmo2_nemo.prepare.converters.common import (
     caption,
     clip,
     find_all,
+    of_youtube,
     pick,
     question,
     read_json,
@@ -61,7 +62,8 @@ def molmo2_cap(row: dict) -> Iterator[Draft | Drop]:
     branches = [caption(row[name], style) for name, style in styles.items() if (row.get(name) or "").strip()]
     if branches:
         # LLaVA-Video-178K's names of ActivityNet and of YouTube begin with v_ and ytb_.
-        names = [*(f"{prefix}{row['video_id']}" for prefix in ("", "v_", "ytb_")), row.get("koala")]
+        names = [*of_youtube(row["video_id"]), *(f"{prefix}{row['video_id']}" for prefix in ("v_", "ytb_"))]
+        names.append(row.get("koala"))
         video = clip(list(filter(None, names)), row.get("video_start"), row.get("video_end"), may_be_cut=True)
         yield Draft(branches, video=video)
     else:

@@ -21,6 +21,11 @@ from molmo2_nemo.limits import VIDEO_SUFFIXES
 MAX_POINTS = 60  # of a pointing answer (molmo2: olmo/data, "max_points")
 
 
+# Where Molmo2's videos of YouTube are, as ID/ID.mp4. One may be in several of them; the first is taken (allenai/molmo2:
+# olmo/data/molmo2_datasets.py, YOUTUBE_SUBDIRS).
+YOUTUBE_FOLDERS = ("youtube-cc-exist", "youtube-cc-kw", "youtube-cc-temporal")
+
+
 @dataclass
 class Clip:
     """A video file, or the seconds `start` to `end` of it. Names are tried in their order.
@@ -314,6 +319,11 @@ def video_names(name: str) -> list[str]:
     if name.lower().endswith(VIDEO_SUFFIXES):
         return [name]
     return [*(name + suffix for suffix in VIDEO_SUFFIXES), name]
+
+
+def of_youtube(name: str) -> list[str]:
+    """What a video of YouTube that Molmo2's own sets show may be called: its ID, or the ID in a known folder."""
+    return [name, *(f"{folder}/{name}/{name}" for folder in YOUTUBE_FOLDERS)]
 
 
 def clip(name: str | list[str], start=None, end=None, cut: list[str] | None = None, **more) -> Clip:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from molmo2_nemo.prepare.converters.common import (
     MAX_POINTS,
+    YOUTUBE_FOLDERS,
     Converter,
     Draft,
     Drop,
@@ -14,6 +15,7 @@ from molmo2_nemo.prepare.converters.common import (
     drafts_of,
     fixed_random,
     image_of,
+    of_youtube,
     pointing,
     together,
     usable,
@@ -199,8 +201,11 @@ def molmo2_video_point(row: dict) -> Iterator[Draft | Drop]:
         yield task
         return
     prefix, slash, name = row["video_id"].rpartition("/")
-    at_two_fps = f"{prefix}-2fps/{name}_2fps" if slash else f"{name}_2fps"
-    video = clip([row["video_id"], at_two_fps], *(span or ()))
+    if slash:
+        names = [row["video_id"], f"{prefix}-2fps/{name}_2fps"]
+    else:
+        names = [*of_youtube(name), f"{name}_2fps", *(f"{folder}-2fps/{name}_2fps" for folder in YOUTUBE_FOLDERS)]
+    video = clip(names, *(span or ()))
     multi_turn = 0.0 if span else MULTI_TURN
     yield Draft([task], video=video, unit="percent", multi_turn=multi_turn, tree=None if span else "")
 

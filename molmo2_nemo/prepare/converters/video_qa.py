@@ -19,6 +19,7 @@ from molmo2_nemo.prepare.converters.common import (
     find,
     json_items,
     jsonl,
+    of_youtube,
     pick,
     question,
     read_json,
@@ -62,14 +63,14 @@ def human_qa(row: dict) -> Iterator[Draft | Drop]:
     if not (row["answer"] or "").strip():
         yield Drop("no answer")
     else:
-        yield Draft([question(row["question"], row["answer"], "user_qa")], video=clip(row["video_id"]))
+        yield Draft([question(row["question"], row["answer"], "user_qa")], video=clip(of_youtube(row["video_id"])))
 
 
 def caption_qa(row: dict) -> Iterator[Draft]:
     """The right option among wrong ones; with the video's subtitles, if it has a column of them."""
     task = shuffled_choice(row["Question"], row["Answer"], row["NegativeAnswers"], MC, row["video_id"])
     subtitles = [(float(s["start"]), float(s["end"]), s["text"]) for s in row.get("subtitle") or []]
-    yield Draft([task], video=clip(row["video_id"], subtitles=subtitles))
+    yield Draft([task], video=clip(of_youtube(row["video_id"]), subtitles=subtitles))
 
 
 def camera_bench(row: dict) -> Iterator[Draft | Drop]:
