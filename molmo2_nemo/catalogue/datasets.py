@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from molmo2_nemo.catalogue.forms import Form, form_of
 from molmo2_nemo.paths import CONF_DIR
 
 CONF_FILE = CONF_DIR / "datasets.yaml"
@@ -36,6 +37,8 @@ CATEGORIES = (
     "text",
     "own",
 )
+# Keys of counts: by the first list of stages, by the release, and by the report.
+COUNTS = ("seed", "seed_text", "released_rows", "paper_visual", "paper_annotations", "paper_examples")
 # Media that no program can download: the user puts them into manual/.
 BY_HAND = ("manual", "youtube-ids", "unknown")
 
@@ -44,6 +47,47 @@ Repo = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")]
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+")]
 Count = Annotated[int, Field(ge=0)]
+# Of YAML, where a date in quotes is a text.
+Date = Annotated[datetime.date, BeforeValidator(lambda value: _date(value))]
+# Of files: as of Path.glob, relative to a folder, or a shell's, of paths in a repository.
+Layout = Annotated[str, AfterValidator(lambda value: _pattern(value, is_glob=True))]
+HubPattern = Annotated[str, AfterValidator(lambda value: _pattern(value, is_glob=False))]
+Columns = Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(lambda value: _once(value))]
+Condition = Annotated[str, AfterValidator(lambda value: _condition(value))]
+
+
+def _date(value):
+    if not isinstance(value, str):
+        return value
+    try:
+        return datetime.date.fromisoformat(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no date: write it as 2026-03-18") from None
+
+
+def _pattern(value: str, is_glob: bool) -> str:
+    """The pattern of a path. ValueError: no file could match it."""
+    parts = value.split("/")
+    if not value or "\\" in value or ".." in parts or parts[0] == "" or not value.strip():
+        raise ValueError(f"{value!r} is no pattern of a path below a folder: write it as videos/*.mp4")
+    if is_glob and any("**" in part and part != "**" for part in parts):
+        raise ValueError(f"{value!r} has ** beside other letters: write it between slashes, as **/*.mp4")
+    if value.count("[") != value.count("]"):
+        raise ValueError(f"{value!r} has a bracket that is not closed")
+    return value
+
+
+def _once(values: list[str]) -> list[str]:
+    if twice := next((value for value in values if values.count(value) > 1), None):
+        raise ValueError(f"{twice} is there twice: remove one")
+    return values
+
+
+def _condition(value: str) -> str:
+    column, equal, wanted = (part.strip() for part in value.partition("=="))
+    if not (column and equal and wanted):
+        raise ValueError(f"{value!r} is no condition: write it as COLUMN == VALUE")
+    return value
 
 
 class _Strict(BaseModel):
@@ -64,9 +108,17 @@ class HubFiles(_Strict):
     config: str | list[str] | None = None
     split: str | None = None
     other_splits: list[str] = []
-    files: list[str] = []  # patterns in place of config and split; <config> stands for each config
+    files: list[HubPattern] = []  # patterns in place of config and split; <config> stands for each config
     also: list[str] = []  # files that are no rows and are needed to read them
-    filter: str | None = None  # "COLUMN == VALUE": the rows that are meant
+    filter: Condition | None = None  # "COLUMN == VALUE": the rows that are meant
+
+    @model_validator(mode="after")
+    def _config_is_used(self):
+        if self.config is None and (pattern := next((p for p in self.files if "<config>" in p), None)):
+            raise ValueError(f"{pattern} has <config>, which needs the key config")
+        if isinstance(self.config, list):
+            _once(self.config)
+        return self
 
     @property
     def configs(self) -> list[str | None]:
@@ -81,7 +133,7 @@ class DownloadSource(_Strict):
     urls: list[Url] = []
     page: Url | None = None
     instructions: str | None = None
-    layout: list[str] = []  # patterns of what manual/ must hold
+    layout: list[Layout] = []  # patterns of what manual/ must hold
     note: str | None = None
     alternates: list[dict[str, Any]] = []
     raw: dict[str, Any] | None = None
@@ -104,9 +156,9 @@ class MediaSource(_Strict):
     page: Url | None = None
     urls: list[Url] = []  # archives, or single files
     hf: HubFiles | None = None  # archives or files in a repository
-    columns: list[str] = []  # with addresses (url-list, a string or a list in a row) or YouTube ids
+    columns: Columns = []  # with addresses (url-list, a string or a list in a row) or YouTube ids
     sha256: str | None = None  # column with the hash of the bytes
-    layout: list[str] = []  # patterns of what manual/ must hold
+    layout: list[Layout] = []  # patterns of what manual/ must hold
 
     @model_validator(mode="after")
     def _has_its_columns(self):
@@ -132,8 +184,9 @@ class LayoutEvidence(_Strict):
 
     repository: str  # of the Hub, or github.com/OWNER/NAME
     file: str
-    revision: str | None = None
-    date: datetime.date | None = None
+    # YAML takes a commit of digits alone for a number.
+    revision: Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)] | None = None
+    date: Date | None = None
 
     @model_validator(mode="after")
     def _says_when(self):
@@ -148,7 +201,7 @@ class SourceState(_Strict):
     state: Literal["open", "gated", "form", "moved", "dead", "unknown"]
     page: Url | None = None  # where to agree, to register, or where it has moved to
     evidence: str  # what says so: a file of a repository, or a thread
-    date: datetime.date  # of the evidence
+    date: Date  # of the evidence
     note: str | None = None
 
     @model_validator(mode="after")
@@ -163,7 +216,7 @@ class MediaSize(_Strict):
 
     gb: float = Field(gt=0, strict=False)
     source: str  # who says so
-    date: datetime.date | None = None
+    date: Date | None = None
 
 
 class DataSet(_Strict):
@@ -184,16 +237,17 @@ class DataSet(_Strict):
     terms: str | None = None
     gated: bool | None = None
     examples: Count | None = None
-    counts: dict[str, int | str] = {}
+    counts: dict[Literal[COUNTS], Count | str] = {}
     size_gb: float | None = Field(None, gt=0, strict=False)
     disk_gb: float | None = Field(None, gt=0, strict=False)  # what a fetch takes, where size_gb is something else
     size_note: str | None = None
     media_size: MediaSize | None = None
+    media_of: Name | None = None  # an entry among whose media those of this one are, so that they are got once
     fields: dict[str, str] | None = None
     layout_evidence: LayoutEvidence | None = None  # None: nobody has compared the entry with what is published
     ratio: float | None = Field(None, gt=0, le=1)
     sft: dict[str, Any] | None = None
-    loss_weight: str | None = None
+    loss_weight: Annotated[str, Field(pattern=r"^(default|unweighted|(cap|point)-0?\.\d+)$")] | None = None
     loader: str | None = None
     confidence: Literal["code", "seed", "report", "unsure"] = "code"
     note: str | None = None
@@ -208,6 +262,33 @@ class DataSet(_Strict):
         if 1 in self.stages and self.ratio is None:
             raise ValueError("stages has 1, which needs the key ratio")
         return self
+
+    @model_validator(mode="after")
+    def _counts_are_numbers(self):
+        for key, value in self.counts.items():
+            if isinstance(value, str) and key != "seed_text":
+                raise ValueError(f"counts.{key}={value!r} is no number")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_converted(self):
+        if self.convert or self.category == "own":
+            form_of(self.name, self.fields, self.convert, self.media.kind)
+        return self
+
+    @property
+    def form(self) -> Form | None:
+        """How its rows are read, if that is said or seen by their columns. ValueError: `convert` makes no sense."""
+        return form_of(self.name, self.fields, self.convert, self.media.kind)
+
+    @property
+    def row_columns(self) -> list[str]:
+        """Columns that rows must have: those with addresses, that of the filter, and those that its form reads."""
+        condition = self.source.hf.filter if self.source.hf else None
+        columns = [*self.media.columns, *([self.media.sha256] if self.media.sha256 else [])]
+        columns += [condition.partition("==")[0].strip()] if condition else []
+        own = self.form if self.convert or self.category == "own" else None
+        return list(dict.fromkeys([*columns, *(own.needed if own else [])]))
 
     @property
     def unsure(self) -> str | None:
@@ -264,6 +345,7 @@ class Catalogue(_Strict):
     stages: dict[int, dict[str, Any]] = {}
     sampling: dict[str, str] = {}
     groups: dict[str, dict[str, Any]] = {}
+    archive_gb: dict[Url, float] = {}  # of addresses that sets share in part
     tracking_sub_rates: dict[str, float] = {}
     loss_weights: dict[str, str] = {}
     related_not_trained: list[dict[str, Any]] = []
@@ -279,6 +361,12 @@ class Catalogue(_Strict):
             for member in entry.group_of or []:
                 if member.lower() not in seen:
                     raise ValueError(f"group_of of {entry.name} names {member}, which is no entry")
+            if entry.media_of and entry.media_of.lower() not in seen:
+                said = f"{entry.name} has media_of={entry.media_of}, which is no entry"
+                raise ValueError(f"{said}: add it, or remove the key")
+            group = (entry.sft or {}).get("group")
+            if group is not None and self.groups and group not in self.groups:
+                raise ValueError(f"{entry.name} has sft.group={group}, which is none of {', '.join(self.groups)}")
         return self
 
     @cached_property
@@ -288,6 +376,10 @@ class Catalogue(_Strict):
 
     def of_stage(self, stage: int) -> list[DataSet]:
         return [entry for entry in self.sets if stage in entry.stages]
+
+    def is_shared(self, url: str) -> bool:
+        """Whether several sets name this address."""
+        return sum(url in (*entry.source.urls, *entry.media.urls) for entry in self.sets) > 1
 
     def find(self, names: list[str]) -> list[DataSet]:
         """Entries by name, in the order asked, without regard to case. ValueError: there is none of a name."""
@@ -339,12 +431,16 @@ def _sentence(error: dict, values: dict) -> str:
         name = entry.get("name") if isinstance(entry, dict) else None
         where, place = f"data set {name}" if name else f"entry {place[1] + 1} of datasets", place[2:]
     # Pydantic names the members of a union by their type, which does not help the user.
-    key = ".".join(str(part) for part in place if not re.match(r"^(list|dict|constrained|str$|int$)", str(part)))
+    types = r"^(list|dict|constrained|nullable|function-|str$|int$|\[key\]$)"
+    key = ".".join(str(part) for part in place if not re.match(types, str(part)))
     if error["type"] == "extra_forbidden":
         return f"{where} has the unknown key {key}: remove it or correct its spelling"
     if error["type"] == "missing":
         return f"{where} lacks the key {key}: add it"
     if error["type"] == "value_error":
-        return f"{where}{f', {key}' if key else ''}: {error['ctx']['error']}"
+        said = str(error["ctx"]["error"])
+        if said.startswith(f"{where.removeprefix('data set ')} "):
+            return f"data set {said}"
+        return f"{where}{f', {key}' if key else ''}: {said}"
     message = error["msg"].removeprefix("Input ").replace("String should match pattern", "does not match")
     return f"{where} has {key}={error['input']!r}: it {message}"

@@ -14,6 +14,7 @@ from molmo2_nemo.paths import PACKAGE
 
 # Modules whose code decides which rows become samples, and the bytes of these; all of converters/ is added.
 CONTENT_MODULES = (
+    "catalogue/forms.py",  # columns of rows
     "catalogue/raw.py",  # reading rows, finding media
     "catalogue/resized.py",  # sizes of resized pictures, of which points in pixels are
     "data/counting.py",  # checking answers

@@ -9,7 +9,9 @@ import yaml
 from programs import REPOSITORY, python, succeeded
 
 from molmo2_nemo.catalogue.datasets import load_catalogue
+from molmo2_nemo.catalogue.forms import STYLES
 from molmo2_nemo.catalogue.raw import RawSource, media_name, read_rows
+from molmo2_nemo.data import tasks
 from molmo2_nemo.fetch.inventory import how, listed, with_license
 from molmo2_nemo.fetch.plan import TIERS, VIDEO_BYTES, plan_downloads, shares_of, totals
 
@@ -59,12 +61,84 @@ def test_one_entry_is_enough(tmp_path):
         ({"stages": [4]}, "stages.0=4"),
         ({"name": "../up"}, "name='../up'"),
         ({"name": None}, "entry 1 of datasets has name=None"),
+        ({"counts": {"sed": 3}}, "counts.sed='sed': it should be 'seed', "),
+        ({"counts": {"seed": "3k"}}, "counts.seed='3k' is no number"),
+        ({"loss_weight": "point"}, "loss_weight='point'"),
+        ({"media": {"kind": "manual", "layout": ["**.mp4"]}}, "'**.mp4' has ** beside other letters"),
+        ({"media": {"kind": "manual", "layout": ["/data/*.mp4"]}}, "'/data/*.mp4' is no pattern"),
+        ({"media": {"kind": "manual", "layout": ["a/../*.mp4"]}}, "'a/../*.mp4' is no pattern"),
+        ({"source": {"kind": "hf", "hf": {"repo": "a/b", "files": ["<config>/*.json"]}}}, "which needs the key config"),
+        ({"source": {"kind": "hf", "hf": {"repo": "a/b", "filter": "kind = x"}}}, "write it as COLUMN == VALUE"),
+        ({"media": {"kind": "url-list", "columns": ["u", "u"]}}, "media.columns: u is there twice"),
+        (
+            {"layout_evidence": {"repository": "a/b", "file": "c", "date": "soon"}},
+            "'soon' is no date: write it as 2026",
+        ),
+        ({"source_state": {"state": "opn", "evidence": "x", "date": "2026-01-02"}}, "state='opn': it should be 'open'"),
     ],
 )
 def test_a_mistake_is_named_in_one_sentence(tmp_path, change, said):
     with pytest.raises(ValueError) as error:
         catalogue(tmp_path, {**MINE, **change})
     assert said in str(error.value) and "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+# What `convert` of a question may say wrongly, and what is said of it.
+CONVERT = [
+    ({"kind": "qestion"}, "convert.kind='qestion', which is none of chat, pointing, choice, question, caption"),
+    ({"unit": "percents"}, "convert.unit='percents', which is none of fraction, percent, pixels"),
+    ({"style": "user_qaa"}, "convert.style=user_qaa: did you mean user_qa? The known ones of question are user_qa, "),
+    (
+        {"style": "pointing"},
+        "convert.style=pointing, which is one of pointing and not of question; of it are user_qa, ",
+    ),
+    ({"style": "two words"}, "convert.style='two words': it is a word"),
+    ({"columns": {"question": "query", "answer": "query"}}, "where query is read as two things"),
+    (
+        {"kind": "pointing", "columns": {"points": "answer", "label": "query"}, "style": "pointng"},
+        "these do: pointing, ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), CONVERT)
+def test_a_mistyped_convert_is_refused_when_the_catalogue_is_read(tmp_path, change, said):
+    form = {"kind": "question", "columns": {"question": "query"}}
+    entry = {**MINE, "fields": dict.fromkeys(("image", "query", "answer"), "")}
+    catalogue(tmp_path, {**entry, "convert": form})
+    with pytest.raises(ValueError, match="datasets.yaml: data set mine has convert") as error:
+        catalogue(tmp_path, {**entry, "convert": form | change})
+    assert said in str(error.value)
+
+
+def test_both_tools_refuse_a_mistyped_style_before_they_do_anything(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    import download
+    import prepare
+
+    entry = {**MINE, "fields": dict.fromkeys(("image", "question", "answer"), ""), "convert": {"style": "user_qaa"}}
+    said, file = "data set mine has convert.style=user_qaa: did you mean user_qa?", tmp_path / "datasets.yaml"
+    file.write_text(yaml.safe_dump({"datasets": [entry]}))
+    for words in (["list"], ["fetch", "mine"]):
+        assert download.main([*words, "--catalogue", str(file), "--root", str(tmp_path)]) == 1
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(["--stage", "2", "mine", "--catalogue", str(file), "--out", str(tmp_path)])
+    assert said in str(stop.value) and not (tmp_path / "raw").exists()
+
+
+def test_a_style_of_ones_own_is_taken_and_those_of_pointing_are_those_that_are_written(tmp_path):
+    fields = dict.fromkeys(("image", "question", "answer"), "")
+    for style in ("invoices", "my-charts", "vqa2"):
+        catalogue(tmp_path, {**MINE, "fields": fields, "convert": {"style": style}})
+    pointing = tasks.POINTS_ONLY | tasks.POINTS_THEN_COUNT | tasks.COUNT_THEN_POINTS | tasks.COUNT_ONLY
+    assert sorted(STYLES["pointing"]) == sorted(pointing)
+
+
+def test_a_date_in_quotes_is_a_date_and_a_commit_of_digits_a_commit(tmp_path):
+    evidence = {"repository": "a/b", "file": "README.md", "revision": 1234567, "date": "2026-01-02"}
+    [entry] = catalogue(tmp_path, {**MINE, "layout_evidence": evidence}).sets
+    assert entry.layout_evidence.date == datetime.date(2026, 1, 2) and entry.layout_evidence.revision == "1234567"
 
 
 def test_names_are_unique_and_groups_complete(tmp_path):

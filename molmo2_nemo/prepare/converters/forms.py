@@ -7,24 +7,13 @@
       convert: {kind: question, style: invoices}            # optional: without it, the names of the columns decide
 
 `convert` has the kind, and where wanted the style, the unit of points (fraction, percent, pixels) and `columns`, which
-says what a column is called here, such as {question: query}.
-
-kind        columns
-question    question, answer (a text, or a list of which the commonest is taught), explanation if there is one
-choice      question, options (a list), answer (index from 0, letter, or the text of the option)
-caption     caption
-chat        messages, a list of {role, content}
-pointing    label, points ([{x, y}, ...] or {x: [...], y: [...]})
-
-and one of image (bytes of a parquet file, an address or a file's name), images (a list), video (with start and end in
-seconds, if there are such columns), or none of them.
+says what a column is called here, such as {question: query}: molmo2_nemo/catalogue/forms.py has the kinds.
 """
 
 from collections.abc import Iterator
 from functools import partial
 
-from molmo2_nemo.data.schema import UNITS
-from molmo2_nemo.data.tasks import COUNT_ONLY, COUNT_THEN_POINTS, POINTS_ONLY, POINTS_THEN_COUNT
+from molmo2_nemo.catalogue.forms import Form, form_of
 from molmo2_nemo.prepare.converters.common import (
     Clip,
     Converter,
@@ -39,29 +28,7 @@ from molmo2_nemo.prepare.converters.common import (
     xy,
 )
 
-# Kind -> columns that it needs, the most specific kind first.
-KINDS = {
-    "chat": ("messages",),
-    "pointing": ("label", "points"),
-    "choice": ("question", "options", "answer"),
-    "question": ("question", "answer"),
-    "caption": ("caption",),
-}
-# Other names of columns that mean the same in every data set.
-ALIASES = {
-    "image": ("image", "image_url", "image_path", "file_name"),
-    "images": ("images", "image_urls", "image_paths"),
-    "video": ("video", "video_url", "video_path", "video_id"),
-    "options": ("options", "choices"),
-    "answer": ("answer", "answers", "label"),
-    "caption": ("caption", "text"),
-    "messages": ("messages", "conversations"),
-}
 ROLES = {"human": "user", "gpt": "assistant"}
-MEDIA = ("image", "images", "video")
-COLUMNS = {*ALIASES, *(column for needed in KINDS.values() for column in needed), "explanation"}
-HOW_TO_POINT = POINTS_ONLY | POINTS_THEN_COUNT | COUNT_THEN_POINTS | COUNT_ONLY
-KEYS = {"kind", "style", "unit", "columns"}
 
 
 def converter_by_form(entry: dict) -> Converter | None:
@@ -69,70 +36,17 @@ def converter_by_form(entry: dict) -> Converter | None:
 
     ValueError: `convert` makes no sense.
     """
-    form, fields, name = entry.get("convert") or {}, entry.get("fields") or {}, entry["name"]
-    _check(name, form, fields)
-    columns = {column: _named(column, fields) for column in COLUMNS}
-    columns |= form.get("columns") or {}
-    # `label` is an answer in some sets and what is pointed at in others: it is the latter if there are points.
-    kinds = [form["kind"]] if "kind" in form else [k for k, needed in KINDS.items() if all(columns[c] for c in needed)]
-    if not kinds:
-        return None
-    if absent := [column for column in KINDS[kinds[0]] if not columns[column]]:
-        raise ValueError(
-            f"{name} has convert.kind={kinds[0]}, which needs the column {absent[0]}: name it in convert.columns."
-        )
     medium = (entry.get("media") or {}).get("kind", "none")
-    if medium != "none" and not any(columns[column] for column in MEDIA):
-        raise ValueError(
-            f"{name} has media.kind={medium}, and none of its fields ({', '.join(fields)}) is known to hold pictures or"
-            " videos: name it in convert.columns, as {image: COLUMN}, {images: COLUMN} or {video: COLUMN}."
-        )
-    return Converter(partial(convert, kind=kinds[0], columns=columns, form=form))
+    form = form_of(entry["name"], entry.get("fields"), entry.get("convert"), medium)
+    return Converter(partial(convert, form=form)) if form else None
 
 
-def _check(name: str, form, fields: dict) -> None:
-    """Refuse a `convert` that makes no sense. ValueError, one sentence that names the key."""
-    if not isinstance(form, dict) or not set(form) <= KEYS:
-        raise ValueError(f"{name} has convert={form}: it may have the keys {', '.join(sorted(KEYS))}.")
-    choices = {"kind": tuple(KINDS), "unit": UNITS}
-    for key, known in choices.items():
-        if key in form and form[key] not in known:
-            raise ValueError(f"{name} has convert.{key}={form[key]!r}, which is none of {', '.join(known)}.")
-    style = form.get("style", "")
-    if not isinstance(style, str) and not (form.get("kind", "pointing") == "pointing" and _is_list_of_names(style)):
-        raise ValueError(f"{name} has convert.style={style!r}: it is a word, or of pointing a list of words.")
-    unknown = sorted({*([style] if isinstance(style, str) else style)} - HOW_TO_POINT)
-    if form.get("kind") == "pointing" and style and unknown:
-        known = ", ".join(sorted(HOW_TO_POINT))
-        raise ValueError(f"{name} has convert.style={unknown[0]}, which says not how to point; these do: {known}.")
-    columns = form.get("columns") or {}
-    if not isinstance(columns, dict):
-        raise ValueError(f"{name} has convert.columns={columns!r}: it is {{what: COLUMN}}, as {{question: query}}.")
-    for column, called in columns.items():
-        if column not in COLUMNS:
-            raise ValueError(
-                f"{name} has convert.columns.{column}, which nothing reads; it may have {', '.join(sorted(COLUMNS))}."
-            )
-        if called is not None and called not in fields:
-            raise ValueError(
-                f"{name} has convert.columns.{column}={called!r}, which is none of its fields: {', '.join(fields)}."
-            )
-
-
-def _is_list_of_names(value) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
-
-
-def _named(column: str, fields: dict) -> str | None:
-    return next((name for name in ALIASES.get(column, (column,)) if name in fields), None)
-
-
-def convert(row: dict, kind: str, columns: dict, form: dict) -> Iterator[Draft]:
+def convert(row: dict, form: Form) -> Iterator[Draft]:
     def get(column: str):
-        return row[columns[column]] if columns.get(column) else None
+        return row[form.columns[column]] if form.columns.get(column) else None
 
     images, video = _images(get), _video(row, get)
-    style = form.get("style")
+    kind, style = form.kind, form.style
     if kind == "question":
         branch = question(get("question"), get("answer"), style or "user_qa", get("explanation"))
     elif kind == "choice":
@@ -149,7 +63,7 @@ def convert(row: dict, kind: str, columns: dict, form: dict) -> Iterator[Draft]:
         [branch],
         images,
         video,
-        form.get("unit", "fraction"),
+        form.unit,
         tree="" if images or video else None,
         about=None if images or video else str(branch),
     )
