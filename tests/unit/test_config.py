@@ -312,6 +312,17 @@ def test_unknown_keys_and_options_are_named(argument, expected):
         (["--bf16", "model=tiny"], "train.precision=bf16"),
         (["--model", "tiny"], "model=tiny"),
         (["--max-framez", "8"], "data.max_frames=8"),
+        (["--ffn-hidden-size", "9728"], "model.ffn_hidden_size=9728"),
+        (["--ft_llm", "false"], "optim.llm.freeze=true"),
+        (["--torch_dtype", "bfloat16"], "train.precision=bf16"),
+        (["--lr_scheduler_type=constant_with_warmup"], "optim.decay=constant"),
+        (["--training.seq_len", "4096"], "data.seq_length=4096"),
+        (["--parallelism.tensor_parallel_degree=2"], "parallel.tensor_model_parallel_size=2"),
+        (["--optim.llm.lr=1e-5"], "optim.llm.lr=1e-5"),
+        (["--overlap-grad-reduce"], "ddp.overlap_grad_reduce=true"),
+        (["--freeze_multi_modal_projector"], "optim.connector.freeze=true"),
+        (["--dataloader_num_workers", "8", "--save_overwrite"], "data.num_workers=8 train.start_over=true"),
+        (["--model", "allenai/Molmo2-8B"], "model=molmo2_8b"),
         (["--seq-length", "36864", "--max-frames=384"], "data.seq_length=36864 data.max_frames=384"),
     ],
 )
@@ -319,6 +330,64 @@ def test_options_of_argparse_are_answered_with_what_works(arguments, use):
     with pytest.raises(ConfigError, match=f"KEY=VALUE here, without dashes: (perhaps )?use {re.escape(use)}\\.$"):
         flags.refuse_flags(arguments)
     command_line.refuse_unknown_overrides(use.split())
+
+
+# What users of other trainers are likely to type: launch_scripts/pretrain.py and sft.py of allenai/molmo2, and the
+# commonest of Megatron-LM, transformers, LLaMA-Factory, ms-swift, torchtune and torchtitan.
+OF_OTHERS = """
+    model vision_backbone global_batch_size n_eval_examples device_eval_batch_size seq_len vit_layers warmup_factor nlp
+    pointing checkpoint mixture debug device_batch_size max_loss_examples max_inf_eval_examples prefetch_factor
+    num_workers cp_degree save_folder max_duration save_overwrite
+    tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size sequence-parallel num-layers
+    hidden-size ffn-hidden-size num-attention-heads num-query-groups kv-channels max-position-embeddings norm-epsilon
+    rotary-base micro-batch-size global-batch-size seq-length train-iters train-samples lr min-lr lr-decay-style
+    lr-decay-iters lr-warmup-iters lr-warmup-fraction weight-decay clip-grad adam-beta1 adam-beta2 adam-eps bf16 fp16
+    fp8-format save load save-interval log-interval eval-interval eval-iters data-path split tokenizer-type
+    tokenizer-model num-workers distributed-backend hidden-dropout attention-dropout use-flash-attn transformer-impl
+    recompute-granularity recompute-method recompute-num-layers recompute-activations overlap-grad-reduce
+    overlap-param-gather tp-comm-overlap use-distributed-optimizer num-layers-per-virtual-pipeline-stage num-experts
+    expert-model-parallel-size distributed-timeout-minutes exit-duration-in-mins tensorboard-dir wandb-project
+    wandb-exp-name async-save finetune pretrained-checkpoint no-load-optim no-load-rng seed img-h img-w patch-dim
+    freeze-LM freeze-ViT vision-model-type dataloader-type
+    output_dir overwrite_output_dir do_train do_eval per_device_train_batch_size per_device_eval_batch_size
+    gradient_accumulation_steps num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio
+    optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm gradient_checkpointing torch_compile
+    use_liger_kernel logging_steps logging_strategy eval_strategy eval_steps save_strategy save_steps save_total_limit
+    run_name report_to dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor ddp_timeout fsdp
+    deepspeed load_best_model_at_end metric_for_best_model push_to_hub data_seed resume_from_checkpoint local_rank
+    model_name_or_path stage dataset dataset_dir template cutoff_len finetuning_type lora_rank lora_target
+    freeze_vision_tower freeze_multi_modal_projector freeze_language_model image_max_pixels video_max_pixels video_fps
+    video_maxlen val_size flash_attn packing max_samples preprocessing_num_workers train_type tuner_type torch_dtype
+    freeze_vit freeze_aligner freeze_llm vit_lr aligner_lr max_pixels attn_impl split_dataset_ratio max_length system
+    config epochs batch_size dtype compile training.steps training.local_batch_size optimizer.name optimizer.lr
+    parallelism.pipeline_parallel_degree activation_checkpoint.mode checkpoint.interval
+""".split()
+
+
+def test_options_of_other_trainers_are_answered_and_keys_in_answers_are_those_of_the_configuration():
+    silent = [name for name in OF_OTHERS if re.match("docs/settings.md|perhaps", flags.advice(f"--{name}", ""))]
+    assert not silent
+    keys = [key.split(".") for key in flags.types_of_keys()]
+    known = {".".join(parts[:number]) for parts in keys for number in range(1, len(parts) + 1)}
+    for name, words in flags.WORDS.items():
+        for key in re.findall(r"\b(?:train|data|optim|parallel|model|schedule)\.[a-z_.0-9]*[a-z_0-9]", words):
+            assert key in known, (name, key)
+    command_line.refuse_unknown_overrides(
+        [f"{key}={value}" for key, values in flags.CHOICES.items() for value in values.values()]
+    )
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        ("--lr-decay-style=inverse-square-root", "use optim.decay=NAME, which is one of cosine, linear, constant"),
+        ("--model=Qwen/Qwen3-8B", "use model=NAME, which is one of hf, molmo2_4b"),
+        ("--torch_dtype=float16", "use train.precision=NAME, which is one of auto, fp32, bf16, fp8"),
+    ],
+)
+def test_an_option_whose_value_is_none_of_ours_is_answered_with_those_that_are(option, said):
+    with pytest.raises(ConfigError, match=said):
+        flags.refuse_flags([option])
 
 
 def test_every_advised_key_is_one_of_the_configuration_and_what_hydra_takes_passes():
