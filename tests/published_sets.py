@@ -39,7 +39,8 @@ from molmo2_nemo.data.points import Points, parse
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.data.tasks import COMMON_MARKERS, UNUSUAL_MARKERS
 from molmo2_nemo.data.video import pick_frames
-from molmo2_nemo.fetch.data_set import FetchOptions, FetchResult, Meter, direct, fetch_set
+from molmo2_nemo.fetch.data_set import FetchOptions, FetchResult, Meter, fetch_set
+from molmo2_nemo.fetch.file_names import direct
 from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.fetch.url_list import DownloadProgress
 from molmo2_nemo.prepare.dataset_shards import write_shard

@@ -225,6 +225,11 @@ def show(catalogue, entries, options) -> int:
     print(f"\n{len(rows)} data sets: {summary or 'none on disk'}; {on_disk / 1e9:,.1f} GB under {options.root / 'raw'}")
     if any(row.count_differs for row in rows):
         print("a / b: rows of the release / examples by the first list of stages")
+    if any(row.bytes_on_disk for row in rows):
+        print("complete: by number and size of the files; python tools/download.py doctor --deep reads every byte")
+    if any(row.state in ("damaged", "changed") for row in rows):
+        print("damaged: files are missing or have another size, and doctor says which")
+        print("changed: files are newer than the fetch; doctor --deep reads all, and so does the next fetch")
     if any(row.source in ("gated", "form", "moved", "dead") for row in rows):
         print("gated, form, moved, dead: python tools/download.py how NAME has the page, and who found so on which day")
     if any(row.layout == "unverified" for row in rows):

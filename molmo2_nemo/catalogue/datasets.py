@@ -42,21 +42,9 @@ COUNTS = ("seed", "seed_text", "released_rows", "paper_visual", "paper_annotatio
 # Media that no program can download: the user puts them into manual/.
 BY_HAND = ("manual", "youtube-ids", "unknown")
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-Repo = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")]
-Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
-Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+")]
-Count = Annotated[int, Field(ge=0)]
-# Of YAML, where a date in quotes is a text.
-Date = Annotated[datetime.date, BeforeValidator(lambda value: _date(value))]
-# Of files: as of Path.glob, relative to a folder, or a shell's, of paths in a repository.
-Layout = Annotated[str, AfterValidator(lambda value: _pattern(value, is_glob=True))]
-HubPattern = Annotated[str, AfterValidator(lambda value: _pattern(value, is_glob=False))]
-Columns = Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(lambda value: _once(value))]
-Condition = Annotated[str, AfterValidator(lambda value: _condition(value))]
-
 
 def _date(value):
+    """A date; YAML has a text for one in quotes. ValueError: it is none."""
     if not isinstance(value, str):
         return value
     try:
@@ -65,16 +53,21 @@ def _date(value):
         raise ValueError(f"{value!r} is no date: write it as 2026-03-18") from None
 
 
-def _pattern(value: str, is_glob: bool) -> str:
-    """The pattern of a path. ValueError: no file could match it."""
+def _hub_pattern(value: str) -> str:
+    """A pattern as a shell's, of paths in a repository. ValueError: no file could match it."""
     parts = value.split("/")
     if not value or "\\" in value or ".." in parts or parts[0] == "" or not value.strip():
         raise ValueError(f"{value!r} is no pattern of a path below a folder: write it as videos/*.mp4")
-    if is_glob and any("**" in part and part != "**" for part in parts):
-        raise ValueError(f"{value!r} has ** beside other letters: write it between slashes, as **/*.mp4")
     if value.count("[") != value.count("]"):
         raise ValueError(f"{value!r} has a bracket that is not closed")
     return value
+
+
+def _layout(value: str) -> str:
+    """A pattern as of Path.glob, below a folder. ValueError: no file could match it."""
+    if any("**" in part and part != "**" for part in value.split("/")):
+        raise ValueError(f"{value!r} has ** beside other letters: write it between slashes, as **/*.mp4")
+    return _hub_pattern(value)
 
 
 def _once(values: list[str]) -> list[str]:
@@ -88,6 +81,18 @@ def _condition(value: str) -> str:
     if not (column and equal and wanted):
         raise ValueError(f"{value!r} is no condition: write it as COLUMN == VALUE")
     return value
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Repo = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")]
+Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+")]
+Count = Annotated[int, Field(ge=0)]
+Date = Annotated[datetime.date, BeforeValidator(_date)]
+Layout = Annotated[str, AfterValidator(_layout)]
+HubPattern = Annotated[str, AfterValidator(_hub_pattern)]
+Columns = Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(_once)]
+Condition = Annotated[str, AfterValidator(_condition)]
 
 
 class _Strict(BaseModel):

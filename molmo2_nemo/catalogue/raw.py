@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
@@ -34,6 +35,8 @@ SPLITS = ("train", "validation", "val", "test")
 MAX_FOLDERS = 64
 # Rows held at once; a row may hold pictures.
 BATCH_ROWS = 64
+# Rows of a file that is no parquet whose keys are its columns.
+COLUMN_ROWS = 64
 # Bytes of a JSON file that may be held as a whole where reading its array item by item fails.
 MAX_WHOLE = 2**30
 
@@ -177,6 +180,14 @@ class RawSource:
         return splits
 
 
+def read_note(root: Path, name: str) -> FetchNote | None:
+    """fetched.json of a set; None: it is missing or broken."""
+    try:
+        return RawSource(root, name).info
+    except ValueError:
+        return None
+
+
 def read_rows(path: Path, suffix: str | None = None) -> Iterator[dict]:
     """Rows of one file, of the type that `suffix` or its own says. ValueError, one sentence, names file and line."""
     suffix = (suffix or path.suffix).lower()
@@ -265,6 +276,16 @@ def num_rows(path: Path) -> int:
         except (OSError, ValueError) as error:
             raise UnreadableFile(path, error) from error
     return sum(1 for _ in read_rows(path))
+
+
+def columns_of(path: Path) -> list[str]:
+    """Names of the columns of a file of rows, sorted: of parquet all, else those of its first COLUMN_ROWS rows.
+
+    ValueError, one sentence: it cannot be read.
+    """
+    if path.suffix.lower() == ".parquet":
+        return sorted(_parquet(path).schema_arrow.names)
+    return sorted({str(column) for row in islice(read_rows(path), COLUMN_ROWS) for column in row})
 
 
 def column_values(path: Path, columns: list[str]) -> Iterator[dict]:

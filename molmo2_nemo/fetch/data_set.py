@@ -26,21 +26,27 @@ from molmo2_nemo.catalogue.raw import (
     RawSource,
     UnreadableFile,
     column_values,
+    columns_of,
     matches,
     num_rows,
+    read_note,
     read_rows,
     size_on_disk,
 )
 from molmo2_nemo.fetch import hub
 from molmo2_nemo.fetch.archives import SUFFIXES, BadArchive, Bounds, archive_kind, extract
+from molmo2_nemo.fetch.file_names import direct, file_name, other_name
 from molmo2_nemo.fetch.held_out import held_out_lists
 from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.media_check import BadContent, check_file
 from molmo2_nemo.fetch.on_disk import (
+    NEWER,
     broken_files,
     fault,
+    glance,
     is_unpacked,
     lacking,
+    lacks_by_hand,
     manual_annotations,
     missing_layout,
     remove_broken,
@@ -161,7 +167,7 @@ class _Fetch:
         self.counts: dict[str, int] = {}
         self.revisions: dict[str, str] = {}  # of its repositories
         # A fetch that goes on does as the one before it.
-        self.max_side = options.max_side or _noted_side(options.root, entry.name)
+        self.max_side = options.max_side or (read_note(options.root, entry.name) or {}).get("max_side")
         self.facts: dict = {
             "max_side": self.max_side,
             "revision": None,
@@ -173,16 +179,16 @@ class _Fetch:
 
     def run(self) -> FetchResult:
         entry = self.entry
-        if not self.options.verify and self._is_whole():
-            return FetchResult(entry.name, "complete", "is already complete")
+        if not self.options.verify:
+            if self._looks_changed():
+                self._remove_broken()
+            if self._is_whole():
+                return FetchResult(entry.name, "complete", "is already complete")
         # Before any file is removed, so that an interrupted run is recognised.
         if (self.folder / "fetched.json").exists():
             self.note(complete=False, stopped="being fetched")
         if self.options.verify:
-            for home in (self.folder, *shared_homes(self.folder)):
-                remove_broken(home)
-            self.files.close()
-            self.files = Journal(self.folder / "files.jsonl", "file")
+            self._remove_broken()
         {"hf": self._hub_annotations, "url": self._url_annotations, "manual": lambda: None}[entry.source.kind]()
         self._media()
         self._by_hand()
@@ -197,16 +203,25 @@ class _Fetch:
             )
         return FetchResult(entry.name, "sample" if sample else "complete", self._remark(), counts=self.counts)
 
+    def _remove_broken(self) -> None:
+        for home in (self.folder, *shared_homes(self.folder)):
+            remove_broken(home)
+        self.files.close()
+        self.files = Journal(self.folder / "files.jsonl", "file")
+
+    def _looks_changed(self) -> bool:
+        """Whether a file is newer than the fetch that completed the set; then all are read."""
+        info = read_note(self.options.root, self.entry.name) or {}
+        found = glance(self.folder, info) if info.get("complete") else None
+        return found is not None and found[1] == NEWER
+
     def _is_whole(self) -> bool:
-        try:
-            info = RawSource(self.options.root, self.entry.name).info
-        except ValueError:
-            return False
+        info = read_note(self.options.root, self.entry.name) or {}
         source, root = self.entry.source.hf, self.options.root
         # A user who removes its line from revisions.json wants the newest commit.
         moved = source and (source.revision or hub.pinned(root, source.repo)) != info.get("revision")
         again = (info.get("media") or {}).get("later", 0) or self.options.retry_lost or self.options.deduplicate
-        if not info.get("complete") or again or moved:
+        if not info.get("complete") or again or moved or lacks_by_hand(self.entry, self.folder, info):
             return False
         return not lacking(self.folder, info) and not any(broken_files(self.folder))
 
@@ -233,6 +248,9 @@ class _Fetch:
         self.facts["license"] = self.entry.license or repository.license
         chosen = hub.choose_files(repository, wanted)
         for split, names in chosen.items():
+            if rows := [name for name in names if Path(name).suffix.lower() in ROW_SUFFIXES][:1]:
+                self._from_hub(repository, rows)
+                self._check_columns(f"hub/{rows[0]}")
             if self.options.limit is not None:
                 names = self._enough(repository, names, wanted.filter)
             self._from_hub(repository, names)
@@ -274,8 +292,22 @@ class _Fetch:
     def _url_annotations(self) -> None:
         files = []
         for url in self.entry.source.urls:
-            files += self._from_url(url, "hub", archive=None)
-        self.splits["train"] = [name for name in files if Path(name).suffix.lower() in ROW_SUFFIXES]
+            found = self._from_url(url, "hub", archive=None)
+            found = [name for name in found if Path(name).suffix.lower() in ROW_SUFFIXES]
+            if found and not files:
+                self._check_columns(found[0])
+            files += found
+        self.splits["train"] = files
+
+    def _check_columns(self, name: str) -> None:
+        """ValueError: the first file of rows lacks a column that the entry reads. More need not be downloaded then."""
+        wanted = self.entry.row_columns
+        known = columns_of(self.folder / name) if wanted else []
+        if known and (missing := [column for column in wanted if column not in known]):
+            raise ValueError(
+                f"{self.entry.name} has no column {', '.join(missing)}: it has {', '.join(known)} ({name}); correct "
+                "its entry in the catalogue."
+            )
 
     # Media
 
@@ -390,7 +422,10 @@ class _Fetch:
         if entry.source.kind == "manual":
             rows = manual_annotations(entry, self.folder)
             self.splits["train"] = [str(path.relative_to(self.folder)) for path in rows]
-            self.waiting += [f"{path.relative_to(self.folder)} is {what}" for path in rows if (what := fault(path))]
+            faults = [f"{path.relative_to(self.folder)} is {what}" for path in rows if (what := fault(path))]
+            self.waiting += faults
+            if rows and not faults:
+                self._check_columns(self.splits["train"][0])
 
     # Files of plain addresses
 
@@ -399,7 +434,7 @@ class _Fetch:
 
         archive: it must be one (True), or may be one (None).
         """
-        shared = is_shared(self.catalogue, url)
+        shared = self.catalogue.is_shared(url)
         home = self.options.root / "raw" / ".shared" / sha256_of_text(url)[:16] if shared else self.folder
         with contextlib.ExitStack() as stack:
             files = self.files
@@ -426,7 +461,7 @@ class _Fetch:
         if path.exists() and not (
             path.is_symlink() and os.readlink(path) == aim
         ):  # the name belongs to another address
-            name = _other_name(name, aim)
+            name = other_name(name, aim)
             path = self.folder / name
         if not path.is_symlink() or os.readlink(path) != aim:
             path.unlink(missing_ok=True)
@@ -463,7 +498,7 @@ class _Fetch:
         what = kind or ("json" if _begins_as_json(part) else None)
         name = f"{'archives' if kind else into}/{file_name(url, reply['file_name'], what)}"
         if files.records.get(name, {}).get("from", url) != url:  # two addresses end with the same name
-            name = _other_name(name, url)
+            name = other_name(name, url)
         record = {"file": name, "from": url, "bytes": part.stat().st_size, "sha256": sha256_of(part)}
         publish(part, home / name)
         files.append(record | ({"archive": kind} if kind else {}))
@@ -482,7 +517,7 @@ class _Fetch:
         other = files.records.get(unpacked, {}).get("of", name)
         if other != name or (home / unpacked).is_symlink():
             # Two archives have the same name, such as train/images.zip and val/images.zip.
-            unpacked = _other_name(unpacked, name)
+            unpacked = other_name(unpacked, name)
             files.append(record | {"folder": unpacked})
         try:
             found = extract(path, home / unpacked, record["sha256"], self.options.bounds)
@@ -561,22 +596,6 @@ def _check_rows(path: Path, suffix: str) -> None:
         raise BadContent(f"a broken {suffix} file ({error.reason[:120]})") from error
 
 
-def direct(url: str) -> str:
-    """The download address of a Google Drive page; other addresses unchanged."""
-    match = re.fullmatch(r"https://drive\.google\.com/file/d/([\w-]+)/view.*", url)
-    return f"https://drive.usercontent.google.com/download?id={match[1]}&export=download&confirm=t" if match else url
-
-
-def file_name(url: str, named: str | None, kind: str | None) -> str:
-    """A safe file name for what an address gave. kind: zip, tar, json, or something else."""
-    name = named or urllib.parse.unquote(urllib.parse.urlsplit(url).path).rstrip("/").rpartition("/")[2]
-    name = re.sub(r"[^\w.-]", "_", name).lstrip(".")[-100:]
-    if not Path(name).suffix or name in ("view", "download", "main"):
-        name = f"{name or 'file'}-{sha256_of_text(url)[:8]}"
-        name += {"zip": ".zip", "tar": ".tar", "json": ".json"}.get(kind or "", "")
-    return name
-
-
 def _begins_as_json(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(64).lstrip()[:1] in (b"{", b"[")
@@ -586,9 +605,3 @@ def _is_there(home: Path, record: dict) -> bool:
     with contextlib.suppress(OSError):
         return (home / record["file"]).stat().st_size == record["bytes"]
     return False
-
-
-def _other_name(name: str, what: str) -> str:
-    """Another name for a file whose name is taken, always the same for the same `what`."""
-    folder, _, name = name.rpartition("/")
-    return f"{folder}/{sha256_of_text(what)[:8]}-{name}"

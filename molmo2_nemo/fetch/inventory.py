@@ -58,25 +58,24 @@ class Problem:
     fix: str  # a command
 
 
-def read_note(root: Path, name: str) -> FetchNote | None:
-    try:
-        return RawSource(root, name).info
-    except ValueError:
-        return None
-
-
 def state_of(entry: DataSet, root: Path) -> str:
-    """State of a data set on the disk: complete | sample | useless | part | by hand | refused | -."""
+    """State of a data set on the disk: complete | damaged | changed | sample | useless | part | by hand | refused | -.
+
+    damaged: files of a complete set are missing or have another size. changed: some are newer than its fetch. Contents
+    are not read: `doctor` with `deep` does.
+    """
     folder = root / "raw" / entry.name
     if entry.unsure:
         return "refused"
     info = read_note(root, entry.name)
     if info is None:
         return "part" if any((folder / name).exists() for name in ("files.jsonl", "media", "hub")) else "-"
+    if info.get("complete") and (wrong := _wrong_at_a_glance(folder, info)):
+        return wrong
     if info.get("works") is False:
         return "useless"
     if info.get("complete"):
-        return "complete"
+        return "by hand" if lacks_by_hand(entry, folder, info) else "complete"
     if info.get("stopped"):
         return "part"
     if info.get("waiting"):
@@ -241,10 +240,10 @@ def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Pr
         yield Problem(entry.name, f"{name} {what}", f"{fetch} --verify")
     if len(broken) > 5:
         yield Problem(entry.name, f"{len(broken) - 5} more files are missing or changed", f"{fetch} --verify")
-    missing = missing_layout(entry, folder)
+    missing = lacks_by_hand(entry, folder, info)
     if stopped:
         yield Problem(entry.name, f"is not complete: {stopped}", f"{fetch} --verify" if broken else fetch)
-    elif missing and (not info.get("complete") or entry.source.kind == "manual"):
+    elif missing:
         yield Problem(entry.name, f"manual/ lacks {', '.join(missing)}", how)
     elif info.get("waiting") and not faults:
         yield Problem(entry.name, "; ".join(info["waiting"]), fetch)

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,24 @@ from molmo2_nemo.fetch.media_check import instead_of_file
 from molmo2_nemo.files import sha256_of
 from molmo2_nemo.limits import VIDEO_SUFFIXES
 
+# Records of media, and files of an archive, above which `list` looks at the times of folders alone: it shall be quick.
+GLANCE_BYTES, GLANCE_FILES = 16 * 2**20, 50_000
+# Seconds by which a file may be newer than fetched.json, which is written last: some file systems round times.
+LATER = 2.0
+NEWER = "is newer than its fetch"
+
 
 def missing_layout(entry: DataSet, folder: Path) -> list[str]:
     """Patterns of files that the user has to put into manual/ and that match no file with content."""
     manual = folder / "manual"
     return [pattern for pattern in entry.layout if not any(map(_has_content, _matching(manual, pattern)))]
+
+
+def lacks_by_hand(entry: DataSet, folder: Path, info: dict) -> list[str]:
+    """`missing_layout` of a set that was fetched; videos of YouTube that the fetch brought stand for those by hand."""
+    if entry.media.kind == "youtube-ids" and (info.get("media") or {}).get("fetched"):
+        return []
+    return missing_layout(entry, folder)
 
 
 def _matching(folder: Path, pattern: str) -> Iterator[Path]:
@@ -63,12 +77,48 @@ def fault(path: Path, read: bool = True) -> str | None:
     return None
 
 
-def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
+def glance(folder: Path, info: dict) -> tuple[str, str] | None:
+    """(file, what is wrong) of the first file of a complete set at which `list` sees that it is missing or changed.
+
+    Sizes are compared, and the times of files and folders with that of fetched.json. Of very many files only the times
+    of their folders are: a file in their midst that has changed in place is not noticed. None: nothing is seen.
+    """
+    since = (folder / "fetched.json").stat().st_mtime + LATER
+    index = folder / "media" / "index.jsonl"
+    if not (index.exists() and index.stat().st_size > GLANCE_BYTES):
+        found = [(name, what) for name, what in lacking(folder, info) if name != "fetched.json"]
+        if found:
+            return found[0]
+    return next(broken_files(folder, since=since), None)
+
+
+def bytes_broken(folder: Path) -> int:
+    """Bytes of the files of a set that are missing or have another size, which a fetch would download again."""
+    broken, total = {name for name, _ in broken_files(folder)}, 0
+    for journal_file, key, base in (("files.jsonl", "file", ""), ("media/index.jsonl", "url", "media/")):
+        for record in Journal(folder / journal_file, key).records.values():
+            total += record["bytes"] if "sha256" in record and f"{base}{record['file']}" in broken else 0
+    return total + sum(map(bytes_broken, shared_homes(folder)))
+
+
+def _newer_folders(folder: Path, since: float) -> Iterator[tuple[str, str]]:
+    """Folders to which something was added, or from which something was removed, since a time."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith(".") and path.stat().st_mtime > since:
+            yield f"{folder.name}/{path.name}", NEWER
+
+
+def broken_files(folder: Path, deep: bool = False, since: float | None = None) -> Iterator[tuple[str, str]]:
     """(file, what is wrong) of each recorded file that is missing or changed.
 
     Sizes are compared, of an archive's contents the number of files and their bytes; with `deep`, checksums too.
+    since: a time after which no file was written; of very many files only the times of their folders are compared.
     """
     for journal_file, key, base in (("files.jsonl", "file", folder), ("media/index.jsonl", "url", folder / "media")):
+        path = folder / journal_file
+        if since is not None and path.exists() and path.stat().st_size > GLANCE_BYTES:
+            yield from _newer_folders(base, since)
+            continue
         journal = Journal(folder / journal_file, key)
         for record in journal.records.values():
             path = base / record["file"]
@@ -80,6 +130,8 @@ def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
                 if not path.is_dir():
                     yield str(path.relative_to(folder)), "is missing"
                     continue
+                if since is not None and record.get("files", 0) > GLANCE_FILES:
+                    continue
                 files, size, content = content_of(path, read=deep and "content" in record)
                 if files != record.get("files"):
                     yield str(path.relative_to(folder)), f"has {files:,} files instead of {record.get('files', 0):,}"
@@ -89,13 +141,15 @@ def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
                     yield str(path.relative_to(folder)), "has changed"
                 continue
             try:
-                size = path.stat().st_size
+                stat = path.stat()
             except OSError:
                 if not is_unpacked(folder, journal, record):
                     yield str(path.relative_to(folder)), "is missing"
                 continue
-            if size != record["bytes"]:
-                yield str(path.relative_to(folder)), f"has {size:,} bytes instead of {record['bytes']:,}"
+            if stat.st_size != record["bytes"]:
+                yield str(path.relative_to(folder)), f"has {stat.st_size:,} bytes instead of {record['bytes']:,}"
+            elif since is not None and stat.st_mtime > since:
+                yield str(path.relative_to(folder)), NEWER
             elif deep and sha256_of(path) != record["sha256"]:
                 yield str(path.relative_to(folder)), "has changed"
     for path in _links(folder):
@@ -106,7 +160,7 @@ def broken_files(folder: Path, deep: bool = False) -> Iterator[tuple[str, str]]:
         elif str(target.relative_to(home)) not in Journal(home / "files.jsonl", "file").records:
             yield str(path.relative_to(folder)), "is not in the files.jsonl of its folder in raw/.shared"
     for home in shared_homes(folder):
-        for name, what in broken_files(home, deep):
+        for name, what in broken_files(home, deep, since and math.inf):  # written by the fetches of several sets
             yield f"../.shared/{home.name}/{name}", what
 
 

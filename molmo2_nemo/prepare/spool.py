@@ -30,6 +30,7 @@ SPOOL_MEMORY = 64 * 2**20  # bytes that are collected before they are written
 # Rows after which a set is given up if none of them could be used.
 MAX_USELESS_ROWS = 1000
 MAX_REASONS = 50  # that are counted one by one
+SHOWN_COLUMNS = 12  # where a row lacks one
 MAX_NAME = 255  # bytes of a file's name, on Linux
 
 
@@ -166,7 +167,8 @@ def converted(entry: dict, raw: RawSource) -> Iterator[list[Draft | Drop]]:
         try:
             yield [checked(result) if isinstance(result, Draft) else result for result in converter.convert(row)]
         except KeyError as error:
-            yield [Drop(f"no column {error}", unfit=True)]
+            there = ", ".join(map(str, list(row)[:SHOWN_COLUMNS]))
+            yield [Drop(f"no column {error}: the row has {there}", unfit=True)]
         except UnicodeError:
             yield [Drop("a text with half a character (a lone surrogate)", unfit=True)]
         except ValueError as error:
