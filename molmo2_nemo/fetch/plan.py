@@ -11,10 +11,11 @@ import yaml
 
 from molmo2_nemo.catalogue.datasets import Catalogue, DataSet
 from molmo2_nemo.catalogue.mixture import blend_of, rounds
-from molmo2_nemo.catalogue.raw import size_on_disk
+from molmo2_nemo.catalogue.raw import read_note, size_on_disk
 from molmo2_nemo.catalogue.resized import share_left
-from molmo2_nemo.fetch.inventory import read_note, state_of
+from molmo2_nemo.fetch.inventory import state_of
 from molmo2_nemo.fetch.journal import Journal
+from molmo2_nemo.fetch.on_disk import bytes_broken
 from molmo2_nemo.paths import CONF_DIR
 from molmo2_nemo.prepare.records import Provenance
 
@@ -54,6 +55,7 @@ class PlannedDownload:
     annotations_only: bool = False  # the fetch brings no media, and the set has some
     share: float | None = None  # of the stage's samples
     rounds: float | None = None  # how often each of its samples comes round in the stage's schedule
+    media_of: str | None = None  # the set whose media it uses, where they are counted there
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ def plan_downloads(
     root of its size. speed: bytes/s, None: unknown. whole: the budget is also for what the user brings. max_side: of
     `size_of`. shares: name of a set -> its share of the stage's samples, and the rounds of each of them.
     """
-    ready, planned = [], []
+    ready, planned, manual = [], [], []
+    damaged: set[str] = set()  # names of sets
+    got: set[str] = set()  # names of sets whose media are there, or are brought before
     archives: set[str] = set()  # that are there or are fetched before; several sets may use the same
 
     def row(entry: DataSet, action: str, size: Size, why: str) -> PlannedDownload:
@@ -135,50 +139,79 @@ def plan_downloads(
             0.0 if is_there else size.by_hand / GB,
             size.by_hand_estimated,
             size.source,
-            not is_there and size.by_hand > 0 and not entry.disk_gb,
+            not is_there and (size.by_hand > 0 or is_counted(entry)) and not entry.disk_gb,
             share,
             times,
+            None if is_there or not is_counted(entry) else entry.media_of,
         )
+
+    def is_counted(entry: DataSet) -> bool:
+        return entry.by_hand and entry.media_of in got
 
     for entry in entries:
         size, state, there = size_of(entry, max_side), state_of(entry, root), _bytes_there(root, entry)
         if entry.unsure:
             planned.append(row(entry, "refused", Size(0, False, 0, False), entry.unsure))
-        elif state in ("complete", "useless"):
-            planned.append(row(entry, "there", Size(there, False, 0, False), state))
+        elif state in ("complete", "useless", "changed"):
+            why = "changed since its fetch: python tools/download.py doctor --deep" if state == "changed" else state
+            planned.append(row(entry, "there", Size(there, False, 0, False), why))
+            got.add(entry.name)
             archives.update(entry.media.urls)
+        elif state == "damaged":
+            damaged.add(entry.name)
+            ready.append((entry, Size(bytes_broken(root / "raw" / entry.name), False, 0, False)))
         elif entry.source.kind == "manual" and not whole:
-            planned.append(row(entry, "by hand", size, f"python tools/download.py how {entry.name}"))
+            manual.append((entry, size))
         else:
             ready.append((entry, replace(size, fetched=max(0, size.fetched - there))))
 
     def cost(size: Size) -> int:
         return size.fetched + (size.by_hand if whole else 0)
 
+    got.update(entry.name for entry, _ in manual)
+    for entry, size in manual:
+        size = replace(size, by_hand=0, by_hand_estimated=False, source="") if is_counted(entry) else size
+        planned.append(row(entry, "by hand", size, f"python tools/download.py how {entry.name}"))
     ready.sort(key=lambda item: (-_worth(item[0]) / max(cost(item[1]), 1e6), item[0].name))
     left, chosen = budget, []
-    for entry, size in ready:
+    for entry, size in _after_those_of_their_media(ready):
+        if is_counted(entry):
+            size = replace(size, by_hand=0, by_hand_estimated=False, source="")
         shared = bool(entry.media.urls) and archives.issuperset(entry.media.urls)
+        rows = int(entry.counts.get("paper_annotations") or entry.examples or 0) * ROW_BYTES
         if shared:
-            rows = int(entry.counts.get("paper_annotations") or entry.examples or 0) * ROW_BYTES
             size = replace(size, fetched=min(size.fetched, rows))
+        elif entry.name not in damaged:
+            known = sum(catalogue.archive_gb.get(url, 0) for url in archives.intersection(entry.media.urls))
+            size = replace(size, fetched=max(min(size.fetched, rows), size.fetched - int(known * GB)))
         if cost(size) > left:
             planned.append(row(entry, "no room", size, f"{cost(size) / GB:,.1f} GB, {left / GB:,.1f} left"))
             continue
         left -= cost(size)
+        counted = is_counted(entry)
+        got.update({entry.name, entry.media_of or entry.name})
         archives.update(entry.media.urls)
         why = "annotations only; its media by hand" if entry.by_hand else ""
         why = "annotations only; another set brings its archives" if shared else why
-        chosen.append(row(entry, "by hand" if entry.source.kind == "manual" else "fetch", size, why))
+        why = f"annotations only; its media are among those of {entry.media_of}" if counted else why
+        why = "files of it are missing or have another size" if entry.name in damaged else why
+        new = row(entry, "by hand" if entry.source.kind == "manual" else "fetch", size, why)
+        chosen.append(new if counted else replace(new, media_of=None))
     order = {"no room": 0, "by hand": 1, "refused": 2, "there": 3}
     return chosen + sorted(planned, key=lambda item: (order[item.action], item.name))
+
+
+def _after_those_of_their_media(ready: list[tuple[DataSet, Size]]) -> list[tuple[DataSet, Size]]:
+    """The same order, but a set whose media are another's comes after that one."""
+    place = {entry.name: number for number, (entry, _) in enumerate(ready)}
+    return sorted(ready, key=lambda item: max(place[item[0].name], place.get(item[0].media_of, -1) + 0.5))
 
 
 def totals(rows: list[PlannedDownload]) -> Total:
     """Sums of what is chosen: rows whose action is fetch, or by hand."""
     chosen = [row for row in rows if row.action in CHOSEN]
-    automatic = [row for row in chosen if not row.by_hand_gb]
-    by_hand = [row for row in chosen if row.by_hand_gb]
+    automatic = [row for row in chosen if not (row.by_hand_gb or row.media_of)]
+    by_hand = [row for row in chosen if row.by_hand_gb or row.media_of]
     return Total(
         len(automatic),
         sum(row.gigabytes for row in automatic),

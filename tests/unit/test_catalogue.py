@@ -213,6 +213,45 @@ def test_a_plan_tells_media_by_hand_from_what_is_fetched_and_who_says_how_large_
     assert {row.name for row in rows if row.action == "no room"} == {"named"}
 
 
+def test_media_and_archives_that_sets_share_are_counted_once_and_rows_agree_with_the_sums(tmp_path):
+    youtube, urls = {"kind": "youtube-ids", "columns": ["video"]}, ["http://a.org/1.zip", "http://a.org/2.zip"]
+    archive = {"kind": "archive", "urls": urls[:1]}
+    found = catalogue(
+        tmp_path,
+        # By worth the owner of the media comes later, and it is planned before all the same.
+        {**MINE, "name": "owner", "media": youtube, "modality": "video", "examples": 10, "size_gb": 50},
+        {**MINE, "name": "user", "media": youtube, "modality": "video", "examples": 100, "media_of": "owner"},
+        {**MINE, "name": "coco", "media": archive, "disk_gb": 30, "examples": 1000},
+        {**MINE, "name": "more", "media": {**archive, "urls": urls}, "disk_gb": 40, "examples": 1000},
+        archive_gb={urls[0]: 28},
+    )
+    for whole in (True, False):
+        rows = plan_downloads(found.sets, found, tmp_path, math.inf, None, whole=whole)
+        by_name = {row.name: row for row in rows}
+        assert (by_name["owner"].by_hand_gb, by_name["user"].by_hand_gb) == (50, 0)
+        assert by_name["user"].media_of == "owner" and "among those of owner" in by_name["user"].why
+        assert (by_name["coco"].gigabytes, by_name["more"].gigabytes) == (30, 12)
+        sums = totals(rows)
+        assert (sums.automatic, sums.automatic_gb, sums.by_hand, sums.by_hand_gb) == (2, 42, 2, 50)
+    # Alone, it takes all of its own.
+    [row] = plan_downloads(found.find(["user"]), found, tmp_path, math.inf, None)
+    assert row.by_hand_gb == pytest.approx(100 * VIDEO_BYTES / 1e9) and row.media_of is None
+    with pytest.raises(ValueError, match="mine has media_of=ownr, which is no entry"):
+        catalogue(tmp_path, {**MINE, "media_of": "ownr"})
+
+
+def test_the_shipped_sets_that_share_media_are_counted_once(tmp_path):
+    found = load_catalogue()
+    rows = plan_downloads(found.sets, found, tmp_path, math.inf, None, whole=True)
+    shared = {row.name: row.media_of for row in rows if row.media_of}
+    assert shared["countix"] == "kinetics" and shared["star"] == "charades-sta" and len(shared) == 8
+    assert sum(row.by_hand_gb == 867 for row in rows) == 1
+    sums = totals(rows)
+    assert sums.automatic + sums.by_hand == len(rows) == 108
+    assert sums.automatic_gb + sums.by_hand_fetched_gb == pytest.approx(sum(row.gigabytes for row in rows))
+    assert sums.by_hand_gb == pytest.approx(sum(row.by_hand_gb for row in rows))
+
+
 @pytest.mark.parametrize("tier, least, most", [("small", 400, 500), ("medium", 900, 1000), ("full", 5000, math.inf)])
 def test_the_tiers_hold_what_they_say(tier, least, most, tmp_path):
     found = load_catalogue()
