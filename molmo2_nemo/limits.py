@@ -30,6 +30,10 @@ DOWNLOADED_VIDEOS = {"mp4": ".mp4", "webm": ".webm", "matroska": ".mkv", "avi": 
 # Suffixes of video files, in small letters; they are compared without case.
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 
+# Share of a fetched set's annotations, in a sample of them, that may be lost: `download.py fetch` warns above it,
+# `download.py verify` fails, and `prepare.py` refuses the set.
+MAX_DROPPED = 0.05
+
 # Questions with their answers (branches) of a sample. Reading 10,000 takes a tenth of a second, and the longest row of
 # the recipes, 36,864 tokens, holds fewer: a branch has at least five tokens.
 MAX_BRANCHES = 10_000

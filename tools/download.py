@@ -25,6 +25,7 @@ from pathlib import Path
 
 from molmo2_nemo.catalogue.datasets import CATEGORIES, CONF_FILE, load_catalogue
 from molmo2_nemo.fetch.rules import Rules
+from molmo2_nemo.limits import MAX_DROPPED
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -89,6 +90,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     trying.add_argument("--samples", type=positive, default=50, help="of each set (default %(default)s)")
     trying.add_argument(
         "--html", type=Path, metavar="DIR", help="where to write the pages (default: runs/verify/NAME); open index.html"
+    )
+    trying.add_argument(
+        "--max-dropped",
+        type=share,
+        default=MAX_DROPPED,
+        metavar="SHARE",
+        help="of the annotations of the samples that may be lost, as of prepare.py (default %(default)g)",
     )
     trying.add_argument("--no-pages", action="store_true", help="print the lines alone")
     checking = commands.add_parser("doctor", parents=both, help="what is broken or missing, and how to fix it")
@@ -172,6 +180,12 @@ def positive(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
+
+
+def share(text: str) -> float:
+    if not re.fullmatch(r"[01](\.\d*)?|\.\d+", text) or float(text) > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return float(text)
 
 
 def side(text: str) -> int:
@@ -392,12 +406,19 @@ def fetch(catalogue, entries, options) -> int:
 
 
 def check_use(result, entry, root: Path) -> None:
-    """Try to make a sample of what is there; where none can be made, the result says so."""
+    """Try to make a sample of what is there, and look for media; the result says where that fails."""
     from molmo2_nemo.fetch.data_set import note_trial
+    from molmo2_nemo.fetch.inventory import media_lacking
     from molmo2_nemo.prepare.trial import try_rows
 
     tried = try_rows(entry.model_dump(), root)
-    note_trial(root, entry.name, tried.works, tried.reason)
+    said = {"searched": tried.searched, "found": tried.found}
+    note_trial(root, entry.name, works=tried.works, useless=tried.reason, **said)
+    if tried.searched:
+        share = f"{tried.found:,} of {tried.searched:,} annotations looked at have their media on disk"
+        warning = f"; warning: see python tools/download.py verify {entry.name}" if media_lacking(entry, said) else ""
+        result.reason = "; ".join(filter(None, [result.reason, share])) + warning
+        result.counts |= {"annotations_searched": tried.searched, "with_media": tried.found}
     if not tried.works:
         result.state = "useless"
         result.reason = (
@@ -433,15 +454,15 @@ def diagnose(catalogue, entries, options) -> int:
 
 def verify(catalogue, entries, options) -> int:
     """Print what does not fit, and write a page for each sample. Returns 1 if something of a set does not fit."""
-    from molmo2_nemo.prepare.verify import MAX_DROPPED, report, take
+    from molmo2_nemo.prepare.verify import report, take
 
     sys.path.insert(0, str(Path(__file__).parent))  # for python -m, too
     results = []
     for entry in entries:
         try:
             found = take(entry.model_dump(), options.root, options.samples)
-            lines, fits = report(entry, options.root, found)
-            samples, fits = found.samples, fits and found.share_lost <= MAX_DROPPED and bool(found.samples)
+            lines, fits = report(entry, options.root, found, options.max_dropped)
+            samples = found.samples
         except ValueError as error:  # it is not there, or a file of it is broken
             lines, samples, fits = [str(error).rstrip(".")], [], False
         if samples and not options.no_pages:

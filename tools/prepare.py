@@ -28,12 +28,12 @@ from molmo2_nemo.catalogue.datasets import CONF_FILE
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.schema import UNITS
 from molmo2_nemo.files import disk_errors_told, missing_room, published
+from molmo2_nemo.limits import MAX_DROPPED
 from molmo2_nemo.prepare.formats.line import FORMATS
 from molmo2_nemo.prepare.formats.table import KEYS
 from molmo2_nemo.prepare.mistakes import kind_of
 from molmo2_nemo.prepare.own_data import Outcome, OwnSample, Reading, held_out_keys, read_files, samples
 from molmo2_nemo.prepare.stage_datasets import PreparedStage, StageOptions, prepare_stage, result_of
-from molmo2_nemo.prepare.verify import MAX_DROPPED
 from molmo2_nemo.prepare.webdataset import SHARD_SAMPLES, write_shards
 
 # Kinds of mistakes that are listed, sentences of each, and lines of which only the number is named.

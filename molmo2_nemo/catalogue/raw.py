@@ -76,6 +76,8 @@ class FetchNote(TypedDict, total=False):
     max_side: int | None  # pixels to which larger pictures were resized on arrival
     works: bool | None  # a sample could be made of one of the first rows
     useless: str | None  # why of none
+    searched: int | None  # annotations whose pictures or videos were looked for after the fetch
+    found: int | None  # of these, those whose media were there
     held_out: str | None  # "checked" or "not checked" against the pictures of evaluations
     counts: dict[str, Any] | None  # files, rows
     media: dict[str, Any] | None  # kind, and what became of the addresses of a list

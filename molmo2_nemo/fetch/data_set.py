@@ -571,21 +571,9 @@ class _Fetch:
         )
 
 
-def note_trial(root: Path, name: str, works: bool, reason: str | None) -> None:
-    """Write into fetched.json whether samples can be made of the set, and if not, why not."""
-    path = root / "raw" / name / "fetched.json"
-    write_json(path, {**RawSource(root, name).info, "works": works, "useless": reason}, sort_keys=True)
-
-
-def _noted_side(root: Path, name: str) -> int | None:
-    try:
-        return RawSource(root, name).info.get("max_side")
-    except ValueError:
-        return None
-
-
-def is_shared(catalogue: Catalogue, url: str) -> bool:
-    return sum(url in (*entry.source.urls, *entry.media.urls) for entry in catalogue.sets) > 1
+def note_trial(root: Path, name: str, **found) -> None:
+    """Write into fetched.json what FetchNote says of samples and media: works, useless, searched, found."""
+    write_json(root / "raw" / name / "fetched.json", {**RawSource(root, name).info, **found}, sort_keys=True)
 
 
 def _check_rows(path: Path, suffix: str) -> None:

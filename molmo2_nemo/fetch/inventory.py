@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from molmo2_nemo.catalogue.datasets import DataSet
-from molmo2_nemo.catalogue.raw import FetchNote, RawSource
+from molmo2_nemo.catalogue.raw import read_note
 from molmo2_nemo.fetch.hub import page, pinned
-from molmo2_nemo.fetch.on_disk import broken_files, fault, lacking, missing_layout
+from molmo2_nemo.fetch.on_disk import NEWER, broken_files, fault, glance, lacking, lacks_by_hand, missing_layout
+from molmo2_nemo.limits import MAX_DROPPED
 
 GB = 10**9
 # Bytes above which `doctor` does not read annotation files that the user provided.
@@ -81,6 +82,24 @@ def state_of(entry: DataSet, root: Path) -> str:
     if info.get("waiting"):
         return "by hand" if entry.by_hand else "part"
     return "sample" if info.get("limit") is not None else "part"
+
+
+def _wrong_at_a_glance(folder: Path, info: dict) -> str | None:
+    try:
+        found = glance(folder, info)
+    except OSError:  # a file, or its folder, cannot be read
+        return "damaged"
+    return None if found is None else "changed" if found[1] == NEWER else "damaged"
+
+
+def media_lacking(entry: DataSet, info: dict) -> bool:
+    """Whether more annotations than a set may lose had no pictures or video on disk after the fetch.
+
+    That many videos of YouTube are gone is expected.
+    """
+    searched = info.get("searched") or 0
+    lacking = searched - (info.get("found") or 0)
+    return entry.media.kind != "youtube-ids" and lacking > MAX_DROPPED * searched
 
 
 def page_of(entry: DataSet) -> str | None:
@@ -202,7 +221,8 @@ def _move_away(path: Path) -> str:
 def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Problem]:
     """Problems of one set. OSError: something of it cannot be read."""
     folder = root / "raw" / entry.name
-    fetch, how = (f"python tools/download.py {verb} {entry.name}{options}" for verb in ("fetch", "how"))
+    verbs = ("fetch", "how", "verify")
+    fetch, how, verify = (f"python tools/download.py {verb} {entry.name}{options}" for verb in verbs)
     if not folder.is_dir():
         if folder.is_symlink() or folder.exists():
             yield Problem(entry.name, f"{folder} is not a folder but a file or a broken link", _move_away(folder))
@@ -251,6 +271,11 @@ def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Pr
         yield Problem(entry.name, f"is a sample of {info['limit']:,} rows", fetch)
     if info.get("works") is False and not broken:
         yield Problem(entry.name, f"no sample can be made of it: {info.get('useless')}", how)
+    if media_lacking(entry, info) and not broken:
+        what = (
+            f"{info['searched'] - info['found']:,} of {info['searched']:,} annotations looked at have no media on disk"
+        )
+        yield Problem(entry.name, what, verify)
     revision = entry.source.hf and (entry.source.hf.revision or pinned(root, entry.source.hf.repo))
     if entry.source.hf and info.get("revision") and revision != info["revision"]:
         now = f"{revision[:12]} is pinned" if revision else "none is pinned any more"

@@ -23,12 +23,13 @@ from molmo2_nemo.catalogue.datasets import CONF_FILE, Catalogue, DataSet, load_c
 from molmo2_nemo.catalogue.raw import RawSource, size_on_disk
 from molmo2_nemo.fetch.inventory import with_license
 from molmo2_nemo.files import LockHeld, locked, missing_room, write_json
+from molmo2_nemo.limits import MAX_DROPPED
 from molmo2_nemo.prepare.dataset_shards import finish, finished, missing_shards, read_provenance, write_shard
 from molmo2_nemo.prepare.records import Provenance
 from molmo2_nemo.prepare.shard_plan import ShardPlan, make_plan
 from molmo2_nemo.prepare.spool import write_spool
 from molmo2_nemo.prepare.stage_blend import write_blends
-from molmo2_nemo.prepare.verify import MAX_DROPPED, refusal, take
+from molmo2_nemo.prepare.verify import refusal, take
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from molmo2_nemo.catalogue.datasets import DataSet
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, RawSource, read_rows
 from molmo2_nemo.fetch.on_disk import missing_layout
+from molmo2_nemo.limits import MAX_DROPPED
 from molmo2_nemo.prepare.converters import converter_of
 from molmo2_nemo.prepare.converters.common import Draft, Drop
 from molmo2_nemo.prepare.draft_to_sample import Dropped, pack
@@ -20,7 +21,6 @@ from molmo2_nemo.prepare.spool import converted
 
 # Samples that are made, and rows that are read for each of them, so that they are not all about one picture or video.
 SAMPLES, ROWS_A_SAMPLE = 50, 8
-MAX_DROPPED = 0.05  # share of the sample's annotations that a set may lose
 # Media of which some are gone; a fetch counts them, and they say nothing about the set's form.
 PARTLY_GONE = ("url-list", "youtube-ids")
 # What a reason is about, by a part of it.
@@ -125,8 +125,12 @@ def refusal(found: Sampled, name: str, most: float) -> str | None:
     )
 
 
-def report(entry: DataSet, root: Path, found: Sampled) -> tuple[list[str], bool]:
-    """Lines about layout, columns, coordinates, times and losses, and whether all of it fits."""
+def report(entry: DataSet, root: Path, found: Sampled, most: float = MAX_DROPPED) -> tuple[list[str], bool]:
+    """Lines about layout, columns, coordinates, times and losses, and whether the set is fit for use.
+
+    It is if no more than the share `most` of the annotations is lost, and it has a sample, all files of its layout, and
+    coordinates that may be in its unit.
+    """
     raw = RawSource(root, entry.name)
     lacking, unnamed = _columns(entry, raw)
     missing = missing_layout(entry, raw.folder)
@@ -159,8 +163,10 @@ def report(entry: DataSet, root: Path, found: Sampled) -> tuple[list[str], bool]
         lines.append(f"  left out:    {number:,} x {reason} (a rule of the set)")
     if found.gone:
         lines.append(f"  gone:        {found.gone:,} whose picture or video was not fetched")
-    lines.append(f"  lost:        {found.share_lost:.1%} of {found.kept + sum(found.lost.values()):,} annotations")
-    return lines, not any(said.values())
+    within = f", within --max-dropped {most:g}" if 0 < found.share_lost <= most else ""
+    total = found.kept + sum(found.lost.values())
+    lines.append(f"  lost:        {found.share_lost:.1%} of {total:,} annotations{within}")
+    return lines, found.share_lost <= most and bool(found.samples) and not missing and not doubt
 
 
 def _columns(entry: DataSet, raw: RawSource) -> tuple[list[str], list[str]]:

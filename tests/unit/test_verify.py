@@ -118,6 +118,17 @@ def test_prepare_refuses_a_set_that_loses_much_unless_told_otherwise(mine, tmp_p
         StageOptions(**options, max_dropped=5)
 
 
+def test_verify_and_prepare_have_one_bound(mine, tmp_path, capsys):
+    """A loss of 4 % is taken by both, and one of 8 % by neither, unless they are told another bound."""
+    _, file = mine([row(n % 24 if n else 99) for n in range(25)], pictures=24)
+    given = ["verify", "mine", "--root", str(tmp_path), "--catalogue", str(file), "--no-pages"]
+    assert download.main(given) == 0
+    assert "lost:        4.0% of 25 annotations, within --max-dropped 0.05" in capsys.readouterr().out
+    assert download.main([*given, "--max-dropped", "0.03"]) == 1
+    entry = load_catalogue(file).sets[0].model_dump()
+    assert refusal(take(entry, tmp_path), "mine", 0.05) is None and refusal(take(entry, tmp_path), "mine", 0.03)
+
+
 def test_the_command_writes_pages_and_its_status_says_whether_all_fits(mine, tmp_path, capsys):
     _, file = mine([row(n) for n in range(3)], pictures=3)
     given = ["verify", "mine", "--root", str(tmp_path), "--catalogue", str(file), "--html", str(tmp_path / "pages")]
