@@ -94,9 +94,15 @@ def form_of(name: str, fields: dict | None, convert, media_kind: str) -> Form | 
     columns = {column: _named(column, fields) for column in COLUMNS} | (form.get("columns") or {})
     # `label` is an answer in some sets and what is pointed at in others: it is the latter if there are points.
     kinds = [form["kind"]] if "kind" in form else [k for k, needed in KINDS.items() if all(columns[c] for c in needed)]
+    if not kinds and form:
+        raise ValueError(
+            f"{name} has convert={form}, and its fields ({', '.join(fields)}) are those of no known form: say its "
+            f"kind, one of {', '.join(KINDS)}, and what they mean in convert.columns"
+        )
     if not kinds:
         return None
     kind = kinds[0]
+    _check_style(name, kind, form.get("style"))
     if absent := [column for column in KINDS[kind] if not columns[column]]:
         raise ValueError(
             f"{name} has convert.kind={kind}, which needs the column {absent[0]}: name it in convert.columns"
@@ -110,7 +116,6 @@ def form_of(name: str, fields: dict | None, convert, media_kind: str) -> Form | 
     twice = [column for column in found.needed if found.needed.count(column) > 1]
     if twice:
         raise ValueError(f"{name} has convert.columns={form.get('columns')}, where {twice[0]} is read as two things")
-    _check_style(name, found)
     return found
 
 
@@ -129,35 +134,34 @@ def _check_keys(name: str, form, fields: dict) -> None:
             raise ValueError(
                 f"{name} has convert.columns.{column}, which nothing reads; it may have {', '.join(sorted(COLUMNS))}"
             )
-        if called is not None and called not in fields:
+        if called is not None and (not isinstance(called, str) or called not in fields):
             raise ValueError(
                 f"{name} has convert.columns.{column}={called!r}, which is none of its fields: {', '.join(fields)}"
             )
 
 
-def _check_style(name: str, form: Form) -> None:
+def _check_style(name: str, kind: str, given) -> None:
     """ValueError: the style is no word, does not fit the kind, or looks like a known one that is misspelt."""
-    styles = form.style if isinstance(form.style, list) and form.kind == "pointing" else [form.style or ""]
-    known = STYLES[form.kind]
-    for style in styles or [None]:
+    known = STYLES[kind]
+    for style in given if isinstance(given, list) and given and kind == "pointing" else [given or ""]:
         if not isinstance(style, str) or (style and not re.fullmatch(r"[A-Za-z0-9_-]{1,80}", style)):
             raise ValueError(f"{name} has convert.style={style!r}: it is a word, or of pointing a list of words")
         if not style or style in known:
             continue
-        if form.kind == "pointing":
+        if kind == "pointing":
             raise ValueError(
                 f"{name} has convert.style={style}, which says not how to point; these do: {', '.join(known)}"
             )
-        of_others = [kind for kind, names in STYLES.items() if style in names]
+        of_others = [other for other, names in STYLES.items() if style in names]
         if of_others and of_others[0] in ("pointing", "caption"):
             raise ValueError(
-                f"{name} has convert.style={style}, which is one of {of_others[0]} and not of {form.kind}; of it are "
+                f"{name} has convert.style={style}, which is one of {of_others[0]} and not of {kind}; of it are "
                 f"{', '.join(known)}"
             )
-        every = sorted({style for names in STYLES.values() for style in names})
+        every = sorted({one for names in STYLES.values() for one in names})
         if not of_others and (close := difflib.get_close_matches(style.lower(), every, n=1, cutoff=ALIKE)):
             raise ValueError(
-                f"{name} has convert.style={style}: did you mean {close[0]}? The known ones of {form.kind} are "
+                f"{name} has convert.style={style}: did you mean {close[0]}? The known ones of {kind} are "
                 f"{', '.join(known)}; a style of your own needs a name that is less alike"
             )
 

@@ -248,7 +248,8 @@ class _Fetch:
         self.facts["license"] = self.entry.license or repository.license
         chosen = hub.choose_files(repository, wanted)
         for split, names in chosen.items():
-            if rows := [name for name in names if Path(name).suffix.lower() in ROW_SUFFIXES][:1]:
+            rows = [name for name in names if Path(name).suffix.lower() in ROW_SUFFIXES][:1]
+            if rows and self.entry.row_columns:
                 self._from_hub(repository, rows)
                 self._check_columns(f"hub/{rows[0]}")
             if self.options.limit is not None:
