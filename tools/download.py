@@ -430,7 +430,10 @@ def check_use(result, entry, root: Path) -> None:
 def show_how(catalogue, entries, options) -> int:
     from molmo2_nemo.fetch.inventory import how
 
-    pages = [{"name": entry.name, "page": how(entry, options.root)} for entry in entries]
+    pages = []
+    for entry in entries:
+        of_media = catalogue.find([entry.media_of])[0] if entry.media_of else None
+        pages.append({"name": entry.name, "page": how(entry, options.root, of_media)})
     print(json.dumps(pages, indent=1) if options.json else "\n".join(page["page"] for page in pages).rstrip("\n"))
     return 0
 

@@ -299,8 +299,11 @@ def _bad_manual(entry: DataSet, folder: Path, how: str) -> Iterator[Problem]:
                 yield Problem(entry.name, f"{path.relative_to(folder)} is {what}", how)
 
 
-def how(entry: DataSet, root: Path) -> str:
-    """A data set's page: where it comes from, what is downloaded, what the user must provide, and where to put it."""
+def how(entry: DataSet, root: Path, of_media: DataSet | None = None) -> str:
+    """A data set's page: where it comes from, what is downloaded, what the user must provide, and where to put it.
+
+    of_media: the entry that media_of names.
+    """
     source, media, folder = entry.source, entry.media, root / "raw" / entry.name
     lines = [f"# {entry.name}", ""]
     lines += [
@@ -351,6 +354,14 @@ def how(entry: DataSet, root: Path) -> str:
             "",
         ]
         lines += [f"    manual/{pattern}" for pattern in entry.layout]
+        if of_media:
+            there = "manual" if of_media.by_hand else "extracted"
+            lines += [
+                "",
+                f"They are among those of {of_media.name}. Once these are there, a link will do:",
+                "",
+                f"    ln -s ../{of_media.name}/{there} {folder / 'manual'}",
+            ]
         lines += [
             "",
             f"Then `python tools/download.py fetch {entry.name}` registers it, and `doctor` checks it.",

@@ -86,7 +86,7 @@ def test_a_mistake_is_named_in_one_sentence(tmp_path, change, said):
 # What `convert` of a question may say wrongly, and what is said of it.
 CONVERT = [
     ({"kind": "qestion"}, "convert.kind='qestion', which is none of chat, pointing, choice, question, caption"),
-    ({"columns": {"question": ["query"]}}, "convert.columns.question=['query'], which is none of its fields: image, "),
+    ({"columns": {"question": ["query"]}}, "convert.columns.question=['query'], which is none of its fields: "),
     ({"unit": "percents"}, "convert.unit='percents', which is none of fraction, percent, pixels"),
     ({"style": "user_qaa"}, "convert.style=user_qaa: did you mean user_qa? The known ones of question are user_qa, "),
     (

@@ -400,7 +400,7 @@ def test_pictures_of_another_hash_and_held_out_ones_are_left_out(hub, media, tmp
     catalogue = load_catalogue(other / "datasets.yaml")
     assert any("held-out" in problem.what for problem in doctor(catalogue.sets, other))
     result = fetched(other, {**pictures, "media": {"kind": "url-list", "columns": ["url"]}}, retry_lost=True)
-    assert result.state == "failed" and "mine has no column url: it has s" in result.reason
+    assert result.state == "failed" and "mine has no column url: it has image_url, s, sha" in result.reason
 
 
 def test_nobody_answers_is_not_a_list_of_dead_addresses(tmp_path):

@@ -6,6 +6,7 @@ import time
 import download
 import pytest
 from fetch_servers import Repo, picture
+from programs import run
 from test_fetch import entry, fetched, hub, lines, media, write_catalogue  # noqa: F401 (fixtures)
 from test_fetch_archives import make_zip
 
@@ -140,3 +141,22 @@ def test_how_many_annotations_found_their_media_is_said_and_too_few_are_warned_o
     assert ("10 of 20 annotations looked at have no media on disk" in capsys.readouterr().out) == warned
     # The same bound holds for verify.
     assert download.main(["verify", "mine", "--no-pages", *where]) == int(warned)
+
+
+def test_media_of_another_set_are_taken_by_the_link_that_how_names(hub, tmp_path, capsys):  # noqa: F811
+    rows = [{"image": f"a/{number}.jpg", "question": "Q?", "answer": "A"} for number in range(3)]
+    hub.repos["me/mine"] = Repo({"train.jsonl": lines(rows)})
+    by_hand = {"kind": "manual", "layout": ["**/*.jpg"]}
+    owner = entry("owner", media=by_hand)
+    file = write_catalogue(tmp_path, owner, entry(media=by_hand, media_of="owner", **ASKED))
+    where = ["--catalogue", str(file), "--root", str(tmp_path)]
+    (tmp_path / "raw/owner/manual/a").mkdir(parents=True)
+    (tmp_path / "raw/mine").mkdir()
+    for number in range(3):
+        (tmp_path / f"raw/owner/manual/a/{number}.jpg").write_bytes(picture(number))
+    assert download.main(["how", "mine", *where]) == 0
+    [command] = [line for line in capsys.readouterr().out.splitlines() if "ln -s" in line]
+    assert run(command.split()).returncode == 0
+    assert download.main(["fetch", "mine", "--quiet", *where]) == 0
+    assert "3 of 3 annotations looked at have their media on disk" in capsys.readouterr().out
+    assert download.main(["doctor", "mine", *where]) == 0
