@@ -366,6 +366,8 @@ def fetch(catalogue, entries, options) -> int:
             print(
                 f"{entry.name}: layout unverified, its entry was not compared with what is published", file=sys.stderr
             )
+        if not entry.unsure and (why := no_converter(entry)):
+            print(f"{entry.name}: it can be fetched, and no sample can be made of it: {why}", file=sys.stderr)
         with Bar(entry.name, quiet=options.quiet) as bar:
             meter.report = bar.add_bytes
             try:
@@ -403,6 +405,17 @@ def fetch(catalogue, entries, options) -> int:
     if open_sets and not options.json and len(entries) > 1:
         print(f"not complete: {', '.join(open_sets)}", file=sys.stderr)
     return status or (1 if open_sets else 0)
+
+
+def no_converter(entry) -> str | None:
+    """Why the rows of a set cannot be converted, whatever is in them; None: they can be, as far as the entry tells."""
+    from molmo2_nemo.prepare.converters import converter_of
+
+    try:
+        converter_of(entry.model_dump())
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def check_use(result, entry, root: Path) -> None:

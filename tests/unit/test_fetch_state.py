@@ -37,6 +37,14 @@ def test_the_column_of_a_filter_must_be_there_too(hub, tmp_path):  # noqa: F811
     assert "mine has no column kind: it has a (hub/train.jsonl)" in fetched(tmp_path, entry(source=source)).reason
 
 
+def test_columns_of_no_known_form_are_told_before_the_first_byte(hub, tmp_path, capsys):  # noqa: F811
+    file = write_catalogue(tmp_path, entry(fields={"photo": "image"}))
+    assert download.main(["fetch", "mine", "--quiet", "--catalogue", str(file), "--root", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "mine has the columns photo, which are those of no known form" in said.err
+    assert "mine failed" in said.out  # there is no such repository
+
+
 @pytest.fixture
 def mine(hub, media, tmp_path):  # noqa: F811
     """A complete set with rows, an archive and a list of addresses; the entry, the root and its folder."""
