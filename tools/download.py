@@ -408,7 +408,9 @@ def fetch(catalogue, entries, options) -> int:
 
 
 def no_converter(entry) -> str | None:
-    """Why the rows of a set cannot be converted, whatever is in them; None: they can be, as far as the entry tells."""
+    """Why the rows of a user's own set cannot be converted, whatever is in them; None: as far as is known, they can."""
+    if entry.category != "own" or entry.form:
+        return None
     from molmo2_nemo.prepare.converters import converter_of
 
     try:
