@@ -11,6 +11,7 @@ from molmo2_nemo.config.errors import ConfigError, check_choice, refuse
 from molmo2_nemo.config.megatron_fields import check_megatron_fields
 from molmo2_nemo.config.schema import (
     EXTRA_TOKENS,
+    FP8_MULTIPLES,
     FP8_RECIPE,
     METRICS,
     VOCAB_MULTIPLE,
@@ -290,11 +291,8 @@ def layers_per_stage(p: ParallelConfig, m: ModelConfig) -> list[int]:
 
 
 def row_multiple(p: ParallelConfig, precision: str = "auto", fp8_recipe: str = FP8_RECIPE) -> tuple[int, str]:
-    """What a row's tokens must be a multiple of, and why: every rank's part is whole, in FP8 a multiple of 16 or 32.
-
-    16 is what FP8 matrix products need, 32 mxfp8 with its blocks (megatron.core.fp8_utils.get_fp8_align_size).
-    """
-    align = 1 if precision != "fp8" else 32 if fp8_recipe == "mxfp8" else 16
+    """What a row's tokens must be a multiple of, and why: every rank's part is whole, in FP8 as FP8_MULTIPLES says."""
+    align = FP8_MULTIPLES.get(fp8_recipe, 1) if precision == "fp8" else 1
     shared = p.tensor_model_parallel_size if p.sequence_parallel else 1
     reason = f"context parallel {p.context_parallel_size}"
     reason += f" x tensor parallel {shared} with sequence_parallel" if p.sequence_parallel else ""
@@ -334,15 +332,18 @@ def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig, multiple: tupl
     refuse(d.num_workers < 0, f"data.num_workers={d.num_workers} must not be negative.")
 
 
+BF16_LAYERS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+
+
 def check_engine(cfg: Config) -> None:
     """Refuse settings of FP8, overlap and offload that exclude each other. Raises ConfigError.
 
     What depends on the GPU and on installed libraries is in gpu.check_device.
     """
     transformer, p, m, train = cfg.transformer, cfg.parallel, cfg.model, cfg.train
-    tp, fp8, local = p.tensor_model_parallel_size, train.precision == "fp8", p.layer_spec == "local"
+    fp8, local = train.precision == "fp8", p.layer_spec == "local"
     recipe = transformer.get("fp8_recipe", FP8_RECIPE)
-    check_choice("transformer.fp8_recipe", recipe, ("delayed", "tensorwise", "blockwise", "mxfp8"))
+    check_choice("transformer.fp8_recipe", recipe, tuple(FP8_MULTIPLES))
     refuse(
         fp8 and local,
         "train.precision=fp8 needs Transformer Engine's layers: set parallel.layer_spec=transformer_engine.",
@@ -356,7 +357,7 @@ def check_engine(cfg: Config) -> None:
     refuse(
         train.vit_fp8 and recipe == "delayed",
         "train.vit_fp8=true does not work with transformer.fp8_recipe=delayed, whose maxima all ranks share after each"
-        " pass of the vision transformer, since ranks encode different numbers of chunks: use tensorwise or blockwise.",
+        " pass of the vision transformer, since ranks encode different numbers of chunks: use tensorwise.",
     )
     bf16_layers = transformer.get("first_last_layers_bf16", False)
     refuse(
@@ -364,27 +365,13 @@ def check_engine(cfg: Config) -> None:
         "transformer.first_last_layers_bf16=true does not work with transformer.fp8_recipe=delayed, which is switched"
         " on for all layers at once: use tensorwise or blockwise.",
     )
-    for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+    for key in BF16_LAYERS:
         refuse(
             key in transformer and not bf16_layers,
             f"transformer.{key}={transformer.get(key)} needs transformer.first_last_layers_bf16=true.",
         )
-    widths = {
-        "model.hidden_size": m.hidden_size,
-        "model.ffn_hidden_size": m.ffn_hidden_size // tp,
-        "model.num_attention_heads x head_dim": m.num_attention_heads * m.head_dim // tp,
-        "model.num_query_groups x head_dim": m.num_query_groups * m.head_dim // tp,
-    }
-    if train.vit_fp8:
-        widths.update({"model.vit.hidden_size": m.vit.hidden_size, "model.vit.ffn_hidden_size": m.vit.ffn_hidden_size})
-    align = 32 if recipe == "mxfp8" else 16
-    for key, width in widths.items():
-        refuse(
-            fp8 and width % align != 0,
-            f"train.precision=fp8 with {recipe} scaling needs widths in multiples of {align}, and a rank's part of"
-            f" {key} is {width}: use train.precision=bf16"
-            + (" or another transformer.fp8_recipe." if align > 16 else "."),
-        )
+    if fp8:
+        check_fp8_widths(cfg, recipe)
     if transformer.get("cpu_offloading"):
         refuse(
             local,
@@ -410,3 +397,37 @@ def check_engine(cfg: Config) -> None:
             bool(cfg.ddp.get("overlap_param_gather")) and cfg.ddp.get(key) is False,
             f"ddp.overlap_param_gather=true needs ddp.{key}, which is false: leave that out, it is then switched on.",
         )
+
+
+def check_fp8_widths(cfg: Config, recipe: str) -> None:
+    """Refuse FP8 for a width whose part on a rank is no multiple of what the recipe needs. Raises ConfigError."""
+    m, train, tp = cfg.model, cfg.train, cfg.parallel.tensor_model_parallel_size
+    decoder = {
+        "model.hidden_size": m.hidden_size,
+        "model.ffn_hidden_size": m.ffn_hidden_size // tp,
+        "model.num_attention_heads x head_dim": m.num_attention_heads * m.head_dim // tp,
+        "model.num_query_groups x head_dim": m.num_query_groups * m.head_dim // tp,
+    }
+    vit = {
+        "model.vit.hidden_size": m.vit.hidden_size,
+        "model.vit.num_attention_heads x head_dim": m.vit.num_attention_heads * m.vit.head_dim,
+        "model.vit.ffn_hidden_size": m.vit.ffn_hidden_size,
+    }
+    widths, multiple = {**decoder, **(vit if train.vit_fp8 else {})}, FP8_MULTIPLES[recipe]
+    wrong = next(((key, width) for key, width in widths.items() if width % multiple), None)
+    if wrong is None:
+        return
+    ways = []
+    if all(width % FP8_MULTIPLES[FP8_RECIPE] == 0 for width in widths.values()):
+        ways.append(f"transformer.fp8_recipe={FP8_RECIPE}")
+    if all(width % multiple == 0 for width in decoder.values()):
+        ways.append("train.vit_fp8=false")
+    if not ways:
+        needs_fp8 = ("fp8_recipe", "first_last_layers_bf16", *BF16_LAYERS)
+        keys = [f"transformer.{key}" for key in needs_fp8 if key in cfg.transformer]
+        keys += ["train.vit_fp8"] if train.vit_fp8 else []
+        ways.append("train.precision=bf16" + (f" without {', '.join(keys)}" if keys else ""))
+    raise ConfigError(
+        f"train.precision=fp8 with {recipe} scaling needs widths in multiples of {multiple}, and a rank's part of"
+        f" {wrong[0]} is {wrong[1]}: use {' or '.join(ways)}."
+    )

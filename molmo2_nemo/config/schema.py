@@ -37,6 +37,10 @@ EXTRA_TOKENS = (
 # The recipe of train.precision=fp8 unless transformer.fp8_recipe is set. It keeps no state between steps, so a resumed
 # run continues exactly and ranks need not agree on maxima, and it allows the first and last layers to stay in bf16.
 FP8_RECIPE = "tensorwise"
+# What rows and widths of FP8 matrix products must be multiples of. 16, and 32 for the blocks of mxfp8: Megatron-Core
+# 0.19.2, get_fp8_align_size. 128 for the blocks of blockwise: Transformer Engine 2.20,
+# docs/features/low_precision_training/fp8_blockwise_scaling; docs/gpu.md, "FP8", says what its source makes of it.
+FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
 
 # Scores of answers to held-out questions (training/score.py), by any of which `train.save_best` may go.

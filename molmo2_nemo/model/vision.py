@@ -12,14 +12,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from molmo2_nemo.config.schema import ModelConfig
+from molmo2_nemo.config.schema import FP8_MULTIPLES, ModelConfig
 from molmo2_nemo.model.collectives import all_gather
 from molmo2_nemo.model.layers import gated_mlp, vit_block_spec
 
@@ -42,8 +41,8 @@ class VisionTransformer(MegatronModule):
         self.encoder = TransformerBlock(
             config, vit_block_spec(vit.num_layers, config), post_layer_norm=False, pg_collection=pg_collection
         )
-        # FP8 matrix products need a multiple of 16 (or 32) patches, and a crop has an odd number: 729.
-        align = get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1
+        # FP8 matrix products need a multiple of 16 patches or more, and a crop has an odd number: 729.
+        align = FP8_MULTIPLES[config.fp8_recipe] if config.fp8 else 1
         self.crop_multiple = align // math.gcd(align, vision.patches_per_crop)
 
     def forward(self, crops: Tensor) -> Tensor:
