@@ -1,6 +1,11 @@
-"""What a run needs of a GPU and its libraries: checks, defaults, Transformer Engine's communication buffers."""
+"""What a run needs of a GPU and its libraries: checks, defaults, Transformer Engine's communication buffers.
 
+`python -m molmo2_nemo.gpu` prints what a run on a GPU would use of what is installed.
+"""
+
+import importlib.metadata
 import importlib.util
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -33,13 +38,12 @@ def check_device(config: Config, device: str) -> None:
         _need(
             spec == "transformer_engine",
             "train.precision=fp8",
-            f'Transformer Engine installed: pip install "{parallel.TRANSFORMER_ENGINE}"',
+            f"Transformer Engine installed: {parallel.INSTALL_TRANSFORMER_ENGINE}",
         )
         capability, cuda, words = _FP8_NEEDS[recipe]
         here = torch.cuda.get_device_capability(parallel.local_rank())
-        version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
         _need(
-            here >= capability and version >= cuda,
+            here >= capability and _cuda_version() >= cuda,
             f"transformer.fp8_recipe={recipe}",
             f"{words}; this GPU has compute capability {here[0]}.{here[1]} and torch CUDA {torch.version.cuda}",
         )
@@ -89,13 +93,58 @@ def ddp_settings(config: Config, device: str) -> dict:
     }
 
 
+def adam() -> str:
+    """Whose Adam Megatron has chosen: the first that is installed."""
+    libraries = {"transformer_engine": "Transformer Engine's fused", "apex": "apex's fused"}
+    return libraries.get(Adam.__module__.split(".")[0], "torch's")
+
+
+def missing_libraries(config: Config, device: str, gpus: int) -> list[str]:
+    """Sentences on what a run on a GPU does without, and what that costs; none where nothing is missing."""
+    if device != "cuda" or parallel.has_transformer_engine():
+        return []
+    from molmo2_nemo.planner.memory import Job, peak, worst_stage
+
+    def gib(layer_spec: str) -> float:
+        layout = replace(config.parallel, layer_spec=layer_spec)
+        return peak(worst_stage(Job(replace(config, parallel=layout), gpus))[1])[0] / 2**30
+
+    local, fused = gib("local"), gib("transformer_engine")
+    more = f"{local - fused:.1f} GiB more than {fused:.1f}" if local - fused > 0.05 else f"the same, {fused:.1f} GiB"
+    lines = [
+        "Transformer Engine is not installed: norms, SwiGLU and weight gradients run unfused, which is slower (how much"
+        f" is unmeasured); FP8 is not possible; peak memory of a GPU is by the plan {more}. Install it with "
+        f"{parallel.INSTALL_TRANSFORMER_ENGINE}"
+    ]
+    if adam() == "torch's":
+        lines.append("apex is not installed either: the update is torch's Adam, several kernels instead of one")
+    return lines
+
+
+def installed() -> list[str]:
+    """What a run on a GPU would use of what is installed, a line each."""
+    lines = [f"torch {torch.__version__}, CUDA {torch.version.cuda}"]
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        recipes = [r for r, (needed, cuda, _) in _FP8_NEEDS.items() if capability >= needed and _cuda_version() >= cuda]
+        lines.append(f"GPU: {torch.cuda.get_device_name()}; FP8 recipes it can run: {', '.join(recipes) or 'none'}")
+    else:
+        lines.append("GPU: torch sees none here")
+    if parallel.has_transformer_engine():
+        lines.append(f"layers: Transformer Engine {importlib.metadata.version('transformer-engine')}")
+    else:
+        lines.append(f"layers: Megatron's local ones, no FP8; for others: {parallel.INSTALL_TRANSFORMER_ENGINE}")
+    return [*lines, f"Adam: {adam()}", "attention: FlexAttention, compiled by torch"]
+
+
+def _cuda_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+
+
 def description(config: Config, precision: str, device: str) -> str:
     """One line for the log: which layers, which Adam, FP8, and what the length of a row must be a multiple of."""
-    library = {"transformer_engine": "Transformer Engine's fused", "apex": "apex's fused"}.get(
-        Adam.__module__.split(".")[0]
-    )
     multiple, reason = row_multiple(config.parallel, precision, config.transformer.get("fp8_recipe", FP8_RECIPE))
-    line = f"layers {parallel.layer_spec(config.parallel, device)}, Adam {library or "torch's"}"
+    line = f"layers {parallel.layer_spec(config.parallel, device)}, Adam {adam()}"
     if precision == "fp8":
         recipe = config.transformer.get("fp8_recipe", FP8_RECIPE)
         why = "" if "fp8_recipe" in config.transformer else " (default: it keeps no state between steps)"
@@ -119,3 +168,7 @@ def initialize_user_buffers(config: Config, precision: str) -> None:
         ub_cfgs={},
         bootstrap_backend=transformer.get("tp_comm_bootstrap_backend", "nccl"),
     )
+
+
+if __name__ == "__main__":
+    print("\n".join(installed()))

@@ -22,6 +22,10 @@ from molmo2_nemo.model.layers import gelu_tanh
 
 # What the extra `gpu` of pyproject.toml installs; so named, it can be installed beside a checkout and beside a wheel.
 TRANSFORMER_ENGINE = "transformer-engine[pytorch,core_cu13]"
+# In isolation, pip's default, its extension would be compiled against the newest torch instead of the installed one.
+INSTALL_TRANSFORMER_ENGINE = (
+    f'tools/install_gpu.sh (without a checkout: pip install --no-build-isolation "{TRANSFORMER_ENGINE}")'
+)
 # Fields of TransformerConfig that say how FP8 is done: the same for the decoder and for the ViT, if that is in FP8.
 FP8_FIELDS = (
     "fp8_recipe",
@@ -169,7 +173,7 @@ def layer_spec(parallel: ParallelConfig, device: str) -> str:
     if parallel.layer_spec == "transformer_engine" and not (device == "cuda" and has_transformer_engine()):
         raise ConfigError(
             "parallel.layer_spec=transformer_engine needs a GPU and Transformer Engine installed: "
-            f'pip install "{TRANSFORMER_ENGINE}", or use parallel.layer_spec=local.'
+            f"{INSTALL_TRANSFORMER_ENGINE}, or use parallel.layer_spec=local."
         )
     if parallel.layer_spec != "auto":
         return parallel.layer_spec

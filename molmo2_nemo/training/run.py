@@ -134,6 +134,8 @@ def set_up(
     for line in blend.describe_rounds(sources, settings.max_steps * settings.global_batch_size):
         log.say(line)
     log.say(gpu.description(config, precision, device))
+    for line in gpu.missing_libraries(config, device, world_size_from_environment()):
+        log.say(line)
     for line in start.ignored:
         log.say(f"ignored: {line}")
     if start.resume is not None and settings.start_over:

@@ -52,6 +52,7 @@ NOT_RUN = (
     (r"wandb .*", "needs an account at Weights & Biases"),
     (r"(ruff|pytest) .*", "other programs of the environment"),
     (r"python3\.12 -m pip .*|pip install .*", "needs the network"),
+    (r"tools/install_gpu\.sh", "needs the network; test_install.py runs it with a stand-in for pip"),
     (r"for .*", "a loop of the shell around a command that stands in the document, too"),
     (
         r"(sbatch|srun|scancel|slurm/submit\.sh|docker|enroot|apptainer) .*",

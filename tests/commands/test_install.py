@@ -7,7 +7,9 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from programs import REPOSITORY, build_and_install, python, succeeded
 
@@ -95,3 +97,58 @@ def test_training_data_are_inspected(installed):
 def test_the_advice_names_what_the_extra_installs():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert project["optional-dependencies"]["gpu"] == [parallel.TRANSFORMER_ENGINE]
+
+
+# Stands where .venv/bin/python does: notes what pip is asked for, and otherwise is Python, with Transformer Engine once
+# pip was asked for it and {able} says so. Megatron could not be imported beside such an engine, so that the report is a
+# word here; test_gpu_settings.py looks at the report itself.
+PYTHON = """#!/bin/bash
+if [[ "$1 $2" == "-m pip" ]]; then
+  printf '%s\\n' "$@" > {folder}/asked
+  cp "$(sed -n '/^--constraint$/{{n;p}}' {folder}/asked)" {folder}/pins
+  {able} && touch {folder}/site/transformer_engine/pytorch.py
+  exit 0
+fi
+[[ "$*" == "-W ignore -m molmo2_nemo.gpu" ]] && exec echo "reported"
+PYTHONPATH={folder}/site exec {python} "$@"
+"""
+
+
+@pytest.fixture
+def install_gpu(tmp_path):
+    """Runs tools/install_gpu.sh with that Python; the folder gets `asked` and `pins`, the versions that must stay."""
+    (tmp_path / "site" / "transformer_engine").mkdir(parents=True)
+    (tmp_path / "site" / "transformer_engine" / "__init__.py").touch()
+
+    def run(able: bool) -> subprocess.CompletedProcess:
+        stand_in = tmp_path / "python"
+        words = {"folder": tmp_path, "python": sys.executable}
+        stand_in.write_text(PYTHON.format(able="true" if able else "false", **words))
+        stand_in.chmod(0o755)
+        environment = {**os.environ, "PYTHON": str(stand_in)}
+        script = REPOSITORY / "tools" / "install_gpu.sh"
+        return subprocess.run([script], text=True, capture_output=True, env=environment, timeout=300)
+
+    return run
+
+
+def test_transformer_engine_is_built_for_the_installed_torch(install_gpu, tmp_path):
+    result = succeeded(install_gpu(able=True))
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert "--no-build-isolation" in asked
+    cuda = torch.version.cuda.split(".")[0]
+    assert asked[-1] == f"transformer-engine[pytorch,core_cu{cuda}]==2.20.2"
+    pins = (tmp_path / "pins").read_text().splitlines()
+    assert [pin for pin in pins if pin.startswith("torch==")] == [f"torch=={torch.__version__.split('+')[0]}"]
+    assert f"numpy=={np.__version__}" in pins and len(pins) > 150
+    assert result.stdout.splitlines()[-1] == "reported"
+    # Again: nothing is asked of pip.
+    (tmp_path / "asked").unlink()
+    succeeded(install_gpu(able=False))
+    assert not (tmp_path / "asked").exists()
+
+
+def test_an_engine_that_cannot_be_imported_is_an_error(install_gpu):
+    result = install_gpu(able=False)
+    assert result.returncode == 1
+    assert "cannot be imported with torch" in result.stderr and "reported" not in result.stdout

@@ -1,6 +1,7 @@
 """What a GPU needs, as far as it can be seen without one."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -59,6 +60,22 @@ def test_shipped_settings_pass_and_are_described():
         gpu.check_device(build(stage), "cpu")
     line = gpu.description(build("stage3"), "fp32", "cpu")
     assert line == "layers local, Adam torch's; row length in multiples of 8 (context parallel 8)"
+
+
+def test_a_run_on_a_gpu_says_what_it_lacks(monkeypatch):
+    """Memory as the plan has it: without recomputation the local layers keep more for the backward pass."""
+    cfg = build("stage2", "model=molmo2_4b", "train.vision_chunk_crops=8")
+    monkeypatch.setattr(parallel, "has_transformer_engine", lambda: False)
+    engine, apex = gpu.missing_libraries(cfg, "cuda", 64)
+    assert "tools/install_gpu.sh" in engine and "FP8 is not possible" in engine and "torch's Adam" in apex
+    more, fused = (float(figure) for figure in re.search(r"(\d+\.\d) GiB more than (\d+\.\d)", engine).groups())
+    assert 1 < more < fused
+    assert gpu.missing_libraries(cfg, "cpu", 64) == []
+    assert any("local" in line and "tools/install_gpu.sh" in line for line in gpu.installed())
+    monkeypatch.setattr(parallel, "has_transformer_engine", lambda: True)
+    assert gpu.missing_libraries(cfg, "cuda", 64) == []
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: {"transformer-engine": "2.20.2"}[name])
+    assert "layers: Transformer Engine 2.20.2" in gpu.installed() and "Adam: torch's" in gpu.installed()
 
 
 def test_the_vision_transformer_takes_the_fp8_settings_when_asked():
