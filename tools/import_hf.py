@@ -18,6 +18,11 @@ from molmo2_nemo.hf.convert import import_hf
 from molmo2_nemo.hf.folder import is_there
 
 
+def say(line: str) -> None:
+    """At once, also into a file."""
+    print(line, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -27,18 +32,16 @@ def main() -> None:
     parser.add_argument("--llm", type=Path, metavar="DIR", help="a Qwen3 or OLMo 3 instead of HF_DIR")
     parser.add_argument("--vision", type=Path, metavar="DIR", help="its vision tower, a SigLIP 2")
     parser.add_argument("--seed", type=int, default=6198, help="seed of what is drawn at random (train.seed)")
-    parser.add_argument("--verbose", action="store_true", help="name every tensor as it is written")
     args = parser.parse_args()
     if (args.llm is None) != (args.vision is None) or (args.llm is None) == (args.hf_dir is None):
         parser.error("give HF_DIR, or both --llm and --vision")
-    progress = print if args.verbose else lambda line: None
     try:
         if is_there(args.checkpoint):
             raise ConfigError(f"{args.checkpoint} exists: remove it or name another folder.")
         if args.llm is None:
-            model = import_hf(args.hf_dir, args.checkpoint, progress)
+            model = import_hf(args.hf_dir, args.checkpoint, say)
         else:
-            model = import_base_models(args.llm, args.vision, args.checkpoint, seed=args.seed, progress=progress)
+            model = import_base_models(args.llm, args.vision, args.checkpoint, seed=args.seed, progress=say)
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
     tied = "tied to the embedding" if model.tie_embeddings else "its own"

@@ -14,7 +14,7 @@ from torch import Tensor
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import ConnectorConfig, ModelConfig, VisionConfig, VitConfig
 from molmo2_nemo.hf.architecture import check_rope
-from molmo2_nemo.hf.convert import head_is_tied, write_checkpoint
+from molmo2_nemo.hf.convert import Progress, head_is_tied, report_types, write_checkpoint
 from molmo2_nemo.hf.folder import CONFIG_FILE, HuggingFaceWeights, is_there, parsed, read_config
 from molmo2_nemo.hf.names import EMBEDDING_PARTS, WrongShape, base_parts, tensor_table
 
@@ -167,10 +167,10 @@ def import_base_models(
     family, text, tower = model_type(llm), _Prefixed(llm, "model."), _Prefixed(vision, "vision_model.")
 
     def table(name: str, shape_only: bool) -> Tensor:
-        rows = text.get(name, shape_only)
-        if rows.shape[0] < model.vocab_size:
-            raise WrongShape(f"{llm}: {name} has {rows.shape[0]} rows, not {model.vocab_size}")
-        return rows[: model.vocab_size]
+        rows = text.get(name, shape_only=True).shape[0]
+        if rows < model.vocab_size:
+            raise WrongShape(f"{llm}: {name} has {rows} rows, not {model.vocab_size}")
+        return text.get(name, shape_only, None if rows == model.vocab_size else slice(0, model.vocab_size))
 
     def read(name: str, shape_only: bool = False) -> Tensor:
         """A released tensor that one of the folders has."""
@@ -182,7 +182,7 @@ def import_base_models(
             parts = [table(name, shape_only)]
         else:
             parts = [text.get(part, shape_only) for part in base_parts(name, family)]
-        tensor = torch.cat(parts)
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         # A convolution's kernel [H, channel, row, column] is a row of (row, column, channel) here.
         return tensor.permute(0, 2, 3, 1).flatten(1) if name.endswith("patch_embedding.weight") else tensor
 
@@ -221,9 +221,11 @@ def import_base_models(
                 f"{llm}, {vision}: {entry.key} is {tuple(shape)}, config.json says {entry.shape}: download both again."
             )
         state[entry.key] = torch.empty(entry.shape, dtype=dtype, device="meta")
-        make[entry.key] = lambda build=build, key=entry.key: (progress(key), build())[1]
+        make[entry.key] = build
     source = {"step": 0, "stage": "imported", "source": f"{llm} + {vision}"}
-    write_checkpoint(checkpoint, model, state, make, source | (info or {}))
+    report_types(state, progress)
+    told = Progress(sum(tensor.nbytes for tensor in state.values()), progress)
+    write_checkpoint(checkpoint, model, state, make, source | (info or {}), told)
     return model
 
 
@@ -233,8 +235,9 @@ class _Prefixed:
     def __init__(self, folder: Path, prefix: str):
         self.folder, self.prefix, self.weights = folder, prefix, HuggingFaceWeights(folder)
 
-    def get(self, name: str, shape_only: bool) -> Tensor:
+    def get(self, name: str, shape_only: bool, rows: slice | None = None) -> Tensor:
+        """A tensor, or a meta tensor of its shape; rows: these alone."""
         for full in (self.prefix + name, name):
             if full in self.weights:
-                return self.weights.shape_of(full) if shape_only else self.weights(full)
+                return self.weights.shape_of(full, rows) if shape_only else self.weights(full, rows)
         raise KeyError(f"{self.folder} lacks {self.prefix}{name}")

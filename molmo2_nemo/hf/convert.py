@@ -1,10 +1,14 @@
 """Weights from and to Hugging Face folders, a few tensors in memory at a time, without a process group."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
+import os
 import shutil
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,10 +22,10 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.schema import ModelConfig
-from molmo2_nemo.files import disk_errors_told, missing_room
+from molmo2_nemo.files import disk_errors_told, missing_room, readable_size
 from molmo2_nemo.hf.architecture import hf_config, model_config_from_hf
 from molmo2_nemo.hf.folder import INDEX_FILE, MODEL_FILE, HuggingFaceWeights, has_weights, is_there
-from molmo2_nemo.hf.names import EMBEDDING_PARTS, NATIVE_EMBEDDING, Entry, WrongShape, read_released, tensor_table
+from molmo2_nemo.hf.names import EMBEDDING_PARTS, NATIVE_EMBEDDING, WrongShape, read_released, tensor_table
 
 _HEAD = "lm_head.weight"
 # The base embedding of a Molmo2 (released, native) and of a language model.
@@ -30,18 +34,65 @@ _TABLES = (EMBEDDING_PARTS[0], NATIVE_EMBEDDING, "model.embed_tokens.weight", "e
 _AROUND_A_TENSOR = 2048
 # Bytes of tensors that an export reads at a time: each time the checkpoint's index is read.
 READ_AT_ONCE = 2**30
+# Bytes of tensors in a file of an imported checkpoint: torch's writer holds what it has written until a file is closed.
+BYTES_OF_A_FILE = 2**29
+# Bytes of two tables that are compared at a time.
+_COMPARED_AT_ONCE = 2**26
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress:
+    """Says how far a conversion is: bytes, rate and time left, at most every `seconds`, and at the end.
+
+    total: bytes; say: gets the lines.
+    """
+
+    def __init__(self, total: int, say: Callable[[str], None], seconds: float = SECONDS_BETWEEN_LINES):
+        self.total, self.say, self.seconds, self.done = total, say, seconds, 0
+        self.started = self.last = time.monotonic()
+
+    def add(self, size: int, what: str) -> None:
+        """`size` more bytes are written; what: a word on the last of them."""
+        self.done += size
+        now = time.monotonic()
+        if now - self.last < self.seconds and self.done < self.total:
+            return
+        self.last, rate = now, self.done / max(now - self.started, 1e-3)
+        far = f"{readable_size(self.done)} of {readable_size(self.total)}"
+        left = max(0, self.total - self.done) / max(rate, 1)
+        self.say(f"{far}, {readable_size(int(rate))}/s, {left:.0f} s left ({what})")
+
+
+class _WriterOfSeveralFiles(dcp.FileSystemWriter):
+    """torch's writer, which holds the tensors of a file until it is closed, given several files to write."""
+
+    def write_data(self, plan, planner):
+        results, items = [], sorted(plan.items, key=lambda item: planner.order[item.index.fqn])
+        for number, group in enumerate(_groups(items, lambda item: planner.sizes[item.index.fqn], BYTES_OF_A_FILE)):
+            prefix = dataclasses.replace(plan.storage_data, prefix=f"__{number}_")
+            part = dataclasses.replace(plan, items=group, storage_data=prefix)
+            results += super().write_data(part, planner).wait()
+        written = torch.futures.Future()
+        written.set_result(results)
+        return written
 
 
 class _LazyPlanner(DefaultSavePlanner):
     """Writes tensors that are made when their turn comes; the state dict holds meta tensors of their shapes."""
 
-    def __init__(self, make: dict[str, Callable[[], Tensor]]):
+    def __init__(self, state: dict, make: dict[str, Callable[[], Tensor]], progress: Progress):
         super().__init__(flatten_state_dict=False)
-        self.make = make
+        self.make, self.progress = make, progress
+        self.order = {key: number for number, key in enumerate(state)}
+        self.sizes = {key: value.nbytes if isinstance(value, Tensor) else 0 for key, value in state.items()}
 
     def resolve_data(self, write_item):
-        make = self.make.get(write_item.index.fqn)
-        return make() if make is not None else super().resolve_data(write_item)
+        key = write_item.index.fqn
+        if key not in self.make:
+            return super().resolve_data(write_item)
+        tensor = self.make[key]()
+        self.progress.add(tensor.nbytes, key)
+        return tensor
 
 
 def head_is_tied(folder: Path, says: bool) -> bool:
@@ -59,7 +110,7 @@ def head_is_tied(folder: Path, says: bool) -> bool:
     table = next((name for name in _TABLES if name in weights), None)
     if table is None or any(weights.shape_of(name).dim() != 2 for name in (table, _HEAD)):
         return False  # damaged: the import says so
-    return _same(weights.first_rows(table, 64), weights.first_rows(_HEAD, 64))
+    return _same(weights(table, slice(0, 64)), weights(_HEAD, slice(0, 64)))
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
@@ -90,11 +141,11 @@ def import_hf(
     weights.refuse_more_layers(("model.transformer.blocks.", "model.language_model.layers."), model.num_layers)
 
     # Every tensor is checked before anything is written.
-    state = {}
+    state, rows = {}, weights.rows
     for entry in tensor_table(model):
         released = " + ".join(entry.released)
         try:
-            meta = entry.join([read_released(name, model, weights, weights.shape_of) for name in entry.released])
+            meta = entry.join([read_released(name, model, rows, weights.shape_of) for name in entry.released])
         except KeyError as error:
             raise ConfigError(
                 f"{folder} lacks {error.args[0]}, which its config.json asks for: it cannot be imported; download both "
@@ -111,22 +162,45 @@ def import_hf(
             )
         state[entry.key] = torch.empty(entry.shape, dtype=meta.dtype, device="meta")
 
-    def read(name):
-        return read_released(name, model, weights, weights)
+    def read(name, piece=None):
+        return read_released(name, model, rows, weights, piece)
 
-    if _HEAD in weights and _same(read(_HEAD), read(EMBEDDING_PARTS[0])):
+    if _HEAD in weights and _head_is_embedding(model, read):
         model.tie_embeddings = True
     make = {}
     for entry in tensor_table(model):
 
         def build(entry=entry):
-            progress(entry.key)
             return entry.join([read(name) for name in entry.released]).contiguous()
 
         make[entry.key] = build
+    state = {key: state[key] for key in make}
+    report_types(state, progress)
     source = {"step": 0, "stage": "imported", "source": str(folder)}
-    write_checkpoint(checkpoint, model, {key: state[key] for key in make}, make, source | (info or {}))
+    write_checkpoint(checkpoint, model, state, make, source | (info or {}), Progress(_bytes(state), progress))
     return model
+
+
+def _head_is_embedding(model: ModelConfig, read: Callable[[str, slice], Tensor]) -> bool:
+    """Whether both tables are the same, bit for bit; a piece of each is in memory."""
+    step = max(1, _COMPARED_AT_ONCE // (4 * model.hidden_size))
+    pieces = [slice(at, min(at + step, model.vocab_size)) for at in range(0, model.vocab_size, step)]
+    return all(_same(read(_HEAD, piece), read(EMBEDDING_PARTS[0], piece)) for piece in pieces)
+
+
+def _bytes(state: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in state.values())
+
+
+def report_types(state: dict[str, Tensor], progress: Callable[[str], None]) -> None:
+    """Say which data types the tensors have, if there are several: each keeps its own.
+
+    Tensors that are joined, as q, k and v are, take the type that holds all of them.
+    """
+    counts = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())
+    if len(counts) > 1:
+        several = ", ".join(f"{number} {dtype}" for dtype, number in counts.most_common())
+        progress(f"the tensors are of several types, and each keeps its own: {several}")
 
 
 @contextlib.contextmanager
@@ -145,8 +219,13 @@ def _new_folder(folder: Path, needed: int, what: str) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_checkpoint(checkpoint: Path, model: ModelConfig, state: dict, make: dict, info: dict) -> None:
+def write_checkpoint(
+    checkpoint: Path, model: ModelConfig, state: dict, make: dict, info: dict, progress: Progress | None = None
+) -> None:
     """A weights-only checkpoint that Megatron's dist_checkpointing.load reads, written by one process.
+
+    state: key -> tensor, which may be a meta tensor where `make` has a function that makes it. Files have
+    BYTES_OF_A_FILE of tensors or one larger tensor, and so much is in memory. progress: told of what was made.
 
     Raises ConfigError when the disk lacks room or fails; then nothing is left of it.
     """
@@ -155,12 +234,14 @@ def write_checkpoint(checkpoint: Path, model: ModelConfig, state: dict, make: di
         # dist_checkpointing expects the unsharded part of a state dict as one serialised object.
         common = io.BytesIO()
         torch.save([{}], common)
+        contents = {**state, "common_state/shard_0_1": common}
         failure = None
         try:
             dcp.save(
-                {**state, "common_state/shard_0_1": common},
-                storage_writer=dcp.FileSystemWriter(temporary, thread_count=1),
-                planner=_LazyPlanner(make),
+                contents,
+                # Nothing is copied ahead: that is for tensors on a GPU.
+                storage_writer=_WriterOfSeveralFiles(temporary, thread_count=1, per_thread_copy_ahead=0),
+                planner=_LazyPlanner(contents, make, progress or Progress(needed, lambda line: None)),
                 no_dist=True,
             )
         except CheckpointException as error:
@@ -219,7 +300,7 @@ def released_tensors(checkpoint: Path, model: ModelConfig):
     for entry in table:
         if entry.key not in dtypes:
             raise ConfigError(f"checkpoint {checkpoint} lacks {entry.key}: its model.json does not describe it.")
-    for entries in _groups(table, lambda entry: math.prod(entry.shape) * dtypes[entry.key].itemsize):
+    for entries in _groups(table, lambda entry: math.prod(entry.shape) * dtypes[entry.key].itemsize, READ_AT_ONCE):
         tensors = read_tensors(checkpoint, {entry.key: (entry.shape, dtypes[entry.key]) for entry in entries})
         for entry in entries:
             parts = entry.split(tensors.pop(entry.key))
@@ -229,11 +310,11 @@ def released_tensors(checkpoint: Path, model: ModelConfig):
                 yield "lm_head.weight", parts[0]
 
 
-def _groups(entries: list[Entry], size: Callable[[Entry], int]) -> Iterator[list[Entry]]:
-    """Neighbours that have READ_AT_ONCE bytes together, or a larger one alone."""
+def _groups[T](entries: list[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Neighbours that have `most` bytes together at most, or a larger one alone."""
     group, total = [], 0
     for entry in entries:
-        if group and total + size(entry) > READ_AT_ONCE:
+        if group and total + size(entry) > most:
             yield group
             group, total = [], 0
         group.append(entry)
@@ -270,7 +351,8 @@ def export_hf(
         processor.video_processor.num_frames = max_frames
         processor.video_processor.max_fps = max_fps
     with _new_folder(folder, _export_bytes(checkpoint, model, dtype), "an export") as temporary:
-        stored = _write_weights(checkpoint, model, temporary, dtype, max_shard_bytes, progress)
+        written = Progress(_export_bytes(checkpoint, model, dtype), progress)
+        stored = _write_weights(checkpoint, model, temporary, dtype, max_shard_bytes, written)
         hf_config(model, str(stored).removeprefix("torch.")).save_pretrained(temporary)
         if processor is not None:
             processor.save_pretrained(temporary)
@@ -293,24 +375,25 @@ def _write_weights(
     folder: Path,
     dtype: torch.dtype | None,
     max_shard_bytes: int,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> torch.dtype:
-    """Write safetensors, and their index if there are several. Returns the type of the first tensor."""
-    shard, size, shards, total = {}, 0, [], 0
+    """Write safetensors, and their index if there are several. Returns the type that most bytes have."""
+    shard, size, shards, total, types = {}, 0, [], 0, Counter()
 
     def flush():
         nonlocal shard, size
         if shard:
             name = f"part-{len(shards):05d}.safetensors"
             save_file(shard, folder / name, metadata={"format": "pt"})
+            # safetensors gives its files to their owner alone.
+            (folder / name).chmod(_mode_of_new_files(folder))
             shards.append((name, list(shard)))
-            progress(f"{name}: {len(shard)} tensors, {size / 2**20:.1f} MiB")
+            progress.add(size, f"file {len(shards)}, {len(shard)} tensors")
         shard, size = {}, 0
 
-    stored = None
     for name, tensor in released_tensors(checkpoint, model):
         tensor = tensor.to(dtype or tensor.dtype).contiguous().clone()
-        stored = stored or tensor.dtype
+        types[tensor.dtype] += tensor.nbytes
         if size and size + tensor.nbytes > max_shard_bytes:
             flush()
         shard[name] = tensor
@@ -324,7 +407,21 @@ def _write_weights(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    return stored
+    if len(types) > 1:
+        several = ", ".join(f"{readable_size(size)} of {str(dtype)[6:]}" for dtype, size in types.most_common())
+        progress.say(
+            f"the tensors are of several types, and each keeps its own: {several}; config.json names the first"
+        )
+    return types.most_common(1)[0][0]
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """The rights that the user's umask gives a new file: 0644 with the usual one."""
+    probe = folder / ".rights"
+    probe.touch()
+    mode = os.stat(probe).st_mode & 0o777
+    probe.unlink()
+    return mode
 
 
 def _write_generation_config(folder: Path, tokenizer) -> None:

@@ -233,12 +233,15 @@ class HuggingFaceWeights:
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
 
-    def __call__(self, name: str) -> Tensor:
-        """Raises KeyError for a tensor that the folder does not have, ConfigError for one that cannot be read."""
-        return self._read(name, lambda file: file.get_tensor(name))
+    def __call__(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some of its rows alone. Raises KeyError for a tensor that the folder does not have, ConfigError
+        for one that cannot be read."""
+        return self._read(name, lambda file: file.get_tensor(name) if rows is None else file.get_slice(name)[rows])
 
-    def first_rows(self, name: str, rows: int) -> Tensor:
-        return self._read(name, lambda file: file.get_slice(name)[:rows])
+    @property
+    def rows(self) -> dict[str, int]:
+        """First dimension of each tensor; 0 of one without dimensions."""
+        return {name: (*stored.shape, 0)[0] for name, stored in self.tensors.items()}
 
     def _read(self, name: str, read: Callable) -> Tensor:
         path = self.folder / self.tensors[name].file
@@ -248,16 +251,17 @@ class HuggingFaceWeights:
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: {name} cannot be read ({error}): download it again.") from error
 
-    def shape_of(self, name: str) -> Tensor:
+    def shape_of(self, name: str, rows: slice | None = None) -> Tensor:
         """A meta tensor of the right shape and type: it takes no memory. Raises KeyError, and ConfigError for types
-        that are no weights."""
+        that are no weights. rows: as in __call__."""
         stored = self.tensors[name]
         refuse(
             stored.dtype not in _DTYPES,
             f"{self.folder / stored.file}: {name} is {stored.dtype}, and only {', '.join(_DTYPES)} are read: "
             "convert the model or download another release.",
         )
-        return torch.empty(stored.shape, dtype=_DTYPES[stored.dtype], device="meta")
+        tensor = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype], device="meta")
+        return tensor if rows is None else tensor[rows]
 
     def refuse_more_layers(self, prefixes: tuple[str, ...], number: int) -> None:
         """Raise ConfigError if there are more than `number` layers: tensors whose names begin with a prefix and N."""

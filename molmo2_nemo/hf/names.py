@@ -5,11 +5,13 @@ the module names of transformers' Molmo2ForConditionalGeneration. Sources: publi
 allenai/molmo2, transformers `conversion_mapping.py`.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from molmo2_nemo.config.schema import ModelConfig, padded_vocab_size
@@ -108,7 +110,8 @@ def tensor_table(model: ModelConfig) -> list[Entry]:
             key,
             (rows, H),
             name,
-            join=lambda xs: torch.nn.functional.pad(xs[0], (0, 0, 0, rows - xs[0].shape[0])),
+            # Where there is nothing to pad, the largest tensor of a model is not copied.
+            join=lambda xs: xs[0] if xs[0].shape[0] == rows else F.pad(xs[0], (0, 0, 0, rows - xs[0].shape[0])),
             split=lambda x: [x[: model.vocab_size]],
         )
 
@@ -221,19 +224,56 @@ class WrongShape(Exception):
     """A tensor has other dimensions than the architecture asks for."""
 
 
-def read_released(name: str, model: ModelConfig, available, read: Callable[[str], Tensor]) -> Tensor:
+# Rows of a table that is split over tensors are copied so many at a time.
+_ROWS_AT_ONCE = 4096
+
+
+def read_released(
+    name: str,
+    model: ModelConfig,
+    available: dict[str, int],
+    read: Callable[[str, slice | None], Tensor],
+    rows: slice | None = None,
+) -> Tensor:
     """The released tensor `name` from a folder that holds released or native names.
 
-    The joined embedding may have been cut anywhere (transformers 5.23 halves it): it is joined and cut again at
-    the base vocabulary's size. Raises KeyError naming what is missing, and WrongShape.
+    available: rows of each tensor of the folder. read(name, rows): a tensor of it, or these of its rows. rows: of an
+    embedding, these alone.
+    The joined embedding may have been cut anywhere (transformers 5.23 halves it): it is read as one, and cut at the
+    base vocabulary's size. Raises KeyError naming what is missing, and WrongShape.
     """
     if name in EMBEDDING_PARTS:
         parts = [part for part in EMBEDDING_PARTS if part in available] or [NATIVE_EMBEDDING]
-        rows = torch.cat([read(part) for part in parts])
+        lengths = [available[part] for part in parts]
         expected = model.vocab_size + model.additional_vocab_size
-        if rows.shape[0] != expected:
-            raise WrongShape(f"{' + '.join(parts)} have {rows.shape[0]} rows, not {expected}")
-        return rows[: model.vocab_size] if name == EMBEDDING_PARTS[0] else rows[model.vocab_size :]
+        if sum(lengths) != expected:
+            raise WrongShape(f"{' + '.join(parts)} have {sum(lengths)} rows, not {expected}")
+        whole = slice(0, model.vocab_size) if name == EMBEDDING_PARTS[0] else slice(model.vocab_size, expected)
+        return _rows_of_parts(parts, lengths, read, whole if rows is None else rows)
     if name in available:
-        return read(name)
-    return torch.cat([read(part) for part in native_parts(name)])
+        return read(name, rows)
+    return torch.cat([read(part, None) for part in native_parts(name)])
+
+
+def _rows_of_parts(parts: list[str], lengths: list[int], read: Callable, rows: slice) -> Tensor:
+    """Rows of a table that tensors make together, one below the other; nothing is held twice."""
+    pieces, offset = [], 0
+    for part, length in zip(parts, lengths):
+        first, last = max(rows.start - offset, 0), min(rows.stop - offset, length)
+        if first < last:
+            pieces.append((part, first, last))
+        offset += length
+    if len(pieces) == 1:
+        part, first, last = pieces[0]
+        whole = (first, last) == (0, lengths[parts.index(part)])
+        return read(part, None if whole else slice(first, last))
+    samples = [read(part, slice(first, first + 1)) for part, first, _ in pieces]
+    dtype = functools.reduce(torch.promote_types, [sample.dtype for sample in samples])
+    table = samples[0].new_empty((rows.stop - rows.start, *samples[0].shape[1:]), dtype=dtype)
+    at = 0
+    for part, first, last in pieces:
+        for start in range(first, last, _ROWS_AT_ONCE):
+            stop = min(start + _ROWS_AT_ONCE, last)
+            table[at : at + stop - start] = read(part, slice(start, stop))
+            at += stop - start
+    return table

@@ -222,19 +222,11 @@ def _convert(folders: list[Path], checkpoint: Path, config: Config, say: Callabl
             return
     except ConfigError:
         pass
-    done = 0
-
-    def progress(key: str) -> None:
-        nonlocal done
-        done += 1
-        if done % 100 == 0:
-            say(f"{done} tensors of {', '.join(map(str, folders))} read")
-
     say(f"making {checkpoint} of {' and '.join(map(str, folders))}; the other ranks wait")
     if len(folders) == 2:
-        base_models.import_base_models(*folders, checkpoint, config.model, config.train.seed, progress, info)
+        base_models.import_base_models(*folders, checkpoint, config.model, config.train.seed, say, info)
         return
-    model = convert.import_hf(*folders, checkpoint, progress, info)
+    model = convert.import_hf(*folders, checkpoint, say, info)
     refuse_other_architecture(model, config.model, folders[0])
 
 

@@ -1,10 +1,13 @@
 """Weights survive the way in and out bit for bit, under either set of names and whatever the split."""
 
 import contextlib
+import gc
 import json
+import os
 import re
 import resource
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import export_hf
@@ -16,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import Config
+from molmo2_nemo.config.schema import Config, ModelConfig
 from molmo2_nemo.files import sha256_of
 from molmo2_nemo.hf import base_models, convert
 from molmo2_nemo.hf.architecture import model_config_from_hf
@@ -44,6 +47,60 @@ def test_export_keeps_released_shapes_in_several_shards(hf_models, tmp_path):
         found.update(load_file(tmp_path / "out" / name))
     assert_same(found, as_released(hf_models["olmo3"]))
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+
+
+def test_memory_of_an_import_does_not_grow_with_the_model(tmp_path, monkeypatch):
+    """Tensors of one file, and no more, are alive when the next one is made."""
+    monkeypatch.setattr(convert, "BYTES_OF_A_FILE", 8 * 1024)
+    alive, most, lines = weakref.WeakSet(), 0, []
+
+    def make():
+        nonlocal most
+        gc.collect()
+        most = max(most, len(alive))
+        tensor = torch.ones(512)
+        alive.add(tensor.untyped_storage())  # the writer makes another tensor of it
+        return tensor
+
+    state = {f"layers.{i}.weight": torch.empty(512, device="meta") for i in range(40)}
+    progress = convert.Progress(40 * 2048, lines.append, seconds=0)
+    model = ModelConfig(name="m")
+    convert.write_checkpoint(tmp_path / "ckpt", model, state, dict.fromkeys(state, make), {"step": 0}, progress)
+    files = sorted((tmp_path / "ckpt").glob("*.distcp"))
+    assert len(files) == 10 and most <= 5
+    assert "80.0 KiB of 80.0 KiB" in lines[-1] and "0 s left (layers.39.weight)" in lines[-1] and len(lines) == 40
+    wanted = dict.fromkeys(state, ((512,), torch.float32))
+    assert all(tensor.eq(1).all() for tensor in convert.read_tensors(tmp_path / "ckpt", wanted).values())
+
+
+def test_others_can_read_an_export(hf_models, tmp_path):
+    convert.import_hf(hf_models["olmo3"], tmp_path / "ckpt", progress=str)
+    umask = os.umask(0o022)
+    try:
+        convert.export_hf(tmp_path / "ckpt", tmp_path / "out", progress=str)
+    finally:
+        os.umask(umask)
+    rights = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert "model.safetensors" in rights and set(rights.values()) == {0o644}
+
+
+def test_a_mixture_of_types_is_kept_and_named(hf_models, tmp_path):
+    folder = shutil.copytree(hf_models["olmo3"], tmp_path / "mixed")
+    tensors = load_file(folder / "model.safetensors")
+    kept = [name for name in tensors if "wte" in name]  # both parts of the embedding
+    tensors = {name: tensor if name in kept else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    said = []
+    convert.import_hf(folder, tmp_path / "ckpt", progress=said.append)
+    convert.export_hf(tmp_path / "ckpt", tmp_path / "out", progress=said.append)
+    assert len(kept) == 2
+    assert (
+        f"each keeps its own: {len(dict(convert.checkpoint_dtypes(tmp_path / 'ckpt'))) - 2} bfloat16, 2 float32"
+        in said[0]
+    )
+    assert any("of bfloat16" in line and "config.json names the first" in line for line in said[1:])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_same(released_file(tmp_path / "out"), as_released(folder))
 
 
 @pytest.mark.parametrize("name", ["qwen3_gqa", "olmo3_yarn", "qwen3_tied"])

@@ -268,7 +268,12 @@ def report(args, folder, model_config, batches, places, logits, loss, gradients)
     causal_difference = difference(
         torch.cat([c[k] for c, k in zip(causal, known)]), torch.cat([t[k] for t, k in zip(theirs, known)])
     )
-    expected = {name: read_released(name, model_config, native, native.__getitem__) for name in gradients}
+    rows = {name: len(tensor) for name, tensor in native.items()}
+
+    def read(name: str, part: slice | None) -> torch.Tensor:
+        return native[name] if part is None else native[name][part]
+
+    expected = {name: read_released(name, model_config, rows, read) for name in gradients}
     if model_config.tie_embeddings:
         both = expected["model.transformer.wte.embedding"] + expected["lm_head.weight"]
         expected["model.transformer.wte.embedding"] = expected["lm_head.weight"] = both
