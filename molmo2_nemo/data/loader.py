@@ -11,7 +11,6 @@ import hashlib
 import os
 import queue
 import re
-import resource
 import signal
 import sys
 import threading
@@ -54,6 +53,7 @@ from molmo2_nemo.data.blend import Source, write_metadataset
 from molmo2_nemo.data.encode import Encoder, dropped
 from molmo2_nemo.data.packing import Batch, PackedRows, Row, WaitingSample, collate, make_row
 from molmo2_nemo.data.progress import StreamPosition
+from molmo2_nemo.data.resources import allow_open_files, batches_per_worker
 from molmo2_nemo.data.schema import Example, read_example
 
 # Shards of one source that a worker reads at a time. Each takes two open files, and a blend has a hundred sources.
@@ -374,20 +374,22 @@ def train_loader(
     run_dir: Path,
     saved: Sequence[Path] = (),
     restart: bool = False,
+    micro_batches: int = 1,
 ) -> TrainLoader:
     """The training stream of data-parallel rank `rank` of `world_size`; endless, each rank reads its own samples.
 
     saved: files with what `save_state` gave on each data-parallel rank of the run to continue, in order. If all that
     decides the stream is as it was then, it continues exactly after the last batch handed out; else in another order,
     with what had not been handed out first (progress.py), and the loader's position.note says so. restart: begin again,
-    unless the run to continue was told so already.
+    unless the run to continue was told so already. micro_batches: of a step; workers make so many ahead, if their
+    pixels fit into resources.BYTES_AHEAD. It changes nothing of the stream or of its state.
 
     Writes METADATASET to run_dir. Workers are forked at the first batch: ask for one before large allocations. With
     data.num_workers=0 all is done in this process, for debugging. ConfigError: there is no usable tokenizer, a process
     may not open enough files, or `saved` is damaged or of another tokenizer. Broken samples raise nothing: they are in
     the batches' counters and errors.
     """
-    _allow_open_files(2 * PARALLEL_SHARDS * len(sources) + 256)
+    allow_open_files(2 * PARALLEL_SHARDS * len(sources) + 256)
     path = Path(run_dir) / METADATASET
     write_metadataset(sources, path)
     encoder = Encoder(data, vision)
@@ -408,7 +410,8 @@ def train_loader(
             parallel_shard_iters=PARALLEL_SHARDS,
             task_encoder=Molmo2TaskEncoder(data, encoder, sources, position),
         )
-        loader = get_savable_loader(dataset, checkpoint_every_sec=SNAPSHOT_SECONDS)
+        ahead = batches_per_worker(data, vision, micro_batch_size, micro_batches)
+        loader = get_savable_loader(dataset, checkpoint_every_sec=SNAPSHOT_SECONDS, prefetch_factor=ahead)
     _restore(loader, position.energon)
     return TrainLoader(loader, manifest, position, encoder.frames_note())
 
@@ -559,15 +562,6 @@ def _init_worker(init: Callable[[int], None], parent: int, worker_id: int) -> No
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     init(worker_id)
-
-
-def _allow_open_files(needed: int) -> None:
-    """Raise this process' and its workers' limit of open files. ConfigError: the system does not allow so many."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ConfigError(f"the blend needs {needed} open files, the limit is {hard}: raise it (ulimit -n {needed}).")
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _digest(*values) -> bytes:

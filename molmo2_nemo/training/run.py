@@ -167,7 +167,6 @@ def set_up(
         log.write("resume", position.step, {})
     names = [source.name for source in sources]
     asynchronous = device == "cuda" if settings.async_checkpoint == "auto" else settings.async_checkpoint == "true"
-    rows_at_once = settings.micro_batch_size * parallel_state.get_data_parallel_world_size()
     return Run(
         config=config,
         config_yaml=config_yaml,
@@ -181,7 +180,7 @@ def set_up(
         loader=loader,
         validation=validation,
         batches=BatchSource(iter(loader) if loader is not None else None, replica, device),
-        micro_batches=settings.global_batch_size // rows_at_once,
+        micro_batches=steps_micro_batches(config),
         exam=exam,
         interval=Interval(LossBySource(names, device), Speed(config, device, precision)),
         data=DataReport(names, device, marker.get("data", {})),
@@ -338,7 +337,15 @@ def make_loaders(
     )
     validation = validation_loader(**common) if config.train.validation_batches else None
     group, restart = parallel_state.get_data_parallel_group(), config.train.restart_data
-    return train_loader(**common, data_parallel_group=group, saved=saved, restart=restart), validation
+    micro_batches = steps_micro_batches(config)
+    train = train_loader(**common, data_parallel_group=group, saved=saved, restart=restart, micro_batches=micro_batches)
+    return train, validation
+
+
+def steps_micro_batches(config: Config) -> int:
+    """Micro-batches of a step on each data-parallel replica."""
+    at_once = config.train.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    return config.train.global_batch_size // at_once
 
 
 @contextlib.contextmanager

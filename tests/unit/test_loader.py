@@ -20,6 +20,7 @@ from sources import VISION, chat, config, write_blend, write_source
 
 from molmo2_nemo import compat
 from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import VisionConfig
 from molmo2_nemo.data.blend import Source, SourceOptions, load_blend
 from molmo2_nemo.data.encode import Encoder
 from molmo2_nemo.data.loader import (
@@ -32,6 +33,7 @@ from molmo2_nemo.data.loader import (
     validation_loader,
 )
 from molmo2_nemo.data.progress import beginning
+from molmo2_nemo.data.resources import batches_per_worker
 
 
 @pytest.fixture
@@ -79,8 +81,9 @@ mode, folder, data = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 ranks, before, loader.SNAPSHOT_SECONDS = map(int, sys.argv[4:])
 
 def ranks_loaders(state=None):
-    saved = state_files(folder, state, ranks) if state else ()
-    return [make(DataConfig(**data), folder / "run", rank=rank, world_size=ranks, saved=saved) for rank in range(ranks)]
+    # How many batches are made ahead is no part of the state.
+    more = dict(saved=state_files(folder, state, ranks) if state else (), micro_batches=9 if mode == "write" else 4)
+    return [make(DataConfig(**data), folder / "run", rank=rank, world_size=ranks, **more) for rank in range(ranks)]
 
 def show(state, loaders):
     for one in loaders:
@@ -398,6 +401,24 @@ def test_workers_that_read_the_same_samples_share_what_is_ahead(monkeypatch):
                 for index in range(len(ahead)):
                     skipped[index] += ShardReader(Anything(), stream, ahead, ranks)[index] is None
         assert [skipped[index] for index in range(len(ahead))] == ahead.tolist()
+
+
+@pytest.mark.parametrize(
+    "workers, crops, micro_batches, expected",
+    [
+        (2, 128, 1, 2),  # as torch has it
+        (2, 128, 8, 5),
+        (2, 128, 32, 17),
+        (3, 128, 32, 12),
+        (0, 128, 8, 9),  # without workers torch ignores it
+        # 8 GiB are 52 batches of 384 crops of 428,652 bytes.
+        (2, 384, 128, 26),
+        (2, 384 * 40, 128, 2),
+    ],
+)
+def test_the_next_steps_batches_are_made_ahead_within_bounds(workers, crops, micro_batches, expected):
+    data = SimpleNamespace(num_workers=workers, max_crops=crops)
+    assert batches_per_worker(data, VisionConfig(), 1, micro_batches) == expected
 
 
 # --- the stream -----------------------------------------------------------------------------------------------------
