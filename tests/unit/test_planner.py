@@ -67,7 +67,7 @@ def test_presets_serve_every_model_stage_and_schedule(preset, models):
             assert config.train.global_batch_size == 128 and config.parallel.tensor_model_parallel_size <= 8
             # None is accepted because everything would be: half of a GPU's memory is too little for stage 3 of the 8B.
             if preset in ("h100_1", "h100_8") and (name, stage) == ("molmo2_8b", "stage3"):
-                assert "gradients 15." in verdict(config, gpus, 40.0)
+                assert f"gradients {29 if preset == 'h100_1' else 15}." in verdict(config, gpus, 40.0)
 
 
 def test_every_h100_preset_is_tested():
