@@ -125,9 +125,9 @@ class VisionTower(MegatronModule):
     def forward(self, crops: Tensor, pooling: Tensor, vision_units: Tensor) -> Tensor:
         """Visual tokens of a micro-batch, the same [T, H] on every rank of the group.
 
-        crops uint8 [C, P, patch_dim]; pooling int64 [T, W]; vision_units int64 [U, 2] = (crops, windows) of each
-        image or frame, in order. A rank without work encodes one blank crop, so that every parameter gets a gradient
-        (of zero). Ranks may have different numbers of chunks: the only collective comes after the last.
+        crops uint8 [C, P, patch_dim]; pooling int64 [T, W]; vision_units int64 [U, 2], on the host, = (crops, windows)
+        of each image or frame, in order. A rank without work encodes one blank crop, so that every parameter gets a
+        gradient (of zero). Ranks may have different numbers of chunks: the only collective comes after the last.
         """
         ranks, rank = self.group.size(), self.group.rank()
         shares = split_units(vision_units.tolist(), ranks)

@@ -9,7 +9,7 @@ from molmo2_nemo.data.packing import Batch
 from molmo2_nemo.model.mask import ROOT_SEGMENT, SEGMENTS_PER_EXAMPLE
 
 # Needed on the first pipeline stage only, and most of a batch's bytes.
-VISION_FIELDS = ("crops", "pooling", "vision_units")
+VISION_FIELDS = ("crops", "pooling")
 FIELDS = (
     "input_ids",
     "labels",
@@ -20,6 +20,8 @@ FIELDS = (
     "source_ids",
     *VISION_FIELDS,
 )
+# Stays on the host, on every rank: the model reads its numbers, and would wait for a GPU.
+HOST_FIELD = "vision_units"
 
 
 # What a micro-batch costs, in the order of `work_of`: arguments of flops.forward_flops.
@@ -76,22 +78,24 @@ class BatchSource:
         self.vision_group = parallel_state.get_tensor_and_context_parallel_group()
 
     def next(self) -> dict | None:
-        """The next micro-batch as a dict of FIELDS; None when the loader has ended. Collective.
+        """The next micro-batch as a dict of FIELDS and HOST_FIELD; None when the loader has ended. Collective.
 
         On the loader's rank also `counters` and `errors`, which metrics.DataReport sums over all ranks, `work`,
         and the samples' `keys`, `examples` and `outcomes`.
         """
         batch = next(self.loader, None) if self.is_source else None
-        shapes, result = [None], {}
+        told, result = [None, None], {}
         if self.is_source and batch is not None:
-            shapes = [{name: (tuple(getattr(batch, name).shape), getattr(batch, name).dtype) for name in FIELDS}]
+            shapes = {name: (tuple(getattr(batch, name).shape), getattr(batch, name).dtype) for name in FIELDS}
+            told = [shapes, getattr(batch, HOST_FIELD)]
             result = {"counters": batch.counters, "errors": batch.errors, "work": work_of(batch)}
             result |= {"keys": batch.__key__, "examples": batch.examples, "outcomes": batch.outcomes}
         if self.group.size() > 1:
-            dist.broadcast_object_list(shapes, self.source, group=self.group)
-        if shapes[0] is None:
+            dist.broadcast_object_list(told, self.source, group=self.group)
+        shapes, result[HOST_FIELD] = told
+        if shapes is None:
             return None
-        for name, (shape, dtype) in shapes[0].items():
+        for name, (shape, dtype) in shapes.items():
             vision = name in VISION_FIELDS
             if vision and not self.first_stage:
                 continue

@@ -14,7 +14,7 @@ from megatron.core.optimizer import (
     ParamKey,
     get_megatron_optimizer,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
@@ -159,10 +159,17 @@ def clip_and_step(
     found_inf = any([part.prepare_grads() for part in parts])  # noqa: C419  each of them has to
     # A rank whose part of the model is frozen has no optimizer, but must take part in the sums.
     group = parts[0].get_grad_stats_parallel_group() if parts else parallel_state.get_model_parallel_group()
-    norms = {}
+    squares = []
     for component in COMPONENTS:
         grads = [grad for part in parts for grad in compat.gradients_for_norm(part, _parameters(part, component))]
-        norms[component] = float(get_grad_norm_fp32(grads, grad_stats_parallel_group=group))
+        each = compat.norms(grads)
+        own = torch.linalg.vector_norm(torch.stack(each)) if each else torch.zeros((), device=_device())
+        squares.append(own.float().square())
+    # Like megatron.core.optimizer.clip_grads.get_grad_norm_fp32, which without Transformer Engine and apex waits for a
+    # GPU at each tensor: here once for all of them.
+    total = torch.stack(squares)
+    dist.all_reduce(total, group=group)
+    norms = {component: square**0.5 for component, square in zip(COMPONENTS, total.tolist())}
     verdict = torch.tensor(
         finite_loss and not found_inf and all(map(math.isfinite, norms.values())), dtype=torch.int32, device=_device()
     )

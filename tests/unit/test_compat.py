@@ -47,6 +47,13 @@ def test_compiled_graphs(monkeypatch):
     assert compat.compiled_graphs() == before + 1
 
 
+def test_norms():
+    tensors = [torch.randn(7, 3), torch.full((4,), 300.0, dtype=torch.bfloat16)]
+    found = compat.norms(tensors)
+    assert [norm.dtype for norm in found] == [torch.float32] * 2 and compat.norms([]) == []
+    assert found[0] == tensors[0].norm() and found[1] == 600
+
+
 def test_dispatch_mode():
     seen = []
 
