@@ -2,10 +2,10 @@
 
     python tools/bench/convert.py [--gib 2.5] [--dtype bfloat16] [--keep DIR] [--out FILE]
 
-Writes a Hugging Face folder of molmo2_4b with as many layers as fit and a head of its own, runs tools/import_hf.py and
-tools/export_hf.py on it as processes of their own, and prints for each the largest resident memory beside that of a
-process which has only imported the same modules, and the largest tensor. Needs three times --gib of disk. Exit status 1
-if an import took more than 2 GB above the largest tensor and what its modules take.
+Writes a Hugging Face folder of molmo2_4b with as many layers as fit and a head of its own, runs the import and the
+export on it as processes of their own, and prints for each the largest resident memory beside that of a process which
+has only imported the same modules, and the largest tensor. Needs three times --gib of disk. Exit status 1 if an import
+took more than 2 GB above the largest tensor and what its modules take.
 """
 
 import dataclasses
