@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from molmo2_nemo import compat
-from molmo2_nemo.config.schema import ModelConfig, padded_vocab_size, vision_token_ids
+from molmo2_nemo.config.schema import ModelConfig, padded_vocab_size
 from molmo2_nemo.hf.architecture import rope_tables
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.layers import decoder_block_spec
@@ -108,16 +108,19 @@ class Molmo2(LanguageModule):
         loss_weights: Tensor | None = None,
         logit_positions: Tensor | None = None,
         visual_tokens: Tensor | None = None,
+        patch_index: Tensor | None = None,
+        loss_index: Tensor | None = None,
     ) -> Tensor:
         """Token losses, logits, or the hidden states for the next stage.
 
         All [B, S] inputs are whole rows on every rank; crops, pooling and vision_units (see VisionTower) matter on
-        the first stage only, as does what the tower made of them before, `visual_tokens`, in their place. With s = S /
-        context parallel size this returns, on the last stage, when `labels` (int64) and `loss_weights` (float32, both
-        [B, S]) are given, float32 [2, B, s]: cross entropy and squared log-partition of this rank's part of the rows,
-        0 where the weight is 0. Without labels, this tensor-parallel rank's slice of the logits, [B, s, padded V /
-        tensor parallel size]; with `logit_positions` (int64 [N, 2], rows and positions in them) only of these, float32
-        [N, padded V / tensor parallel size], all N on every context parallel rank. On
+        the first stage only, as does what the tower made of them before, `visual_tokens`, in their place, and
+        `patch_index`, which says where they go. With s = S / context parallel size this returns, on the last stage,
+        when `labels` (int64), `loss_weights` (float32, both [B, S]) and `loss_index` are given, float32 [2, B, s]:
+        cross entropy and squared log-partition of this rank's part of the rows, 0 where the weight is 0. Both indices
+        are those of this rank's part (training/batches.indices_of). Without labels, this tensor-parallel rank's slice
+        of the logits, [B, s, padded V / tensor parallel size]; with `logit_positions` (int64 [N, 2], rows and positions
+        in them) only of these, float32 [N, padded V / tensor parallel size], all N on every context parallel rank. On
         other stages [s, B, H].
         """
         S = input_ids.shape[1]
@@ -127,7 +130,7 @@ class Molmo2(LanguageModule):
         if self.pre_process:
             if visual_tokens is None:
                 visual_tokens = self.vision(crops, pooling, vision_units)
-            hidden = self.embedding(input_ids, visual_tokens, local)
+            hidden = self.embedding(input_ids, visual_tokens, patch_index, local)
             if self.config.sequence_parallel:
                 hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
         gathers_keys = cp_size > 1 and self.config.cp_comm_type == "all_gather"
@@ -150,19 +153,18 @@ class Molmo2(LanguageModule):
         # Logits are computed for positions that carry loss only.
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
-        positions = loss_weights[:, local].t() > 0
         weight = self.output_layer.weight if tied is None else tied
         losses = head_losses(
-            hidden[positions],
+            hidden.flatten(0, 1).index_select(0, loss_index),
             weight,
-            labels[:, local].t()[positions],
+            labels[:, local].t().flatten().index_select(0, loss_index),
             self.model.vocab_size,
             self.tp_group,
             reduce_input_grad=not self.config.sequence_parallel,
         )
-        result = torch.zeros(2, *positions.shape, dtype=torch.float32, device=hidden.device)
-        result[:, positions] = torch.stack(losses)
-        return result.transpose(1, 2)
+        result = torch.zeros(2, hidden.shape[0] * hidden.shape[1], dtype=torch.float32, device=hidden.device)
+        result = result.index_copy(1, loss_index, torch.stack(losses))
+        return result.view(2, *hidden.shape[:2]).transpose(1, 2)
 
     def _chosen(self, hidden: Tensor, positions: Tensor, local: slice) -> Tensor:
         """Hidden states at (row, position), [N, 2] -> [N, H], out of those of all ranks that share the rows."""
@@ -217,7 +219,6 @@ class Embedding(nn.Module):
     def __init__(self, model: ModelConfig, rows: int, config: TransformerConfig, tp_group):
         super().__init__()
         self.vocab_size = model.vocab_size
-        self.patch_id = vision_token_ids(model)["image_patch_id"]
         self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
             rows, model.hidden_size, init_method=config.init_method, config=config, tp_group=tp_group
         )
@@ -226,20 +227,20 @@ class Embedding(nn.Module):
         )
         nn.init.normal_(self.extra_embedding, std=model.init_std)
 
-    def forward(self, input_ids: Tensor, visual_tokens: Tensor, local: slice) -> Tensor:
-        """input_ids [B, S], visual_tokens [T, H] for the row-major <im_patch> of all rows -> [s, B, H] of `local`."""
+    def forward(self, input_ids: Tensor, visual_tokens: Tensor, patch_index: Tensor, local: slice) -> Tensor:
+        """input_ids [B, S], visual_tokens [T, H] for the row-major <im_patch> of all rows -> [s, B, H] of `local`.
+
+        patch_index: int64 [2, t], places in [s, B] and the visual token of each.
+        """
         ids = input_ids[:, local]
         extra = ids >= self.vocab_size
         base = self.word_embeddings(ids.masked_fill(extra, 0))
         rows = self.extra_embedding[(ids - self.vocab_size).clamp(min=0)]
-        hidden = torch.where(extra.unsqueeze(-1), rows, base)
-        is_patch = input_ids == self.patch_id
-        index = is_patch.flatten().cumsum(0).view_as(is_patch) - 1
-        index, is_patch = index[:, local], is_patch[:, local]
+        hidden = torch.where(extra.unsqueeze(-1), rows, base).transpose(0, 1).contiguous()
+        places, tokens = patch_index
         # Added to the placeholder's embedding, not put in its place.
-        added = torch.zeros_like(hidden)
-        added[is_patch] = visual_tokens[index[is_patch]].to(hidden.dtype)
-        return (hidden + added).transpose(0, 1).contiguous()
+        added = visual_tokens.index_select(0, tokens).to(hidden.dtype)
+        return hidden.flatten(0, 1).index_add(0, places, added).view_as(hidden)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
         from megatron.core.utils import make_sharded_tensor_for_checkpoint

@@ -256,7 +256,8 @@ def answer(
 
     group: the ranks of this replica. stop: asked before every token, the same on all ranks; true: None is returned.
     """
-    batches_from = BatchSource(iter(exam.batches) if exam.batches is not None else None, group, device)
+    architecture = unwrap_model(model)[0].model
+    batches_from = BatchSource(iter(exam.batches) if exam.batches is not None else None, group, device, architecture)
     batches = [batch | {"input_ids": batch["input_ids"].clone()} for batch in iter(batches_from.next, None)]
     places = torch.from_numpy(exam.places).to(device)
     tokens = torch.full((exam.count, max_tokens), NO_TOKEN, dtype=torch.int64, device=device)

@@ -5,11 +5,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from molmo2_nemo.config.schema import ModelConfig, vision_token_ids
 from molmo2_nemo.data.packing import Batch
+from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.mask import ROOT_SEGMENT, SEGMENTS_PER_EXAMPLE
 
 # Needed on the first pipeline stage only, and most of a batch's bytes.
-VISION_FIELDS = ("crops", "pooling")
+VISION_FIELDS = ("crops", "pooling", "patch_index")
 FIELDS = (
     "input_ids",
     "labels",
@@ -18,11 +20,13 @@ FIELDS = (
     "segment_ids",
     "vision_mask",
     "source_ids",
-    *VISION_FIELDS,
+    "crops",
+    "pooling",
 )
+# Made of a batch on the host: `indices_of`.
+INDICES = ("patch_index", "loss_index")
 # Stays on the host, on every rank: the model reads its numbers, and would wait for a GPU.
 HOST_FIELD = "vision_units"
-
 
 # What a micro-batch costs, in the order of `work_of`: arguments of flops.forward_flops.
 WORK = ("crops", "visual_tokens", "pooled_patches", "tokens", "attended", "loss_tokens")
@@ -64,35 +68,93 @@ def attended_pairs(segment_ids: Tensor, vision_mask: Tensor) -> int:
     return pairs
 
 
-class BatchSource:
-    """Hands every rank of a replica the same micro-batch. One rank of the replica holds the loader.
+def indices_of(input_ids: Tensor, loss_weights: Tensor, patch_id: int) -> dict[str, Tensor]:
+    """Where rows have visual tokens and losses, in hidden states [S, B, H] with the first two dimensions as one.
 
-    loader: an iterator of Batch on that rank, None elsewhere. group: the replica's ranks.
+    Of int64 and float32 [B, S]: `patch_index`, int64 [2, T], the places of <im_patch> and which of the rows' visual
+    tokens each of them is; `loss_index`, int64 [N], the places whose weight is not 0. Places ascend. With boolean
+    masks in their place the host would wait for a GPU to count, in each forward and again in each backward pass.
+    """
+    is_patch = input_ids == patch_id
+    number = is_patch.flatten().cumsum(0).view_as(is_patch) - 1
+    places = is_patch.t().flatten().nonzero()[:, 0]
+    losses = (loss_weights > 0).t().flatten().nonzero()[:, 0]
+    return {"patch_index": torch.stack((places, number.t().flatten()[places])), "loss_index": losses}
+
+
+def edges_of(indices: dict[str, Tensor], rows: int, seq_length: int, ranks: int) -> dict[str, list[int]]:
+    """Where the part of each of so many context parallel ranks begins in `indices_of`, and where the last one ends."""
+    places = torch.tensor([rank * seq_length // ranks * rows for rank in range(ranks + 1)])
+    of_patches, of_losses = indices["patch_index"][0].cpu().contiguous(), indices["loss_index"].cpu()
+    found = (torch.searchsorted(of_patches, places), torch.searchsorted(of_losses, places))
+    return {name: edges.tolist() for name, edges in zip(INDICES, found)}
+
+
+def own_indices(batch: dict, edges: dict[str, list[int]]) -> dict[str, Tensor]:
+    """This context parallel rank's part of the batch's indices; places count from where its part of the rows begins."""
+    group = parallel_state.get_context_parallel_group()
+    rows, seq_length = batch["input_ids"].shape
+    first = context_slice(seq_length, group).start * rows
+    own = {}
+    for name in INDICES:
+        if name in batch:
+            begin, end = edges[name][group.rank()], edges[name][group.rank() + 1]
+            own[name] = batch[name][..., begin:end]
+    own["loss_index"] = own["loss_index"] - first
+    if "patch_index" in own:
+        places, tokens = own["patch_index"]
+        own["patch_index"] = torch.stack((places - first, tokens))
+    return own
+
+
+def own_part(batch: dict, model: ModelConfig) -> dict:
+    """What this rank needs of a micro-batch of FIELDS and HOST_FIELD that it has whole, as BatchSource hands it out.
+
+    For checks and benchmarks, which make their rows on every rank. Returns what is such a part already as it is.
+    """
+    if "loss_index" in batch:
+        return batch
+    indices = indices_of(batch["input_ids"], batch["loss_weights"], vision_token_ids(model)["image_patch_id"])
+    cp_size = parallel_state.get_context_parallel_world_size()
+    edges = edges_of(indices, *batch["input_ids"].shape, cp_size)
+    part = {**batch, **indices}
+    return part | own_indices(part, edges)
+
+
+class BatchSource:
+    """Hands every rank of a replica its part of the same micro-batch. One rank of the replica holds the loader.
+
+    loader: an iterator of Batch on that rank, None elsewhere. group: the replica's ranks. model: whose rows these are.
     """
 
-    def __init__(self, loader, group: dist.ProcessGroup, device: str):
+    def __init__(self, loader, group: dist.ProcessGroup, device: str, model: ModelConfig):
         self.loader, self.group, self.device = loader, group, device
+        self.patch_id = vision_token_ids(model)["image_patch_id"]
         self.source = dist.get_process_group_ranks(group)[0]
         self.is_source = dist.get_rank() == self.source
         self.first_stage = parallel_state.is_pipeline_first_stage()
         self.vision_group = parallel_state.get_tensor_and_context_parallel_group()
 
     def next(self) -> dict | None:
-        """The next micro-batch as a dict of FIELDS and HOST_FIELD; None when the loader has ended. Collective.
+        """The next micro-batch as a dict of FIELDS, HOST_FIELD and INDICES; None when the loader has ended. Collective.
 
+        INDICES are those of this rank's part of the rows, everything else is there whole.
         On the loader's rank also `counters` and `errors`, which metrics.DataReport sums over all ranks, `work`,
         and the samples' `keys`, `examples` and `outcomes`.
         """
         batch = next(self.loader, None) if self.is_source else None
-        told, result = [None, None], {}
+        told, result, tensors = [None, None, None], {}, {}
         if self.is_source and batch is not None:
-            shapes = {name: (tuple(getattr(batch, name).shape), getattr(batch, name).dtype) for name in FIELDS}
-            told = [shapes, getattr(batch, HOST_FIELD)]
+            indices = indices_of(batch.input_ids, batch.loss_weights, self.patch_id)
+            tensors = {name: getattr(batch, name) for name in FIELDS} | indices
+            shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+            cp_size = parallel_state.get_context_parallel_world_size()
+            told = [shapes, getattr(batch, HOST_FIELD), edges_of(indices, *batch.input_ids.shape, cp_size)]
             result = {"counters": batch.counters, "errors": batch.errors, "work": work_of(batch)}
             result |= {"keys": batch.__key__, "examples": batch.examples, "outcomes": batch.outcomes}
         if self.group.size() > 1:
             dist.broadcast_object_list(told, self.source, group=self.group)
-        shapes, result[HOST_FIELD] = told
+        shapes, result[HOST_FIELD], edges = told
         if shapes is None:
             return None
         for name, (shape, dtype) in shapes.items():
@@ -100,7 +162,7 @@ class BatchSource:
             if vision and not self.first_stage:
                 continue
             if self.is_source:
-                tensor = getattr(batch, name).to(self.device)
+                tensor = tensors[name].to(self.device)
             else:
                 tensor = torch.empty(shape, dtype=dtype, device=self.device)
             if self.group.size() > 1:
@@ -108,4 +170,4 @@ class BatchSource:
                 dist.broadcast(tensor, self.source, group=self.vision_group if vision else self.group)
             # Pixels wait in host memory for their forward pass: a step's would fill a GPU (step.forward_backward).
             result[name] = tensor.cpu() if name == "crops" else tensor
-        return result
+        return result | own_indices(result, edges)

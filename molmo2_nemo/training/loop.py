@@ -24,7 +24,7 @@ from molmo2_nemo.training.optimizer import clip_and_step, set_learning_rates
 from molmo2_nemo.training.speed import Speed, impossible_mfu
 from molmo2_nemo.training.start import newest_verified, verified
 from molmo2_nemo.training.step import forward_backward, global_weight
-from molmo2_nemo.training.trouble import SpikeAlarm, finite, first_not_finite, loss_of_step, save_batches
+from molmo2_nemo.training.trouble import SpikeAlarm, all_finite, finite, first_not_finite, loss_of_step, save_batches
 from molmo2_nemo.training.validate import validate, validation_line
 
 # How often a run goes back to the same checkpoint.
@@ -202,7 +202,7 @@ def train_step(run: Run) -> dict[str, float] | None:
         end_for_lack_of_loss(run)
     weighted_losses = forward_backward(run.model, batches, total_weight, z_loss=optim.z_loss)
     run.interval.steps += 1
-    is_finite = all(bool(losses.isfinite().all()) for losses in weighted_losses)
+    is_finite = all_finite(weighted_losses)
     loss = loss_of_step(weighted_losses, total_weight)
     if math.isfinite(loss) and run.config.train.on_loss_jump != "ignore" and run.alarm.is_jump(loss):
         if report_jump(run, batches, loss):

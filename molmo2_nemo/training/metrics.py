@@ -67,11 +67,10 @@ class LossBySource:
             self.sums.index_add_(1, source, figures)
             tokens = (batch["segment_ids"][:, local] >= 0).sum()
             packed = (batch["segment_ids"].amax(dim=1) // SEGMENTS_PER_EXAMPLE + 1).sum()
-            examples = packed if first else 0
-            rows = batch["input_ids"].shape[0] if first else 0
-            self.counts += torch.tensor(
-                [tokens, (weights > 0).sum(), examples, rows], dtype=torch.float64, device=self.counts.device
-            )
+            self.counts[:2] += torch.stack((tokens, (weights > 0).sum()))
+            if first:
+                self.counts[2] += packed
+                self.counts[3] += batch["input_ids"].shape[0]
 
     def reduce(self) -> dict:
         """Sums over all ranks as plain numbers, then start again. Collective."""

@@ -179,7 +179,7 @@ def set_up(
         replica=replica,
         loader=loader,
         validation=validation,
-        batches=BatchSource(iter(loader) if loader is not None else None, replica, device),
+        batches=BatchSource(iter(loader) if loader is not None else None, replica, device, config.model),
         micro_batches=steps_micro_batches(config),
         exam=exam,
         interval=Interval(LossBySource(names, device), Speed(config, device, precision)),

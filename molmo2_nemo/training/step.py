@@ -19,9 +19,15 @@ from molmo2_nemo.config.schema import ModelConfig, ParallelConfig
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.molmo2 import Molmo2
 from molmo2_nemo.parallel import solo_groups, transformer_configs
+from molmo2_nemo.training.batches import own_part
 
 # The fields of a micro-batch that the model's forward takes; the others are for the loss and the log.
-MODEL_INPUTS = ("input_ids", "position_ids", "segment_ids", "vision_mask", "crops", "pooling", "vision_units")
+MODEL_INPUTS = (
+    *("input_ids", "position_ids", "segment_ids", "vision_mask"),
+    *("crops", "pooling", "vision_units", "patch_index"),
+)
+# And what it takes of it to return losses.
+TARGETS = ("labels", "loss_weights", "loss_index")
 
 
 def build_model(
@@ -178,14 +184,16 @@ def forward_backward(
     The loss is sum(weight x (cross entropy + z_loss x log-partition^2)) / total_weight over all micro-batches and
     ranks, so it does not depend on the layout. Returned tensors are float32 [2, B, S / context parallel size], weight
     x cross entropy and weight x log-partition^2, undivided. Gradients are in main_grad.
+
+    batches: as BatchSource gives them, or whole (batches.own_part).
     """
+    batches = [own_part(batch, unwrap_model(model)[0].model) for batch in batches]
     rows, seq_length = batches[0]["input_ids"].shape
     local = context_slice(seq_length, parallel_state.get_context_parallel_group())
 
     def forward_step(iterator, model):
         batch = next(iterator)
-        targets = {"labels": batch["labels"], "loss_weights": batch["loss_weights"]}
-        output = model(**model_inputs(batch), **targets)
+        output = model(**model_inputs(batch), **{name: batch[name] for name in TARGETS})
 
         def loss(token_losses):
             weighted = token_losses * batch["loss_weights"][:, local]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from molmo2_nemo import compat
 from molmo2_nemo.checkpoint_dir import step_name
+from molmo2_nemo.training.batches import INDICES
 from molmo2_nemo.training.step import forward_backward, global_names
 
 # Losses of earlier steps that a step's is compared with, and how many there must be.
@@ -103,6 +104,11 @@ def first_not_finite(model: list[DistributedDataParallel], batches: list[dict], 
     return f"{everybodys[first][1]} on rank {first}{more}"
 
 
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether all values of all tensors are finite; true for none. One wait for the device."""
+    return not tensors or bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+
+
 def _is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.detach().isfinite().all())
 
@@ -126,7 +132,7 @@ def save_batches(
     if wanted and dist.get_rank() == dist.get_process_group_ranks(replica)[0]:
         path = folder / f"batch_{step_name(step)}_dp{number:03d}.pt"
         rows = [
-            {key: value.cpu() if isinstance(value, Tensor) else value for key, value in batch.items()}
+            {key: x.cpu() if isinstance(x, Tensor) else x for key, x in batch.items() if key not in INDICES}
             for batch in batches
         ]
         try:

@@ -24,7 +24,7 @@ def validate(
     loader: on the first rank of `group`, the ranks of this replica; None elsewhere. sources: their names. Returns
     figures for the log, what became of the samples, and a line for each of the first broken ones.
     """
-    batches_from = BatchSource(iter(loader) if loader is not None else None, group, device)
+    batches_from = BatchSource(iter(loader) if loader is not None else None, group, device, config.model)
     losses, data, broken = LossBySource(sources, device), DataReport(sources, device), []
     # The interleaved schedule takes as many micro-batches as there are pipeline stages; repeated ones are not counted.
     at_once = config.parallel.pipeline_model_parallel_size if len(model) > 1 else 1

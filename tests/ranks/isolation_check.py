@@ -17,6 +17,7 @@ from molmo2_nemo import checkpoint_dir, parallel
 from molmo2_nemo.config.schema import ParallelConfig
 from molmo2_nemo.hf import convert
 from molmo2_nemo.random_batches import pack, random_documents
+from molmo2_nemo.training.batches import own_part
 from molmo2_nemo.training.step import MODEL_INPUTS, build_model, load_weights
 
 
@@ -30,6 +31,7 @@ def main(folder: Path) -> None:
         load_weights(model, checkpoint)
     documents = random_documents(config, seed=0)
     (batch,), places = pack(documents, 1, config, 0, 1)
+    batch = own_part(batch, config)
 
     owner = torch.full((batch["input_ids"].shape[1],), -1)
     for number, (_, _, spans) in enumerate(places):

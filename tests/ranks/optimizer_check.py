@@ -18,6 +18,7 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import ParallelConfig
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
 from molmo2_nemo.random_batches import pack, random_documents
+from molmo2_nemo.training.batches import own_part
 from molmo2_nemo.training.optimizer import build_optimizer, check_frozen, clip_and_step, set_learning_rates
 from molmo2_nemo.training.step import MODEL_INPUTS, build_model, forward_backward, global_names, global_weight
 
@@ -95,7 +96,8 @@ def step_with_nan(model, optimizer, parameters: dict, name: str) -> dict:
 
 def dropout(response_dropout: bool) -> dict:
     """Shares of the positions whose losses dropout leaves as they are: before those with loss, and among them."""
-    inputs = {name: batches[0][name] for name in MODEL_INPUTS}
+    batch = own_part(batches[0], config.model)
+    inputs = {name: batch[name] for name in MODEL_INPUTS}
     loss_weights = torch.zeros_like(batches[0]["loss_weights"])
     segments = batches[0]["segment_ids"][0]
     # The second document of the row carries loss, the first does not.

@@ -18,6 +18,7 @@ from molmo2_nemo.config.components import COMPONENTS, is_frozen
 from molmo2_nemo.config.schema import ComponentOptim, Config, OptimConfig, ParallelConfig, TrainConfig
 from molmo2_nemo.planner.flops import frozen_parts, peak_flops, training_flops
 from molmo2_nemo.random_batches import packed_row, visible_pairs
+from molmo2_nemo.training.batches import own_part
 from molmo2_nemo.training.checkpoint import save_sharded
 from molmo2_nemo.training.optimizer import build_optimizer, clip_and_step, set_learning_rates
 from molmo2_nemo.training.step import (
@@ -112,7 +113,7 @@ def step(
     whole, layout = model_config(name), ParallelConfig(layer_spec=layer_spec)
     parallel.initialize(layout, device, 5, 0)
     transformer = {**({"fp8_recipe": recipe} if recipe else {}), **(FULL_RECOMPUTE if recompute else {})}
-    batch, measured = packed_row(whole, S, crops, seed=1, device=device), []
+    batch, measured = own_part(packed_row(whole, S, crops, seed=1, device=device), whole), []
 
     def row(model, ms, gib, extrapolated):
         share = mfu(flops_of(model, batch), ms, device, precision)
@@ -167,7 +168,7 @@ def fp8_loss(device: str, tiny: bool, layer_spec: str, recipes: tuple[str, ...])
     parallel.initialize(ParallelConfig(layer_spec=layer_spec), device, 5, 0)
     model = small_model(tiny)
     plain = "fp32" if device == "cpu" else "bf16"
-    batches = [packed_row(model, S, 8, seed, device) for seed in range(steps)]
+    batches = [own_part(packed_row(model, S, 8, seed, device), model) for seed in range(steps)]
     baseline = None
     runs = [(layer_spec, plain, None)]
     if layer_spec == "transformer_engine":

@@ -103,8 +103,9 @@ def measure(config, precision: str) -> tuple[dict[str, int], dict]:
     from molmo2_nemo import parallel
     from molmo2_nemo.config.components import is_frozen
     from molmo2_nemo.random_batches import packed_row
+    from molmo2_nemo.training.batches import own_part
     from molmo2_nemo.training.optimizer import build_optimizer, clip_and_step
-    from molmo2_nemo.training.step import MODEL_INPUTS, build_model
+    from molmo2_nemo.training.step import MODEL_INPUTS, TARGETS, build_model
 
     optim, tied = config.optim, config.model.tie_embeddings
     schedule = getattr(config.schedule, config.stage)
@@ -126,6 +127,7 @@ def measure(config, precision: str) -> tuple[dict[str, int], dict]:
     tower.chunk_crops, tower.recompute = config.train.vision_chunk_crops, config.train.vision_recompute
     batch = packed_row(config.model, config.data.seq_length, config.data.max_crops, seed=0)
     batch["loss_weights"].fill_(1.0)  # the planner's upper bound
+    batch = own_part(batch, config.model)
     inputs = {name: batch[name] for name in MODEL_INPUTS}
     found = {
         "weights": bytes_of(model.parameters()),
@@ -142,7 +144,7 @@ def measure(config, precision: str) -> tuple[dict[str, int], dict]:
         optimizer.zero_grad()
         gc.collect()
         start = seen.current
-        losses = model(**inputs, labels=batch["labels"], loss_weights=batch["loss_weights"])
+        losses = model(**inputs, **{name: batch[name] for name in TARGETS})
         loss = losses.sum()
         found["activations"] = seen.current - start
         seen.peak = seen.current

@@ -33,6 +33,7 @@ from molmo2_nemo.hf import convert
 from molmo2_nemo.hf.architecture import model_config_from_hf
 from molmo2_nemo.hf.names import read_released
 from molmo2_nemo.random_batches import pack, random_documents
+from molmo2_nemo.training.batches import own_part
 from molmo2_nemo.training.checkpoint import save_sharded
 from molmo2_nemo.training.step import (
     MODEL_INPUTS,
@@ -223,7 +224,7 @@ def compare(args, layout: ParallelConfig, folder: Path) -> dict:
         args.seed,
         layout.context_parallel_size * layout.tensor_model_parallel_size,
     )
-    own = batches[parallel_state.get_data_parallel_rank() :: replicas]
+    own = [own_part(batch, model_config) for batch in batches[parallel_state.get_data_parallel_rank() :: replicas]]
     order = [row for dp in range(replicas) for row in range(dp, rows, replicas)]
 
     for chunk in model:
