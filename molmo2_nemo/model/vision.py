@@ -125,18 +125,20 @@ class VisionTower(MegatronModule):
     def forward(self, crops: Tensor, pooling: Tensor, vision_units: Tensor) -> Tensor:
         """Visual tokens of a micro-batch, the same [T, H] on every rank of the group.
 
-        crops uint8 [C, P, patch_dim]; pooling int64 [T, W]; vision_units int64 [U, 2], on the host, = (crops, windows)
-        of each image or frame, in order. A rank without work encodes one blank crop, so that every parameter gets a
-        gradient (of zero). Ranks may have different numbers of chunks: the only collective comes after the last.
+        crops uint8 [c, P, patch_dim], this rank's share alone (`crops_of_ranks`); pooling int64 [T, W], into all crops;
+        vision_units int64 [U, 2], on the host, = (crops, windows) of each image or frame, in order. A rank without work
+        encodes one blank crop, so that every parameter gets a gradient (of zero). Ranks may have different numbers of
+        chunks: the only collective comes after the last.
         """
         ranks, rank = self.group.size(), self.group.rank()
         shares = split_units(vision_units.tolist(), ranks)
         counts = [sum(windows for _, windows in share) for share in shares]
-        crop, window = sum(n for share in shares[:rank] for n, _ in share), sum(counts[:rank])
+        before = sum(n for share in shares[:rank] for n, _ in share)  # crops of earlier ranks
+        crop, window = 0, sum(counts[:rank])
         parts = []
         for num_crops, num_windows in chunks_of(shares[rank], self.chunk_crops):
             indices = pooling[window : window + num_windows]
-            indices = torch.where(indices >= 0, indices - crop * crops.shape[1], -1)
+            indices = torch.where(indices >= 0, indices - (before + crop) * crops.shape[1], -1)
             parts.append(self._encode(crops[crop : crop + num_crops], indices))
             crop, window = crop + num_crops, window + num_windows
         if not parts:
@@ -192,6 +194,11 @@ def split_units(units: list[list[int]], ranks: int) -> list[list[list[int]]]:
     limit = bisect.bisect_left(range(sum(sizes)), True, lo=lowest, key=lambda limit: len(deal(limit)) <= ranks)
     shares = deal(limit)
     return shares + [[] for _ in range(ranks - len(shares))]
+
+
+def crops_of_ranks(vision_units: Tensor, ranks: int) -> list[int]:
+    """How many of a micro-batch's crops each rank encodes: the first ones the first rank, and so on."""
+    return [sum(crops for crops, _ in share) for share in split_units(vision_units.tolist(), ranks)]
 
 
 def chunks_of(units: list[list[int]], size: int) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from molmo2_nemo.config.schema import ModelConfig, vision_token_ids
 from molmo2_nemo.data.packing import Batch
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.mask import ROOT_SEGMENT, SEGMENTS_PER_EXAMPLE
+from molmo2_nemo.model.vision import crops_of_ranks
 
 # Needed on the first pipeline stage only, and most of a batch's bytes.
 VISION_FIELDS = ("crops", "pooling", "patch_index")
@@ -117,8 +118,34 @@ def own_part(batch: dict, model: ModelConfig) -> dict:
     indices = indices_of(batch["input_ids"], batch["loss_weights"], vision_token_ids(model)["image_patch_id"])
     cp_size = parallel_state.get_context_parallel_world_size()
     edges = edges_of(indices, *batch["input_ids"].shape, cp_size)
-    part = {**batch, **indices}
+    group = parallel_state.get_tensor_and_context_parallel_group()
+    counts = crops_of_ranks(batch[HOST_FIELD].cpu(), group.size())
+    first = sum(counts[: group.rank()])
+    part = {**batch, **indices, "crops": batch["crops"][first : first + counts[group.rank()]]}
     return part | own_indices(part, edges)
+
+
+def whole_crops(batch: dict) -> Tensor:
+    """All crops of a micro-batch of which each rank holds its share. Collective over the ranks of the first stage.
+
+    On the first of them, on the host; none on the others.
+    """
+    group = parallel_state.get_tensor_and_context_parallel_group()
+    counts = crops_of_ranks(batch[HOST_FIELD], group.size())
+    if group.size() == 1 or not sum(counts):
+        return batch["crops"].cpu()
+    own = batch["crops"].to(batch["input_ids"].device)
+    nothing, rank = [0] * group.size(), group.rank()
+    whole = own.new_empty((0 if rank else sum(counts), *own.shape[1:]))
+    to_first = [len(own), *nothing[1:]]
+    dist.all_to_all_single(whole, own.contiguous(), nothing if rank else counts, to_first, group=group)
+    return whole.cpu()
+
+
+def waiting(crops: Tensor) -> Tensor:
+    """A copy in host memory, from which crops go to the device for their forward pass without anybody waiting."""
+    pinned = torch.cuda.is_available()
+    return torch.empty(crops.shape, dtype=crops.dtype, pin_memory=pinned).copy_(crops, non_blocking=pinned)
 
 
 class BatchSource:
@@ -138,7 +165,8 @@ class BatchSource:
     def next(self) -> dict | None:
         """The next micro-batch as a dict of FIELDS, HOST_FIELD and INDICES; None when the loader has ended. Collective.
 
-        INDICES are those of this rank's part of the rows, everything else is there whole.
+        INDICES are those of this rank's part of the rows, and crops, in host memory, those that it encodes; everything
+        else is there whole.
         On the loader's rank also `counters` and `errors`, which metrics.DataReport sums over all ranks, `work`,
         and the samples' `keys`, `examples` and `outcomes`.
         """
@@ -159,15 +187,40 @@ class BatchSource:
             return None
         for name, (shape, dtype) in shapes.items():
             vision = name in VISION_FIELDS
-            if vision and not self.first_stage:
+            if name == "crops" or (vision and not self.first_stage):
                 continue
             if self.is_source:
-                tensor = tensors[name].to(self.device)
+                tensor = tensors[name].to(self.device, non_blocking=True)
             else:
                 tensor = torch.empty(shape, dtype=dtype, device=self.device)
             if self.group.size() > 1:
                 # The loader's rank is the first of the replica, hence of its first stage too.
                 dist.broadcast(tensor, self.source, group=self.vision_group if vision else self.group)
-            # Pixels wait in host memory for their forward pass: a step's would fill a GPU (step.forward_backward).
-            result[name] = tensor.cpu() if name == "crops" else tensor
+            result[name] = tensor
+        if self.first_stage:
+            result["crops"] = self._own_crops(tensors.get("crops"), shapes["crops"], result[HOST_FIELD])
         return result | own_indices(result, edges)
+
+    def _own_crops(self, crops: Tensor | None, shape_and_type: tuple, vision_units: Tensor) -> Tensor:
+        """The crops that this rank encodes. crops: all of them, on the loader's rank. Collective on the first stage.
+
+        They wait in host memory for their forward pass, since a step's would fill a GPU. Those of other ranks pass
+        through the GPU of the loader's rank, its own do not.
+        """
+        ranks, rank = self.vision_group.size(), self.vision_group.rank()
+        counts = crops_of_ranks(vision_units, ranks)
+        if ranks == 1:
+            return crops
+        (_, *one), dtype = shape_and_type
+        sent, received = [0] * ranks, [0] * ranks
+        others = torch.empty((0, *one), dtype=dtype, device=self.device)
+        if self.is_source:  # the first rank of the replica, hence of its first stage, too
+            own, others = crops.split((counts[0], sum(counts[1:])))
+            others, sent = others.to(self.device, non_blocking=True), [0, *counts[1:]]
+        else:
+            own = torch.empty((counts[rank], *one), dtype=dtype, device=self.device)
+            received[0] = counts[rank]
+        if sum(counts[1:]):
+            arriving = others[:0] if self.is_source else own
+            dist.all_to_all_single(arriving, others, received, sent, group=self.vision_group)
+        return waiting(own)

@@ -217,10 +217,10 @@ def forward_backward(
 
 
 def model_inputs(batch: dict) -> dict[str, Tensor | None]:
-    """What the model's forward takes of a micro-batch, with the pixels moved to its device."""
+    """What the model's forward takes of a micro-batch, with the pixels on their way to its device."""
     inputs = {name: batch.get(name) for name in MODEL_INPUTS}
     if inputs["crops"] is not None:
-        inputs["crops"] = inputs["crops"].to(batch["input_ids"].device)
+        inputs["crops"] = inputs["crops"].to(batch["input_ids"].device, non_blocking=True)
     return inputs
 
 

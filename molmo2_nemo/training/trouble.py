@@ -15,7 +15,7 @@ from torch import Tensor
 
 from molmo2_nemo import compat
 from molmo2_nemo.checkpoint_dir import step_name
-from molmo2_nemo.training.batches import INDICES
+from molmo2_nemo.training.batches import INDICES, whole_crops
 from molmo2_nemo.training.step import forward_backward, global_names
 
 # Losses of earlier steps that a step's is compared with, and how many there must be.
@@ -129,6 +129,8 @@ def save_batches(
     number = parallel_state.get_data_parallel_rank()
     wanted = bool(flag) or (not anybodys and number < MAX_SAVED)
     written = None
+    if wanted:
+        batches = [batch | {"crops": whole_crops(batch)} if "crops" in batch else batch for batch in batches]
     if wanted and dist.get_rank() == dist.get_process_group_ranks(replica)[0]:
         path = folder / f"batch_{step_name(step)}_dp{number:03d}.pt"
         rows = [
