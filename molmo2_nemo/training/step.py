@@ -117,17 +117,32 @@ def _finalize_gradients(model, num_tokens=None, **kwargs) -> None:
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return
-    gradients = [
-        parameter.main_grad
-        for chunk in model
-        for parameter in chunk.parameters()
-        if parameter.requires_grad and getattr(parameter, "vision_data_parallel", False)
-    ]
+    gradients = vision_gradients(model)
     if gradients:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        flat = torch.cat(gradients)
         dist.all_reduce(flat, group=group)
         for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(summed.view_as(gradient))
+            gradient.copy_(summed)
+
+
+def vision_gradients(model: list[DistributedDataParallel]) -> list[Tensor]:
+    """Views of what this rank's optimizer reads of the vision tower's gradients, each [N]; the same on all tensor
+    parallel ranks. With a distributed optimizer that is the rank's shard of each bucket, without one everything."""
+    found = []
+    for group in (group for chunk in model for group in chunk.bucket_groups):
+        for bucket in group.buckets:
+            first, end = 0, bucket.grad_data.numel()
+            if group.ddp_config.use_distributed_optimizer:
+                size = end // group.intra_distributed_optimizer_instance_size
+                first = size * group.intra_distributed_optimizer_instance_rank
+                end = first + size
+            for parameter in bucket.params_list:
+                if getattr(parameter, "vision_data_parallel", False):
+                    begins, ends = bucket.param_to_index[parameter]
+                    begins, ends = max(begins, first), min(ends, end)
+                    if begins < ends:
+                        found.append(bucket.grad_data[begins:ends])
+    return found
 
 
 def sharded_model_state(model: list[DistributedDataParallel]) -> dict:
