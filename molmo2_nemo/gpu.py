@@ -93,6 +93,11 @@ def ddp_settings(config: Config, device: str) -> dict:
     }
 
 
+def memory_gib(device: str) -> float:
+    """Memory of this rank's GPU; 0 on a CPU."""
+    return torch.cuda.get_device_properties(parallel.local_rank()).total_memory / 2**30 if device == "cuda" else 0.0
+
+
 def adam() -> str:
     """Whose Adam Megatron has chosen: the first that is installed."""
     libraries = {"transformer_engine": "Transformer Engine's fused", "apex": "apex's fused"}

@@ -17,11 +17,12 @@ import re
 import sys
 from dataclasses import asdict, replace
 
+from molmo2_nemo.auto import resolve
 from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check, check_settings
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.flags import refuse_flags
-from molmo2_nemo.config.schema import Config
+from molmo2_nemo.config.schema import RECOMPUTE, Config
 from molmo2_nemo.data.blend import check_present
 from molmo2_nemo.environment import quiet_libraries
 from molmo2_nemo.planner.flops import PEAK_TFLOPS
@@ -37,12 +38,6 @@ from molmo2_nemo.planner.memory import (
     worst_stage,
 )
 from molmo2_nemo.planner.step_time import Estimate, estimate
-
-RECOMPUTE = {
-    "none": {},
-    "mlp": dict(recompute_granularity="selective", recompute_modules=["mlp"]),
-    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
-}
 
 
 def main() -> int:
@@ -75,6 +70,7 @@ def main() -> int:
             )
         config = compose(args.config_name, overrides)
         check(config, gpus)
+        config, chosen = resolve(config, gpus, args.gpu_memory)
         job = Job(config, gpus)
         if job.precision == "fp8" and PEAK_TFLOPS[args.gpu][1] is None:
             raise ConfigError(f"train.precision=fp8, but {args.gpu} has no FP8: use train.precision=bf16.")
@@ -85,8 +81,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(as_json(job, args, refused, found, sources)))
+        print(json.dumps(as_json(job, args, refused, found, sources) | {"auto": chosen}))
     else:
+        for line in chosen:
+            print(line)
         show(job, args, refused, sources)
         if args.search:
             show_search(found, gpus, args.gpu_memory)

@@ -10,10 +10,12 @@ from molmo2_nemo.config.components import COMPONENTS
 from molmo2_nemo.config.errors import ConfigError, check_choice, refuse
 from molmo2_nemo.config.megatron_fields import check_megatron_fields
 from molmo2_nemo.config.schema import (
+    AUTO,
     EXTRA_TOKENS,
     FP8_MULTIPLES,
     FP8_RECIPE,
     METRICS,
+    RECOMPUTE,
     VOCAB_MULTIPLE,
     Config,
     DataConfig,
@@ -58,8 +60,15 @@ def check_settings(cfg: Config, world_size: int) -> None:
         "max_skipped_steps",
     ):
         refuse(getattr(train, key) < 1, f"train.{key}={getattr(train, key)} must be at least 1.")
-    for key in ("keep_every", "generate_every", "generate_examples", "vision_chunk_crops"):
+    for key in ("keep_every", "generate_every", "generate_examples"):
         refuse(getattr(train, key) < 0, f"train.{key}={getattr(train, key)} must not be negative.")
+    chunk = train.vision_chunk_crops
+    refuse(
+        chunk != AUTO and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 0),
+        f"train.vision_chunk_crops={chunk} must be a number of crops, 0 for all at once, or auto.",
+    )
+    if "recompute" in cfg.transformer:
+        check_choice("transformer.recompute", cfg.transformer["recompute"], (*RECOMPUTE, AUTO))
     refuse(
         train.generate_every > 0
         and not (train.generate_examples > 0 and 0 < train.generate_max_tokens <= cfg.data.seq_length // 2),

@@ -43,6 +43,16 @@ FP8_RECIPE = "tensorwise"
 FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
 
+# What `train.vision_chunk_crops` and `transformer.recompute` say to have the plan choose (auto.py).
+AUTO = "auto"
+# What `transformer.recompute` may say beside AUTO, as fields of Megatron's TransformerConfig; the least work first.
+RECOMPUTE = {
+    "none": {},
+    "mlp": dict(recompute_granularity="selective", recompute_modules=["mlp"]),
+    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+}
+
+
 # Scores of answers to held-out questions (training/score.py), by any of which `train.save_best` may go.
 POINT_METRICS = ("point_precision", "point_recall", "point_f1")
 TRACK_METRICS = ("track_precision", "track_recall", "track_f1")
@@ -409,8 +419,9 @@ class TrainConfig:
     """Project of Weights & Biases to log to as well; null: none."""
     timeout_minutes: float = 20.0
     """Minutes that a collective operation may take before the job ends; before that, ranks write their stacks."""
-    vision_chunk_crops: int = 32
-    """Crops that a rank encodes at a time, which bounds the vision tower's memory; 0: all at once."""
+    vision_chunk_crops: Any = 32
+    """Crops that a rank encodes at a time, which bounds the vision tower's memory; 0: all at once; `auto`: the most, up
+    to 32, that fit by the plan."""
     vision_recompute: bool = True
     """Encode each chunk again in the backward pass instead of keeping its activations."""
     vit_fp8: bool = False
@@ -440,7 +451,9 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training loop."""
     transformer: dict[str, Any] = field(default_factory=dict)
-    """Any field of Megatron-Core's TransformerConfig, such as `transformer.recompute_granularity=full`."""
+    """Any field of Megatron-Core's TransformerConfig, such as `transformer.recompute_granularity=full`; and
+    `recompute`, which sets those of recomputation: `none`, `mlp`, `full`, or `auto`, the fastest that fits by the
+    plan."""
     optimizer: dict[str, Any] = field(default_factory=dict)
     """Any field of Megatron-Core's OptimizerConfig, such as `optimizer.optimizer_cpu_offload=true`."""
     ddp: dict[str, Any] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from molmo2_nemo import checkpoint_dir, gpu, parallel
+from molmo2_nemo import auto, checkpoint_dir, gpu, parallel
 from molmo2_nemo.command_line import to_dataclass
 from molmo2_nemo.config.checks import check
 from molmo2_nemo.config.components import is_frozen
@@ -47,6 +47,7 @@ def run_stage(cfg: DictConfig) -> None:
         config = to_dataclass(cfg)
         check(config, world_size_from_environment())
         device = parallel.resolve_device(config.train)
+        config, chosen = auto.resolve(config, world_size_from_environment(), gpu.memory_gib(device), device)
         gpu.check_device(config, device)
         sources = blend.load_blend(config.data)
         blend.check_shards(sources, config.data.max_error_rate)
@@ -60,7 +61,7 @@ def run_stage(cfg: DictConfig) -> None:
                 (Path(config.run_dir) / shutdown.ENDED).unlink(missing_ok=True)
             # Rank 0's choice is everybody's (start.agree); another rank may not even see the folder.
             start = find_start(config) if rank == 0 else Start()
-            run = set_up(config, OmegaConf.to_yaml(cfg, resolve=True), device, sources, start, position)
+            run = set_up(config, OmegaConf.to_yaml(cfg, resolve=True), device, sources, start, position, chosen)
             try:
                 with worker_deaths(run.loader, run.validation):
                     reason, why = loop.train(run)
@@ -110,11 +111,18 @@ def is_still_finished(cfg: DictConfig, before: dict) -> bool:
 
 
 def set_up(
-    config: Config, config_yaml: str, device: str, sources: list[Source], start: Start, position: Position
+    config: Config,
+    config_yaml: str,
+    device: str,
+    sources: list[Source],
+    start: Start,
+    position: Position,
+    chosen: list[str],
 ) -> Run:
     """Everything up to the first step. Collective: every rank of the job calls it.
 
-    position: moved on to the checkpoint's where the run is resumed. Raises ConfigError.
+    position: moved on to the checkpoint's where the run is resumed. chosen: lines on settings that said auto. Raises
+    ConfigError.
     """
     settings, run_dir = config.train, Path(config.run_dir)
     request = shutdown.StopRequest(settings.stop_signals, settings.stop_after_minutes)
@@ -134,6 +142,8 @@ def set_up(
     for line in blend.describe_rounds(sources, settings.max_steps * settings.global_batch_size):
         log.say(line)
     log.say(gpu.description(config, precision, device))
+    for line in chosen:
+        log.say(line)
     for line in gpu.missing_libraries(config, device, world_size_from_environment()):
         log.say(line)
     for line in start.ignored:
