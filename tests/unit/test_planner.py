@@ -11,6 +11,7 @@ import pytest
 import torch
 from programs import run, succeeded
 
+from molmo2_nemo.auto import resolve
 from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check, check_settings
 from molmo2_nemo.config.errors import ConfigError
@@ -63,11 +64,13 @@ def test_presets_serve_every_model_stage_and_schedule(preset, models):
         for name, model in models.items():
             config = replace(composed, model=model)
             check(config, gpus)  # with Megatron's own fields
-            assert verdict(config, gpus) is None, (name, stage, schedule)
+            assert verdict(resolve(config, gpus)[0], gpus) is None, (name, stage, schedule)
             assert config.train.global_batch_size == 128 and config.parallel.tensor_model_parallel_size <= 8
             # None is accepted because everything would be: half of a GPU's memory is too little for stage 3 of the 8B.
             if preset in ("h100_1", "h100_8") and (name, stage) == ("molmo2_8b", "stage3"):
-                assert f"gradients {29 if preset == 'h100_1' else 15}." in verdict(config, gpus, 40.0)
+                assert f"gradients {29 if preset == 'h100_1' else 15}." in verdict(
+                    resolve(config, gpus, 40.0)[0], gpus, 40.0
+                )
 
 
 def test_every_h100_preset_is_tested():
@@ -185,7 +188,7 @@ def test_rows_hold_what_a_packed_row_can():
 
 
 def test_recomputation_trades_memory_for_time():
-    config = compose("stage2", ["hardware=h100_64", "schedule=report"])
+    config = compose("stage2", ["hardware=h100_64", "schedule=report", "train.vision_chunk_crops=8"])
     found = []
     for values in ({}, dict(recompute_granularity="selective", recompute_modules=["mlp"]), plan.RECOMPUTE["full"]):
         job = Job(replace(config, transformer=values), 64)
@@ -194,7 +197,7 @@ def test_recomputation_trades_memory_for_time():
 
 
 def test_estimate_counts_the_flops_of_the_whole_step():
-    job = Job(compose("stage2", ["hardware=h100_8"]), 8)
+    job = Job(resolve(compose("stage2", ["hardware=h100_8"]), 8)[0], 8)
     cost = estimate(job)
     expected = training_flops(job.config.model, ("head",), **vars(job.work)) * job.config.train.global_batch_size
     assert sum(cost.flops.values()) == pytest.approx(expected)
