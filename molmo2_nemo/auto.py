@@ -1,5 +1,6 @@
 """Settings that say `auto`: of what fits into a GPU by the plan, the fastest. Imports neither torch nor Megatron."""
 
+import bisect
 from dataclasses import replace
 
 from molmo2_nemo.config.checks import check_settings
@@ -25,41 +26,62 @@ def resolve(config: Config, gpus: int, memory_gib: float = H100_GIB, device: str
     if wanted is not None and any(key.startswith("recompute_") for key in others):
         lines.append(f"transformer.recompute={wanted} is not used: transformer.recompute_granularity or another is set")
         wanted = None
-    recompute = list(RECOMPUTE) if wanted == AUTO else [wanted]
     chunks = CHUNKS if train.vision_chunk_crops == AUTO else (train.vision_chunk_crops,)
 
-    def choice(name: str | None, chunk: int) -> Config:
-        more = {} if name is None else RECOMPUTE[name]
+    def choice(more: dict, chunk: int) -> Config:
         return replace(config, transformer=others | more, train=replace(train, vision_chunk_crops=chunk))
 
+    more, chunk, needed = {} if wanted in (AUTO, None) else RECOMPUTE[wanted], chunks[0], 0.0
     if AUTO not in (wanted, train.vision_chunk_crops):
-        return choice(wanted, train.vision_chunk_crops), lines
-    name, chunk, needed = recompute[0], chunks[0], 0.0
+        return choice(more, chunk), lines
     if device == "cuda":
-        name, chunk, needed = _fastest(choice, recompute, chunks, gpus, (memory_gib - RESERVE_GIB) * GIB)
-    said = [f"transformer.recompute=auto takes {name}"] if wanted == AUTO else []
+        limit = (memory_gib - RESERVE_GIB) * GIB
+        more, chunk, needed = _fastest(choice, more, wanted == AUTO, chunks, gpus, limit)
+    said = [f"transformer.recompute=auto takes {name_of(more)}"] if wanted == AUTO else []
     said += [f"train.vision_chunk_crops=auto takes {chunk}"] if train.vision_chunk_crops == AUTO else []
     by = f"{needed / GIB:.1f} of {memory_gib:.1f} GiB by the plan, {RESERVE_GIB:g} of them kept free"
     lines.append(f"{', '.join(said)} ({by if device == 'cuda' else 'on a CPU'})")
-    return choice(name, chunk), lines
+    return choice(more, chunk), lines
 
 
-def _fastest(choice, recompute: list, chunks: tuple, gpus: int, limit: float) -> tuple[str | None, int, float]:
-    """(recomputation, crops of a chunk, peak bytes) of the fastest choice within the limit, else of the smallest."""
-    found = []
+def name_of(recompute: dict) -> str:
+    """What a choice of recomputation is called."""
+    blocks = f"full for {recompute.get('recompute_num_layers')} layers of a pipeline stage"
+    return next((name for name, fields in RECOMPUTE.items() if fields == recompute), blocks)
+
+
+def _fastest(choice, fixed: dict, is_open: bool, chunks: tuple, gpus: int, limit: float) -> tuple[dict, int, float]:
+    """(recomputation, crops of a chunk, peak bytes) of the fastest choice within the limit, else of the smallest.
+
+    fixed: the recomputation, unless it `is_open`.
+    """
     small = SMALL_CHUNKS if chunks == CHUNKS else ()
-    for name in recompute:
-        for chunk in (*chunks, *small):
-            candidate = choice(name, chunk)
-            try:
-                check_settings(candidate, gpus)
-            except ConfigError:
-                continue  # with FP8 recipes and offloading not every choice is allowed
-            job = Job(candidate, gpus)
-            needed = peak(worst_stage(job)[1])[0]
-            if needed <= limit:
-                found.append((chunk in small, estimate(job).seconds, -chunk, name, needed))
-            else:
-                found.append((2, needed, -chunk, name, needed))
-    _, _, chunk, name, needed = min(found, key=lambda one: one[:3])
-    return name, -chunk, needed
+    layers = max(Job(choice({}, chunks[0]), gpus).layers)
+    pieces = choice({}, chunks[0]).parallel.virtual_pipeline_model_parallel_size
+    found = []
+
+    def fits(more: dict, chunk: int) -> bool:
+        candidate = choice(more, chunk)
+        try:
+            check_settings(candidate, gpus)
+        except ConfigError:
+            return False  # with FP8 recipes and offloading not every choice is allowed
+        job = Job(candidate, gpus)
+        needed = peak(worst_stage(job)[1])[0]
+        order = (chunk in small, estimate(job).seconds) if needed <= limit else (2, needed)
+        found.append((*order, -chunk, more, needed))
+        return needed <= limit
+
+    for chunk in (*chunks, *small):
+        for more in RECOMPUTE.values() if is_open else [fixed]:
+            fits(more, chunk)
+        if is_open and not pieces:  # Megatron counts layers of a piece, the plan those of a stage
+            # As few layers as suffice: more need less memory and more time.
+            bisect.bisect_left(range(1, layers), True, key=lambda count, chunk=chunk: fits(_block(count), chunk))
+    _, _, chunk, more, needed = min(found, key=lambda one: one[:3])
+    return more, -chunk, needed
+
+
+def _block(layers: int) -> dict:
+    """The first so many layers of each pipeline stage are made again whole, the others keep everything."""
+    return dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=layers)

@@ -119,10 +119,11 @@ def own_part(batch: dict, model: ModelConfig) -> dict:
     cp_size = parallel_state.get_context_parallel_world_size()
     edges = edges_of(indices, *batch["input_ids"].shape, cp_size)
     group = parallel_state.get_tensor_and_context_parallel_group()
-    counts = crops_of_ranks(batch[HOST_FIELD].cpu(), group.size())
+    units = batch[HOST_FIELD].cpu()
+    counts = crops_of_ranks(units, group.size())
     first = sum(counts[: group.rank()])
-    part = {**batch, **indices, "crops": batch["crops"][first : first + counts[group.rank()]]}
-    return part | own_indices(part, edges)
+    crops = batch["crops"][first : first + counts[group.rank()]]
+    return {**batch, HOST_FIELD: units, "crops": crops} | own_indices(batch | indices, edges)
 
 
 def whole_crops(batch: dict) -> Tensor:

@@ -70,7 +70,7 @@ def shares(rows: list[dict], source: BatchSource) -> tuple[list[dict], dict]:
 def main() -> None:
     parallel.initialize(LAYOUT, "cpu", timeout_minutes=2, seed=0)
     documents = random_documents(MODEL, seed=0)
-    rows = pack(documents, 1, MODEL, 0, 8)[0] + pack(documents[1:4], 1, MODEL, 1, 8)[0]
+    rows = pack(documents, 2, MODEL, 0, 8)[0]
     for row in rows:
         row["source_ids"] = torch.zeros_like(row["input_ids"], dtype=torch.int32)
     replica = parallel.model_replica_group(2)
