@@ -4,6 +4,7 @@ Rank 0 prints one JSON line with the figures of every rank.
 """
 
 import json
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -34,8 +35,12 @@ class Waits(compat.dispatch_mode()):
         name = function.name().removeprefix("aten::").split(".")[0]
         self.seen += 1
         indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
-        if name in ASKING or any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
-            self.found.append(name)
+        masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        # One value for all masked places is a masked_fill to torch: no one counts.
+        masked = masked and not (name.startswith("index_put") and args[2].numel() == 1)
+        if name in ASKING or masked:
+            frames = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
+            self.found.append(f"{name} {tuple(args[0].shape)} {frames[-1].filename}:{frames[-1].lineno}")
         return function(*args, **(kwargs or {}))
 
 
