@@ -28,8 +28,12 @@ from molmo2_nemo.training.optimizer import load_optimizer_state
 from molmo2_nemo.training.step import load_model_state, refuse_other_architecture, sharded_model_state
 
 OPTIMIZER_STATE = "optimizer.state."  # what the keys of its tensors begin with
-# Optimizer shards of the distributed optimizer are gathered to whole parameters, so that any layout can read them.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Shards of the distributed optimizer are gathered to whole parameters, so that any layout can read them: on every rank,
+# or with the second key on the first data-parallel one, which alone writes them, through gloo (not measured yet).
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
 
 
 def _state(model, optimizer, is_loading: bool) -> dict:
@@ -39,10 +43,11 @@ def _state(model, optimizer, is_loading: bool) -> dict:
             with torch.no_grad():
                 chunk.start_param_sync(force_sync=True)
     model_state = sharded_model_state(model)
-    return {
-        **model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA),
-    }
+    state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=METADATA)
+    for part in (state, *(part for part in state.values() if isinstance(part, dict))):
+        if part.get("param_state", part) is None:  # of a rank that gathers nothing
+            del part["param_state"]
+    return {**model_state, "optimizer": state}
 
 
 class _SaveStrategy(TorchDistSaveShardedStrategy):
