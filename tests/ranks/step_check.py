@@ -39,7 +39,8 @@ class Waits(compat.dispatch_mode()):
         # One value for all masked places is a masked_fill to torch: no one counts.
         masked = masked and not (name.startswith("index_put") and args[2].numel() == 1)
         if name in ASKING or masked:
-            frames = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
+            through = ("/torch/", "molmo2_nemo/cpu.py")  # every call goes through these
+            frames = [f for f in traceback.extract_stack()[:-1] if not any(part in f.filename for part in through)]
             # Megatron compares the state of the host's random numbers there, which no GPU has.
             if not frames[-1].filename.endswith("tensor_parallel/random.py"):
                 self.found.append(f"{name} {tuple(args[0].shape)} {frames[-1].filename}:{frames[-1].lineno}")
