@@ -3,7 +3,8 @@
 Downloader, preparation, loader and inspection read these by `limits.NAME`, so that none refuses what another accepts.
 """
 
-# Pixels of a picture. The loader holds one as float32 while it resizes it, which at this limit is 1.2 GB in a worker.
+# Pixels of a picture. A worker holds one as bytes while it resizes it, which at this limit is 300 MB, and 900 MB while
+# Pillow decodes it.
 # (Pillow itself warns of a decompression bomb from 89 million pixels and refuses from 179 million.)
 MAX_IMAGE_PIXELS = 100_000_000
 # Pixels of a frame of a video; 8K has 7,680 x 4,320 = 33,177,600.

@@ -112,7 +112,8 @@ class Asker:
         frames = torch.empty(len(times), 3, size["height"], size["width"], dtype=torch.uint8)
         try:
             for number, frame in enumerate(pick_frames(video.read_bytes(), times)):
-                frames[number] = torch.from_numpy(resize(frame, size["height"], size["width"])).permute(2, 0, 1)
+                (resized,) = resize(frame, (size["height"], size["width"]))
+                frames[number] = torch.from_numpy(resized).permute(2, 0, 1)
         except ValueError as error:
             raise ValueError(f"{video}: {_first_line(error)}") from error
         return Seen(frames=frames, times=times, duration=duration)

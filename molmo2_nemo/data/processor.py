@@ -5,8 +5,8 @@ pooling windows are transformers' own. What is done to every pixel is implemente
 time and gives the same bytes.
 """
 
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -19,6 +19,10 @@ from molmo2_nemo.config.schema import VisionConfig
 
 # Bytes stay bytes: the model maps them to [-1, 1] on its device.
 AS_BYTES = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+# A picture of more pixels is not made floats as a whole, which takes most of the time and the memory for a camera's:
+# what is above 32 MB, glibc asks the system for each time. Below, torch is as fast (tools/bench/pictures.py).
+MOST_FLOAT_PIXELS = 3_000_000
+BAND = 16  # rows that are resized at a time, so that they stay in the processor's cache
 
 
 def build_processor(
@@ -157,10 +161,9 @@ class VisualInputs:
         copied before it is changed. max_crops: as in `image_tokens`.
         """
         rows, columns = self._tiling(*image.shape[:2], max_crops or self.max_crops)
-        pixels = _as_floats(image)
         crops = np.empty((1 + rows * columns, self.side, self.side, self.patch_dim), dtype=np.uint8)
-        crops[0] = self._patches(pixels, self.size, self.size)
-        patches, step = self._patches(pixels, *self._canvas(rows, columns)), self.side - self.margins
+        crops[0], patches = self._patches(image, (self.size, self.size), self._canvas(rows, columns))
+        step = self.side - self.margins
         for number in range(rows * columns):
             top, left = number // columns * step, number % columns * step
             crops[1 + number] = patches[top : top + self.side, left : left + self.side]
@@ -168,29 +171,83 @@ class VisualInputs:
 
     def video_pixels(self, frames: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The same for frames, at least one, uint8 [H, W, 3] each: crops [frames, P, patch_dim] and pooling [T, W]."""
-        crops = np.stack([self._patches(_as_floats(frame), self.size, self.size) for frame in frames])
+        crops = np.stack([self._patches(frame, (self.size, self.size))[0] for frame in frames])
         offsets = np.arange(len(crops))[:, None, None] * self.patches_per_crop
         pooling = np.where(self.frame_windows >= 0, self.frame_windows + offsets, -1)
         return crops.reshape(len(crops), self.patches_per_crop, self.patch_dim), pooling.reshape(-1, self.window)
 
-    def _patches(self, pixels: torch.Tensor, height: int, width: int) -> np.ndarray:
-        """A picture (float32 [1, 3, H, W]) resized to height x width: uint8 [rows, columns, patch_dim]."""
-        resized = _resized(pixels, height, width)
-        p, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
-        return resized.reshape(rows, p, columns, 3 * p).transpose(0, 2, 1, 3).reshape(rows, columns, self.patch_dim)
+    def _patches(self, image: np.ndarray, *sizes: tuple[int, int]) -> list[np.ndarray]:
+        """A picture, uint8 [H, W, 3], resized to each (height, width): uint8 [rows, columns, patch_dim]."""
+        p, patches = self.patch_size, []
+        for resized, (height, width) in zip(resize(image, *sizes), sizes):
+            cut = resized.reshape(height // p, p, width // p, 3 * p).transpose(0, 2, 1, 3)
+            patches.append(cut.reshape(height // p, width // p, self.patch_dim))
+        return patches
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture, uint8 [H, W, 3], as uint8 [height, width, 3], as it is resized for the model."""
-    return _resized(_as_floats(image), height, width)
+def resize(image: np.ndarray, *sizes: tuple[int, int]) -> list[np.ndarray]:
+    """A picture, uint8 [H, W, 3], as uint8 [height, width, 3] of each size, as it is resized for the model."""
+    if image.shape[0] * image.shape[1] > MOST_FLOAT_PIXELS and _bands_are_exact():
+        return [_to_bytes(torch.cat(list(_bands(image, *size)))).reshape(*size, 3) for size in sizes]
+    pixels = _as_floats(image)
+    return [_to_bytes(_interpolated(pixels, *size)) for size in sizes]
 
 
-def _resized(pixels: torch.Tensor, height: int, width: int) -> np.ndarray:
-    resized = interpolate(pixels, (height, width), mode="bilinear", align_corners=False).round_()
-    return resized[0].permute(1, 2, 0).numpy().astype(np.uint8)
+def _to_bytes(pixels: torch.Tensor) -> np.ndarray:
+    return pixels.round_().numpy().astype(np.uint8)
 
 
 def _as_floats(image: np.ndarray) -> torch.Tensor:
     """float32 [1, 3, H, W]. Left in the order of [H, W, 3], which torch resizes twice as fast, to the same floats."""
     pixels = torch.from_numpy(np.array(image[None], dtype=np.float32, order="C"))
     return pixels.permute(0, 3, 1, 2)
+
+
+def _interpolated(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """float32 [height, width, 3] of [1, 3, H, W]."""
+    return interpolate(pixels, (height, width), mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+
+
+def _bands(image: np.ndarray, height: int, width: int) -> Iterator[torch.Tensor]:
+    """The same of a picture, uint8 [H, W, 3], a few rows after the other: float32 [rows, 3 width].
+
+    Every pixel comes from four, and only these become floats. They are added in the order, and with the rounding, of
+    torch 2.14 (aten/src/ATen/native/cpu/UpSampleKernel.cpp, as it is compiled with fused multiplication and addition).
+    """
+    lines = image.reshape(len(image), -1)
+    above, below, upper, lower = _neighbours(image.shape[0], height)
+    left, right, near, far = _neighbours(image.shape[1], width)
+    left, right = ((3 * columns[:, None] + np.arange(3)).ravel() for columns in (left, right))
+    near, far = (torch.from_numpy(weights.repeat(3)) for weights in (near, far))
+
+    def pixels(rows: np.ndarray, columns: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(rows.take(columns, axis=1)).float()
+
+    for start in range(0, height, BAND):
+        band = slice(start, start + BAND)
+        a, b = (torch.from_numpy(weights[band, None]) for weights in (upper, lower))
+        rows = lines[above[band]]
+        total = pixels(rows, right).mul_(a * far).addcmul_(pixels(rows, left), a * near)
+        rows = lines[below[band]]
+        yield total.addcmul_(pixels(rows, left), b * near).addcmul_(pixels(rows, right), b * far)
+
+
+def _neighbours(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of `wanted` points spread evenly over `size` pixels: the pixel before and after each, and the weights of both."""
+    # In double precision, then rounded: as one fused operation does it.
+    scale = np.float64(np.float32(size) / np.float32(wanted))
+    places = (scale * (np.arange(wanted) + 0.5) - 0.5).astype(np.float32).clip(0)
+    first = places.astype(np.int64).clip(max=size - 1)
+    after = (places - first.astype(np.float32)).clip(0, 1)
+    return first, (first + 1).clip(max=size - 1), 1 - after, after
+
+
+@cache
+def _bands_are_exact() -> bool:
+    """Whether this processor and this build of torch give the same bits both ways: they are compared once."""
+    image = np.random.default_rng(0).integers(0, 256, (211, 233, 3), dtype=np.uint8)
+    whole = _as_floats(image)
+    return all(
+        torch.equal(torch.cat(list(_bands(image, *size))).reshape(*size, 3), _interpolated(whole, *size))
+        for size in ((97, 89), (24, 30))
+    )
