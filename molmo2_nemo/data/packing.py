@@ -14,6 +14,7 @@ import torch
 from megatron.energon import Batch as EnergonBatch
 from megatron.energon import Sample, edataclass
 from megatron.energon.flavors.base_dataset import set_sample_restore_key
+from megatron.energon.state import FlexState
 from megatron.energon.wrappers.base import BaseWrapperDataset, get_sample_restore_key
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
@@ -23,9 +24,12 @@ from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
 
 # Lengths are rounded up to 1/RESOLUTION of a row when it is planned. A finer unit costs time and fills rows no better.
 RESOLUTION = 4096
-# The oldest example may be passed over this many times before a row has to take it. Waiting for a row that it fits well
-# fills rows better, and no example waits for more than three times the number of those before it.
-ROWS_WITHOUT_OLDEST = 2
+# An example that was there when so many rows were made, and is the oldest, goes into the next one: none waits for more
+# rows than these and one for each example before it.
+MOST_ROWS = 150
+# What a row may give away, as a share of it, so that an example leaves that is hard to place. tools/bench/packing.py
+# says what this and MOST_ROWS do to the fill and the waiting.
+GIVEN_AWAY = 0.006
 # A row is made when packing_buffer_size examples wait and they would fill this many rows: more are needed if short.
 ROWS_WAITING = 2
 # After this many dropped samples in a row, a row is made of what waits, since rows carry the counts to the trainer.
@@ -42,11 +46,13 @@ def select(
 ) -> list[int]:
     """Indices, ascending, of the examples of the next row; examples are given oldest first.
 
-    The knapsack of two budgets, solved exactly: of all choices that fit, with the oldest if `take_oldest`, the one of
-    the largest sum of tokens + w crops. One crop is worth what it takes of its budget if the examples need more of the
-    crops than of the tokens, otherwise 0.15 of it, so that neither kind of example is left over. Of equal choices the
-    one without the newer examples. Lengths count in units of 1/RESOLUTION of the row, rounded up. Of more examples than
-    `most_candidates` the oldest are taken without asking, as long as they fit: many short ones need no choice.
+    The knapsack of two budgets. The value of a choice is its sum of tokens + w crops, so that neither kind of example
+    is left over: a crop is worth what it takes of its budget if the examples need more of the crops than of the tokens,
+    0.15 of it if they need more than half as much, and nothing otherwise. Of all choices that fit, with the oldest if
+    `take_oldest`, and are worth at most GIVEN_AWAY of a row less than the best, the one whose largest example is the
+    largest, then its second: what is small fits everywhere and is kept for what is hard to place. Of equal examples the
+    older. Lengths count in units of 1/RESOLUTION of the row, rounded up. Of more examples than `most_candidates` the
+    oldest are taken without asking, as long as they fit: many short ones need no choice.
     ValueError: an example exceeds a budget on its own.
     """
     for index, (length, count) in enumerate(zip(lengths, crops)):
@@ -57,8 +63,9 @@ def select(
     unit = max(1, max_tokens // RESOLUTION)
     room, places = max_tokens // unit, max_crops
     sizes = [min(-(-length // unit), room) for length in lengths]
-    scarce = sum(crops) * max_tokens > sum(lengths) * max_crops
-    weight = (1.0 if scarce else 0.15) * room / max(max_crops, 1)
+    needed = sum(crops) * max_tokens / max(1, sum(lengths) * max_crops)  # of the crops, for each of the tokens
+    weight = (1.0 if needed > 1 else 0.15 if needed > 0.5 else 0.0) * room / max(max_crops, 1)
+    given_away = GIVEN_AWAY * room
     chosen, left = [], max_tokens
     spare = len(sizes) - most_candidates if most_candidates else 0
     for i in range(max(spare, int(take_oldest and len(sizes) > 0))):
@@ -68,20 +75,26 @@ def select(
         left, places = left - lengths[i], places - crops[i]
     room = min(room, left // unit)
     candidates = [i for i in range(len(chosen), len(sizes)) if sizes[i] <= room and crops[i] <= places]
-    candidates = candidates[:most_candidates]
+    # From the smallest to the largest; of equal ones the older last.
+    candidates = sorted(candidates[:most_candidates], key=lambda i: (sizes[i] + weight * crops[i], -i))
     # reachable[k][c]: a bit for every size that some of the first k candidates with c crops in all can have.
     within = (1 << room + 1) - 1
     reachable = [[1] + [0] * places]
+    best = [(0.0, 0, 0)]  # (value, crops, size) of the best choice whose largest is candidate k - 1; none of k = 0
     for i in candidates:
         before = reachable[-1]
         longer = [(before[used - crops[i]] << sizes[i]) & within for used in range(crops[i], places + 1)]
         reachable.append(before[: crops[i]] + [old | new for old, new in zip(before[crops[i] :], longer)])
-    _, used = max((sums.bit_length() + weight * used, used) for used, sums in enumerate(reachable[-1]) if sums)
-    size = reachable[-1][used].bit_length() - 1
-    for k in range(len(candidates) - 1, -1, -1):
-        if not reachable[k][used] >> size & 1:  # cannot be had without candidate k
-            chosen.append(candidates[k])
-            used, size = used - crops[candidates[k]], size - sizes[candidates[k]]
+        ends = [(sums.bit_length() - 1, used) for used, sums in enumerate(longer, crops[i]) if sums]
+        best.append(max((size + weight * used, used, size) for size, used in ends))
+    least = max(best)[0] - given_away
+    last = max(k for k, (value, _, _) in enumerate(best) if value >= least)
+    _, used, size = best[last]
+    for k in range(last - 1, -1, -1):
+        i = candidates[k]
+        if used >= crops[i] and size >= sizes[i] and reachable[k][used - crops[i]] >> (size - sizes[i]) & 1:
+            chosen.append(i)
+            used, size = used - crops[i], size - sizes[i]
     return sorted(chosen)
 
 
@@ -230,7 +243,7 @@ class PackedRows(BaseWrapperDataset[WaitingSample, Row]):
     rows at the end give every rank the same number of rows, a multiple of `multiple`.
     """
 
-    _savable_fields = ("_pool", "_passed_over")
+    _savable_fields = ("_pool", "_waited")
 
     def __init__(
         self,
@@ -252,7 +265,12 @@ class PackedRows(BaseWrapperDataset[WaitingSample, Row]):
 
     def reset_state_own(self) -> None:
         self._pool = SavableSampleBuffer(self.dataset, worker_config=self.worker_config)
-        self._passed_over = 0  # rows since the oldest example became the oldest
+        self._waited = []  # rows that were made while each sample of the pool waited
+
+    def restore_state(self, state: FlexState) -> None:
+        """A state of an earlier version does not say how long the samples have waited, which counts from then on."""
+        state.setdefault("_waited", [])
+        super().restore_state(state)
 
     def len_worker(self, worker_idx: int | None = None) -> int:
         """Number of samples: how many rows they fill is not known."""
@@ -278,6 +296,7 @@ class PackedRows(BaseWrapperDataset[WaitingSample, Row]):
         source = iter(self.dataset)
         while True:
             self._fill(source)
+            self._waited += [0] * (len(pool.buffer) - len(self._waited))
             if not pool.buffer:
                 return
             usable = [index for index, sample in enumerate(pool.buffer) if sample.plan.num_tokens]
@@ -285,14 +304,15 @@ class PackedRows(BaseWrapperDataset[WaitingSample, Row]):
             if usable:
                 plans = [pool.buffer[index].plan for index in usable]
                 lengths, crops = [plan.num_tokens for plan in plans], [plan.num_crops for plan in plans]
-                take_oldest = self._passed_over >= ROWS_WITHOUT_OLDEST
+                take_oldest = self._waited[usable[0]] >= MOST_ROWS
                 picked = select(lengths, crops, self.max_tokens, self.max_crops, take_oldest, self.buffer_size)
-                self._passed_over = 0 if 0 in picked else self._passed_over + 1
                 chosen |= {usable[index] for index in picked}
             chosen = sorted(chosen)
             samples = [pool.buffer[index] for index in chosen]
             for index in reversed(chosen):
                 pool.pop(index)
+                del self._waited[index]
+            self._waited = [rows + 1 for rows in self._waited]
             yield samples
 
     def _fill(self, source: Iterator[WaitingSample]) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from tables import parser, print_json
 
-from molmo2_nemo.data.packing import ROWS_WITHOUT_OLDEST, enough_wait, select
+from molmo2_nemo.data.packing import MOST_ROWS, enough_wait, select
 
 FRAME_TOKENS = 90  # 83 and a time stamp
 # Tokens and crops of an image by its tiling (rows x columns), arithmetic of transformers' Molmo2 processor.
@@ -66,13 +66,8 @@ def stream(count: int, seq_length: int, max_crops: int, max_frames: int, seed: i
 
 
 def ours(seq_length: int, max_crops: int, buffer_size: int) -> Callable:
-    passed_over = 0
-
-    def choose(sizes):
-        nonlocal passed_over
-        chosen = select(*zip(*sizes), seq_length, max_crops, passed_over >= ROWS_WITHOUT_OLDEST, buffer_size)
-        passed_over = 0 if 0 in chosen else passed_over + 1
-        return chosen
+    def choose(sizes, waited):
+        return select(*zip(*sizes), seq_length, max_crops, waited[0] >= MOST_ROWS, buffer_size)
 
     return choose
 
@@ -81,7 +76,7 @@ def reference(seq_length: int, max_crops: int, crop_value: float) -> Callable:
     unit = max(1, seq_length // 512)
     room = -(-seq_length // unit)
 
-    def choose(sizes):
+    def choose(sizes, waited):
         lengths = [-(-tokens // unit) for tokens, _ in sizes]
         value = np.full((max_crops + 1, room + 1), -np.inf)
         value[0, 0] = 0
@@ -103,7 +98,7 @@ def reference(seq_length: int, max_crops: int, crop_value: float) -> Callable:
 
 
 def first_fit(seq_length: int, max_crops: int) -> Callable:
-    def choose(sizes):
+    def choose(sizes, waited):
         tokens, crops, chosen = seq_length, max_crops, []
         for index, (length, count) in enumerate(sizes):
             if length <= tokens and count <= crops:
@@ -117,7 +112,10 @@ def first_fit(seq_length: int, max_crops: int) -> Callable:
 def packers(
     seq_length: int, max_crops: int, buffer_size: int, crop_value: float
 ) -> dict[str, tuple[Callable, Callable]]:
-    """By name: what chooses a row of a pool's examples, and whether a pool of (count, tokens, crops) is full."""
+    """By name: what chooses a row, of a pool's examples and how long they waited, and whether a pool is full.
+
+    A pool is told by its count, tokens and crops.
+    """
 
     def counted(count, tokens, crops):
         return count >= buffer_size
@@ -129,7 +127,7 @@ def packers(
         "ours": (ours(seq_length, max_crops, buffer_size), ours_waits),
         "reference": (reference(seq_length, max_crops, crop_value), counted),
         "first fit": (first_fit(seq_length, max_crops), counted),
-        "none": (lambda sizes: [0], counted),
+        "none": (lambda sizes, waited: [0], counted),
     }
 
 
@@ -144,7 +142,7 @@ def pack(
         if not is_full(len(pool), *(sum(column) for column in zip(*(size for _, size in pool)))):
             continue
         started = time.perf_counter()
-        chosen = choose([size for _, size in pool])
+        chosen = choose([size for _, size in pool], [len(fill) - since for since, _ in pool])
         seconds += time.perf_counter() - started
         row = [pool[index] for index in chosen]
         # The reference's rounding lets a row be too long by less than a unit an example: it is cut there.
@@ -156,7 +154,7 @@ def pack(
     tokens_in = sum(fill) + sum(tokens for _, (tokens, _) in pool)
     while pool:
         rows += 1
-        chosen = choose([size for _, size in pool])
+        chosen = choose([size for _, size in pool], [rows - 1 - since for since, _ in pool])
         delays += [rows - 1 - pool[index][0] for index in chosen]
         pool = [item for index, item in enumerate(pool) if index not in set(chosen)]
     fill, crops = np.array(fill) / seq_length, np.array(crops) / max_crops
