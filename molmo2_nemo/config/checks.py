@@ -64,9 +64,10 @@ def check_settings(cfg: Config, world_size: int) -> None:
         refuse(getattr(train, key) < 0, f"train.{key}={getattr(train, key)} must not be negative.")
     chunk = train.vision_chunk_crops
     refuse(
-        chunk != AUTO and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 0),
+        chunk != AUTO and (not isinstance(chunk, int) or isinstance(chunk, bool)),
         f"train.vision_chunk_crops={chunk} must be a number of crops, 0 for all at once, or auto.",
     )
+    refuse(chunk != AUTO and chunk < 0, f"train.vision_chunk_crops={chunk} must not be negative.")
     if "recompute" in cfg.transformer:
         check_choice("transformer.recompute", cfg.transformer["recompute"], (*RECOMPUTE, AUTO))
     refuse(

@@ -81,7 +81,7 @@ def test_a_cpu_is_not_planned(config):
     "word, reason",
     [
         ("train.vision_chunk_crops=many", "must be a number of crops, 0 for all at once, or auto."),
-        ("train.vision_chunk_crops=-1", "must be a number of crops"),
+        ("train.vision_chunk_crops=-1", "must not be negative"),
         ("transformer.recompute=some", "transformer.recompute=some"),
     ],
 )
