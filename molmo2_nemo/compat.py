@@ -50,6 +50,23 @@ def tensors_in(tree) -> list:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+# Operations, by `schema_of(operation).name`: a number goes to the host; a tensor is converted, perhaps to another device.
+TO_NUMBER, TO_COPY = "aten::_local_scalar_dense", "aten::_to_copy"
+
+
+def schema_of(operation):
+    """The signature of an operation that a dispatch mode sees: name, arguments, returns, is_mutable."""
+    return operation._schema
+
+
+def with_values(tree, values_of: Callable):
+    """The same nested tuples, lists and dicts with `values_of(tensor)` in place of each tensor."""
+    import torch
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda leaf: values_of(leaf) if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
 def storage_address(storage) -> int:
     """Identifies the memory of an untyped storage while it is alive, also where it has no data pointer."""
     return storage._cdata
@@ -60,6 +77,104 @@ def norms(tensors: list) -> list:
     import torch
 
     return list(torch._foreach_norm(tensors, 2, dtype=torch.float32)) if tensors else []
+
+
+# The device of a rehearsal: torch's backend for others to define, with a name of ours.
+REHEARSAL_DEVICE = "rehearsal"
+
+
+def register_rehearsal_device() -> None:
+    """Make `REHEARSAL_DEVICE` an accelerator without kernels, for fake tensors: torch then asks it instead of CUDA.
+
+    In torch built for CUDA the backward pass of fake CUDA tensors asks NVIDIA's driver for a context, even where there
+    is no driver; of this device it asks Python. Once in a process.
+    """
+    import torch
+    import torch.utils.backend_registration as registration
+
+    class Hooks(torch._C._acc.PrivateUse1Hooks):
+        def is_available(self):
+            return True
+
+        def is_built(self):
+            return True
+
+        def has_primary_context(self, device):
+            return False
+
+    class Module(registration._DummyBackendModule):
+        def get_amp_supported_dtype(self):  # asked for by torch.utils.checkpoint
+            return [torch.bfloat16, torch.float16]
+
+    registration._setup_privateuseone_for_python_backend(REHEARSAL_DEVICE, Module(), Hooks())
+
+
+def fake_tensor_mode():
+    """A context manager in which tensors have a shape, a type and a device, but no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Mode(FakeTensorMode):
+        avoid_device_init = True  # torch.tensor makes its values on the host first
+
+    return Mode(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor) -> bool:
+    """Whether a tensor was made under `fake_tensor_mode`."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def without_modes():
+    """A context manager in which no dispatch mode sees what is called."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def use_fake_process_groups(rank: int, world_size: int) -> None:
+    """torch.distributed as one rank of many, alone: its collectives do nothing."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+
+def finished_work(group):
+    """What a collective of a fake group returns: a handle that never waits."""
+    import torch
+
+    with without_modes():
+        return group._get_backend(torch.device("cpu")).allreduce([torch.zeros(1)]).boxed()
+
+
+def process_group(value):
+    """The process group in an argument of a c10d operation; None for other arguments."""
+    import torch
+    import torch.distributed as dist
+
+    if not isinstance(value, torch.ScriptObject):
+        return None
+    try:
+        return dist.ProcessGroup.unbox(value)
+    except (RuntimeError, TypeError):  # another kind of script object, such as a reduction's operator
+        return None
+
+
+def next_sequence_number() -> int:
+    """The number that autograd gives to the next operation; the one that runs now has the number before."""
+    import torch
+
+    return torch._C._autograd._get_sequence_nr()
+
+
+def sequence_number_of_backward() -> int | None:
+    """The number of the operation whose backward pass runs now; None outside of a backward pass."""
+    import torch
+
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
 
 
 def loader_processes(loader) -> list:

@@ -1,0 +1,128 @@
+"""Collectives as they are recorded, and whether ranks agree on them."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from molmo2_nemo import compat
+
+# c10d's operation -> (our name, share of its bytes that a ring algorithm sends, as a function of the ranks).
+# all_gather and reduce_scatter: (k - 1)/k of the larger side; all_reduce is one of each (NCCL's documentation of
+# bandwidth, doc/PERFORMANCE.md of NVIDIA/nccl-tests).
+OPERATIONS = {
+    "allreduce": ("all_reduce", lambda k: 2 * (k - 1) / k),
+    "allgather": ("all_gather", lambda k: (k - 1) / k),
+    "reduce_scatter": ("reduce_scatter", lambda k: (k - 1) / k),
+    "alltoall": ("all_to_all", lambda k: (k - 1) / k),
+    "broadcast": ("broadcast", lambda k: (k - 1) / k),
+    "send": ("send", lambda k: 1.0),
+    "recv": ("recv", lambda k: 0.0),
+    "barrier": ("barrier", lambda k: 0.0),
+}
+# What Megatron's groups are for: its description of a group -> a short name.
+GROUPS = {
+    "TENSOR_MODEL_PARALLEL_GROUP": "TP",
+    "CONTEXT_PARALLEL_GROUP": "CP",
+    "TENSOR_AND_CONTEXT_PARALLEL_GROUP": "vision",
+    "PIPELINE_MODEL_PARALLEL_GROUP": "PP",
+    "DATA_PARALLEL_GROUP": "DP",
+    "DATA_PARALLEL_GROUP_WITH_CP": "DP",
+    "INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP": "DP",
+    "EMBEDDING_GROUP": "tied weights",
+    "POSITION_EMBEDDING_GROUP": "tied weights",
+    "MODEL_PARALLEL_GROUP": "norms",
+    "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "norms",
+    "default_pg": "all ranks",
+}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call. bytes: of the larger of what this rank gives and gets; sent: by this rank, with ring algorithms.
+
+    peer: the other rank of a send or a receive.
+    """
+
+    phase: str
+    operation: str
+    group: str
+    ranks: tuple[int, ...]
+    bytes: int
+    sent: float
+    line: str
+    peer: int | None = None
+
+    @property
+    def call(self) -> tuple:
+        """What all ranks of the group must have in common."""
+        return self.operation, self.bytes
+
+
+def collective_of(function, args, kwargs, line: str, phase: str) -> tuple[Collective, object]:
+    """(what is recorded of a c10d operation, what the operation returns)."""
+    schema = compat.schema_of(function)
+    name = schema.name.removeprefix("c10d::").strip("_")
+    operation, share = next(value for key, value in OPERATIONS.items() if name.startswith(key))
+    named = {argument.name: value for argument, value in zip(schema.arguments, args)} | kwargs
+    group = next(filter(None, map(compat.process_group, named.values())), None) or dist.group.WORLD
+    ranks = tuple(dist.get_process_group_ranks(group))
+    sides = [sum(t.numel() * t.element_size() for t in compat.tensors_in(value)) for value in named.values()]
+    size = max(sides, default=0)
+    peer = next((ranks[named[key]] for key in ("dst", "src") if key in named), None)
+    described = getattr(group, "group_desc", "")
+    found = Collective(
+        phase, operation, GROUPS.get(described, described.lower()), ranks, size, share(len(ranks)) * size, line, peer
+    )
+    work = compat.finished_work(dist.group.WORLD)
+    returned = [work if "Work" in str(r.type) else args[0] for r in schema.returns]
+    return found, returned[0] if len(returned) == 1 else tuple(returned)
+
+
+def totals(collectives: list[Collective]) -> list[dict]:
+    """Calls, bytes and bytes sent by group and operation, most bytes first."""
+    calls, size, sent = Counter(), Counter(), Counter()
+    for c in collectives:
+        key = (c.group, c.operation, len(c.ranks))
+        calls[key] += 1
+        size[key] += c.bytes
+        sent[key] += c.sent
+    return [
+        {"group": g, "operation": o, "ranks": n, "calls": calls[g, o, n], "bytes": size[g, o, n], "sent": sent[g, o, n]}
+        for g, o, n in sorted(calls, key=lambda key: -sent[key])
+    ]
+
+
+def disagreements(by_rank: dict[int, list[Collective]]) -> list[str]:
+    """A sentence for each pair of rehearsed ranks that share a group and do not issue the same calls on it.
+
+    Of a group, all ranks must issue the same calls in the same order; of two ranks, each receives what the other sends.
+    """
+    sentences = []
+    groups = {c.ranks for calls in by_rank.values() for c in calls if c.peer is None and len(c.ranks) > 1}
+    for ranks in sorted(groups):
+        present = [rank for rank in ranks if rank in by_rank]
+        first = [c for c in by_rank[present[0]] if c.ranks == ranks and c.peer is None]
+        for rank in present[1:]:
+            own = [c for c in by_rank[rank] if c.ranks == ranks and c.peer is None]
+            sentences += _difference(present[0], first, rank, own)
+    for one in sorted(by_rank):
+        for other in sorted(set(by_rank) - {one}):
+            sent = [c for c in by_rank[one] if c.operation == "send" and c.peer == other]
+            got = [c for c in by_rank[other] if c.operation == "recv" and c.peer == one]
+            sentences += _difference(one, sent, other, got, peers=True)
+    return sentences
+
+
+def _difference(one: int, first: list, other: int, second: list, peers: bool = False) -> list[str]:
+    for number in range(max(len(first), len(second))):
+        a = first[number] if number < len(first) else None
+        b = second[number] if number < len(second) else None
+        if a is None or b is None or (a.bytes != b.bytes if peers else a.call != b.call):
+            group = (a or b).group
+            return [f"ranks {one} and {other} differ at call {number + 1} on {group}: {_words(a)} and {_words(b)}"]
+    return []
+
+
+def _words(c: Collective | None) -> str:
+    return "nothing" if c is None else f"{c.operation} of {c.bytes:,} bytes ({c.line})"

@@ -1,0 +1,121 @@
+"""Puts a device without kernels in the place of the GPU, for this process.
+
+torch's own backend for others' devices is the device: autograd then needs no driver. Process groups are torch's fake
+ones. Attention kernels, which torch would choose by the device, are stood in for by what they keep and make.
+"""
+
+import types
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from molmo2_nemo import compat, cpu
+from molmo2_nemo.model import attention, molmo2
+from molmo2_nemo.rehearsal.recorder import Recorder
+from molmo2_nemo.training.batches import attended_pairs
+
+MASK_BLOCK = 128  # FlexAttention's blocks of the mask (torch.nn.attention.flex_attention.create_block_mask)
+
+
+class Readout(TorchFunctionMode):
+    """`tensor.tolist()` and `torch.tensor([tensor, ...])`, which torch refuses for fake tensors, by values that the
+    recorder knows."""
+
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.tolist and compat.is_fake(args[0]):
+            if self.recorder.is_here(args[0]):
+                self.recorder.note_sync()
+            values = self.recorder.values_of(args[0])
+            return values.tolist() if values is not None else zeros(args[0].shape, args[0].is_floating_point())
+        if function is torch.tensor:
+            args = compat.with_values(args, lambda tensor: tensor.item() if compat.is_fake(tensor) else tensor)
+        return function(*args, **(kwargs or {}))
+
+
+def zeros(shape, is_float: bool):
+    """Nested lists of zeros."""
+    if not shape:
+        return 0.0 if is_float else 0
+    return [zeros(shape[1:], is_float) for _ in range(shape[0])]
+
+
+def install(recorder: Recorder, rank: int, world_size: int) -> None:
+    """For the rest of this process: torch.cuda is the rehearsed device, torch.distributed the fake one."""
+    compat.register_rehearsal_device()
+    cpu.install(torch.device(compat.REHEARSAL_DEVICE, 0))
+    # Everything is made on the device (see `rank.build`), and torch cannot move the parameters of a fake module.
+    torch.nn.Module.to = lambda self, *args, **kwargs: self
+    # One thread for both passes: the order of operations is that of the code, and the recorder sees them all.
+    torch.autograd.set_multithreading_enabled(False)
+    compat.use_fake_process_groups(rank, world_size)
+    new_group = dist.new_group
+
+    def new_fake_group(*args, **kwargs):
+        return new_group(*args, **{**kwargs, "backend": "fake"})
+
+    dist.new_group = new_fake_group
+    dist.get_backend = lambda group=None: "nccl"
+    dist.all_gather_object = gather_objects
+    dist.barrier = lambda *args, **kwargs: None
+    stand_in_for_attention(recorder)
+
+
+def gather_objects(found: list, own, group=None) -> None:
+    """All ranks are taken to have what this one has."""
+    found[:] = [own] * len(found)
+
+
+def stand_in_for_attention(recorder: Recorder) -> None:
+    """FlexAttention and torch's fused attention by their inputs, outputs, and what they keep for the backward pass."""
+
+    def make_mask(segment_ids, vision_mask, query_offset=0, num_queries=None):
+        rows, S = segment_ids.shape
+        queries = S if num_queries is None else num_queries
+        blocks, down = -(-S // MASK_BLOCK), -(-queries // MASK_BLOCK)
+        # Indices of partly and wholly visible blocks, by rows and by columns (BlockMask's attributes).
+        tensors = [
+            torch.empty(rows, 1, a, b, dtype=torch.int32, device="cuda")
+            for a, b in [(down, blocks)] * 2 + [(blocks, down)] * 2
+        ]
+        with compat.without_modes():
+            pairs = attended_pairs(*map(recorder.values_of, (segment_ids, vision_mask)))
+        return types.SimpleNamespace(tensors=tensors, pairs=pairs * queries / S)
+
+    def attend(query, key, value, mask, scale):
+        pairs = len(query) * query.shape[2] * key.shape[2] if mask is None else mask.pairs
+        return FusedAttention.apply(query, key, value, pairs, recorder)
+
+    def scaled_dot_product_attention(query, key, value, attn_mask=None, **kwargs):
+        pairs = len(query) * query.shape[2] * key.shape[2]
+        return FusedAttention.apply(query, key, value, pairs, recorder)
+
+    molmo2.make_mask, attention.attend = make_mask, attend
+    F.scaled_dot_product_attention = scaled_dot_product_attention
+
+
+class FusedAttention(torch.autograd.Function):
+    """What flash and flex attention hold: inputs, output and log-sum-exp; in the backward pass one number a query."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, pairs: float, recorder: Recorder) -> Tensor:
+        """[B, N, Q, D] queries, [B, G, K, D] keys and values -> [B, N, Q, D]. pairs: that the mask lets through."""
+        B, N, Q, D = query.shape
+        ctx.pairs, ctx.recorder, ctx.part = pairs, recorder, recorder.places.here(recorder.phase)[0] + " attention"
+        out = query.new_empty(B, Q, N, D).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(B, N, Q, dtype=torch.float32))
+        recorder.product(4 * pairs * N * D, ctx.part)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, out, log_sum = ctx.saved_tensors
+        torch.empty_like(log_sum)
+        ctx.recorder.product(8 * ctx.pairs * query.shape[1] * query.shape[3], ctx.part)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None

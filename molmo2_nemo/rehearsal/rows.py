@@ -1,0 +1,100 @@
+"""The micro-batches of a rehearsal: values on the host, tensors without memory on the device."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from molmo2_nemo.config.schema import Config, vision_token_ids
+from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
+from molmo2_nemo.planner.work import TOKENS_PER_EXAMPLE, row_work
+from molmo2_nemo.random_batches import packed_row
+from molmo2_nemo.rehearsal.recorder import Recorder
+from molmo2_nemo.training.batches import FIELDS, VISION_FIELDS, work_of
+
+KINDS = ("full", "pictures", "text")
+
+
+class HostPixels:
+    """Pixels in host memory, of which a copy goes to the device for each forward pass."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
+
+    def __len__(self):
+        return self.shape[0]
+
+    def to(self, device, non_blocking: bool = False) -> Tensor:
+        return torch.empty(self.shape, dtype=torch.uint8, device=device)
+
+
+class Values(dict):
+    """A micro-batch's tensors by name, also as attributes, as `work_of` takes them."""
+
+    __getattr__ = dict.__getitem__
+
+
+def micro_batch(config: Config, kind: str, seed: int) -> Values:
+    """One micro-batch with values, of `train.micro_batch_size` rows.
+
+    full: what the planner assumes, as many frames as fit, and every token carries loss. pictures: frames and images of
+    many sizes and text, the same for a seed. text: no picture.
+    """
+    model, data, rows = config.model, config.data, config.train.micro_batch_size
+    made = []
+    for row in range(rows):
+        if kind == "pictures":
+            made.append(packed_row(model, data.seq_length, data.max_crops, seed * rows + row))
+        else:
+            made.append(plain_row(config, int(row_work(config).crops) if kind == "full" else 0))
+    joined = Values({name: torch.cat([row[name] for row in made]) for name in made[0] if name not in VISION_FIELDS})
+    patches, offset, pooling = model.vision.patches_per_crop, 0, []
+    for row in made:
+        pooling.append(torch.where(row["pooling"] >= 0, row["pooling"] + offset, -1))
+        offset += int(row["vision_units"][:, 0].sum()) * patches
+    joined["pooling"] = torch.cat(pooling)
+    joined["vision_units"] = torch.cat([row["vision_units"] for row in made])
+    joined["crops"] = range(offset // patches)  # their number alone is looked at
+    joined["source_ids"] = torch.zeros_like(joined["input_ids"], dtype=torch.int32)
+    joined["work"] = work_of(joined)
+    return joined
+
+
+def plain_row(config: Config, frames: int) -> dict[str, Tensor]:
+    """A row of so many frames, then text, in examples of about the same length; all of it carries loss."""
+    model, S = config.model, config.data.seq_length
+    vision, ids = model.vision, vision_token_ids(model)
+    windows = -(-(vision.image_size // vision.patch_size) // vision.video_pooling)
+    tokens, width, patches = windows**2, vision.video_pooling**2, vision.patches_per_crop
+    per_example = min(S, max(int(TOKENS_PER_EXAMPLE), config.data.max_frames * (tokens + 2) if frames else 0))
+    number = np.arange(S) // per_example
+    frame = [ids["frame_start_token_id"], *[ids["image_patch_id"]] * tokens, ids["frame_end_token_id"]]
+    input_ids, visual = np.full(S, 9), np.zeros(S, bool)
+    input_ids[: frames * len(frame)] = frame * frames
+    visual[: frames * len(frame)] = True
+    pooling = np.arange(frames * tokens * width).reshape(-1, width) % max(1, frames * patches)
+    row = {
+        "input_ids": input_ids,
+        "labels": np.full(S, 9),
+        "position_ids": np.arange(S) % per_example,
+        "segment_ids": SEGMENTS_PER_EXAMPLE * number,
+        "pooling": pooling,
+        "vision_units": np.array([(1, tokens)] * frames, np.int64).reshape(-1, 2),
+    }
+    tensors = {name: torch.from_numpy(values).long() for name, values in row.items()}
+    tensors = {name: t if name in VISION_FIELDS else t[None] for name, t in tensors.items()}
+    return tensors | {"vision_mask": torch.from_numpy(visual)[None], "loss_weights": torch.ones(1, S)}
+
+
+def on_device(values: Values, config: Config, recorder: Recorder, is_first_stage: bool) -> dict:
+    """A micro-batch as training hands it to a rank: tensors on the device whose values the recorder knows."""
+    vision = config.model.vision
+    batch = {}
+    for name in FIELDS:
+        if name in VISION_FIELDS and not is_first_stage:
+            continue
+        if name == "crops":
+            batch[name] = HostPixels((len(values.crops), vision.patches_per_crop, vision.patch_dim))
+            continue
+        batch[name] = torch.empty(values[name].shape, dtype=values[name].dtype, device="cuda")
+        recorder.give_values(batch[name], values[name])
+    return batch
