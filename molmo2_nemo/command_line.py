@@ -64,6 +64,17 @@ def register() -> None:
     ConfigStore.instance().store(name="molmo2_nemo_schema", node=schema)
 
 
+def take_gpus(words: list[str]) -> tuple[int, list[str]]:
+    """(N of gpus=N, the other words). Raises ConfigError."""
+    given = [word for word in words if word.startswith("gpus=")]
+    if not given:
+        raise ConfigError("gpus has no value: say how many GPUs the run gets, gpus=8.")
+    number = given[-1].removeprefix("gpus=")
+    if not re.fullmatch(r"[1-9]\d{0,5}", number):
+        raise ConfigError(f"gpus={number} is not a number of GPUs: use gpus=8.")
+    return int(number), [word for word in words if not word.startswith("gpus=")]
+
+
 def refuse_unknown_overrides(arguments: list[str]) -> None:
     """Raise ConfigError for the first `key=value` whose key is not in the schema or whose option has no file.
 

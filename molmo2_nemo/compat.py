@@ -42,15 +42,7 @@ def dispatch_mode() -> type:
     return TorchDispatchMode
 
 
-def tensors_in(tree) -> list:
-    """The tensors in nested tuples, lists and dicts, in order."""
-    import torch
-    from torch.utils._pytree import tree_leaves
-
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-# Operations, by `schema_of(operation).name`: a number goes to the host; a tensor is converted, perhaps to another device.
+# Names of operations in `schema_of`: a number goes to the host; a tensor is converted, perhaps to another device.
 TO_NUMBER, TO_COPY = "aten::_local_scalar_dense", "aten::_to_copy"
 
 
@@ -65,6 +57,14 @@ def with_values(tree, values_of: Callable):
     from torch.utils._pytree import tree_map
 
     return tree_map(lambda leaf: values_of(leaf) if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
+def tensors_in(tree) -> list:
+    """The tensors in nested tuples, lists and dicts, in order."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def storage_address(storage) -> int:
@@ -124,6 +124,13 @@ def is_fake(tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor)
+
+
+def read_fake_tensors_by(to_list: Callable) -> None:
+    """Let `to_list(tensor)` be what `tensor.tolist()` does with fake tensors: torch reads every element by itself."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    FakeTensor.tolist = lambda tensor: to_list(tensor)
 
 
 def without_modes():

@@ -13,12 +13,11 @@ import argparse
 import difflib
 import itertools
 import json
-import re
 import sys
 from dataclasses import asdict, replace
 
 from molmo2_nemo.auto import resolve
-from molmo2_nemo.command_line import compose
+from molmo2_nemo.command_line import compose, take_gpus
 from molmo2_nemo.config.checks import check, check_settings
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.flags import refuse_flags
@@ -89,17 +88,6 @@ def main() -> int:
         if args.search:
             show_search(found, gpus, args.gpu_memory)
     return 1 if refused else 0
-
-
-def take_gpus(words: list[str]) -> tuple[int, list[str]]:
-    """(N of gpus=N, the other words). Raises ConfigError."""
-    given = [word for word in words if word.startswith("gpus=")]
-    if not given:
-        raise ConfigError("gpus has no value: say how many GPUs the run gets, gpus=8.")
-    number = given[-1].removeprefix("gpus=")
-    if not re.fullmatch(r"[1-9]\d{0,5}", number):
-        raise ConfigError(f"gpus={number} is not a number of GPUs: use gpus=8.")
-    return int(number), [word for word in words if not word.startswith("gpus=")]
 
 
 def search(config: Config, gpus: int, memory: float, device: str) -> list[tuple[Job, Estimate, float]]:

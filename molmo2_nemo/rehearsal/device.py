@@ -21,36 +21,19 @@ MASK_BLOCK = 128  # FlexAttention's blocks of the mask (torch.nn.attention.flex_
 
 
 class Readout(TorchFunctionMode):
-    """`tensor.tolist()` and `torch.tensor([tensor, ...])`, which torch refuses for fake tensors, by values that the
-    recorder knows."""
-
-    def __init__(self, recorder: Recorder):
-        super().__init__()
-        self.recorder = recorder
+    """`torch.tensor([tensor, ...])`, which torch cannot do with fake tensors, by a number for each of them."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.tolist and compat.is_fake(args[0]):
-            if self.recorder.is_here(args[0]):
-                self.recorder.note_sync()
-            values = self.recorder.values_of(args[0])
-            return values.tolist() if values is not None else zeros(args[0].shape, args[0].is_floating_point())
         if function is torch.tensor:
             args = compat.with_values(args, lambda tensor: tensor.item() if compat.is_fake(tensor) else tensor)
         return function(*args, **(kwargs or {}))
-
-
-def zeros(shape, is_float: bool):
-    """Nested lists of zeros."""
-    if not shape:
-        return 0.0 if is_float else 0
-    return [zeros(shape[1:], is_float) for _ in range(shape[0])]
 
 
 def install(recorder: Recorder, rank: int, world_size: int) -> None:
     """For the rest of this process: torch.cuda is the rehearsed device, torch.distributed the fake one."""
     compat.register_rehearsal_device()
     cpu.install(torch.device(compat.REHEARSAL_DEVICE, 0))
-    # Everything is made on the device (see `rank.build`), and torch cannot move the parameters of a fake module.
+    # Everything is made on the device (`made_there`), and torch cannot move the parameters of a fake module.
     torch.nn.Module.to = lambda self, *args, **kwargs: self
     # One thread for both passes: the order of operations is that of the code, and the recorder sees them all.
     torch.autograd.set_multithreading_enabled(False)
@@ -64,7 +47,18 @@ def install(recorder: Recorder, rank: int, world_size: int) -> None:
     dist.get_backend = lambda group=None: "nccl"
     dist.all_gather_object = gather_objects
     dist.barrier = lambda *args, **kwargs: None
+    compat.read_fake_tensors_by(recorder.to_list)
     stand_in_for_attention(recorder)
+
+
+def made_there(function):
+    """The same function with the rehearsed device as the default for new tensors."""
+
+    def call(*args, **kwargs):
+        with torch.device(compat.REHEARSAL_DEVICE):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def gather_objects(found: list, own, group=None) -> None:

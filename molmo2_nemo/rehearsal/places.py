@@ -41,12 +41,13 @@ class Places:
             if file not in self.names:
                 self.names[file] = name_of(file)
             name = self.names[file]
-            if name == ENGINE and line is not None:
-                break  # what called the backward pass is not what is done in it
             if name == ENGINE:
-                number = compat.sequence_number_of_backward()
-                part, line = self.of_operation.get(number, ("rest", "?"))
-                return part, f"{line} (backward)"
+                # What called the backward pass is not what is done in it.
+                part, forward = self.of_operation.get(compat.sequence_number_of_backward(), ("rest", "?"))
+                if line is None:
+                    return part, f"{forward} (backward)"
+                parts = parts or [part]
+                break
             if name is not None:
                 line = line or f"{name}:{frame.f_lineno}"
                 self.in_layer |= name == LAYER

@@ -4,7 +4,6 @@ import types
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
 from megatron.core import parallel_state
 
 from molmo2_nemo import compat, parallel
@@ -13,9 +12,9 @@ from molmo2_nemo.rehearsal import device
 from molmo2_nemo.rehearsal.recorder import Recorder
 from molmo2_nemo.rehearsal.rows import micro_batch, on_device
 from molmo2_nemo.training import loop
+from molmo2_nemo.training import run as training_run
 from molmo2_nemo.training.batches import WORK
 from molmo2_nemo.training.metrics import LossBySource
-from molmo2_nemo.training.run import build
 from molmo2_nemo.training.trouble import SpikeAlarm
 
 
@@ -52,14 +51,14 @@ def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, rows: str
     S, p = config.data.seq_length, config.parallel
     recorder = Recorder({S, S // p.context_parallel_size})
     device.install(recorder, rank, gpus)
+    training_run.build_model = device.made_there(training_run.build_model)
     precision = parallel.resolve_precision(config.train, "cuda")
     with compat.fake_tensor_mode():
         parallel.make_groups(p, config.train.timeout_minutes, config.train.seed)
     replica = parallel_state.get_data_parallel_rank()
     values = [micro_batch(config, rows, replica * 1000 + number) for number in range(micro_batches)]
-    with compat.fake_tensor_mode(), recorder, device.Readout(recorder):
-        with torch.device(compat.REHEARSAL_DEVICE):
-            model, optimizer = build(config, "cuda", precision)
+    with compat.fake_tensor_mode(), recorder, device.Readout():
+        model, optimizer = training_run.build(config, "cuda", precision)
         for chunk in model:
             chunk.train()
         name_parts(recorder, model)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from molmo2_nemo import compat
-from molmo2_nemo.rehearsal.collectives import Collective, collective_of
+from molmo2_nemo.rehearsal.collectives import Collective, collective_of, tensors_in
 from molmo2_nemo.rehearsal.places import Places
 
 aten = torch.ops.aten
@@ -55,11 +55,11 @@ class Recorder(compat.dispatch_mode()):
             return self._nonzero(args[0])
         if function in BOOLEAN_INDEX and any(i is not None and i.dtype == torch.bool for i in args[1]):
             args = (args[0], self._as_numbers(args[1]), *args[2:])
-        before = {compat.storage_address(t.untyped_storage()) for t in compat.tensors_in((args, kwargs))}
+        before = {compat.storage_address(t.untyped_storage()) for t in tensors_in((args, kwargs))}
         result = function(*args, **kwargs)
         self._follow(function, args, kwargs, result)
-        made = compat.tensors_in(result)
-        if any(self.is_here(tensor) for tensor in made) or any(map(self.is_here, compat.tensors_in(args))):
+        made = tensors_in(result)
+        if any(self.is_here(tensor) for tensor in made) or any(map(self.is_here, tensors_in(args))):
             place = self.places.here(self.phase)
             for tensor in made:
                 self.see(tensor, place)
@@ -136,6 +136,14 @@ class Recorder(compat.dispatch_mode()):
         if self.places.in_layer:
             self.faults[f"{line} waits for the device in every layer ({part})"] = None
 
+    def to_list(self, tensor: torch.Tensor):
+        """`tensor.tolist()`: one wait, whatever the tensor's size."""
+        if self.is_here(tensor):
+            self.note_sync()
+        values = self.values_of(tensor)
+        with compat.without_modes():
+            return (torch.zeros(tensor.shape, dtype=tensor.dtype) if values is None else values).tolist()
+
     def _number(self, function, tensor):
         if self.is_here(tensor):
             self.note_sync()
@@ -176,7 +184,7 @@ class Recorder(compat.dispatch_mode()):
 
     def _follow(self, function, args, kwargs, result) -> None:
         """Compute the operation on values as well, if all that it takes has values."""
-        taken = compat.tensors_in((args, kwargs))
+        taken = tensors_in((args, kwargs))
         if not taken or not isinstance(result, torch.Tensor | list | tuple):
             return
         known = [self.values_of(tensor) for tensor in taken]
@@ -184,13 +192,13 @@ class Recorder(compat.dispatch_mode()):
             if compat.schema_of(function).is_mutable and taken[0] in self.values:
                 del self.values[taken[0]]
             return
-        made = compat.tensors_in(result)
+        made = tensors_in(result)
         if any(tensor.numel() > SMALL for tensor in made):
             return
         kwargs = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
         with compat.without_modes():
             values = function(*compat.with_values(args, self.values_of), **compat.with_values(kwargs, self.values_of))
-        for tensor, value in zip(made, compat.tensors_in(values)):
+        for tensor, value in zip(made, tensors_in(values)):
             self.values[tensor] = value
 
     # ---- work ----
@@ -201,7 +209,7 @@ class Recorder(compat.dispatch_mode()):
 
     def _count(self, function, args, made: list, before: set[int], place: tuple[str, str]) -> None:
         part, line = place
-        taken = compat.tensors_in(args)
+        taken = tensors_in(args)
         if function in PRODUCTS:
             self.flops[self.phase, part] += 2 * made[0].numel() * taken[-2].shape[-1]
             return
@@ -229,7 +237,7 @@ class Recorder(compat.dispatch_mode()):
     def _collective(self, function, args, kwargs):
         found, result = collective_of(function, args, kwargs, self.places.here(self.phase)[1], self.phase)
         self.collectives.append(found)
-        for tensor in compat.tensors_in((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             if tensor in self.values:  # a sum over ranks is not this rank's value
                 del self.values[tensor]
         return result

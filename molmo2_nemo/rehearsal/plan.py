@@ -1,0 +1,172 @@
+"""What to rehearse, and the planner's figures beside what was counted."""
+
+from dataclasses import dataclass, replace
+
+from molmo2_nemo.config.checks import check_settings, row_multiple
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import Config, ModelConfig, padded_vocab_size
+from molmo2_nemo.planner.flops import peak_flops
+from molmo2_nemo.planner.memory import Job, peak, stage_memory
+from molmo2_nemo.planner.step_time import GPUS_PER_NODE, stage_flops, traffic
+from molmo2_nemo.planner.work import Work
+
+H100 = "NVIDIA H100 80GB HBM3"
+HBM_PEAK, NVLINK_PEAK, NETWORK_PEAK = 3.35e12, 450e9, 50e9  # bytes/s: H100 data sheet; one 400 Gb/s port for a GPU
+ONCE = ("optimizer", "gradients")  # parts of a step's work that do not grow with its micro-batches
+
+
+@dataclass
+class Plan:
+    """What is rehearsed. notes: sentences on what is otherwise than in the run."""
+
+    config: Config
+    gpus: int
+    micro_batches: int
+    of: int  # micro-batches of a step of the run
+    ranks: list[int]
+    notes: list[str]
+
+    def rows(self, rank: int) -> str:
+        """The kind of a rank's rows: the first replica has full ones, the second text alone, the last mixed pictures.
+
+        All ranks of a replica have the same.
+        """
+        job = Job(self.config, self.gpus)
+        replica = rank // (job.t * job.c) % job.d
+        return "full" if replica == 0 else "text" if replica == 1 and job.d > 2 else "pictures"
+
+
+def plan(config: Config, gpus: int, micro_batches: int | None = None, ranks: list[int] | None = None) -> Plan:
+    """What to rehearse of a run. micro_batches, ranks: None for a choice. Raises ConfigError."""
+    notes = []
+    if config.train.precision == "fp8":
+        raise ConfigError(
+            "train.precision=fp8 cannot be rehearsed: Transformer Engine's operations are not known for tensors without"
+            " memory; rehearse train.precision=bf16."
+        )
+    if config.optimizer.get("optimizer_cpu_offload"):
+        raise ConfigError(
+            "optimizer.optimizer_cpu_offload=true cannot be rehearsed: Megatron's optimizer on the host asks each "
+            "tensor whether it is CUDA's; use optimizer.optimizer_cpu_offload=false."
+        )
+    if config.parallel.layer_spec != "local":
+        notes.append("Megatron's local layers are rehearsed; a run with Transformer Engine installed uses its layers")
+        config = replace(config, parallel=replace(config.parallel, layer_spec="local"))
+    job = Job(config, gpus)
+    length, multiple = config.data.seq_length, row_multiple(config.parallel)[0]
+    while {length, length // job.c} & widths(config.model, job.t):
+        length += multiple
+    if length != config.data.seq_length:
+        notes.append(
+            f"rows of {length:,} tokens are rehearsed: {config.data.seq_length:,} is also a width of the model, and a "
+            "tensor of all pairs of tokens could not be told from others"
+        )
+        config = replace(config, data=replace(config.data, seq_length=length))
+    pieces = config.parallel.virtual_pipeline_model_parallel_size or 1
+    usual = 1 if job.p == 1 else 2 * job.p if pieces > 1 else job.p
+    count = min(micro_batches or usual, job.micro_batches)
+    if count < job.micro_batches:
+        notes.append(
+            f"{count} of the {job.micro_batches} micro-batches of a step are rehearsed; the others repeat them"
+        )
+    train = replace(config.train, global_batch_size=count * job.rows * job.d)
+    config = replace(config, train=train)
+    check_settings(config, gpus)
+    chosen = choose_ranks(job) if ranks is None else ranks
+    wrong = [rank for rank in chosen if not 0 <= rank < gpus]
+    if wrong:
+        raise ConfigError(f"--ranks {wrong[0]}: there are ranks 0 to {gpus - 1}.")
+    return Plan(config, gpus, count, job.micro_batches, chosen, notes)
+
+
+def widths(m: ModelConfig, t: int) -> set[int]:
+    """Sizes of weights and activations that have nothing to do with a row's length."""
+    vit, inner = m.vit, m.connector.num_attention_heads * m.connector.head_dim
+    split = {
+        m.num_attention_heads * m.head_dim,
+        (m.num_attention_heads + 2 * m.num_query_groups) * m.head_dim,
+        m.num_query_groups * m.head_dim,
+        m.ffn_hidden_size,
+        2 * m.ffn_hidden_size,
+        padded_vocab_size(m.vocab_size),
+    }
+    whole = {m.hidden_size, m.head_dim, inner, m.connector.hidden_size, m.connector.ffn_hidden_size}
+    whole |= {2 * m.connector.ffn_hidden_size, vit.hidden_size * len(vit.feature_layers)}
+    whole |= {vit.hidden_size, vit.ffn_hidden_size, 3 * vit.num_attention_heads * vit.head_dim}
+    whole |= {vit.num_attention_heads * vit.head_dim, m.vision.patches_per_crop, m.vision.patch_dim}
+    return whole | split | {size // t for size in split}
+
+
+def choose_ranks(job: Job) -> list[int]:
+    """Rank 0, one that differs from it in each kind of parallelism, and one without pictures.
+
+    Each shares a group with rank 0, so that their collectives can be compared. Megatron numbers ranks by tensor,
+    context, data, pipeline.
+    """
+    t, c, d, p = job.t, job.c, job.d, job.p
+    found = {0}
+    found |= {1} if t > 1 else set()
+    found |= {t} if c > 1 else set()
+    found |= {t * c * (d - 1)} if d > 1 else set()
+    found |= {t * c} if d > 2 else set()
+    found |= {t * c * d * (p - 1)} if p > 1 else set()
+    return sorted(found)
+
+
+def job_of(plan: Plan, counted) -> Job:
+    """The planner's job with the rows that a rank was rehearsed with."""
+    job = Job(plan.config, plan.gpus)
+    rows = plan.micro_batches * job.rows
+    job.work = Work(**{name: value / rows for name, value in counted.work.items()})
+    return job
+
+
+def beside(plan: Plan, counted) -> list[dict]:
+    """Rows of a table: figure, counted, planned, off by so many percent. counted: a Rehearsal."""
+    job = job_of(plan, counted)
+    parts = stage_memory(job, counted.stage)
+    rows = [_row("peak memory", counted.peak, peak(parts)[0])]
+    of = {part.name: part.bytes for part in parts}
+    held = counted.peak_by_part
+    for name in ("weights", "gradients", "optimizer"):
+        # The optimizer's temporaries are counted with it, if the peak is in its step.
+        if name != "optimizer" or counted.peak > counted.held * 1.05:
+            rows.append(_row(name, held.get(name, 0), of[name]))
+    sent = {}
+    for c in counted.collectives:
+        sent[c.group] = sent.get(c.group, 0) + c.sent
+    planned = {}
+    for item in traffic(job, counted.stage):
+        planned[item.kind] = planned.get(item.kind, 0) + item.bytes
+    rows += [_row(f"{kind} traffic", sent.get(kind, 0), size) for kind, size in planned.items()]
+    flops = stage_flops(job, counted.stage)
+    rows.append(_row("FLOP", sum(counted.flops.values()), sum(flops.values())))
+    return rows
+
+
+def _row(figure: str, counted: float, planned: float) -> dict:
+    off = None if not counted else 100 * (planned / counted - 1)
+    return {"figure": figure, "counted": counted, "planned": planned, "off_percent": off}
+
+
+def roofline(plan: Plan, counted) -> dict[str, float]:
+    """Seconds of a whole step of this rank at the device's peaks, and at the share of them that the planner assumes.
+
+    Products, other operations' bytes and collectives one after the other, but for those of data parallelism, which
+    overlap with the backward pass; a pipeline's bubble as in the planner. Loading data takes no time.
+    """
+    again = plan.of / plan.micro_batches
+    bf16 = peak_flops(H100, "bf16")
+    seconds = dict.fromkeys(("products", "other operations", "collectives"), 0.0)
+    seconds["products"] = sum(counted.flops.values()) / bf16 * again
+    for part, size in counted.moved.items():
+        seconds["other operations"] += size / HBM_PEAK * (1 if part in ONCE else again)
+    for c in counted.collectives:
+        if c.group != "DP":
+            inside = min(c.ranks) // GPUS_PER_NODE == max(c.ranks) // GPUS_PER_NODE
+            seconds["collectives"] += c.sent / (NVLINK_PEAK if inside else NETWORK_PEAK) * again
+    pieces = plan.config.parallel.virtual_pipeline_model_parallel_size or 1
+    p = plan.config.parallel.pipeline_model_parallel_size
+    bubble = (p - 1) / (pieces * plan.of + p - 1)
+    seconds["pipeline's bubble"] = sum(seconds.values()) * bubble / (1 - bubble)
+    return seconds
