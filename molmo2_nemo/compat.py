@@ -145,6 +145,7 @@ def use_fake_process_groups(rank: int, world_size: int) -> None:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    dist.Backend.backend_capability["fake"].append(REHEARSAL_DEVICE)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
 
 

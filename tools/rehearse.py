@@ -123,7 +123,7 @@ def show(config, made: Plan, found: list, seconds: float) -> None:
 
 def show_beside(made: Plan, counted) -> None:
     if counted.rows != "full":
-        print(f"  {'peak memory':<16} {counted.peak / GIB:10.2f} GiB (the planner is about full rows)")
+        print(f"  {'peak of the step':<16} {counted.peak / GIB:10.3f} GiB (the planner is about full rows)")
         return
     print(f"  {'':<16} {'counted':>10} {'planned':>10}   off")
     for row in beside(made, counted):

@@ -23,8 +23,10 @@ RESERVE_GIB = 4.0  # assumed, not measured: CUDA context, NCCL and cuBLAS buffer
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
 
-# Moments of a step at which memory may be at its peak.
-HEAD, DECODER, VISION, OPTIMIZER = PHASES = ("head backward", "decoder backward", "vision backward", "optimizer step")
+# Moments at which memory may be at its peak: of a step, and while the model is built.
+HEAD, DECODER, VISION, OPTIMIZER = STEP = ("head backward", "decoder backward", "vision backward", "optimizer step")
+BUILD = "building"
+PHASES = (*STEP, BUILD)
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Part:
     name: str
     bytes: float
     reason: str
-    phases: tuple[str, ...] = PHASES
+    phases: tuple[str, ...] = STEP
 
 
 @dataclass
@@ -218,7 +220,11 @@ def state_parts(job: Job, counts: Counts) -> list[Part]:
     """
     trained, shards = counts.trained, job.d * job.c if job.distributed else 1
     in_fp32 = job.ddp("grad_reduce_in_fp32", True) or job.precision == "fp32"
-    parts = [Part("weights", job.e * counts.total, f"{job.e} bytes x {counts.total:,} parameters of this rank")]
+    reason = f"{job.e} bytes x {counts.total:,} parameters of this rank"
+    parts = [Part("weights", job.e * counts.total, reason, PHASES)]
+    if job.distributed:
+        # They are copied into one buffer, beside which the gradients' is there already.
+        parts.append(Part("weights before", job.e * trained, "trained weights move into one buffer", (BUILD,)))
     if job.precision == "fp8":
         parts.append(
             Part(
@@ -232,6 +238,7 @@ def state_parts(job: Job, counts: Counts) -> list[Part]:
             "gradients",
             (4 if in_fp32 else 2) * trained,
             f"{'float32' if in_fp32 else 'bf16'} buffer of {trained:,} trained parameters (ddp.grad_reduce_in_fp32)",
+            PHASES,
         )
     )
     precise = job.optimizer("use_precision_aware_optimizer", False)
@@ -484,7 +491,7 @@ def stage_memory(job: Job, stage: int, counts: Counts | None = None) -> list[Par
                 Part("decoder activations, others'", kept * (times - 1), "the other micro-batches in flight", (VISION,))
             )
         for part in vision_parts(job):
-            if part.phases == PHASES:
+            if part.phases == STEP:
                 part = replace(
                     part, bytes=part.bytes * times, reason=part.reason + whole, phases=(HEAD, DECODER, VISION)
                 )

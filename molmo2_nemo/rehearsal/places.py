@@ -1,6 +1,6 @@
 """Which part of the model, and which line of code, an operation belongs to."""
 
-import sys
+import inspect
 
 from molmo2_nemo import compat
 from molmo2_nemo.paths import PACKAGE
@@ -35,7 +35,7 @@ class Places:
     def here(self, phase: str) -> tuple[str, str]:
         """(part, line) of the operation that runs now; in its backward pass, of the operation in the forward pass."""
         parts, line, self.in_layer = [], None, False
-        frame = sys._getframe(1)
+        frame = inspect.currentframe().f_back
         while frame is not None:
             file = frame.f_code.co_filename
             if file not in self.names:

@@ -6,12 +6,13 @@ from molmo2_nemo.config.checks import check_settings, row_multiple
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, ModelConfig, padded_vocab_size
 from molmo2_nemo.planner.flops import peak_flops
-from molmo2_nemo.planner.memory import Job, peak, stage_memory
+from molmo2_nemo.planner.memory import BUILD, PHASES, Job, stage_memory
 from molmo2_nemo.planner.step_time import GPUS_PER_NODE, stage_flops, traffic
 from molmo2_nemo.planner.work import Work
 
 H100 = "NVIDIA H100 80GB HBM3"
 HBM_PEAK, NVLINK_PEAK, NETWORK_PEAK = 3.35e12, 450e9, 50e9  # bytes/s: H100 data sheet; one 400 Gb/s port for a GPU
+HELD = ("weights", "gradients", "optimizer")  # between steps
 ONCE = ("optimizer", "gradients")  # parts of a step's work that do not grow with its micro-batches
 
 
@@ -125,13 +126,14 @@ def beside(plan: Plan, counted) -> list[dict]:
     """Rows of a table: figure, counted, planned, off by so many percent. counted: a Rehearsal."""
     job = job_of(plan, counted)
     parts = stage_memory(job, counted.stage)
-    rows = [_row("peak memory", counted.peak, peak(parts)[0])]
     of = {part.name: part.bytes for part in parts}
-    held = counted.peak_by_part
-    for name in ("weights", "gradients", "optimizer"):
-        # The optimizer's temporaries are counted with it, if the peak is in its step.
-        if name != "optimizer" or counted.peak > counted.held * 1.05:
-            rows.append(_row(name, held.get(name, 0), of[name]))
+    at_most = {phase: sum(part.bytes for part in parts if phase in part.phases) for phase in PHASES}
+    building = at_most.pop(BUILD)
+    rows = [
+        _row("peak of the step", counted.peaks["step"], max(at_most.values())),
+        _row("peak of building", counted.peaks["build"], max(building, sum(of[name] for name in HELD))),
+    ]
+    rows += [_row(name, counted.held.get(name, 0), of[name]) for name in HELD]
     sent = {}
     for c in counted.collectives:
         sent[c.group] = sent.get(c.group, 0) + c.sent

@@ -28,11 +28,11 @@ class Rehearsal:
     rows: str  # kind of its rows
     micro_batches: int
     parameters: int
-    peak: int
+    peak: int  # of the step
     peak_by_part: dict[str, int]
     peak_by_line: dict[str, int]
-    peaks: dict[str, int]
-    held: int  # between steps
+    peaks: dict[str, int]  # of "build" and "step"
+    held: dict[str, int]  # before the step, by part
     collectives: list = field(default_factory=list)
     syncs: dict[str, int] = field(default_factory=dict)
     uploads: int = 0
@@ -67,10 +67,10 @@ def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, rows: str
         waiting = iter(values)
         source = types.SimpleNamespace(next=lambda: on_device(next(waiting), config, recorder, is_first))
         run = stand_in_for_run(config, model, optimizer, source, micro_batches)
-        recorder.phase = "step"
+        recorder.begin("step")
+        held = dict(recorder.now["part"])
         loop.train_step(run)
         recorder.finish()
-        held = recorder.current
     return Rehearsal(
         rank=rank,
         stage=parallel_state.get_pipeline_model_parallel_rank(),
@@ -101,7 +101,6 @@ def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, rows: str
 
 def name_parts(recorder: Recorder, model) -> None:
     """What a rank holds between steps: weights and gradients by what they are, all else is the optimizer's."""
-    recorder.finish()
     parameters = [parameter for chunk in model for parameter in chunk.parameters()]
     recorder.alive = {address: (size, "optimizer", line) for address, (size, _, line) in recorder.alive.items()}
     recorder.now["part"] = Counter(optimizer=recorder.current)

@@ -115,6 +115,10 @@ class Recorder(compat.dispatch_mode()):
         self.at_peak = {kind: +counter for kind, counter in self.now.items()}
         self.is_highest = False
 
+    def begin(self, phase: str) -> None:
+        """What is counted from now on belongs to another phase; `peak` and `at_peak` are those of the last one."""
+        self.phase, self.peak, self.is_highest = phase, self.current, True
+
     def finish(self) -> None:
         """To be called after the last operation."""
         if self.is_highest:

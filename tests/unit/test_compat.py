@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from programs import REPOSITORY
+from programs import REPOSITORY, python
 
 from molmo2_nemo import compat
 
@@ -78,6 +78,47 @@ def test_storage_address():
     address = compat.storage_address(tensor.untyped_storage())
     assert address == compat.storage_address(same.untyped_storage())
     assert address != compat.storage_address(other.untyped_storage())
+
+
+REHEARSED = """
+import torch
+from molmo2_nemo import compat
+compat.register_rehearsal_device()
+seen = []
+class Seen(compat.dispatch_mode()):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        schema = compat.schema_of(function)
+        number = compat.sequence_number_of_backward()
+        seen.append((schema.name, schema.is_mutable, compat.next_sequence_number() - 1, number))
+        return function(*args, **(kwargs or {}))
+compat.use_fake_process_groups(1, 2)
+group = torch.distributed.group.WORLD
+with compat.fake_tensor_mode():
+    weight = torch.ones(3, 3, device=compat.REHEARSAL_DEVICE, requires_grad=True)
+    assert compat.is_fake(weight) and not compat.is_fake(torch.nn.Parameter) and weight.device.type == "rehearsal"
+    torch.autograd.set_multithreading_enabled(False)
+    with Seen():
+        (weight @ weight).sum().backward()
+        torch.tensor([1.0], device=weight.device).to("cpu")
+    assert weight.grad.shape == (3, 3)
+    compat.read_fake_tensors_by(lambda tensor: tensor.shape)
+    assert weight.tolist() == (3, 3)
+    with compat.without_modes():
+        assert torch.zeros(1).item() == 0 and not compat.is_fake(torch.zeros(1))
+forward = next(number for name, _, number, backward in seen if name == "aten::mm" and backward is None)
+assert any(name == "aten::mm" and backward == forward for name, _, _, backward in seen)
+assert compat.TO_COPY in [name for name, *_ in seen] and any(mutable for _, mutable, *_ in seen) is False
+assert compat.TO_NUMBER == torch.ops.aten._local_scalar_dense.default._schema.name
+work = compat.finished_work(group)
+assert compat.process_group(group.boxed()) is group and compat.process_group(work) is None
+assert compat.with_values({"a": [weight, 2]}, lambda tensor: 1) == {"a": [1, 2]}
+"""
+
+
+def test_rehearsal_device():
+    """In a process of its own, since the device stays."""
+    result = python("-c", REHEARSED)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_processes_of_a_loader():
