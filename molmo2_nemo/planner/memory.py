@@ -381,7 +381,7 @@ def vit_crop_bytes(job: Job) -> float:
     return m.vision.patches_per_crop * (m.vit.num_layers * layer + e * m.vision.patch_dim)
 
 
-def vision_parts(job: Job) -> list[Part]:
+def vision_parts(job: Job, counts: Counts) -> list[Part]:
     """The vision tower on the first stage: its crops and windows are split over tensor x context parallel ranks."""
     m, train, e = job.config.model, job.config.train, job.e
     ranks = job.t * job.c
@@ -401,16 +401,25 @@ def vision_parts(job: Job) -> list[Part]:
     tokens = Part(
         "visual tokens", everybodys + windows * m.hidden_size * e, "own ones and, gathered, those of all ranks"
     )
+    # Autograd hands on a weight's gradient once the last chunk has added to it.
+    summed = Part(
+        "gradients of chunks",
+        e * counts.trained_vision if chunk < crops else 0,
+        "the vision tower's, until all chunks are done",
+        (VISION,),
+    )
     if train.vision_recompute:
         share = chunk / max(1, crops)
         workspace = chunk * (per_crop + 2 * features_of_crop) + share * windows * window
         return [
             tokens,
+            summed,
             Part("vision workspace", workspace, f"{chunk} of {crops} crops encoded again at a time", (VISION,)),
         ]
     frozen = job.config.optim.vit.freeze
     return [
         tokens,
+        summed,
         Part("ViT activations", 0 if frozen else crops * per_crop, f"{crops} crops of this rank, all layers"),
         Part("connector activations", windows * window, f"{windows:,} windows of {width} patches, SwiGLU"),
         Part("vision workspace", chunk * features_of_crop, "gradient of the features", (VISION,)),
@@ -490,7 +499,7 @@ def stage_memory(job: Job, stage: int, counts: Counts | None = None) -> list[Par
             parts.append(
                 Part("decoder activations, others'", kept * (times - 1), "the other micro-batches in flight", (VISION,))
             )
-        for part in vision_parts(job):
+        for part in vision_parts(job, counts):
             if part.phases == STEP:
                 part = replace(
                     part, bytes=part.bytes * times, reason=part.reason + whole, phases=(HEAD, DECODER, VISION)
