@@ -226,13 +226,8 @@ def state_parts(job: Job, counts: Counts) -> list[Part]:
         # They are copied into one buffer, beside which the gradients' is there already.
         parts.append(Part("weights before", job.e * trained, "trained weights move into one buffer", (BUILD,)))
     if job.precision == "fp8":
-        parts.append(
-            Part(
-                "FP8 copies of weights",
-                2 * counts.decoder_linear,
-                "1 byte each way round, kept over a step's micro-batches",
-            )
-        )
+        reason = "1 byte each way round, kept over a step's micro-batches"
+        parts.append(Part("FP8 copies of weights", 2 * counts.decoder_linear, reason))
     parts.append(
         Part(
             "gradients",
@@ -402,12 +397,8 @@ def vision_parts(job: Job, counts: Counts) -> list[Part]:
         "visual tokens", everybodys + windows * m.hidden_size * e, "own ones and, gathered, those of all ranks"
     )
     # Autograd hands on a weight's gradient once the last chunk has added to it.
-    summed = Part(
-        "gradients of chunks",
-        e * counts.trained_vision if chunk < crops else 0,
-        "the vision tower's, until all chunks are done",
-        (VISION,),
-    )
+    held = e * counts.trained_vision if chunk < crops else 0
+    summed = Part("gradients of chunks", held, "the vision tower's, until all chunks are done", (VISION,))
     if train.vision_recompute:
         share = chunk / max(1, crops)
         workspace = chunk * (per_crop + 2 * features_of_crop) + share * windows * window
