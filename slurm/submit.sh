@@ -94,15 +94,17 @@ number_of() {
   printf '%s' "$found"
 }
 
+# ranks_of STAGE: how many its job will have.
+ranks_of() { echo $(($(number_of --nodes "slurm/$1.sbatch") * $(number_of --ntasks-per-node "slurm/$1.sbatch"))); }
+
 # Refuse what cannot work now, before a job has waited days for its nodes.
 check_stage() {
-  local stage=$1 script=slurm/$1.sbatch ranks
+  local stage=$1 script=slurm/$1.sbatch
   if [[ $runtime_kind == venv ]] && command -v "$(venv_python)" > /dev/null; then
-    ranks=$(($(number_of --nodes "$script") * $(number_of --ntasks-per-node "$script")))
     local program
     find_program tools/preflight
-    FACTS=$(bash slurm/python.sh "$(venv_python)" "${program[@]}" --settings "$ranks" "$stage" "${overrides[@]}" \
-      name="$(quoted "$name")") || exit 2
+    FACTS=$(bash slurm/python.sh "$(venv_python)" "${program[@]}" --settings "$(ranks_of "$stage")" "$stage" \
+      "${overrides[@]}" name="$(quoted "$name")") || exit 2
   else
     # On many clusters Python is in a container, and this machine has none that could check the settings.
     echo "settings of $stage are not checked here (RUNTIME=$RUNTIME): the pre-flight does it" >&2
@@ -111,6 +113,22 @@ check_stage() {
   FACTS=$FACTS "$host_python" slurm/checks.py "$stage" "$run" ${SBATCH_MORE[@]+"${SBATCH_MORE[@]}"} \
     ${options[@]+"${options[@]}"} ${overrides[@]+"${overrides[@]}"} || exit 2
   test_only "$stage" "$script" ${options[@]+"${options[@]}"}
+}
+
+# A step at full size without a GPU finds ranks that would wait for each other; docs/rehearsal.md.
+rehearse_stage() {
+  local stage=$1 program said status=0
+  command -v "$(venv_python)" > /dev/null || return 0
+  find_program tools/rehearse
+  echo "$stage is rehearsed without a GPU, which takes minutes (REHEARSAL=no in slurm/site.env leaves it out)" >&2
+  said=$(bash slurm/python.sh "$(venv_python)" "${program[@]}" --config-name "$stage" --jobs 4 \
+    gpus="$(ranks_of "$stage")" ${overrides[@]+"${overrides[@]}"} 2>&1) || status=$?
+  case $status in
+    0) tail -n 1 <<< "$said" ;;
+    3) echo "$stage is not rehearsed: ${said##*error: }" ;;
+    *) printf '%s\n' "$said" >&2
+       die "$stage: the rehearsal found what stands above: correct it; REHEARSAL=no submits all the same." ;;
+  esac
 }
 
 # test_only WHAT SCRIPT OPTION...: ask Slurm. It accepts a job that no nodes can run, which would wait for ever.
@@ -254,6 +272,13 @@ for stage in "${stages[@]}"; do
   arguments_of "$stage"
   check_stage "$stage"
 done
+if [[ ${REHEARSAL:-yes} == yes && $runtime_kind == venv && -z $dry_run && (-z $resume || ${#given[@]} -gt 0) ]]; then
+  for stage in "${stages[@]}"; do
+    if finished "$run/$stage"; then continue; fi
+    arguments_of "$stage"
+    rehearse_stage "$stage"
+  done
+fi
 if [[ -z $first && -e $run/hf/config.json ]]; then
   echo "'$name' has finished and is exported to $run/hf: nothing to do"
   exit 0

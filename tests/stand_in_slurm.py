@@ -46,6 +46,7 @@ class StandIn:
             "HOME": str(folder),
             "NODE_LOCAL": "",
             "BACKOFF_SECONDS": "0",
+            "REHEARSAL": "no",
             "STOP_NAME": "chain",
             **environment,
         }

@@ -6,7 +6,8 @@
 Each rank builds its part of the model and takes one step of the recipe's own code, in a process of its own, with
 tensors that have no memory. Beside the figures stand the planner's (tools/plan.py). Exit status: 0 nothing is wrong;
 1 ranks issue different collectives, a tensor has a number for every pair of tokens, or the host waits for the device
-in every layer; 2 a setting cannot work or cannot be rehearsed. docs/rehearsal.md says what is counted, and how.
+in every layer; 2 a setting cannot work; 3 it may work, but cannot be rehearsed. docs/rehearsal.md says what is
+counted, and how.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from molmo2_nemo.command_line import compose, take_gpus
 from molmo2_nemo.config.checks import check_settings
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.environment import quiet_libraries
-from molmo2_nemo.rehearsal.plan import Plan, beside, plan, roofline
+from molmo2_nemo.rehearsal.plan import NotRehearsed, Plan, beside, plan, roofline
 
 GIB = 2**30
 SHOWN = 12  # lines of code in a table
@@ -50,7 +51,7 @@ def main() -> int:
         made = plan(config, gpus, args.micro_batches, ranks_of(args.ranks, gpus))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, NotRehearsed) else 2
     found, failed = rehearse_all(made, args.jobs)
     from molmo2_nemo.rehearsal.collectives import disagreements
 

@@ -57,7 +57,7 @@ class Collective:
     @property
     def call(self) -> tuple:
         """What all ranks of the group must have in common."""
-        return self.operation, self.bytes
+        return self.ranks, self.operation, self.bytes
 
 
 def tensors_in(tree) -> list[torch.Tensor]:
@@ -77,18 +77,21 @@ def collective_of(function, args, kwargs, line: str, phase: str) -> tuple[Collec
     name = schema.name.removeprefix("c10d::").strip("_")
     operation, share = next(value for key, value in OPERATIONS.items() if name.startswith(key))
     named = {argument.name: value for argument, value in zip(schema.arguments, args)} | kwargs
-    group = next(filter(None, map(compat.process_group, named.values())), None) or dist.group.WORLD
-    ranks = tuple(dist.get_process_group_ranks(group))
+    group, ranks = name_and_ranks(next(filter(None, map(compat.process_group, named.values())), None))
     sides = [sum(t.numel() * t.element_size() for t in tensors_in(value)) for value in named.values()]
     size = max(sides, default=0)
     peer = next((ranks[named[key]] for key in ("dst", "src") if key in named), None)
-    described = getattr(group, "group_desc", "")
-    found = Collective(
-        phase, operation, GROUPS.get(described, described.lower()), ranks, size, share(len(ranks)) * size, line, peer
-    )
+    found = Collective(phase, operation, group, ranks, size, share(len(ranks)) * size, line, peer)
     work = compat.finished_work(dist.group.WORLD)
     returned = [work if "Work" in str(r.type) else args[0] for r in schema.returns]
     return found, returned[0] if len(returned) == 1 else tuple(returned)
+
+
+def name_and_ranks(group) -> tuple[str, tuple[int, ...]]:
+    """Our name of a process group, and its ranks; None is the group of all ranks."""
+    group = group or dist.group.WORLD
+    described = getattr(group, "group_desc", "")
+    return GROUPS.get(described, described.lower()), tuple(dist.get_process_group_ranks(group))
 
 
 def totals(collectives: list[Collective]) -> list[dict]:
@@ -108,16 +111,18 @@ def totals(collectives: list[Collective]) -> list[dict]:
 def disagreements(by_rank: dict[int, list[Collective]]) -> list[str]:
     """A sentence for each pair of rehearsed ranks that share a group and do not issue the same calls on it.
 
-    Of a group, all ranks must issue the same calls in the same order; of two ranks, each receives what the other sends.
+    On all groups that two ranks share, both must issue the same calls in the same order; and each receives what the
+    other sends. A rank is compared with the lowest one of each of its groups.
     """
     sentences = []
     groups = {c.ranks for calls in by_rank.values() for c in calls if c.peer is None and len(c.ranks) > 1}
-    for ranks in sorted(groups):
-        present = [rank for rank in ranks if rank in by_rank]
-        first = [c for c in by_rank[present[0]] if c.ranks == ranks and c.peer is None]
-        for rank in present[1:]:
-            own = [c for c in by_rank[rank] if c.ranks == ranks and c.peer is None]
-            sentences += _difference(present[0], first, rank, own)
+    present = [[rank for rank in ranks if rank in by_rank] for ranks in groups]
+    for one, other in sorted({(ranks[0], rank) for ranks in present for rank in ranks[1:]}):
+        first, second = (
+            [c for c in by_rank[rank] if c.peer is None and one in c.ranks and other in c.ranks]
+            for rank in (one, other)
+        )
+        sentences += _difference(one, first, other, second)
     for one in sorted(by_rank):
         for other in sorted(set(by_rank) - {one}):
             sent = [c for c in by_rank[one] if c.operation == "send" and c.peer == other]
@@ -131,10 +136,9 @@ def _difference(one: int, first: list, other: int, second: list, peers: bool = F
         a = first[number] if number < len(first) else None
         b = second[number] if number < len(second) else None
         if a is None or b is None or (a.bytes != b.bytes if peers else a.call != b.call):
-            group = (a or b).group
-            return [f"ranks {one} and {other} differ at call {number + 1} on {group}: {_words(a)} and {_words(b)}"]
+            return [f"ranks {one} and {other} differ at call {number + 1} that they share: {_words(a)} and {_words(b)}"]
     return []
 
 
 def _words(c: Collective | None) -> str:
-    return "nothing" if c is None else f"{c.operation} of {c.bytes:,} bytes ({c.line})"
+    return "nothing" if c is None else f"{c.operation} on {c.group} of {c.bytes:,} bytes ({c.line})"

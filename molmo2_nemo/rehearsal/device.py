@@ -4,26 +4,30 @@ torch's own backend for others' devices is the device: autograd then needs no dr
 ones. Attention kernels, which torch would choose by the device, are stood in for by what they keep and make.
 """
 
-import types
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.overrides import TorchFunctionMode
 
 from molmo2_nemo import compat, cpu
-from molmo2_nemo.model import attention, molmo2
+from molmo2_nemo.model import attention, mask
 from molmo2_nemo.rehearsal.recorder import Recorder
 from molmo2_nemo.training.batches import attended_pairs
 
 MASK_BLOCK = 128  # FlexAttention's blocks of the mask (torch.nn.attention.flex_attention.create_block_mask)
 
 
-class Readout(TorchFunctionMode):
-    """`torch.tensor([tensor, ...])`, which torch cannot do with fake tensors, by a number for each of them."""
+class LikeCuda(TorchFunctionMode):
+    """Tensors of the device say that they are CUDA's, so that code takes the way that it takes on a GPU.
+
+    And `torch.tensor([tensor, ...])`, which torch cannot do with fake tensors, by a number for each of them.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function == torch.Tensor.is_cuda.__get__:
+            return args[0].device.type == compat.REHEARSAL_DEVICE
         if function is torch.tensor:
             args = compat.with_values(args, lambda tensor: tensor.item() if compat.is_fake(tensor) else tensor)
         return function(*args, **(kwargs or {}))
@@ -45,8 +49,14 @@ def install(recorder: Recorder, rank: int, world_size: int) -> None:
 
     dist.new_group = new_fake_group
     dist.get_backend = lambda group=None: "nccl"
+
+    def gather_objects(found: list, own, group=None) -> None:
+        recorder.note_call("all_gather of objects", group)
+        found[:] = [own] * len(found)  # all ranks are taken to have what this one has
+
     dist.all_gather_object = gather_objects
-    dist.barrier = lambda *args, **kwargs: None
+    dist.barrier = lambda group=None, **kwargs: recorder.note_call("barrier", group)
+    torch.cuda.synchronize = lambda device=None: recorder.note_sync()
     compat.read_fake_tensors_by(recorder.to_list)
     stand_in_for_attention(recorder)
 
@@ -61,15 +71,18 @@ def made_there(function):
     return call
 
 
-def gather_objects(found: list, own, group=None) -> None:
-    """All ranks are taken to have what this one has."""
-    found[:] = [own] * len(found)
+class Blocks(BlockMask):
+    """A mask of FlexAttention without its rule. tensors: its indices; pairs: how many it lets through."""
+
+    def __init__(self, tensors: list[Tensor], pairs: float):
+        self.tensors, self.pairs = tensors, pairs
 
 
 def stand_in_for_attention(recorder: Recorder) -> None:
-    """FlexAttention and torch's fused attention by their inputs, outputs, and what they keep for the backward pass."""
+    """Compiled kernels by their inputs, outputs, and what they keep for the backward pass: FlexAttention, its mask,
+    torch's fused attention. What chooses among them is the model's own code."""
 
-    def make_mask(segment_ids, vision_mask, query_offset=0, num_queries=None):
+    def block_mask(segment_ids, vision_mask, query_offset=0, num_queries=None):
         rows, S = segment_ids.shape
         queries = S if num_queries is None else num_queries
         blocks, down = -(-S // MASK_BLOCK), -(-queries // MASK_BLOCK)
@@ -80,17 +93,17 @@ def stand_in_for_attention(recorder: Recorder) -> None:
         ]
         with compat.without_modes():
             pairs = attended_pairs(*map(recorder.values_of, (segment_ids, vision_mask)))
-        return types.SimpleNamespace(tensors=tensors, pairs=pairs * queries / S)
+        return Blocks(tensors, pairs * queries / S)
 
-    def attend(query, key, value, mask, scale):
-        pairs = len(query) * query.shape[2] * key.shape[2] if mask is None else mask.pairs
-        return FusedAttention.apply(query, key, value, pairs, recorder)
+    def flex_attention(query, key, value, block_mask, scale, enable_gqa):
+        return FusedAttention.apply(query, key, value, block_mask.pairs, recorder)
 
     def scaled_dot_product_attention(query, key, value, attn_mask=None, **kwargs):
         pairs = len(query) * query.shape[2] * key.shape[2]
         return FusedAttention.apply(query, key, value, pairs, recorder)
 
-    molmo2.make_mask, attention.attend = make_mask, attend
+    mask.block_mask = block_mask
+    attention.compiled_flex_attention = lambda: flex_attention
     F.scaled_dot_product_attention = scaled_dot_product_attention
 
 

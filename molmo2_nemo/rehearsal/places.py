@@ -29,7 +29,7 @@ class Places:
 
     def __init__(self):
         self.in_layer = False  # whether the place that was asked for last is inside a layer
-        self.of_operation: dict[int, tuple[str, str]] = {}  # autograd's number -> part, line
+        self.of_operation: dict[int, tuple[str, str, bool]] = {}  # autograd's number -> part, line, in_layer
         self.names: dict[str, str | None] = {}  # file -> its name from the package on, None for others' files
 
     def here(self, phase: str) -> tuple[str, str]:
@@ -43,7 +43,9 @@ class Places:
             name = self.names[file]
             if name == ENGINE:
                 # What called the backward pass is not what is done in it.
-                part, forward = self.of_operation.get(compat.sequence_number_of_backward(), ("rest", "?"))
+                number = compat.sequence_number_of_backward()
+                part, forward, in_layer = self.of_operation.get(number, ("rest", "?", False))
+                self.in_layer |= in_layer
                 if line is None:
                     return part, f"{forward} (backward)"
                 parts = parts or [part]
@@ -57,7 +59,7 @@ class Places:
         part = next((part for part in WHOLE if part in parts), parts[0] if parts else "rest")
         if phase == "build" and part not in ("gradients", "optimizer"):
             part = "weights"
-        self.of_operation.setdefault(compat.next_sequence_number() - 1, (part, line or "?"))
+        self.of_operation.setdefault(compat.next_sequence_number() - 1, (part, line or "?", self.in_layer))
         return part, line or "?"
 
 

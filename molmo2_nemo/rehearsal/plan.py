@@ -16,6 +16,10 @@ HELD = ("weights", "gradients", "optimizer")  # between steps
 ONCE = ("optimizer", "gradients")  # parts of a step's work that do not grow with its micro-batches
 
 
+class NotRehearsed(ConfigError):
+    """A run may have the setting, a rehearsal cannot."""
+
+
 @dataclass
 class Plan:
     """What is rehearsed. notes: sentences on what is otherwise than in the run."""
@@ -38,15 +42,18 @@ class Plan:
 
 
 def plan(config: Config, gpus: int, micro_batches: int | None = None, ranks: list[int] | None = None) -> Plan:
-    """What to rehearse of a run. micro_batches, ranks: None for a choice. Raises ConfigError."""
+    """What to rehearse of a run. micro_batches, ranks: None for a choice.
+
+    Raises ConfigError, and NotRehearsed, which is one.
+    """
     notes = []
     if config.train.precision == "fp8":
-        raise ConfigError(
+        raise NotRehearsed(
             "train.precision=fp8 cannot be rehearsed: Transformer Engine's operations are not known for tensors without"
             " memory; rehearse train.precision=bf16."
         )
     if config.optimizer.get("optimizer_cpu_offload"):
-        raise ConfigError(
+        raise NotRehearsed(
             "optimizer.optimizer_cpu_offload=true cannot be rehearsed: Megatron's optimizer on the host asks each "
             "tensor whether it is CUDA's; use optimizer.optimizer_cpu_offload=false."
         )
@@ -55,7 +62,7 @@ def plan(config: Config, gpus: int, micro_batches: int | None = None, ranks: lis
         config = replace(config, parallel=replace(config.parallel, layer_spec="local"))
     job = Job(config, gpus)
     length, multiple = config.data.seq_length, row_multiple(config.parallel)[0]
-    while {length, length // job.c} & widths(config.model, job.t):
+    while row_lengths(config, length) & widths(config.model, job.t):
         length += multiple
     if length != config.data.seq_length:
         notes.append(
@@ -78,6 +85,17 @@ def plan(config: Config, gpus: int, micro_batches: int | None = None, ranks: lis
     if wrong:
         raise ConfigError(f"--ranks {wrong[0]}: there are ranks 0 to {gpus - 1}.")
     return Plan(config, gpus, count, job.micro_batches, chosen, notes)
+
+
+def row_lengths(config: Config, length: int) -> set[int]:
+    """Tokens of a row, of a context parallel and of a sequence parallel rank's part of it, and of a micro-batch's rows.
+
+    A tensor with two such dimensions holds a number for every pair of tokens.
+    """
+    p, rows = config.parallel, config.train.micro_batch_size
+    c, t = p.context_parallel_size, p.tensor_model_parallel_size if p.sequence_parallel else 1
+    parts = {length, length // c, length // (c * t)}
+    return parts | {rows * part for part in parts}
 
 
 def widths(m: ModelConfig, t: int) -> set[int]:

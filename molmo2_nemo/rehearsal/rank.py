@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from molmo2_nemo import compat, parallel
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.rehearsal import device
+from molmo2_nemo.rehearsal.plan import row_lengths
 from molmo2_nemo.rehearsal.recorder import Recorder
 from molmo2_nemo.rehearsal.rows import micro_batch, on_device
 from molmo2_nemo.training import loop
@@ -48,8 +49,8 @@ def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, rows: str
 
     rows: kind of its rows, see rows.micro_batch.
     """
-    S, p = config.data.seq_length, config.parallel
-    recorder = Recorder({S, S // p.context_parallel_size})
+    p = config.parallel
+    recorder = Recorder(row_lengths(config, config.data.seq_length))
     device.install(recorder, rank, gpus)
     training_run.build_model = device.made_there(training_run.build_model)
     precision = parallel.resolve_precision(config.train, "cuda")
@@ -57,7 +58,7 @@ def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, rows: str
         parallel.make_groups(p, config.train.timeout_minutes, config.train.seed)
     replica = parallel_state.get_data_parallel_rank()
     values = [micro_batch(config, rows, replica * 1000 + number) for number in range(micro_batches)]
-    with compat.fake_tensor_mode(), recorder, device.Readout():
+    with compat.fake_tensor_mode(), recorder, device.LikeCuda():
         model, optimizer = training_run.build(config, "cuda", precision)
         for chunk in model:
             chunk.train()

@@ -12,7 +12,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from molmo2_nemo import compat
-from molmo2_nemo.rehearsal.collectives import Collective, collective_of, tensors_in
+from molmo2_nemo.rehearsal.collectives import Collective, collective_of, name_and_ranks, tensors_in
 from molmo2_nemo.rehearsal.places import Places
 
 aten = torch.ops.aten
@@ -24,12 +24,13 @@ OVERWRITTEN = {"zero_", "fill_", "copy_"}  # operations that do not read their f
 
 
 class Recorder(compat.dispatch_mode()):
-    """lengths: the tokens of a row, and of a context parallel rank's part of it. A tensor with two such dimensions
-    holds a number for every pair of tokens, which is a fault."""
+    """lengths: tokens of rows and of ranks' parts of them. A tensor with two such dimensions, or one that is their
+    product, holds a number for every pair of tokens, which is a fault."""
 
     def __init__(self, lengths: set[int]):
         super().__init__()
         self.lengths = lengths
+        self.pairs = {a * b for a in lengths for b in lengths}
         self.phase = "build"
         self.places = Places()
         self.alive: dict[int, tuple[int, str, str]] = {}  # storage -> bytes, part, line
@@ -80,7 +81,7 @@ class Recorder(compat.dispatch_mode()):
         address = compat.storage_address(storage)
         if address in self.alive:
             return
-        if sum(size in self.lengths for size in tensor.shape) > 1:
+        if sum(size in self.lengths for size in tensor.shape) > 1 or not self.pairs.isdisjoint(tensor.shape):
             shape = " x ".join(map(str, tensor.shape))
             self.faults[f"{place[1]} makes a tensor of {shape}: a number for every pair of tokens"] = None
         size = -(-storage.nbytes() // BLOCK) * BLOCK
@@ -237,6 +238,11 @@ class Recorder(compat.dispatch_mode()):
             moved = 2 * sum(map(_bytes, made))
         self.moved[self.phase, part] += moved
         self.moved_by_line[self.phase, line] += moved
+
+    def note_call(self, operation: str, group) -> None:
+        """A collective without tensors of the device: a barrier, or an exchange of objects."""
+        line = self.places.here(self.phase)[1]
+        self.collectives.append(Collective(self.phase, operation, *name_and_ranks(group), 0, 0.0, line))
 
     def _collective(self, function, args, kwargs):
         found, result = collective_of(function, args, kwargs, self.places.here(self.phase)[1], self.phase)

@@ -148,7 +148,8 @@ def running_cluster(sample, tmp_path_factory):
         data = folder / "da ta" / "sample"
         shutil.copytree(sample, data)
         site = folder / "site.env"
-        site.write_text(f"RUNTIME=venv\nRUN_ROOT='{folder}/run root'\nNODE_LOCAL=\n")  # one machine: all is shared
+        # One machine: all folders are shared. A rehearsal would take a minute of each submission.
+        site.write_text(f"RUNTIME=venv\nRUN_ROOT='{folder}/run root'\nNODE_LOCAL=\nREHEARSAL=no\n")
         yield Cluster(
             folder,
             inherited

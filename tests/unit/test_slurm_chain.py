@@ -134,6 +134,24 @@ def test_a_mistake_leaves_nothing_behind(tmp_path):
     assert "error: stage1: --time=1 is 60 s" in result.stderr and not cluster.runs.exists() and not cluster.states()
 
 
+def test_what_the_rehearsal_finds_is_not_submitted(tmp_path):
+    cluster = StandIn(tmp_path, REHEARSAL="yes")
+    (cluster.state / "rehearsal").write_text("figures\nerror: ranks 0 and 1 differ at call 1 on TP\n")
+    result = cluster.submit()
+    assert result.returncode == 2 and "ranks 0 and 1 differ" in result.stderr and "REHEARSAL=no" in result.stderr
+    assert "error: stage1: the rehearsal" in result.stderr and not cluster.runs.exists() and not cluster.states()
+    result = cluster.submit(REHEARSED="3")  # a setting that cannot be rehearsed
+    assert result.returncode == 0 and "stage3 is not rehearsed: ranks 0" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("words, environment", [(["--dry-run"], {}), ([], {"REHEARSAL": "no"})])
+def test_a_rehearsal_can_be_left_out(tmp_path, words, environment):
+    cluster = StandIn(tmp_path, REHEARSAL="yes")
+    (cluster.state / "rehearsal").write_text("error: a fault\n")
+    result = cluster.submit(*words, **environment)
+    assert result.returncode == 0 and "a fault" not in result.stdout + result.stderr, result.stderr
+
+
 # The code and the configuration.
 
 

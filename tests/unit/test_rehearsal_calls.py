@@ -1,0 +1,56 @@
+"""Whether ranks agree on their collectives: molmo2_nemo/rehearsal/collectives.py."""
+
+from molmo2_nemo.rehearsal.collectives import Collective, disagreements, totals
+
+TP, DP, ALL = (0, 1), (0, 2), (0, 1, 2, 3)
+
+
+def call(operation, ranks, size=8, peer=None, group="G"):
+    return Collective("step", operation, group, ranks, size, float(size), "file.py:1", peer)
+
+
+def test_ranks_that_agree():
+    first = [call("all_gather", TP), call("all_reduce", DP, 4), call("all_reduce", ALL)]
+    second = [call("all_gather", TP), call("all_reduce", (1, 3), 4), call("all_reduce", ALL)]
+    assert disagreements({0: first, 1: second}) == []
+
+
+def test_what_differs_is_named():
+    calls = [call("all_gather", TP), call("all_reduce", ALL)]
+    for other, words in (
+        (calls[:1], "differ at call 2 that they share: all_reduce on G of 8 bytes (file.py:1) and nothing"),
+        (calls[1:], "differ at call 1"),
+        ([calls[0], call("all_reduce", ALL, 16)], "8 bytes (file.py:1) and all_reduce on G of 16 bytes"),
+        ([call("reduce_scatter", TP), calls[1]], "all_gather on G of 8 bytes (file.py:1) and reduce_scatter"),
+    ):
+        (sentence,) = disagreements({0: calls, 1: other})
+        assert sentence.startswith("ranks 0 and 1 ") and words in sentence
+
+
+def test_two_groups_in_another_order():
+    """Each group by itself is the same on both ranks, and yet they wait for each other."""
+    one, other = call("all_gather", TP), call("all_gather", ALL)
+    assert len(disagreements({0: [one, other], 1: [other, one]})) == 1
+
+
+def test_every_rank_of_a_group_is_compared():
+    calls = {rank: [call("all_reduce", ALL)] for rank in ALL}
+    assert disagreements(calls) == []
+    (sentence,) = disagreements(calls | {3: []})
+    assert sentence.startswith("ranks 0 and 3 ")
+
+
+def test_a_stage_receives_what_the_other_sends():
+    sends = [call("send", TP, 8, peer=1), call("send", TP, 4, peer=1)]
+    receives = [call("recv", TP, 8, peer=0), call("recv", TP, 4, peer=0)]
+    assert disagreements({0: sends, 1: receives}) == []
+    assert len(disagreements({0: sends, 1: receives[:1]})) == 1
+    assert len(disagreements({0: sends, 1: receives[::-1]})) == 1
+
+
+def test_totals():
+    rows = totals([call("all_reduce", ALL, 8), call("all_reduce", ALL, 4), call("all_gather", TP, 100)])
+    assert [(row["operation"], row["calls"], row["bytes"]) for row in rows] == [
+        ("all_gather", 1, 100),
+        ("all_reduce", 2, 12),
+    ]
