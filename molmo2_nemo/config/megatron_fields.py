@@ -1,6 +1,12 @@
-"""Fields of Megatron's own dataclasses that a user may set, and those that are refused with the reason."""
+"""Fields of Megatron's own dataclasses that a user may set, and those that are refused with the reason.
 
-import dataclasses
+Imports neither torch nor Megatron: names are read from Megatron's source, so that the planner starts at once.
+"""
+
+import ast
+import functools
+import importlib.util
+from pathlib import Path
 
 from molmo2_nemo.config.errors import refuse
 from molmo2_nemo.config.schema import Config
@@ -47,15 +53,33 @@ CANNOT_WORK = {
     "ddp": {"fp8_param_gather": _FP8_WEIGHTS},
 }
 
+# The classes of megatron-core behind `transformer.`, `optimizer.` and `ddp.`, with what they inherit, and their files.
+CLASSES = {
+    "transformer": {
+        "TransformerConfig": "transformer/transformer_config.py",
+        "ModelParallelConfig": "model_parallel_config.py",
+    },
+    "optimizer": {"OptimizerConfig": "optimizer/optimizer_config.py"},
+    "ddp": {"DistributedDataParallelConfig": "distributed/distributed_data_parallel_config.py"},
+}
+
+
+@functools.cache
+def names_of_fields(prefix: str) -> frozenset[str]:
+    """Fields of Megatron's dataclass behind a prefix, those that it inherits included."""
+    # The namespace package "megatron" is found without being imported.
+    folders = [Path(folder) / "core" for folder in importlib.util.find_spec("megatron").submodule_search_locations]
+    found = set()
+    for name, file in CLASSES[prefix].items():
+        source = next(folder / file for folder in folders if (folder / file).is_file()).read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                found |= {line.target.id for line in node.body if isinstance(line, ast.AnnAssign)}
+    return frozenset(found)
+
 
 def check_megatron_fields(cfg: Config) -> None:
     """Refuse names that Megatron's dataclasses lack, and those that another key already decides."""
-    if not (cfg.transformer or cfg.optimizer or cfg.ddp):
-        return  # without importing Megatron, which takes seconds
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer import TransformerConfig
-
     ours = {
         "transformer": {
             "num_layers": "model.num_layers",
@@ -88,13 +112,12 @@ def check_megatron_fields(cfg: Config) -> None:
         },
         "ddp": {},
     }
-    classes = {"transformer": TransformerConfig, "optimizer": OptimizerConfig, "ddp": DistributedDataParallelConfig}
-    for prefix, cls in classes.items():
-        known = {f.name for f in dataclasses.fields(cls)}
+    for prefix, classes in CLASSES.items():
         for key, value in getattr(cfg, prefix).items():
             if (prefix, key) == ("transformer", "recompute"):
                 continue  # this project's own: auto.py
-            refuse(key not in known, f"{prefix}.{key}={value}: Megatron's {cls.__name__} has no field {key}.")
+            missing = key not in names_of_fields(prefix)
+            refuse(missing, f"{prefix}.{key}={value}: Megatron's {next(iter(classes))} has no field {key}.")
             decided = ours[prefix].get(key)
             refuse(decided is not None, f"{prefix}.{key}={value} is decided by {decided}: set it there.")
             refuse(

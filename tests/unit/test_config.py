@@ -471,10 +471,15 @@ def test_megatron_fields_that_cannot_work_are_fields_of_megatron():
 
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.fp8_utils import get_fp8_align_size
+    from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer import TransformerConfig
 
-    for prefix, cls in (("transformer", TransformerConfig), ("ddp", DistributedDataParallelConfig)):
-        assert set(megatron_fields.CANNOT_WORK[prefix]) <= {field.name for field in fields(cls)}
+    classes = {"transformer": TransformerConfig, "optimizer": OptimizerConfig, "ddp": DistributedDataParallelConfig}
+    for prefix, cls in classes.items():
+        names = {field.name for field in fields(cls)}
+        assert set(megatron_fields.CANNOT_WORK[prefix]) <= names
+        # They are read from Megatron's source, so that the planner need not import it.
+        assert megatron_fields.names_of_fields(prefix) == names
     for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8"):
         multiple, _ = checks.row_multiple(schema.ParallelConfig(), "fp8", recipe)
         assert multiple % get_fp8_align_size(recipe) == 0
