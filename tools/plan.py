@@ -2,29 +2,32 @@
 
     python tools/plan.py --config-name stage3 model=molmo2_8b gpus=128 [any override of a recipe]
     python tools/plan.py --config-name stage2 model=molmo2_4b gpus=8 schedule=report --search
-    python tools/plan.py --config-name stage2 hardware=h100_64 gpus=64 --json
+    python tools/plan.py --config-name stage2 hardware=h100_64 gpus=64 --scale
+    python tools/plan.py --config-name stage2 hardware=h100_64 gpus=64 --json --measured bench.jsonl
 
-Nothing is started and no GPU is needed. Exit status: 0 it fits, 1 it does not, 2 a setting cannot work, or a source of
-data.blend that is on this machine cannot be trained on. Memory is computed by formulas, which docs/planner.md compares
-with measurements; times rest on assumed efficiencies.
+Nothing is started, no GPU is needed and torch is not imported. Exit status: 0 it fits, 1 it does not, 2 a setting
+cannot work, or a source of data.blend that is on this machine cannot be trained on. Memory is computed by formulas,
+which docs/planner.md compares with measurements. Times are ranges between two columns of assumptions, in
+molmo2_nemo/planner/efficiency.py; --measured replaces what `tools/bench/gpu.py --out FILE` measured.
 """
 
 import argparse
 import difflib
-import itertools
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from pathlib import Path
 
 from molmo2_nemo.auto import resolve
 from molmo2_nemo.command_line import compose, take_gpus
-from molmo2_nemo.config.checks import check, check_settings
+from molmo2_nemo.config.checks import check
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.flags import refuse_flags
-from molmo2_nemo.config.schema import RECOMPUTE, Config
 from molmo2_nemo.data.blend import check_present
 from molmo2_nemo.environment import quiet_libraries
+from molmo2_nemo.planner.efficiency import FAST, SLOW
 from molmo2_nemo.planner.flops import PEAK_TFLOPS
+from molmo2_nemo.planner.measured import with_measured
 from molmo2_nemo.planner.memory import (
     GIB,
     H100_GIB,
@@ -36,7 +39,28 @@ from molmo2_nemo.planner.memory import (
     verdict,
     worst_stage,
 )
+from molmo2_nemo.planner.run_costs import run_costs
+from molmo2_nemo.planner.search import recompute_of, scale, search
 from molmo2_nemo.planner.step_time import Estimate, estimate
+from molmo2_nemo.planner.traffic import FIRST_FORWARD, LAST_BACKWARD, PRODUCTS
+from molmo2_nemo.planner.work import holds_images
+
+# What a step waits for, by the names of step_time.StepTime.
+LIMITS = {
+    "compute": "matrix products and attention",
+    "memory": "element-wise operations",
+    "NVLink": "NVLink",
+    "network": "network",
+    "bubble": "the pipeline's bubble",
+    "unevenness": "uneven rows",
+    "optimizer": "the optimizer",
+    "loading": "loading data",
+}
+BESIDE = {
+    PRODUCTS: "products",
+    LAST_BACKWARD: "the last micro-batch's backward pass",
+    FIRST_FORWARD: "the next forward pass",
+}
 
 
 def main() -> int:
@@ -49,6 +73,12 @@ def main() -> int:
         "--gpu", default="NVIDIA H100 80GB HBM3", help="exact name of the GPU in molmo2_nemo/planner/flops.py"
     )
     parser.add_argument("--search", action="store_true", help="rank other layouts that fit by their predicted time")
+    parser.add_argument(
+        "--scale", action="store_true", help="the fastest layout that fits at 8 to 4,096 GPUs, and what limits it"
+    )
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="figures of tools/bench/gpu.py instead of assumed ones"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line instead of tables")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="gpus=N and overrides of the recipe")
     args, unknown = parser.parse_known_args()
@@ -75,53 +105,34 @@ def main() -> int:
             raise ConfigError(f"train.precision=fp8, but {args.gpu} has no FP8: use train.precision=bf16.")
         sources = check_present(config.data)
         refused = verdict(config, gpus, args.gpu_memory)
-        found = search(config, gpus, args.gpu_memory, args.gpu) if args.search else []
+        columns, taken = (FAST, SLOW), []
+        if args.measured:
+            measured = with_measured(args.measured, job, args.gpu, columns)
+            columns, taken = measured.columns, measured.taken
+        found = search(config, gpus, args.gpu_memory, args.gpu, columns) if args.search else []
+        curve = scale(config, args.gpu_memory, args.gpu, columns) if args.scale else []
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(as_json(job, args, refused, found, sources) | {"auto": chosen}))
+        print(json.dumps(as_json(job, args, columns, refused, sources) | lists(found, curve) | {"auto": chosen}))
     else:
         for line in chosen:
             print(line)
-        show(job, args, refused, sources)
+        show(job, args)
+        show_step(job, estimate(job, args.gpu, columns), columns, args.gpu, taken)
+        show_run(job, estimate(job, args.gpu, columns), columns)
+        data, (present, number) = config.data, sources
+        print(
+            f"\ndata: {present} of the {number} sources of data.blend={data.blend} are on this machine, under"
+            f" data.root={data.root}{'; each has training samples' if present else ', so that none is checked'}"
+        )
+        print(f"\n{'does not fit: ' + refused if refused else 'fits'}")
         if args.search:
             show_search(found, gpus, args.gpu_memory)
+        if args.scale:
+            show_scale(curve, args.gpu_memory)
     return 1 if refused else 0
-
-
-def search(config: Config, gpus: int, memory: float, device: str) -> list[tuple[Job, Estimate, float]]:
-    """(layout, estimate, peak bytes) of all tensor x pipeline x context x recompute choices that fit, fastest first."""
-    others = {k: v for k, v in config.transformer.items() if not k.startswith("recompute")}
-    found = []
-    for tp, pp, cp in itertools.product((1, 2, 4, 8), repeat=3):
-        layout = replace(
-            config.parallel,
-            tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp,
-            context_parallel_size=cp,
-            sequence_parallel=tp > 1,
-            virtual_pipeline_model_parallel_size=None,
-            num_layers_in_first_pipeline_stage=None,
-            num_layers_in_last_pipeline_stage=None,
-        )
-        for recompute in RECOMPUTE.values():
-            candidate = replace(config, parallel=layout, transformer={**others, **recompute})
-            try:
-                check_settings(candidate, gpus)
-            except ConfigError:
-                break
-            job = Job(candidate, gpus)
-            needed = peak(worst_stage(job)[1])[0]
-            if needed <= (memory - RESERVE_GIB) * GIB:
-                found.append((job, estimate(job, device), needed))
-                break  # more recomputation is slower
-    return sorted(found, key=lambda item: item[1].seconds)
-
-
-def recompute_of(job: Job) -> str:
-    own = {k: v for k, v in job.config.transformer.items() if k.startswith("recompute")}
-    return next((name for name, values in RECOMPUTE.items() if values == own), "as set")
 
 
 def layout_of(job: Job) -> str:
@@ -129,12 +140,11 @@ def layout_of(job: Job) -> str:
     return f"TP {job.t}{sp}, PP {job.p}, CP {job.c}, DP {job.d}"
 
 
-def show(job: Job, args, refused: str | None, sources: tuple[int, int]) -> None:
-    config, train = job.config, job.config.train
+def show(job: Job, args) -> None:
+    config = job.config
     by_component, by_stage = count_parameters(job)
     stage, parts = worst_stage(job)
     needed, phase = peak(parts)
-    cost = estimate(job, args.gpu)
     total = sum(counts.total for counts in by_component.values())
     print(
         f"{config.stage} of {config.model.name} on {job.gpus} GPU(s): {layout_of(job)}, {job.precision}, "
@@ -165,57 +175,118 @@ def show(job: Job, args, refused: str | None, sources: tuple[int, int]) -> None:
         listed = ", ".join(f"{part.name} {part.bytes / GIB:.2f}" for part in own)
         if other != phase:
             print(f"  {other + ' instead':<30} {gib:8.2f}  {'with ' + listed if listed else ''}")
-    work = job.work
+
+
+def limits(cost: Estimate) -> str:
+    """What limits a step by the fast column and, where it is something else, by the slow one."""
+    return ", or ".join(LIMITS[name] for name in cost.bottlenecks)
+
+
+def span(low: float, high: float, digits: int = 2) -> str:
+    """A range, as one number where both ends look alike."""
+    texts = [f"{value:,.{digits}f}" for value in sorted((low, high))]
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+
+
+def show_step(job: Job, cost: Estimate, columns, device: str, taken: list[str]) -> None:
+    train, work = job.config.train, job.work
+    fast, slow = cost.fast, cost.slow
+    pictures = "crops of images with their text" if holds_images(job.config) else "frames, the rest text"
     print("\na step")
     print(
         f"  {train.global_batch_size * job.seq_length:,} tokens, {train.global_batch_size * work.crops:,.0f} crops;"
-        f" full rows of {work.crops:.0f} frames, the rest text (assumed)"
+        f" full rows of {work.crops:.0f} {pictures} (assumed)"
     )
     flops = sum(cost.flops.values())
     shares = ", ".join(f"{name} {value / flops:.0%}" for name, value in cost.flops.items() if value / flops >= 0.005)
     print(f"  {flops / 1e15:,.1f} PFLOP: {shares}")
+    tokens = train.global_batch_size * job.seq_length / job.gpus
     print(
-        f"  {cost.seconds:,.2f} s predicted with assumed efficiencies, unmeasured on a GPU: compute {cost.compute:.2f},"
-        f" optimizer {cost.optimizer:.2f}, communication {sum(x.seconds for x in cost.traffic if not x.hidden):.2f};"
-        f" MFU {cost.mfu:.0%}, {train.global_batch_size * job.seq_length / cost.seconds / job.gpus:,.0f} tokens/s"
-        " per GPU"
+        f"  {span(fast.seconds, slow.seconds)} s by the fast and the slow column of assumptions, unmeasured on a GPU:"
+        f" MFU {span(100 * cost.mfu_of(slow.seconds), 100 * cost.mfu_of(fast.seconds), 0)} %,"
+        f" {span(tokens / slow.seconds, tokens / fast.seconds, 0)} tokens/s per GPU"
     )
-    print(f"  {train.max_steps:,} steps: {cost.seconds * train.max_steps / 86400:,.1f} days")
-    if job.p > 1:
-        print(f"  pipeline bubble {cost.bubble:.1%}")
+    for sentence in taken:
+        print(f"    {sentence}")
+    print(f"  limited by {limits(cost)}; seconds:")
+    for name, value in fast.causes.items():
+        if slow.causes[name] >= 0.005:
+            print(f"    {LIMITS[name]:<32} {span(value, slow.causes[name])}")
     for item in cost.traffic:
-        overlap = ", overlapped" if item.hidden else ""
+        beside = f", beside {BESIDE[item.hides_behind]}" if item.hides_behind else ", waited for"
+        seconds = span(*(item.seconds(column, device) for column in columns))
         print(
-            f"  {item.kind:<6} {item.bytes / GIB:8.2f} GiB sent by a GPU over {item.link} "
-            f"({item.seconds:.2f} s{overlap}): {item.what}"
+            f"  {item.kind:<6} {item.bytes / GIB:8.2f} GiB sent by a GPU over {item.link} ({seconds} s{beside}):"
+            f" {item.what}"
         )
-    data, (present, number) = config.data, sources
+    for link, value in fast.busy.items():
+        if value:
+            shares = [100 * value / fast.seconds, 100 * slow.busy[link] / slow.seconds]
+            full = ": it is saturated" if max(shares) > 90 else ""
+            print(f"  {link} is in use for {span(*shares, 0)} % of a step{full}")
+
+
+def show_run(job: Job, cost: Estimate, columns) -> None:
+    found, steps = run_costs(job, cost, columns), job.config.train.max_steps
+    days = span(*(steps * column.seconds / 86400 for column in (cost.fast, cost.slow)), 1)
+    print(f"\nthe run\n  {steps:,} steps: {days} days, {span(*found.gpu_hours, 0)} GPU-hours")
     print(
-        f"\ndata: {present} of the {number} sources of data.blend={data.blend} are on this machine, under"
-        f" data.root={data.root}{'; each has training samples' if present else ', so that none is checked'}"
+        f"  host memory of a node: {found.host_bytes / GIB:,.0f} GiB, and {found.host_bytes_saving / GIB:,.0f} more"
+        " while a checkpoint is saved"
     )
-    print(f"\n{'does not fit: ' + refused if refused else 'fits'}")
+    print(
+        f"  a checkpoint: {found.checkpoint_bytes / 1e9:,.0f} GB, written in {span(*found.save_seconds, 0)} s, read in"
+        f" {span(*found.restore_seconds, 0)} s"
+    )
+    print(
+        f"  data: {span(*(value / 1e6 for value in found.read_bytes), 1)} MB/s read by a node,"
+        f" {span(*found.loader_cores)} cores of loaders for each GPU; not to wait for them takes"
+        f" data.num_workers={max(found.workers)} ({job.config.data.num_workers} set)"
+    )
 
 
 def show_search(found: list, gpus: int, memory: float) -> None:
     if not found:
         print(f"\nno layout of TP, PP, CP up to 8 fits {gpus} GPU(s) of {memory:g} GiB: use more GPUs")
         return
-    print("\nlayouts that fit, fastest first (assumed efficiencies); recompute is the least that fits")
-    print("  TP PP CP   DP  recompute  s/step   days  MFU  GiB")
+    print(
+        "\nlayouts that fit, fastest first by the mean of the range; recompute is the least that fits; NVLink, network:"
+        " seconds of a step in which a GPU sends"
+    )
+    print("  TP PP CP   DP  recompute           s/step  NVLink  network  MFU  GiB  limited by")
     for job, cost, needed in found[:15]:
-        days = cost.seconds * job.config.train.max_steps / 86400
+        busy = [(cost.fast.busy[link] * cost.slow.busy[link]) ** 0.5 for link in ("NVLink", "network")]
         print(
-            f"  {job.t:>2} {job.p:>2} {job.c:>2} {job.d:>4}  {recompute_of(job):>9} {cost.seconds:>7.2f} {days:>6.1f} "
-            f"{cost.mfu:>4.0%} {needed / GIB + RESERVE_GIB:>4.0f}"
+            f"  {job.t:>2} {job.p:>2} {job.c:>2} {job.d:>4}  {recompute_of(job):>9} "
+            f"{span(cost.fast.seconds, cost.slow.seconds):>16} {busy[0]:>7.2f} {busy[1]:>8.2f} "
+            f"{cost.mfu:>4.0%} {needed / GIB + RESERVE_GIB:>4.0f}  {limits(cost)}"
         )
 
 
-def as_json(job: Job, args, refused: str | None, found: list, sources: tuple[int, int]) -> dict:
+def show_scale(curve: list, memory: float) -> None:
+    """`speed` is tokens/s of a GPU over those at the fewest GPUs that fit."""
+    print("\nthe fastest layout that fits at each number of GPUs, with the same rows in a step")
+    print("   GPUs  TP PP CP   DP  recompute           s/step  GPU-hours  speed  limited by")
+    first = None
+    for gpus, found in curve:
+        if found is None:
+            print(f"  {gpus:>5}  no layout of TP, PP, CP up to 8 fits {memory:g} GiB and shares the rows")
+            continue
+        job, cost, _ = found
+        work = cost.seconds * gpus
+        first = first or work
+        print(
+            f"  {gpus:>5}  {job.t:>2} {job.p:>2} {job.c:>2} {job.d:>4}  {recompute_of(job):>9} "
+            f"{span(cost.fast.seconds, cost.slow.seconds):>16} {work * job.config.train.max_steps / 3600:>10,.0f} "
+            f"{first / work:>6.0%}  {limits(cost)}"
+        )
+
+
+def as_json(job: Job, args, columns, refused: str | None, sources: tuple[int, int]) -> dict:
     stage, parts = worst_stage(job)
     by_component, by_stage = count_parameters(job)
     needed, phase = peak(parts)
-    cost = estimate(job, args.gpu)
+    cost = estimate(job, args.gpu, columns)
     return {
         "stage": job.config.stage,
         "model": job.config.model.name,
@@ -234,14 +305,37 @@ def as_json(job: Job, args, refused: str | None, found: list, sources: tuple[int
         "work_of_a_row": asdict(job.work),
         "flops_of_a_step": cost.flops,
         "seconds_of_a_step": cost.seconds,
+        "seconds_fast": cost.fast.seconds,
+        "seconds_slow": cost.slow.seconds,
+        "causes_fast": cost.fast.causes,
+        "causes_slow": cost.slow.causes,
+        "limited_by": cost.bottlenecks,
         "days": cost.seconds * job.config.train.max_steps / 86400,
         "mfu": cost.mfu,
-        "bubble": cost.bubble,
-        "traffic": [asdict(item) for item in cost.traffic],
-        "search": [
-            {"layout": [j.t, j.p, j.c, j.d], "recompute": recompute_of(j), "seconds": c.seconds, "peak_bytes": n}
-            for j, c, n in found
-        ],
+        "traffic": [asdict(item) | {"link": item.link} for item in cost.traffic],
+        "run": asdict(run_costs(job, cost, columns)),
+        "assumptions": {"fast": asdict(columns[0]), "slow": asdict(columns[1])},
+    }
+
+
+def lists(found: list, curve: list) -> dict:
+    """The layouts of --search and --scale for --json."""
+
+    def layout(job: Job, cost: Estimate, needed: float) -> dict:
+        return {
+            "gpus": job.gpus,
+            "layout": [job.t, job.p, job.c, job.d],
+            "recompute": recompute_of(job),
+            "seconds": cost.seconds,
+            "seconds_fast": cost.fast.seconds,
+            "seconds_slow": cost.slow.seconds,
+            "limited_by": cost.bottlenecks,
+            "peak_bytes": needed,
+        }
+
+    return {
+        "search": [layout(*item) for item in found],
+        "scale": [layout(*item) if item else {"gpus": gpus, "layout": None} for gpus, item in curve],
     }
 
 

@@ -8,14 +8,14 @@ tensor, context, pipeline and data parallelism, e bytes of an activation.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from molmo2_nemo.config.checks import check_settings, layers_per_stage
 from molmo2_nemo.config.components import component_of, is_frozen
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import LOGITS_PER_CHUNK, Config, ModelConfig, padded_vocab_size
-from molmo2_nemo.planner.work import row_work
+from molmo2_nemo.config.schema import LOGITS_PER_CHUNK, Config, padded_vocab_size
+from molmo2_nemo.planner.parameters import parameters
+from molmo2_nemo.planner.work import holds_images, row_work
 
 GIB = 2**30
 H100_GIB = 79.6  # of an H100 80GB HBM3, as nvidia-smi shows it
@@ -63,7 +63,10 @@ class Job:
         self.layers = layers_per_stage(p, self.config.model)
         self.distributed = self.ddp("use_distributed_optimizer", self.device == "cuda")
         self.work = row_work(self.config)
+        vision = self.config.model.vision
+        self.places = (vision.image_pooling if holds_images(self.config) else vision.video_pooling) ** 2  # of a window
         self.dropout = getattr(self.config.schedule, self.config.stage).hidden_dropout > 0
+        self.counts: tuple | None = None  # of count_parameters, once they are counted
         check_recompute(self.config.transformer)
 
     def transformer(self, key: str, default=None):
@@ -101,58 +104,6 @@ def check_recompute(transformer: dict) -> None:
 # ---- parameters ----
 
 
-def parameters(m: ModelConfig) -> Iterator[tuple[str, int, bool]]:
-    """(name, elements, whether tensor parallel ranks split it) of every parameter, named as on a single rank."""
-    vit, connector, H = m.vit, m.connector, m.hidden_size
-    heads, inner = vit.num_attention_heads * vit.head_dim, connector.num_attention_heads * connector.head_dim
-    features = vit.hidden_size * len(vit.feature_layers)
-    v, f = vit.hidden_size, vit.ffn_hidden_size
-    yield "vision.vit.position_embedding", m.vision.patches_per_crop * v, False
-    yield from _linear("vision.vit.patch_embedding", m.vision.patch_dim, v, True, False)
-    for layer in range(vit.num_layers):
-        at = f"vision.vit.encoder.layers.{layer}"
-        for norm in ("input_layernorm", "pre_mlp_layernorm"):
-            yield from _linear(f"{at}.{norm}", 1, v, True, False)
-        for name, width_in, width_out in (
-            ("self_attention.linear_qkv", v, 3 * heads),
-            ("self_attention.linear_proj", heads, v),
-            ("mlp.linear_fc1", v, f),
-            ("mlp.linear_fc2", f, v),
-        ):
-            yield from _linear(f"{at}.{name}", width_in, width_out, True, False)
-    for name in ("query", "key", "value"):
-        yield from _linear(f"vision.connector.{name}", features, inner, True, False)
-    yield from _linear("vision.connector.output", inner, connector.hidden_size, True, False)
-    projector = "vision.connector.projector"
-    yield from _linear(f"{projector}.linear_fc1", connector.hidden_size, 2 * connector.ffn_hidden_size, False, False)
-    yield from _linear(f"{projector}.linear_fc2", connector.ffn_hidden_size, H, False, False)
-    rows = padded_vocab_size(m.vocab_size)
-    yield "embedding.word_embeddings.weight", rows * H, True
-    yield "embedding.extra_embedding", m.additional_vocab_size * H, False
-    queries, keys = m.num_attention_heads * m.head_dim, m.num_query_groups * m.head_dim
-    for layer in range(m.num_layers):
-        at = f"decoder.layers.{layer}"
-        norms = ("post_attention_norm", "post_mlp_norm") if m.norm_after else ("input_layernorm", "pre_mlp_layernorm")
-        for norm in norms:
-            yield f"{at}.{norm}.weight", H, False
-        full = m.qk_norm == "full_width"
-        yield f"{at}.self_attention.q_layernorm.weight", queries if full else m.head_dim, False
-        yield f"{at}.self_attention.k_layernorm.weight", keys if full else m.head_dim, False
-        yield f"{at}.self_attention.linear_qkv.weight", H * (queries + 2 * keys), True
-        yield f"{at}.self_attention.linear_proj.weight", queries * H, True
-        yield f"{at}.mlp.linear_fc1.weight", H * 2 * m.ffn_hidden_size, True
-        yield f"{at}.mlp.linear_fc2.weight", m.ffn_hidden_size * H, True
-    yield "decoder.final_layernorm.weight", H, False
-    if not m.tie_embeddings:
-        yield "output_layer.weight", rows * H, True
-
-
-def _linear(name: str, width_in: int, width_out: int, bias: bool, split: bool) -> Iterator[tuple[str, int, bool]]:
-    yield f"{name}.weight", width_in * width_out, split
-    if bias:
-        yield f"{name}.bias", width_out, split
-
-
 def stage_of(name: str, job: Job) -> int:
     """The pipeline stage that holds a parameter."""
     if name.startswith(("vision.", "embedding.")):
@@ -186,6 +137,12 @@ class Counts:
 
 def count_parameters(job: Job) -> tuple[dict[str, Counts], list[Counts]]:
     """(the whole model's by component, one rank's by pipeline stage)."""
+    if job.counts is None:
+        job.counts = _count(job)
+    return job.counts
+
+
+def _count(job: Job) -> tuple[dict[str, Counts], list[Counts]]:
     optim, m = job.config.optim, job.config.model
     by_component: dict[str, Counts] = {}
     by_stage = [Counts() for _ in range(job.p)]
@@ -384,7 +341,7 @@ def vision_parts(job: Job, counts: Counts) -> list[Part]:
     windows = math.ceil(job.work.visual_tokens * job.rows / ranks)
     features = m.vit.hidden_size * len(m.vit.feature_layers)
     inner = m.connector.num_attention_heads * m.connector.head_dim
-    width = m.vision.video_pooling**2  # places of a window
+    width = job.places
     chunk = min(train.vision_chunk_crops or crops, crops)
     per_crop = vit_crop_bytes(job)
     features_of_crop = m.vision.patches_per_crop * features * e
@@ -440,7 +397,7 @@ def input_parts(job: Job, stage: int) -> list[Part]:
     m, w, p = job.config.model, job.work, job.config.parallel
     row, pixels, what = job.seq_length * (4 * 8 + 1 + 4 + 2), 0, ""
     if stage == 0:
-        row += w.visual_tokens * m.vision.video_pooling**2 * 8
+        row += w.visual_tokens * job.places * 8
         in_flight = min(
             job.micro_batches, p.pipeline_model_parallel_size * (p.virtual_pipeline_model_parallel_size or 1)
         )

@@ -1,203 +1,215 @@
-"""How long a step may take and what is sent over which link: arithmetic on assumed efficiencies, unmeasured on a
-GPU."""
+"""How long a step may take: arithmetic on the table of planner/efficiency.py, unmeasured on a GPU. Imports no torch.
+
+step      = max(loading, work x unevenness + bubble + collectives that nothing hides + optimizer)
+work      = matrix products and attention + element-wise operations, which run one after the other, and what is
+            sent and waited for in between, of the busiest pipeline stage
+"""
 
 import math
 from dataclasses import dataclass
 
+from molmo2_nemo.planner.efficiency import DEVICES, FAST, SLOW, Assumptions
+from molmo2_nemo.planner.elementwise import adam_bytes, elementwise_bytes
 from molmo2_nemo.planner.flops import forward_flops, frozen_parts, peak_flops, training_flops_by_part
 from molmo2_nemo.planner.memory import Job, count_parameters
+from molmo2_nemo.planner.traffic import FIRST_FORWARD, LAST_BACKWARD, PRODUCTS, Traffic, traffic, uneven
+from molmo2_nemo.planner.work import holds_images
 
-# Share of the device's dense peak that each part is taken to reach. Assumed, unmeasured: dense decoders are
-# published at 33 to 46 % of an H100's peak in all (torchtitan's and fms-fsdp's own figures), everything else included.
-EFFICIENCY = {
-    "vit": 0.45,
-    "vit attention": 0.30,
-    "pooling": 0.30,
-    "pooling attention": 0.05,
-    "projector": 0.40,
-    "decoder": 0.50,
-    "decoder attention": 0.30,
-    "head": 0.35,
-}
-FP8_DECODER = 0.35  # of the FP8 peak
-TENSOR_PARALLEL_LOSS = 0.05  # of the decoder's speed for each doubling of tensor parallelism: smaller products; assumed
-# Bytes per second and direction of a GPU: H100 data sheet (NVLink 900 GB/s both ways), one 400 Gb/s port per GPU; of
-# both 70 % is assumed to be reached. PCIe 5.0 x16 and a host's Adam: assumed.
-NVLINK, NETWORK = 0.7 * 450e9, 0.7 * 50e9
-HBM, PCIE, HOST_ADAM = 0.8 * 3.35e12, 25e9, 1e9  # bytes/s, bytes/s, parameters/s
-GPUS_PER_NODE = 8
+H100 = "NVIDIA H100 80GB HBM3"
 VISION = ("vit", "vit attention", "pooling", "pooling attention", "projector")
+DECODER = ("decoder", "decoder attention")
+PARTS = (*VISION, *DECODER, "head")
 
 
 @dataclass
-class Traffic:
-    """What a GPU sends in a step. hidden: it overlaps with computation."""
+class StepTime:
+    """Seconds of a step by what they are for, under one column of the table.
 
-    kind: str
-    bytes: float
-    link: str
-    what: str
-    hidden: bool = False
+    Causes add up to `seconds`: compute (matrix products, attention), memory (element-wise operations), NVLink and
+    network (what is waited for), bubble, unevenness, optimizer, loading (what it takes beyond all that).
+    """
+
+    causes: dict[str, float]
+    busy: dict[str, float]  # seconds in which each link sends, hidden or not
 
     @property
     def seconds(self) -> float:
-        return self.bytes / (NVLINK if self.link == "NVLink" else NETWORK)
+        return sum(self.causes.values())
+
+    @property
+    def bottleneck(self) -> str:
+        """The largest cause; loading, where everything else waits for it."""
+        return "loading" if self.causes["loading"] > 0 else max(self.causes, key=self.causes.get)
 
 
 @dataclass
 class Estimate:
+    """A range: fast and slow are the two columns of the table."""
+
     flops: dict[str, float]  # of a step of the whole job by part, without recomputation
-    seconds: float
-    compute: float
-    bubble: float  # share of the compute time that the pipeline is empty
-    optimizer: float
     traffic: list[Traffic]
-    mfu: float
+    fast: StepTime
+    slow: StepTime
+    peak: float  # FLOP/s of all GPUs
+
+    @property
+    def seconds(self) -> float:
+        """Geometric mean of the range: for ranking and for what needs one number."""
+        return math.sqrt(self.fast.seconds * self.slow.seconds)
+
+    @property
+    def bottlenecks(self) -> list[str]:
+        """Of the fast and of the slow column, once if it is the same."""
+        return list(dict.fromkeys((self.fast.bottleneck, self.slow.bottleneck)))
+
+    @property
+    def mfu(self) -> float:
+        return self.mfu_of(self.seconds)
+
+    def mfu_of(self, seconds: float) -> float:
+        return sum(self.flops.values()) / seconds / self.peak
 
 
-def _again(job: Job) -> dict[str, float]:
+def again(job: Job) -> dict[str, float]:
     """How many times more than once a part's forward pass is run."""
-    again = dict.fromkeys(EFFICIENCY, 0.0)
+    times = dict.fromkeys(PARTS, 0.0)
     transformer, m = job.config.transformer, job.config.model
-    again["head"] = 1.0  # logits are made again in the backward pass
+    times["head"] = 1.0  # logits are made again in the backward pass
     if transformer.get("recompute_granularity") == "full":
         count = transformer["recompute_num_layers"] if transformer["recompute_method"] == "block" else max(job.layers)
-        again["decoder"] = again["decoder attention"] = min(1.0, count / max(job.layers))
+        times["decoder"] = times["decoder attention"] = min(1.0, count / max(job.layers))
     elif transformer.get("recompute_granularity") == "selective":
         modules = transformer.get("recompute_modules") or ["core_attn"]
-        again["decoder attention"] = float("core_attn" in modules)
+        times["decoder attention"] = float("core_attn" in modules)
         mlp, H, D = 3 * m.hidden_size * m.ffn_hidden_size, m.hidden_size, m.head_dim
         rest = 2 * H * D * (m.num_attention_heads + m.num_query_groups)
-        again["decoder"] = mlp / (mlp + rest) if "mlp" in modules else 0.0
+        times["decoder"] = mlp / (mlp + rest) if "mlp" in modules else 0.0
     optim = job.config.optim
     if job.config.train.vision_recompute and not (optim.vit.freeze and optim.connector.freeze):
-        again |= dict.fromkeys(VISION, 1.0)  # a chunk's crops go through both again
-    return again
+        times |= dict.fromkeys(VISION, 1.0)  # a chunk's crops go through both again
+    return times
 
 
 def stage_flops(job: Job, stage: int) -> dict[str, float]:
     """FLOPs of a GPU of a pipeline stage in a step by part, with those of recomputation."""
+    one, backward = _passes(job, stage)
+    return {part: one[part] + backward[part] for part in one}
+
+
+def _passes(job: Job, stage: int) -> tuple[dict[str, float], dict[str, float]]:
+    """FLOPs of a GPU of a pipeline stage in a step by part: (forward, backward with what is computed again)."""
     m, work = job.config.model, vars(job.work)
     one = forward_flops(m, **work)
     trained = training_flops_by_part(m, frozen_parts(job.config.optim, m.tie_embeddings), **work)
-    again = _again(job)
+    more = again(job)
     share = dict.fromkeys(one, job.layers[stage] / m.num_layers)
     share |= dict.fromkeys(VISION, uneven(job) * (stage == 0)) | {"head": float(stage == job.p - 1)}
     rows = job.micro_batches * job.rows / (job.t * job.c)
-    return {part: share[part] * rows * (trained[part] + again[part] * one[part]) for part in one}
+    scale = {part: share[part] * rows for part in one}
+    backward = {part: scale[part] * (trained[part] + (more[part] - 1) * one[part]) for part in one}
+    return {part: scale[part] * one[part] for part in one}, backward
 
 
-def uneven(job: Job) -> float:
-    """Crops of the busiest of the ranks that share a micro-batch's crops, over their mean: crops are dealt whole."""
-    crops, ranks = job.work.crops * job.rows, job.t * job.c
-    return math.ceil(crops / ranks) * ranks / crops if crops else 1.0
+def speeds(job: Job, assumed: Assumptions, device: str) -> dict[str, float]:
+    """FLOP/s of each part on one GPU, with the loss of small products."""
+    m, bf16 = job.config.model, peak_flops(device, "bf16")
+    shares = {part: getattr(assumed, part.replace(" ", "_")) for part in PARTS}
+    speed = {part: share * bf16 for part, share in shares.items()}
+    if job.precision == "fp8":
+        speed["decoder"] = assumed.fp8_decoder * peak_flops(device, "fp8")
+    # A product's smallest side: tokens of the rank, or its part of a width.
+    queries = (m.num_attention_heads + 2 * m.num_query_groups) * m.head_dim
+    side = min(job.tokens, m.ffn_hidden_size // job.t, queries // job.t)
+    crops = math.ceil(job.work.crops * job.rows / (job.t * job.c))
+    patches = min(job.config.train.vision_chunk_crops or crops, crops) * m.vision.patches_per_crop
+    for part, smallest in (("decoder", side), ("vit", patches), ("pooling", patches)):
+        speed[part] *= smallest / (smallest + assumed.half_speed_at) if smallest else 1.0
+    return speed
 
 
-def traffic(job: Job, stage: int | None = None) -> list[Traffic]:
-    """What a GPU of a pipeline stage sends in a step, by kind of parallelism; None: the busiest of each kind.
-
-    Ring algorithms: (k - 1)/k of a tensor of k ranks.
-    """
-    m, t, c, p, d, e, n = job.config.model, job.t, job.c, job.p, job.d, job.e, job.tokens
-    layers, micro = max(job.layers) if stage is None else job.layers[stage], job.micro_batches
-    full = job.transformer("recompute_granularity") == "full"
-    hidden = n * m.hidden_size * e
+def _seconds(job: Job, stage: int, assumed: Assumptions, device: str) -> list[dict[str, float]]:
+    """Seconds of a stage's micro-batches by part: products forward, backward, element-wise forward, backward."""
+    speed, bandwidth = speeds(job, assumed, device), assumed.memory * DEVICES[device][0]
+    factor = dict.fromkeys(VISION, assumed.vision_factor) | dict.fromkeys(DECODER, assumed.decoder_factor)
     found = []
-
-    def link(span: int) -> str:
-        # Ranks are numbered tensor, context, data, pipeline (Megatron's order).
-        return "NVLink" if span <= GPUS_PER_NODE else "network"
-
-    if t > 1:
-        # Gather or reduce-scatter: 4 forward, 6 backward with sequence parallelism; 2 all-reduces each way without.
-        passes = (10 if job.sequence > 1 else 8) + 4 * full
-        found.append(
-            Traffic("TP", micro * layers * passes * hidden * (t - 1) / t, link(t), "hidden states of each layer")
-        )
-        # All-reduces are two passes. Sequence parallel ranks gather the embedding's gradient, the head's input, and
-        # scatter that one's gradient; others sum the gradient of the head's input.
-        is_first, is_last = stage in (None, 0), stage in (None, p - 1)
-        loss_share = min(1.0, job.work.loss_tokens / job.seq_length)
-        at_ends = (3 if job.sequence > 1 else 2) * is_first
-        at_ends += (2 if job.sequence > 1 else 2 * loss_share) * is_last
-        found.append(Traffic("TP", micro * at_ends * hidden * (t - 1) / t, link(t), "hidden states at both ends"))
-        if is_first:
-            vision = 4 * count_parameters(job)[1][0].trained_vision
-            found.append(Traffic("TP", vision * 2 * (t - 1) / t, link(t), "gradients of the vision tower summed"))
-    if c > 1:
-        width = (m.num_attention_heads + m.num_query_groups) * 2 * m.head_dim / t
-        if job.config.parallel.cp_comm_type == "a2a":
-            sent, what = n * width * e * (c - 1) / c * (2 + full), "queries, keys, values and outputs change places"
-        else:
-            gathered = n * 2 * m.num_query_groups * m.head_dim / t * e * (c - 1)
-            sent, what = gathered * (3 + full), "keys and values gathered, their gradients summed"
-        found.append(Traffic("CP", micro * layers * sent, link(t * c), what))
-    if t * c > 1 and stage in (None, 0):
-        # Ranks with fewer tokens fill up.
-        visual = uneven(job) * job.work.visual_tokens * job.rows * m.hidden_size * e
-        found.append(
-            Traffic(
-                "vision",
-                micro * 3 * visual * (t * c - 1) / (t * c),
-                link(t * c),
-                "visual tokens gathered, their gradients summed",
-            )
-        )
-    if p > 1:
-        pieces = job.config.parallel.virtual_pipeline_model_parallel_size or 1
-        # A piece sends its output on and its input's gradient back: the first has none to send back, the last none on.
-        ends = (stage == 0) + (stage == p - 1) if stage is not None else int(p == 2)
-        found.append(
-            Traffic(
-                "PP",
-                micro * (2 * pieces - ends) * hidden / job.sequence,
-                link(t * c * d * 2),
-                "hidden states and gradients of a stage",
-            )
-        )
-    if d * c > 1:
-        ranks = d * c
-        by_stage = count_parameters(job)[1]
-        counts = by_stage[stage] if stage is not None else max(by_stage, key=lambda counts: counts.trained)
-        gradient = 4 if job.ddp("grad_reduce_in_fp32", True) or e == 4 else 2
-        share, at = counts.trained * (ranks - 1) / ranks, link(t * ranks)
-        passes = 1 if job.distributed else 2
-        found.append(
-            Traffic("DP", share * gradient * passes, at, "gradients summed", job.overlaps("overlap_grad_reduce"))
-        )
-        if job.distributed:
-            found.append(Traffic("DP", share * e, at, "new weights gathered", job.overlaps("overlap_param_gather")))
+    for of, rates in (
+        (_passes(job, stage), speed),
+        (elementwise_bytes(job, stage, again(job)), dict.fromkeys(PARTS, bandwidth)),
+    ):
+        found += [{part: factor.get(part, 1.0) * x / rates[part] for part, x in amounts.items()} for amounts in of]
     return found
 
 
-def estimate(job: Job, device: str = "NVIDIA H100 80GB HBM3") -> Estimate:
-    """Time of a step on GPUs of that name, with their parts' assumed efficiencies and no waiting for data."""
+def part_seconds(job: Job, assumed: Assumptions, device: str) -> dict[str, float]:
+    """Seconds of the first stage's micro-batches in a step by part, products and element-wise operations together."""
+    four = _seconds(job, 0, assumed, device)
+    return {part: sum(seconds.get(part, 0.0) for seconds in four) for part in PARTS}
+
+
+def step_time(job: Job, assumed: Assumptions, device: str = H100) -> StepTime:
+    """Time of a step under one column of the table."""
+    stages = [[sum(x.values()) for x in _seconds(job, stage, assumed, device)] for stage in range(job.p)]
+    products_1, products_2, moved_1, moved_2 = max(stages, key=sum)
+    compute, memory = products_1 + products_2, moved_1 + moved_2
+    waited, busy, beside = {"NVLink": 0.0, "network": 0.0}, {"NVLink": 0.0, "network": 0.0}, {}
+    room = {
+        PRODUCTS: products_2,
+        LAST_BACKWARD: (products_2 + moved_2) / job.micro_batches,
+        FIRST_FORWARD: (products_1 + moved_1) / job.micro_batches,
+    }
+    at_the_end = {"NVLink": 0.0, "network": 0.0}
+    for item in traffic(job):
+        seconds = item.seconds(assumed, device)
+        busy[item.link] += seconds
+        exposed = seconds
+        if item.hides_behind is not None:
+            left = max(0.0, room[item.hides_behind] - beside.get(item.hides_behind, 0.0))
+            exposed = max(seconds - left, seconds * item.tail)
+            beside[item.hides_behind] = beside.get(item.hides_behind, 0.0) + seconds
+        (at_the_end if item.kind == "DP" else waited)[item.link] += exposed
+    # What a pipeline waits for repeats in its bubble; replicas wait for the one with most work.
+    work = compute + memory + sum(waited.values())
+    pieces = job.config.parallel.virtual_pipeline_model_parallel_size or 1
+    bubble = work * (job.p - 1) / (pieces * job.micro_batches)
+    longest = assumed.unevenness * math.sqrt(2 * math.log(job.d) / (job.micro_batches * job.rows))
+    causes = {
+        "compute": compute,
+        "memory": memory,
+        "NVLink": waited["NVLink"] + at_the_end["NVLink"],
+        "network": waited["network"] + at_the_end["network"],
+        "bubble": bubble,
+        "unevenness": (work + bubble) * longest,
+        "optimizer": optimizer_seconds(job, assumed, device),
+    }
+    return StepTime(causes | {"loading": max(0.0, loading_seconds(job, assumed) - sum(causes.values()))}, busy)
+
+
+def optimizer_seconds(job: Job, assumed: Assumptions, device: str) -> float:
+    trained = max(counts.trained for counts in count_parameters(job)[1])
+    shard = trained / (job.d * job.c if job.distributed else 1)
+    seconds = shard * adam_bytes(job) / (assumed.memory * DEVICES[device][0])
+    if job.optimizer("optimizer_cpu_offload", False):
+        offloaded = job.optimizer("optimizer_offload_fraction", 0.0) * shard
+        seconds += offloaded * (4 + job.e) / assumed.pcie + offloaded / assumed.host_adam
+    return seconds
+
+
+def row_core_seconds(job: Job, assumed: Assumptions) -> float:
+    """Seconds of a core to decode and resize the pictures of a row."""
+    return job.work.crops * (assumed.crop_seconds if holds_images(job.config) else assumed.frame_seconds)
+
+
+def loading_seconds(job: Job, assumed: Assumptions) -> float:
+    """Of a step's rows of a replica, by its data.num_workers processes; they work while the GPU does."""
+    rows = job.micro_batches * job.rows
+    return rows * row_core_seconds(job, assumed) / max(1, job.config.data.num_workers)
+
+
+def estimate(job: Job, device: str = H100, columns: tuple[Assumptions, Assumptions] = (FAST, SLOW)) -> Estimate:
+    """Time of a step on GPUs of that name. columns: the fast and the slow one of the table."""
     m, work = job.config.model, vars(job.work)
     rows = job.config.train.global_batch_size
     trained = training_flops_by_part(m, frozen_parts(job.config.optim, m.tie_embeddings), **work)
-    bf16 = peak_flops(device, "bf16")
-
-    def speed(part: str) -> float:
-        of_part = EFFICIENCY[part] * bf16
-        if part == "decoder" and job.precision == "fp8":
-            of_part = FP8_DECODER * peak_flops(device, "fp8")
-        return of_part * (1 - TENSOR_PARALLEL_LOSS * math.log2(job.t) if part == "decoder" else 1)
-
-    def seconds(stage: int) -> float:
-        return sum(flops / speed(part) for part, flops in stage_flops(job, stage).items())
-
-    pieces = job.config.parallel.virtual_pipeline_model_parallel_size or 1
-    compute = max(map(seconds, range(job.p)))
-    bubble = (job.p - 1) / (pieces * job.micro_batches + job.p - 1)
-    trained_here = max(counts.trained for counts in count_parameters(job)[1])
-    shard = trained_here / (job.d * job.c if job.distributed else 1)
-    optimizer = shard * 34 / HBM  # gradient, moments and master read and written, weights written
-    if job.optimizer("optimizer_cpu_offload", False):
-        offloaded = job.optimizer("optimizer_offload_fraction", 0.0) * shard
-        optimizer += offloaded * (4 + job.e) / PCIE + offloaded / HOST_ADAM
-    sent = traffic(job)
-    shown = sum(item.seconds for item in sent if not item.hidden)
-    total = compute / (1 - bubble) + shown + optimizer
-    flops = {part: value * rows for part, value in trained.items()}
-    peak = peak_flops(device, "fp8" if job.precision == "fp8" else "bf16")
-    return Estimate(flops, total, compute, bubble, optimizer, sent, sum(flops.values()) / total / job.gpus / peak)
+    peak = peak_flops(device, "fp8" if job.precision == "fp8" else "bf16") * job.gpus
+    fast, slow = (step_time(job, column, device) for column in columns)
+    return Estimate({part: value * rows for part, value in trained.items()}, traffic(job), fast, slow, peak)

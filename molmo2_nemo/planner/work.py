@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
-from molmo2_nemo.config.schema import Config
+from molmo2_nemo.config.schema import Config, VisionConfig
 
 # arXiv 2601.10611, section 3: about 3.8 examples are packed into a row of 16,384 tokens.
 TOKENS_PER_EXAMPLE = 16384 / 3.8
+# The same report's pre-training: rows of 2,560 tokens hold at most 16 crops, with the text about them.
+TOKENS_PER_IMAGE_CROP = 2560 / 16
 LOSS_SHARE = 0.5  # of the text; assumed
 
 
@@ -21,27 +23,52 @@ class Work:
     loss_tokens: float
 
 
+def holds_images(config: Config) -> bool:
+    """Stage 1 has pictures and no video (arXiv 2601.10611, section 4)."""
+    return config.stage == "stage1"
+
+
 def row_work(config: Config) -> Work:
-    """A full row: as many frames as its crop budget and its length allow, the rest text, no padding.
+    """A full row, no padding: pictures with their text in stage 1, else as many frames as fit, and text.
 
     A frame has the fewest tokens of all crops, so no row holds more crops. The row's examples are taken to be equally
     long, each as in the report or the whole row, and of one branch; visual tokens of an example see each other.
     """
     data, vision = config.data, config.model.vision
     side = vision.image_size // vision.patch_size
-    windows = -(-side // vision.video_pooling)
-    tokens = windows**2
-    crops = min(data.max_crops, data.seq_length // (tokens + 2))
-    visual = crops * tokens
     examples = max(1.0, data.seq_length / TOKENS_PER_EXAMPLE)
-    if data.max_frames * (tokens + 2) > TOKENS_PER_EXAMPLE:
-        # Long videos make long examples.
-        examples = max(1.0, data.seq_length / min(data.seq_length, data.max_frames * (tokens + 2)))
+    if holds_images(config):
+        crops, windows, patches = image_of(vision, data.max_crops_per_image)
+        count = min(data.max_crops, round(data.seq_length / TOKENS_PER_IMAGE_CROP), data.seq_length * crops // windows)
+        visual, pooled = count * windows / crops, count * patches / crops
+        # An example is a picture and its text.
+        examples = max(1.0, data.seq_length / (crops * TOKENS_PER_IMAGE_CROP))
+    else:
+        tokens = (-(-side // vision.video_pooling)) ** 2
+        count = min(data.max_crops, data.seq_length // (tokens + 2))
+        visual, pooled = count * tokens, count * side**2
+        if data.max_frames * (tokens + 2) > TOKENS_PER_EXAMPLE:
+            # Long videos make long examples.
+            examples = max(1.0, data.seq_length / min(data.seq_length, data.max_frames * (tokens + 2)))
     return Work(
-        crops=crops,
+        crops=count,
         visual_tokens=visual,
-        pooled_patches=crops * side**2,
+        pooled_patches=pooled,
         tokens=data.seq_length,
         attended=(data.seq_length**2 + visual**2) / (2 * examples),
         loss_tokens=LOSS_SHARE * (data.seq_length - visual),
     )
+
+
+def image_of(vision: VisionConfig, max_crops: int) -> tuple[int, int, int]:
+    """(crops, windows, patches in them) of an overview and max_crops tiles, twice as wide as high.
+
+    Neighbouring tiles overlap by two margins, which are dropped; windows at the edge may be cut.
+    """
+    side, pooling = vision.image_size // vision.patch_size, vision.image_pooling
+    rows = max(1, int((max_crops / 2) ** 0.5))
+    columns = max(1, max_crops // rows)
+    new = side - 2 * vision.overlap_margin
+    high, wide = (new * n + 2 * vision.overlap_margin for n in (rows, columns))
+    windows = -(-side // pooling) * -(-side // pooling) + -(-high // pooling) * -(-wide // pooling)
+    return 1 + rows * columns, windows, side**2 + high * wide

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from molmo2_nemo.config.checks import check_settings, row_multiple
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, ModelConfig, padded_vocab_size
+from molmo2_nemo.planner.efficiency import GPUS_PER_NODE
 from molmo2_nemo.planner.flops import peak_flops
 from molmo2_nemo.planner.memory import BUILD, PHASES, Job, stage_memory
-from molmo2_nemo.planner.step_time import GPUS_PER_NODE, stage_flops, traffic
+from molmo2_nemo.planner.step_time import stage_flops
+from molmo2_nemo.planner.traffic import traffic
 from molmo2_nemo.planner.work import Work
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -137,6 +139,7 @@ def job_of(plan: Plan, counted) -> Job:
     job = Job(plan.config, plan.gpus)
     rows = plan.micro_batches * job.rows
     job.work = Work(**{name: value / rows for name, value in counted.work.items()})
+    job.places = plan.config.model.vision.video_pooling**2  # full rows are of frames, in every stage
     return job
 
 

@@ -18,7 +18,9 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import padded_vocab_size
 from molmo2_nemo.paths import CONF_DIR
 from molmo2_nemo.planner.flops import training_flops
-from molmo2_nemo.planner.memory import GIB, Job, in_flight, parameters, peak, stage_memory, verdict, worst_stage
+from molmo2_nemo.planner.memory import GIB, Job, in_flight, peak, stage_memory, verdict, worst_stage
+from molmo2_nemo.planner.parameters import parameters
+from molmo2_nemo.planner.search import RECOMPUTE, search
 from molmo2_nemo.planner.step_time import estimate
 
 MODELS = ("molmo2_4b", "molmo2_8b", "molmo2_o_7b")
@@ -142,12 +144,12 @@ def test_advice_works_when_taken(model, stage, gpus):
     assert verdict(config, gpus, 1000.0) is None
 
 
-def test_imports_neither_torch_nor_megatron():
+def test_a_plan_imports_neither_torch_nor_megatron():
+    words = ["plan.py", "--config-name", "stage2", "hardware=h100_8", "gpus=8", "--search", "--json"]
     code = (
-        "import sys, molmo2_nemo.planner, molmo2_nemo.planner.step_time; print({'torch', 'megatron'} &"
-        " set(sys.modules))"
+        f"import sys; sys.argv = {words}; import plan; plan.main(); print({{'torch', 'megatron'}} & set(sys.modules))"
     )
-    assert succeeded(run([sys.executable, "-c", code])).stdout == "set()\n"
+    assert succeeded(run([sys.executable, "-c", code])).stdout.endswith("\nset()\n")
 
 
 # ---- formulas ----
@@ -175,7 +177,7 @@ def test_rows_hold_what_a_packed_row_can():
     from molmo2_nemo.data.encode import ROOT_SEGMENT  # noqa: F401  the numbering of segments
     from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE, dense_mask
 
-    job = Job(compose("stage1", ["data.seq_length=4096", "data.max_crops=30", "data.max_frames=30"]), 1)
+    job = Job(compose("stage2", ["data.seq_length=4096", "data.max_crops=30", "data.max_frames=30"]), 1)
     work = job.work
     assert (work.crops, work.visual_tokens, work.pooled_patches) == (30, 30 * 81, 30 * 729)
     # One example: its visual tokens see each other, the text comes after them.
@@ -184,13 +186,13 @@ def test_rows_hold_what_a_packed_row_can():
     assert SEGMENTS_PER_EXAMPLE > 1
     assert work.attended == pytest.approx(dense_mask(segments, vision).sum().item(), rel=0.001)
     # The crop budget is no use where the row is too short for it.
-    assert Job(compose("stage1", ["data.seq_length=4096"]), 1).work.crops == 4096 // 83
+    assert Job(compose("stage2", ["data.seq_length=4096"]), 1).work.crops == 4096 // 83
 
 
 def test_recomputation_trades_memory_for_time():
     config = compose("stage2", ["hardware=h100_64", "schedule=report", "train.vision_chunk_crops=8"])
     found = []
-    for values in ({}, dict(recompute_granularity="selective", recompute_modules=["mlp"]), plan.RECOMPUTE["full"]):
+    for values in ({}, dict(recompute_granularity="selective", recompute_modules=["mlp"]), RECOMPUTE["full"]):
         job = Job(replace(config, transformer=values), 64)
         found.append((peak(stage_memory(job, 0))[0], -estimate(job).seconds))
     assert found == sorted(found, reverse=True) and len({x for x, _ in found}) == 3
@@ -211,7 +213,7 @@ def test_estimate_counts_the_flops_of_the_whole_step():
 
 def test_search_lists_only_what_fits_fastest_first():
     config = compose("stage2", ["parallel=default"])
-    found = plan.search(config, 8, 79.6, "NVIDIA H100 80GB HBM3")
+    found = search(config, 8, 79.6, "NVIDIA H100 80GB HBM3")
     times = [cost.seconds for _, cost, _ in found]
     assert len(found) > 3 and times == sorted(times)
     for job, _, needed in found:

@@ -1,0 +1,85 @@
+"""Bytes that everything but matrix products and attention reads and writes, from the rehearsal's counts.
+
+`tools/rehearse.py` counts each operation as one of its own. Coefficients are its counts of molmo2_8b in bf16 with
+Megatron's local layers (stage 2 on 8 and 128, stage 3 on 128 GPUs), divided by the elements of a tensor; how near they
+come elsewhere is in docs/planner.md. Those of fused functions were not counted: an input read and an output written.
+Imports no torch.
+"""
+
+import math
+
+from molmo2_nemo.config.schema import LOGITS_PER_CHUNK, padded_vocab_size
+from molmo2_nemo.planner.memory import Job, count_parameters
+
+# Bytes for each element (forward pass, backward pass).
+NORM, FUSED_NORM = (36, 97), (4, 10)
+ROPE = (24, 23)
+RESIDUAL, FUSED_RESIDUAL = (12, 16), (7, 5)  # dropout and sum
+MLP, FUSED_MLP = (14.4, 55.5), (6, 10)
+EXCHANGED = (4, 4)  # copies around the exchange of context parallelism
+VIT = (17, 23.2)  # for each patch, layer and element of its two widths
+LOGIT = (30, 48)
+# Bytes for each trained parameter: added to the buffer in each micro-batch, cleared once a step; Adam of torch, fused.
+GRADIENT_ADDED, GRADIENT_CLEARED, ADAM, FUSED_ADAM = 10, 4, 102, 34
+HEAD_GRADIENT, HEAD_GRADIENT_ONCE = 10, 12  # for each chunk of logits, and once: a float32 sum beside the buffer
+
+
+def elementwise_bytes(job: Job, stage: int, again: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes of a GPU of a pipeline stage in a step by part: (forward, backward with what is computed again).
+
+    Parts are those of flops.forward_flops, all of the vision tower as "vit". again: step_time.again.
+    """
+    parts = {"decoder": _decoder(job, stage), "vit": _vision(job, stage), "head": _head(job, stage)}
+    counts = count_parameters(job)[1][stage]
+    forward = {part: job.micro_batches * sides[0] for part, sides in parts.items()}
+    backward = {
+        part: job.micro_batches * (sides[1] + (sides[0] * again[part] if part != "head" else 0.0))
+        for part, sides in parts.items()
+    }
+    fused = job.transformer("gradient_accumulation_fusion")
+    added = counts.trained_vision + (0 if fused else counts.trained - counts.trained_vision)
+    backward["decoder"] += job.micro_batches * GRADIENT_ADDED * added + GRADIENT_CLEARED * counts.trained
+    return forward, backward
+
+
+def adam_bytes(job: Job) -> int:
+    """Of the optimizer for each parameter that it updates: torch's without Transformer Engine or apex."""
+    return FUSED_ADAM if job.layer_spec == "transformer_engine" else ADAM
+
+
+def _decoder(job: Job, stage: int) -> tuple[float, float]:
+    m, t = job.config.model, job.t
+    te = job.layer_spec == "transformer_engine"
+    heads = (m.num_attention_heads + m.num_query_groups) * m.head_dim / t
+    own = 2 * m.hidden_size / job.sequence
+    terms = [
+        (own + heads, FUSED_NORM if te else NORM),
+        (heads, ROPE),
+        (own, FUSED_RESIDUAL if job.transformer("bias_dropout_fusion") else RESIDUAL),
+        (m.ffn_hidden_size / t, FUSED_MLP if job.transformer("bias_activation_fusion") else MLP),
+        (2 * heads * (job.c > 1), EXCHANGED),
+    ]
+    scale = job.layers[stage] * job.tokens * job.e / 2
+    return tuple(scale * sum(elements * of[side] for elements, of in terms) for side in (0, 1))
+
+
+def _vision(job: Job, stage: int) -> tuple[float, float]:
+    if stage > 0:
+        return 0.0, 0.0
+    m = job.config.model
+    crops = math.ceil(job.work.crops * job.rows / (job.t * job.c))
+    elements = crops * m.vision.patches_per_crop * m.vit.num_layers * (m.vit.hidden_size + m.vit.ffn_hidden_size)
+    trained = not (job.config.optim.vit.freeze and job.config.optim.connector.freeze)
+    return elements * VIT[0] * job.e / 2, elements * VIT[1] * job.e / 2 * trained
+
+
+def _head(job: Job, stage: int) -> tuple[float, float]:
+    if stage < job.p - 1:
+        return 0.0, 0.0
+    m = job.config.model
+    # Every context parallel rank has its own tokens, every tensor parallel rank its part of the vocabulary.
+    width, tokens = padded_vocab_size(m.vocab_size) / job.t, job.work.loss_tokens * job.rows / job.c
+    chunks = math.ceil(tokens / max(1, LOGITS_PER_CHUNK // int(width)))
+    weights = width * m.hidden_size if count_parameters(job)[1][stage].trained_head else 0
+    gradient = weights * (HEAD_GRADIENT * chunks + HEAD_GRADIENT_ONCE)
+    return tokens * width * LOGIT[0], tokens * width * LOGIT[1] + gradient

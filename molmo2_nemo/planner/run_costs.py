@@ -1,0 +1,84 @@
+"""What a run takes beside its GPUs' time and memory: host memory, checkpoints, data. Imports no torch."""
+
+import math
+from dataclasses import dataclass
+
+from molmo2_nemo.planner.efficiency import GPUS_PER_NODE, Assumptions
+from molmo2_nemo.planner.memory import GIB, Job, count_parameters
+from molmo2_nemo.planner.step_time import Estimate, row_core_seconds
+from molmo2_nemo.planner.work import holds_images
+
+RANK_BYTES = 4 * GIB  # of a training process: libraries, CUDA's context, NCCL; assumed
+WORKER_BYTES = 0.65 * GIB  # of a loader process, with 118 sources (docs/benchmarks.md, "Loading data")
+CHECKSUM = 1.1e9  # bytes/s of a core (docs/benchmarks.md, "Checksums of checkpoints")
+
+
+@dataclass
+class RunCosts:
+    """Pairs are (fast, slow) as in planner/efficiency.py. Bytes, seconds; those of a node are of the busiest one."""
+
+    gpu_hours: tuple[float, float]
+    host_bytes: float  # of a node while it trains
+    host_bytes_saving: float  # more while a checkpoint is saved
+    checkpoint_bytes: float
+    save_seconds: tuple[float, float]
+    restore_seconds: tuple[float, float]
+    read_bytes: tuple[float, float]  # a second and node
+    loader_cores: tuple[float, float]  # of a GPU, so that it need not wait
+    workers: tuple[int, int]  # data.num_workers for that
+
+
+def run_costs(job: Job, cost: Estimate, columns: tuple[Assumptions, Assumptions]) -> RunCosts:
+    train, ranks = job.config.train, min(job.gpus, GPUS_PER_NODE)
+    steps = cost.fast.seconds, cost.slow.seconds
+    computing = [step.seconds - step.causes["loading"] for step in (cost.fast, cost.slow)]
+    nodes = math.ceil(job.gpus / GPUS_PER_NODE)
+    size = checkpoint_bytes(job)
+    trained = max(counts.trained for counts in count_parameters(job)[1])
+    gathered = trained * optimizer_bytes(job)  # by every rank, whatever the number of replicas
+    read = [size / min(nodes * column.storage, column.storage_of_all) for column in columns]
+    save = [gathered / column.pcie + seconds for column, seconds in zip(columns, read)]
+    compared = size / (job.gpus * CHECKSUM) if train.verify_checkpoints else 0.0
+    of_crop = [column.crop_bytes if holds_images(job.config) else column.frame_bytes for column in columns]
+    rows = loaders(job) * job.micro_batches * job.rows
+    cores = [row_core_seconds(job, column) * train.global_batch_size / job.gpus for column in columns]
+    return RunCosts(
+        gpu_hours=tuple(seconds * train.max_steps * job.gpus / 3600 for seconds in steps),
+        host_bytes=host_bytes(job),
+        host_bytes_saving=ranks * gathered,
+        checkpoint_bytes=size,
+        save_seconds=tuple(save),
+        restore_seconds=tuple(seconds + compared for seconds in read),
+        read_bytes=tuple(rows * job.work.crops * of_crop[i] / steps[i] for i in (0, 1)),
+        loader_cores=tuple(cores[i] / computing[i] for i in (0, 1)),
+        workers=tuple(math.ceil(cores[i] * job.gpus / job.d / computing[i]) for i in (0, 1)),
+    )
+
+
+def optimizer_bytes(job: Job) -> int:
+    """Of a checkpoint for each trained parameter: Adam's moments, and float32 weights beside others."""
+    return 8 if job.precision == "fp32" else 12
+
+
+def checkpoint_bytes(job: Job) -> float:
+    by_component = count_parameters(job)[0].values()
+    weights, trained = (sum(getattr(counts, name) for counts in by_component) for name in ("total", "trained"))
+    return job.e * weights + optimizer_bytes(job) * trained
+
+
+def loaders(job: Job) -> int:
+    """Of a node: one for each replica that begins there."""
+    return max(1, min(job.d, min(job.gpus, GPUS_PER_NODE) // (job.t * job.c)))
+
+
+def host_bytes(job: Job) -> float:
+    """Of a node: processes, and the pixels of a step, which wait on every rank of the first pipeline stage."""
+    ranks, vision = min(job.gpus, GPUS_PER_NODE), job.config.model.vision
+    pixels = job.work.crops * vision.patches_per_crop * vision.patch_dim * job.rows * job.micro_batches
+    first = min(ranks, job.t * job.c * job.d)
+    held = ranks * RANK_BYTES + loaders(job) * job.config.data.num_workers * WORKER_BYTES + first * pixels
+    if job.optimizer("optimizer_cpu_offload", False):
+        trained = max(counts.trained for counts in count_parameters(job)[1])
+        shard = trained / (job.d * job.c if job.distributed else 1)
+        held += ranks * shard * optimizer_bytes(job) * job.optimizer("optimizer_offload_fraction", 0.0)
+    return held
