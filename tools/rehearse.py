@@ -20,6 +20,7 @@ import time
 import traceback
 from pathlib import Path
 
+from molmo2_nemo.auto import resolve
 from molmo2_nemo.command_line import compose, take_gpus
 from molmo2_nemo.config.checks import check_settings
 from molmo2_nemo.config.errors import ConfigError
@@ -48,10 +49,12 @@ def main() -> int:
         gpus, overrides = take_gpus([*args.overrides, *unknown])
         config = compose(args.config_name, overrides)
         check_settings(config, gpus)
+        config, chosen = resolve(config, gpus)
         made = plan(config, gpus, args.micro_batches, ranks_of(args.ranks, gpus))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, NotRehearsed) else 2
+    made.notes[:0] = chosen
     found, failed = rehearse_all(made, args.jobs)
     from molmo2_nemo.rehearsal.collectives import disagreements
 

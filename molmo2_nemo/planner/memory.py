@@ -218,7 +218,7 @@ def state_parts(job: Job, counts: Counts) -> list[Part]:
         )
     )
     # torch's Adam makes a list of temporaries for all parameters at once; the fused ones make none.
-    temporary = 4 * trained / shards * on_gpu + (4 * counts.trained_vision if job.t > 1 else 0)
+    temporary = 4 * trained / shards * on_gpu + (4 * counts.trained_vision / shards if job.t > 1 else 0)
     parts.append(
         Part(
             "optimizer's temporaries",
@@ -401,8 +401,10 @@ def input_parts(job: Job, stage: int) -> list[Part]:
         in_flight = min(
             job.micro_batches, p.pipeline_model_parallel_size * (p.virtual_pipeline_model_parallel_size or 1)
         )
-        pixels = in_flight * w.crops * m.vision.patches_per_crop * m.vision.patch_dim
-        what = f", pixels of {in_flight} as bytes"
+        # A rank has the pixels that it encodes, whole crops.
+        own = math.ceil(w.crops * job.rows / (job.t * job.c)) / job.rows
+        pixels = in_flight * own * m.vision.patches_per_crop * m.vision.patch_dim
+        what = f", own pixels of {in_flight} as bytes"
     parts = [
         Part(
             "inputs",

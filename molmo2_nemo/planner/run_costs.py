@@ -72,10 +72,10 @@ def loaders(job: Job) -> int:
 
 
 def host_bytes(job: Job) -> float:
-    """Of a node: processes, and the pixels of a step, which wait on every rank of the first pipeline stage."""
+    """Of a node: processes, and the pixels of a step, of which each rank of the first pipeline stage holds its own."""
     ranks, vision = min(job.gpus, GPUS_PER_NODE), job.config.model.vision
     pixels = job.work.crops * vision.patches_per_crop * vision.patch_dim * job.rows * job.micro_batches
-    first = min(ranks, job.t * job.c * job.d)
+    first = min(ranks, job.t * job.c * job.d) / (job.t * job.c)
     held = ranks * RANK_BYTES + loaders(job) * job.config.data.num_workers * WORKER_BYTES + first * pixels
     if job.optimizer("optimizer_cpu_offload", False):
         trained = max(counts.trained for counts in count_parameters(job)[1])

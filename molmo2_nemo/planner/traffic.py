@@ -59,8 +59,8 @@ def traffic(job: Job, stage: int | None = None) -> list[Traffic]:
     if t * c > 1 and stage in (None, 0):
         # Ranks with fewer tokens fill up.
         visual = uneven(job) * job.work.visual_tokens * job.rows * m.hidden_size * job.e
-        size = job.micro_batches * 3 * visual * (t * c - 1) / (t * c)
-        what = "visual tokens gathered, their gradients summed"
+        size = job.micro_batches * 2 * visual * (t * c - 1) / (t * c)
+        what = "visual tokens gathered, their gradients summed and dealt"
         calls = 2 * job.micro_batches
         found.append(Traffic("vision", size, what, t * c, t * c, calls, min(t * c, GPUS_PER_NODE)))
     if p > 1:
@@ -109,8 +109,10 @@ def _tensor_parallel(job: Job, stage: int | None) -> list[Traffic]:
     at_ends = (3 if job.sequence > 1 else 2) * is_first + (2 if job.sequence > 1 else 2 * loss_share) * is_last
     found.append(item(at_ends, micro, "hidden states at both ends", None))
     if is_first:
-        vision = 4 * count_parameters(job)[1][0].trained_vision * 2 * (t - 1) / t
-        found.append(Traffic("TP", vision, "gradients of the vision tower summed", t, t, 1, t))
+        # Of the part alone that a rank's optimizer reads (training/step.py, vision_gradients).
+        shards = job.d * job.c if job.distributed else 1
+        vision = 4 * count_parameters(job)[1][0].trained_vision / shards * 2 * (t - 1) / t
+        found.append(Traffic("TP", vision, "a shard of the vision tower's gradients summed", t, t, 1, t))
     return found
 
 

@@ -14,7 +14,7 @@ from molmo2_nemo.rehearsal.recorder import Recorder
 from molmo2_nemo.rehearsal.rows import micro_batch, on_device
 from molmo2_nemo.training import loop
 from molmo2_nemo.training import run as training_run
-from molmo2_nemo.training.batches import WORK
+from molmo2_nemo.training.batches import WORK, own_part
 from molmo2_nemo.training.metrics import LossBySource
 from molmo2_nemo.training.trouble import SpikeAlarm
 
@@ -58,6 +58,7 @@ def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, rows: str
         parallel.make_groups(p, config.train.timeout_minutes, config.train.seed)
     replica = parallel_state.get_data_parallel_rank()
     values = [micro_batch(config, rows, replica * 1000 + number) for number in range(micro_batches)]
+    values = [own_part(batch, config.model) for batch in values]
     with compat.fake_tensor_mode(), recorder, device.LikeCuda():
         model, optimizer = training_run.build(config, "cuda", precision)
         for chunk in model:

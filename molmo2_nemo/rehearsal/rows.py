@@ -9,9 +9,10 @@ from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
 from molmo2_nemo.planner.work import TOKENS_PER_EXAMPLE, row_work
 from molmo2_nemo.random_batches import packed_row
 from molmo2_nemo.rehearsal.recorder import Recorder
-from molmo2_nemo.training.batches import FIELDS, VISION_FIELDS, work_of
+from molmo2_nemo.training.batches import FIELDS, HOST_FIELD, INDICES, VISION_FIELDS, work_of
 
 KINDS = ("full", "pictures", "text")
+OF_PICTURES = (*VISION_FIELDS, HOST_FIELD)  # not [B, S]
 
 
 class HostPixels:
@@ -46,7 +47,7 @@ def micro_batch(config: Config, kind: str, seed: int) -> Values:
             made.append(packed_row(model, data.seq_length, data.max_crops, seed * rows + row))
         else:
             made.append(plain_row(config, int(row_work(config).crops) if kind == "full" else 0))
-    joined = Values({name: torch.cat([row[name] for row in made]) for name in made[0] if name not in VISION_FIELDS})
+    joined = Values({name: torch.cat([row[name] for row in made]) for name in made[0] if name not in OF_PICTURES})
     patches, offset, pooling = model.vision.patches_per_crop, 0, []
     for row in made:
         pooling.append(torch.where(row["pooling"] >= 0, row["pooling"] + offset, -1))
@@ -81,20 +82,23 @@ def plain_row(config: Config, frames: int) -> dict[str, Tensor]:
         "vision_units": np.array([(1, tokens)] * frames, np.int64).reshape(-1, 2),
     }
     tensors = {name: torch.from_numpy(values).long() for name, values in row.items()}
-    tensors = {name: t if name in VISION_FIELDS else t[None] for name, t in tensors.items()}
+    tensors = {name: t if name in OF_PICTURES else t[None] for name, t in tensors.items()}
     return tensors | {"vision_mask": torch.from_numpy(visual)[None], "loss_weights": torch.ones(1, S)}
 
 
-def on_device(values: Values, config: Config, recorder: Recorder, is_first_stage: bool) -> dict:
-    """A micro-batch as training hands it to a rank: tensors on the device whose values the recorder knows."""
-    vision = config.model.vision
-    batch = {}
-    for name in FIELDS:
+def on_device(values: dict, config: Config, recorder: Recorder, is_first_stage: bool) -> dict:
+    """A micro-batch as training hands it to a rank: tensors on the device whose values the recorder knows.
+
+    values: the rank's part of a micro-batch (training/batches.own_part).
+    """
+    vision, batch = config.model.vision, {}
+    for name in (*FIELDS, *INDICES, HOST_FIELD):
         if name in VISION_FIELDS and not is_first_stage:
             continue
         if name == "crops":
-            batch[name] = HostPixels((len(values.crops), vision.patches_per_crop, vision.patch_dim))
+            batch[name] = HostPixels((len(values["crops"]), vision.patches_per_crop, vision.patch_dim))
             continue
-        batch[name] = torch.empty(values[name].shape, dtype=values[name].dtype, device="cuda")
+        device = "cpu" if name == HOST_FIELD else "cuda"
+        batch[name] = torch.empty(values[name].shape, dtype=values[name].dtype, device=device)
         recorder.give_values(batch[name], values[name])
     return batch
