@@ -113,10 +113,8 @@ def fake_tensor_mode():
     """A context manager in which tensors have a shape, a type and a device, but no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    class Mode(FakeTensorMode):
-        avoid_device_init = True  # torch.tensor makes its values on the host first
-
-    return Mode(allow_non_fake_inputs=True)
+    FakeTensorMode.avoid_device_init = True  # torch.tensor makes its values on the host first; for the whole process
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def is_fake(tensor) -> bool:
@@ -124,6 +122,16 @@ def is_fake(tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor)
+
+
+def fake_tensors_are_cuda() -> None:
+    """Let fake tensors of `REHEARSAL_DEVICE` say that they are on a GPU: `is_cuda`.
+
+    A property of their class, since no mode is in force while a backward pass runs layers again.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    FakeTensor.is_cuda = property(lambda tensor: tensor.device.type == REHEARSAL_DEVICE)
 
 
 def read_fake_tensors_by(to_list: Callable) -> None:

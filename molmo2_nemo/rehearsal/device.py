@@ -19,15 +19,10 @@ from molmo2_nemo.training.batches import attended_pairs
 MASK_BLOCK = 128  # FlexAttention's blocks of the mask (torch.nn.attention.flex_attention.create_block_mask)
 
 
-class LikeCuda(TorchFunctionMode):
-    """Tensors of the device say that they are CUDA's, so that code takes the way that it takes on a GPU.
-
-    And `torch.tensor([tensor, ...])`, which torch cannot do with fake tensors, by a number for each of them.
-    """
+class Readout(TorchFunctionMode):
+    """`torch.tensor([tensor, ...])`, which torch cannot do with fake tensors, by a number for each of them."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function == torch.Tensor.is_cuda.__get__:
-            return args[0].device.type == compat.REHEARSAL_DEVICE
         if function is torch.tensor:
             args = compat.with_values(args, lambda tensor: tensor.item() if compat.is_fake(tensor) else tensor)
         return function(*args, **(kwargs or {}))
@@ -57,7 +52,9 @@ def install(recorder: Recorder, rank: int, world_size: int) -> None:
     dist.all_gather_object = gather_objects
     dist.barrier = lambda group=None, **kwargs: recorder.note_call("barrier", group)
     torch.cuda.synchronize = lambda device=None: recorder.note_sync()
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)  # an H100's; asked by torch.distributed.broadcast
     compat.read_fake_tensors_by(recorder.to_list)
+    compat.fake_tensors_are_cuda()
     stand_in_for_attention(recorder)
 
 

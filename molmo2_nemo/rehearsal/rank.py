@@ -59,7 +59,7 @@ def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, rows: str
     replica = parallel_state.get_data_parallel_rank()
     values = [micro_batch(config, rows, replica * 1000 + number) for number in range(micro_batches)]
     values = [own_part(batch, config.model) for batch in values]
-    with compat.fake_tensor_mode(), recorder, device.LikeCuda():
+    with compat.fake_tensor_mode(), recorder, device.Readout():
         model, optimizer = training_run.build(config, "cuda", precision)
         for chunk in model:
             chunk.train()

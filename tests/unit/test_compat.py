@@ -101,6 +101,8 @@ with compat.fake_tensor_mode():
         (weight @ weight).sum().backward()
         torch.tensor([1.0], device=weight.device).to("cpu")
     assert weight.grad.shape == (3, 3)
+    compat.fake_tensors_are_cuda()
+    assert weight.is_cuda and not torch.zeros(1, device="cpu").is_cuda
     compat.read_fake_tensors_by(lambda tensor: tensor.shape)
     assert weight.tolist() == (3, 3)
     with compat.without_modes():

@@ -130,7 +130,7 @@ def test_gradients_hide_behind_the_last_micro_batch_alone():
 
 def test_no_step_is_shorter_than_what_it_sends():
     """--search promised 0.045 s here, with 1.38 s of traffic behind it."""
-    config = compose("stage1", ["model=molmo2_8b", "hardware=h100_1024"])
+    config, _ = resolve(compose("stage1", ["model=molmo2_8b", "hardware=h100_1024"]), 1024)
     found = search(config, 1024, 79.6, H100)
     assert found
     for job, cost, _ in found:
