@@ -193,6 +193,109 @@ def sequence_number_of_backward() -> int | None:
     return None if node is None else node._sequence_nr()
 
 
+# The torch whose CUDAHooks `answer_without_driver` knows.
+CUDA_HOOKS_VERSION = "2.14.1"
+
+
+def answer_without_driver() -> None:
+    """Let autograd run over fake CUDA tensors without a driver: no device of this process has a context.
+
+    Autograd asks C++ alone, at::detail::getCUDAHooks().hasPrimaryContext(device), the fifth of its virtual functions.
+    This puts a copy of the table of these functions in its place, with that one exchanged. The device of a rehearsal
+    needs no such thing, but torch.compile makes no CUDA kernels for it. Raises RuntimeError with another torch.
+    """
+    import ctypes
+
+    import torch
+
+    if torch.__version__.split("+")[0] != CUDA_HOOKS_VERSION:
+        raise RuntimeError(
+            f"torch {torch.__version__}: kernels can be compiled without a GPU with torch {CUDA_HOOKS_VERSION} alone; "
+            "see whether hasPrimaryContext is still CUDAHooks' fifth virtual function, and change CUDA_HOOKS_VERSION."
+        )
+    words, fifth = 64, 4
+    before = 2  # words in front of the functions: offset to top, type information
+    find = ctypes.CDLL(f"{torch.__path__[0]}/lib/libtorch_cpu.so")["_ZN2at6detail12getCUDAHooksEv"]
+    find.restype = ctypes.c_void_p
+    table_of_object = ctypes.c_void_p.from_address(find())
+    found = (ctypes.c_void_p * words).from_address(table_of_object.value - before * ctypes.sizeof(ctypes.c_void_p))
+    table = (ctypes.c_void_p * words)(*found)
+    answer = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_byte)(lambda hooks, device: False)
+    table[before + fifth] = ctypes.cast(answer, ctypes.c_void_p).value
+    answer_without_driver.kept = (table, answer)  # for the life of the process
+    table_of_object.value = ctypes.addressof(table) + before * ctypes.sizeof(ctypes.c_void_p)
+
+
+def compile_without_driver() -> None:
+    """Let torch.compile work on fake CUDA tensors in this process, though no GPU answers."""
+    import torch
+    import torch._subclasses.fake_tensor as fake
+    import torch.cuda.graphs
+
+    answer_without_driver()
+
+    torch._C._ensureCUDADeviceGuardSet()  # torch's guard that does nothing, for fake CUDA tensors
+    fake.init_gpu_context = lambda device: None
+    torch.cuda._lazy_init = lambda: None
+    torch.cuda._exchange_device = lambda index: 0
+    torch.cuda._maybe_exchange_device = lambda index: 0  # another function: torch.compile tells them apart
+    torch.cuda.graphs._cuda_isCurrentStreamCapturing = lambda: False
+    import torch._functorch.config
+    import torch._inductor.config
+
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # the backward pass together with the forward pass
+    torch._inductor.config.joint_graph_constant_folding = False  # it computes on the device
+    torch._inductor.config.force_disable_caches = True
+    torch._inductor.config.compile_threads = 1
+    torch._inductor.config.use_static_triton_launcher = False  # it keeps no assembly
+
+
+def forget_compiled() -> None:
+    """Start torch.compile afresh."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+
+
+def collecting_backend(sources: list[tuple[str, str]]) -> Callable:
+    """A backend for torch.compile that appends (name, source) of each Triton kernel, and runs the code as it is."""
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.compile_fx import compile_fx
+
+    def collect(self, kernel_name, source_code, device_str="cuda"):
+        sources.append((kernel_name, source_code))
+
+    def backend(graph, inputs):
+        real, AsyncCompile.triton = AsyncCompile.triton, collect
+        try:
+            compile_fx(graph, inputs)
+        finally:
+            AsyncCompile.triton = real
+        return graph
+
+    return backend
+
+
+def compile_triton_source(name: str, source: str):
+    """(Triton's compiled kernel, its tile sizes, warps and stages) of what `collecting_backend` found, the first
+    choice of torch's heuristics."""
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.runtime import triton_helpers
+
+    with triton_helpers.skip_gpu_driver_setup():
+        tuner = getattr(PyCodeCache.load(source), name)
+        choice = tuner.configs[0]
+        binary = tuner._precompile_config(choice).kernel
+    return binary, {**choice.kwargs, "warps": choice.num_warps, "stages": choice.num_stages}
+
+
+def ptxas() -> str:
+    """The path of the assembler that comes with Triton."""
+    from triton import knobs
+
+    return knobs.nvidia.ptxas.path
+
+
 def loader_processes(loader) -> list:
     """The worker processes of a DataLoader with persistent workers; none before its first batch or without workers."""
     return getattr(loader._iterator, "_workers", [])

@@ -60,6 +60,7 @@ NOT_RUN = (
     ),
     (r"python tools/(status|preflight)\.py .*", "needs a run on a cluster; tests/slurm runs it"),
     (r"python tools/(rehearse|dev/rehearsal_table)\.py .*", "minutes; tests/ranks/test_rehearsal.py runs it, smaller"),
+    (r"python tools/check/kernels\.py .*", "minutes; tests/unit/test_kernels.py compiles the same, smaller"),
     (r"bash slurm/.*|slurm/.*", "needs a cluster; tests/slurm runs the scripts"),
     (r"(python|torchrun .*) recipes/.*/(models|data)/.*", "needs released weights or data"),
     (r"torchrun --nproc-per-node 8 .*", "needs eight GPUs"),

@@ -123,6 +123,33 @@ def test_rehearsal_device():
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def test_what_compiles_without_a_driver():
+    """tests/unit/test_kernels.py runs it."""
+    import torch._subclasses.fake_tensor as fake
+    import torch.cuda.graphs as graphs
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.compile_fx import compile_fx
+
+    assert torch.__version__.split("+")[0] == compat.CUDA_HOOKS_VERSION
+    assert hasattr(fake.FakeTensorMode, "avoid_device_init") and parameters(fake.init_gpu_context) == ["device"]
+    assert callable(graphs._cuda_isCurrentStreamCapturing) and callable(torch._C._ensureCUDADeviceGuardSet)
+    for name in ("_lazy_init", "_exchange_device", "_maybe_exchange_device"):
+        assert callable(getattr(torch.cuda, name))
+    assert functorch_config.force_non_lazy_backward_lowering in (True, False)
+    for name in (
+        "joint_graph_constant_folding",
+        "force_disable_caches",
+        "compile_threads",
+        "use_static_triton_launcher",
+    ):
+        assert hasattr(inductor_config, name)
+    assert parameters(AsyncCompile.triton)[:3] == ["self", "kernel_name", "source_code"]
+    assert callable(PyCodeCache.load) and parameters(compile_fx)[:2] == ["model_", "example_inputs_"]
+
+
 def test_processes_of_a_loader():
     loader = torch.utils.data.DataLoader(range(2), num_workers=1, persistent_workers=True)
     assert compat.loader_processes(loader) == []
