@@ -27,7 +27,7 @@ def test_attention_compiles_for_hopper_and_fits():
     assert {"mask", "forward", "backward"} <= {kernel["of"] for kernel in found}
     for kernel in map(kernel_of, found):
         assert kernels.faults_of(kernel) == []
-        assert 16 <= kernel.registers <= 255
+        assert 0 < kernel.registers <= 255
     forward = next(kernel for kernel in found if kernel["of"] == "forward")
     assert forward["shared"] > 64 * 1024  # tiles of queries, keys and values: it is the real kernel
 
