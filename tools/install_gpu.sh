@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install Transformer Engine for the torch that is installed, check that it can be imported, and print what a run uses.
-# After tools/setup.sh, on a machine with the CUDA toolkit (nvcc) and cuDNN; in NVIDIA's PyTorch images it is there already.
+# After tools/setup.sh, on a machine with the CUDA toolkit (nvcc) and cuDNN. NVIDIA's PyTorch images have it already.
 #
 #     tools/install_gpu.sh
 #
