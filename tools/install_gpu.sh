@@ -11,7 +11,8 @@ unset PYTHONDONTWRITEBYTECODE
 version=2.20.2  # the one of docs/gpu.md
 
 python=${PYTHON:-.venv/bin/python}
-if ! torch=$("$python" -c 'import torch; print(torch.__version__.split("+")[0], (torch.version.cuda or "none").split(".")[0])'); then
+versions='import torch; print(torch.__version__.split("+")[0], (torch.version.cuda or "none").split(".")[0])'
+if ! torch=$("$python" -c "$versions"); then
   echo "error: $python has no torch: run tools/setup.sh first, or set PYTHON to the Python that has it." >&2
   exit 1
 fi
@@ -29,9 +30,9 @@ if ! can_import 2> /dev/null; then
   pins=$(mktemp)
   trap 'rm -f "$pins"' EXIT
   { grep -oE '^[A-Za-z0-9_.-]+==[^ ;]+' requirements.lock | grep -v '^torch=='; echo "torch==$torch"; } > "$pins"
-  echo "Installing Transformer Engine $version for torch $torch and CUDA $cuda (0.5 GB; where there is no wheel for this" \
-    "torch, its extension is compiled, which takes many minutes and needs nvcc) ..."
-  # --no-build-isolation: in isolation pip would compile the extension against the newest torch, and the import would fail.
+  echo "Installing Transformer Engine $version for torch $torch and CUDA $cuda (0.5 GB; where there is no wheel for" \
+    "this torch, its extension is compiled, which takes many minutes and needs nvcc) ..."
+  # --no-build-isolation: in isolation pip would compile the extension for the newest torch, and it would not import.
   if ! "$python" -m pip install --disable-pip-version-check --progress-bar off --no-build-isolation \
     --constraint "$pins" "transformer-engine[pytorch,core_cu$cuda]==$version"; then
     echo "error: Transformer Engine $version could not be installed; what pip says is above. It needs nvcc, cuDNN and" \
@@ -39,8 +40,8 @@ if ! can_import 2> /dev/null; then
     exit 1
   fi
   if ! can_import; then
-    echo "error: Transformer Engine is installed, but cannot be imported with torch $torch; the reason is above. If it was" \
-      "built for another torch: $python -m pip uninstall transformer-engine-torch, and run this again." >&2
+    echo "error: Transformer Engine is installed, but cannot be imported with torch $torch; the reason is above. If" \
+      "it was built for another torch: $python -m pip uninstall transformer-engine-torch, and run this again." >&2
     exit 1
   fi
 fi
