@@ -112,7 +112,7 @@ class CropAttention(MegatronModule):
     def forward(
         self, query, key, value, attention_mask, /, *, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
-        """[P, C, N, D] each -> [P, C, N*D]."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = attend(q, k, v, None, self.scale).permute(2, 0, 1, 3)
+        """[C, P, N, D] each -> [C, P, N*D]."""
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out = attend(q, k, v, None, self.scale).transpose(1, 2)
         return out.reshape(*out.shape[:2], -1)

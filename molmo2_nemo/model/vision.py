@@ -54,9 +54,10 @@ class VisionTransformer(MegatronModule):
         pixels = crops.to(self.patch_embedding.weight.dtype) / 127.5 - 1.0
         x = self.patch_embedding(pixels) + self.position_embedding
         taps = sorted(set(self.feature_layers))
-        _, outputs = self.encoder(x.transpose(0, 1).contiguous(), None, extract_layer_indices=set(taps))
+        # Crops stand first, where Megatron has positions: nothing in a layer but CropAttention tells the two apart.
+        _, outputs = self.encoder(x, None, extract_layer_indices=set(taps))
         by_layer = dict(zip(taps, outputs))
-        return torch.cat([by_layer[layer] for layer in self.feature_layers], dim=-1).transpose(0, 1)[:count]
+        return torch.cat([by_layer[layer] for layer in self.feature_layers], dim=-1)[:count]
 
 
 class Connector(MegatronModule):
