@@ -106,21 +106,37 @@ def adam() -> str:
 
 def missing_libraries(config: Config, device: str, gpus: int) -> list[str]:
     """Sentences on what a run on a GPU does without, and what that costs; none where nothing is missing."""
-    if device != "cuda" or parallel.has_transformer_engine():
+    if device != "cuda":
         return []
     from molmo2_nemo.planner.memory import Job, peak, worst_stage
 
-    def gib(layer_spec: str) -> float:
-        layout = replace(config.parallel, layer_spec=layer_spec)
-        return peak(worst_stage(Job(replace(config, parallel=layout), gpus))[1])[0] / 2**30
+    def more(present: dict, missing: dict) -> str:
+        """By how much the peak of one choice exceeds that of another."""
+        with_it, without = (
+            peak(worst_stage(Job(replace(config, parallel=replace(config.parallel, **choice)), gpus))[1])[0] / 2**30
+            for choice in (present, missing)
+        )
+        difference = without - with_it
+        return f"{difference:.1f} GiB more than {with_it:.1f}" if difference > 0.05 else f"the same, {with_it:.1f} GiB"
 
-    local, fused = gib("local"), gib("transformer_engine")
-    more = f"{local - fused:.1f} GiB more than {fused:.1f}" if local - fused > 0.05 else f"the same, {fused:.1f} GiB"
-    lines = [
-        "Transformer Engine is not installed: norms, SwiGLU and weight gradients run unfused, which is slower (how much"
-        f" is unmeasured); FP8 is not possible; peak memory of a GPU is by the plan {more}. Install it with "
-        f"{parallel.INSTALL_TRANSFORMER_ENGINE}"
-    ]
+    lines = []
+    if not parallel.has_liger_kernel():
+        lines.append(
+            "liger-kernel is not installed: what stands between matrix products (norms, RoPE, SwiGLU, GELU, dropout)"
+            " runs as many small operations, which read and write about three times as many bytes (docs/gpu.md; the"
+            " time is unmeasured); peak memory of a GPU is by the plan"
+            f" {more({'kernels': 'auto'}, {'kernels': 'plain'})}. Install it with pip install"
+            f' "{parallel.LIGER_KERNEL}"'
+        )
+    if parallel.has_transformer_engine():
+        return lines
+    kernels = "auto" if parallel.has_liger_kernel() else "plain"
+    spec = more(*({"layer_spec": spec, "kernels": kernels} for spec in ("transformer_engine", "local")))
+    lines.append(
+        "Transformer Engine is not installed: gradients of weights are added in an operation of their own, which is"
+        f" slower (how much is unmeasured); FP8 is not possible; peak memory of a GPU is by the plan {spec}. Install it"
+        f" with {parallel.INSTALL_TRANSFORMER_ENGINE}"
+    )
     if adam() == "torch's":
         lines.append("apex is not installed either: the update is torch's Adam, several kernels instead of one")
     return lines
@@ -139,6 +155,9 @@ def installed() -> list[str]:
         lines.append(f"layers: Transformer Engine {importlib.metadata.version('transformer-engine')}")
     else:
         lines.append(f"layers: Megatron's local ones, no FP8; for others: {parallel.INSTALL_TRANSFORMER_ENGINE}")
+    version = importlib.metadata.version("liger-kernel") if parallel.has_liger_kernel() else None
+    advice = f'plain; for fused ones: pip install "{parallel.LIGER_KERNEL}"'
+    lines.append(f"between matrix products: {f'fused kernels, with liger-kernel {version}' if version else advice}")
     return [*lines, f"Adam: {adam()}", "attention: FlexAttention, compiled by torch"]
 
 
@@ -149,7 +168,8 @@ def _cuda_version() -> tuple[int, ...]:
 def description(config: Config, precision: str, device: str) -> str:
     """One line for the log: which layers, which Adam, FP8, and what the length of a row must be a multiple of."""
     multiple, reason = row_multiple(config.parallel, precision, config.transformer.get("fp8_recipe", FP8_RECIPE))
-    line = f"layers {parallel.layer_spec(config.parallel, device)}, Adam {adam()}"
+    kernels = "fused" if parallel.uses_fused_kernels(config.parallel, device) else "plain"
+    line = f"layers {parallel.layer_spec(config.parallel, device)}, kernels {kernels}, Adam {adam()}"
     if precision == "fp8":
         recipe = config.transformer.get("fp8_recipe", FP8_RECIPE)
         why = "" if "fp8_recipe" in config.transformer else " (default: it keeps no state between steps)"

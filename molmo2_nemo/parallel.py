@@ -13,14 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
 
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import FP8_RECIPE, ModelConfig, ParallelConfig, TrainConfig
 from molmo2_nemo.environment import local_rank, rank_from_environment, world_size_from_environment
-from molmo2_nemo.model.layers import gelu_tanh
+from molmo2_nemo.model.layers import LayerConfig, gelu_tanh
 
 # What the extra `gpu` of pyproject.toml installs; so named, it can be installed beside a checkout and beside a wheel.
+LIGER_KERNEL = "liger-kernel>=0.8.5,<0.9"
 TRANSFORMER_ENGINE = "transformer-engine[pytorch,core_cu13]"
 # In isolation, pip's default, its extension would be compiled against the newest torch instead of the installed one.
 INSTALL_TRANSFORMER_ENGINE = (
@@ -168,6 +168,22 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def has_liger_kernel() -> bool:
+    """Whether liger-kernel is installed; nothing of it is imported."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def uses_fused_kernels(parallel: ParallelConfig, device: str) -> bool:
+    """Whether the kernels of model/fused.py are used. Raises ConfigError when they are asked for and cannot be."""
+    possible = device == "cuda" and has_liger_kernel()
+    if parallel.kernels == "fused" and not possible:
+        raise ConfigError(
+            f'parallel.kernels=fused needs a GPU and liger-kernel installed: pip install "{LIGER_KERNEL}", or use'
+            " parallel.kernels=plain."
+        )
+    return possible and parallel.kernels != "plain"
+
+
 def layer_spec(parallel: ParallelConfig, device: str) -> str:
     """`local` or `transformer_engine`. Raises ConfigError when the latter is asked for and not there."""
     if parallel.layer_spec == "transformer_engine" and not (device == "cuda" and has_transformer_engine()):
@@ -180,6 +196,23 @@ def layer_spec(parallel: ParallelConfig, device: str) -> str:
     return "transformer_engine" if device == "cuda" and has_transformer_engine() else "local"
 
 
+def between_products(parallel: ParallelConfig, device: str) -> dict:
+    """Fields of LayerConfig: kernels of model/fused.py on a GPU, or else Megatron's compiled SwiGLU and residual sum.
+
+    A CPU, and `parallel.kernels=plain`, have the plain formulas.
+    """
+    fused = uses_fused_kernels(parallel, device)
+    compiled = device == "cuda" and not fused and parallel.kernels == "auto"
+    return dict(
+        fused_kernels=fused,
+        bias_activation_fusion=compiled,
+        bias_dropout_fusion=compiled,
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
 def transformer_configs(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -188,7 +221,7 @@ def transformer_configs(
     overrides: dict,
     dropout: float = 0.0,
     vit_fp8: bool = False,
-) -> dict[str, TransformerConfig]:
+) -> dict[str, LayerConfig]:
     """Megatron's TransformerConfig for the decoder, the ViT and the connector's projector.
 
     overrides: fields of the decoder's TransformerConfig set by the user; the ViT takes those of FP8 alone, if vit_fp8.
@@ -200,14 +233,10 @@ def transformer_configs(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        **between_products(parallel, device),
         transformer_impl=impl,
         use_cpu_initialization=device == "cpu",
         gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
         attention_dropout=0.0,
         calculate_per_token_loss=True,
         init_method_std=model.init_std,
@@ -222,6 +251,8 @@ def transformer_configs(
         kv_channels=model.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=model.layernorm_epsilon,
+        # Transformer Engine's matrix products add to the float32 gradients themselves; Megatron's need apex for it.
+        gradient_accumulation_fusion=impl == "transformer_engine" and device == "cuda",
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -253,6 +284,7 @@ def transformer_configs(
         layernorm_epsilon=model.vit.layernorm_epsilon,
         add_bias_linear=True,
         activation_func=gelu_tanh,
+        bias_activation_fusion=False,  # Megatron's is for another form of GELU by its name
         hidden_dropout=0.0,
     )
     if precision == "fp8" and vit_fp8:
@@ -270,9 +302,9 @@ def transformer_configs(
     )
     try:
         return {
-            "decoder": TransformerConfig(**{**decoder, **overrides}),
-            "vit": TransformerConfig(**vit),
-            "connector": TransformerConfig(**connector),
+            "decoder": LayerConfig(**{**decoder, **overrides}),
+            "vit": LayerConfig(**vit),
+            "connector": LayerConfig(**connector),
         }
     except (ValueError, AssertionError, TypeError) as error:
         set_by_user = ", ".join(f"transformer.{k}={v}" for k, v in overrides.items()) or "this configuration"

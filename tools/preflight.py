@@ -46,6 +46,7 @@ PACKAGES = (
     "transformers",
     "nemo_toolkit",
     "transformer-engine",
+    "liger-kernel",
     "apex",
 )
 # Bytes of a parameter in a checkpoint: float32 master weight and two Adam moments, and the weight of the model.

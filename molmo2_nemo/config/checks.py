@@ -237,6 +237,7 @@ def check_parallel(p: ParallelConfig, m: ModelConfig, world_size: int) -> None:
         refuse(getattr(p, key) < 1, f"parallel.{key}={getattr(p, key)} must be at least 1.")
     check_choice("parallel.cp_comm_type", p.cp_comm_type, ("a2a", "all_gather"))
     check_choice("parallel.layer_spec", p.layer_spec, ("auto", "local", "transformer_engine"))
+    check_choice("parallel.kernels", p.kernels, ("auto", "fused", "plain"))
     refuse(
         world_size % (tp * pp * cp) != 0,
         f"{world_size} rank(s) cannot be divided into groups of parallel.tensor_model_parallel_size={tp} x "

@@ -200,6 +200,9 @@ class ParallelConfig:
     layer_spec: str = "auto"
     """Whose layers are used: `transformer_engine`, `local` (Megatron-Core's own), or `auto`, which is Transformer
     Engine where it is installed and there is a GPU."""
+    kernels: str = "auto"
+    """What is done between matrix products: `fused` by one kernel each (GPU, liger-kernel installed), `plain` by
+    torch's operations one after the other, or `auto`, which is `fused` where it can be."""
 
 
 @dataclass

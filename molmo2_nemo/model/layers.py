@@ -1,9 +1,16 @@
-"""Norms, the decoder layer in its Qwen3 and OLMo 3 forms, and the layer specs that assemble them."""
+"""Norms, the decoder layer in its Qwen3 and OLMo 3 forms, and the layer specs that assemble them.
+
+Where `LayerConfig.fused_kernels` is on, the work between matrix products is done by fused.py's kernels.
+"""
+
+import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, get_backend
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -15,26 +22,46 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from molmo2_nemo.config.schema import ModelConfig
+from molmo2_nemo.model import fused
 from molmo2_nemo.model.attention import CropAttention, PackedAttention
 from molmo2_nemo.model.collectives import all_reduce
+
+
+@dataclass
+class LayerConfig(TransformerConfig):
+    """Megatron's TransformerConfig and what it has no field for."""
+
+    fused_kernels: bool = False
+    """Whether the work between matrix products is done by the kernels of fused.py (`parallel.fused_kernels`)."""
 
 
 class RMSNorm(nn.Module):
     """RMSNorm computed in float32.
 
-    Megatron's torch norm refuses sequence parallelism, for which marking the weight is enough.
+    Megatron's torch norm refuses sequence parallelism, for which marking the weight is enough. with_residual: where
+    there is a kernel, return the input, too, for Megatron's layer to take as its residual: the gradients of both are
+    then added in the norm's kernel.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
+    def __init__(self, config: LayerConfig, hidden_size: int, eps: float, with_residual: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel
-        self.eps = eps
+        self.eps, self.with_residual, self.fused = eps, with_residual, config.fused_kernels
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.fused:
+            return (fused.rms_norm_and_residual if self.with_residual else fused.rms_norm)(x, self.weight, self.eps)
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
+
+
+class HeadNormWeight(RMSNorm):
+    """Qwen3's q/k norm where its kernel is that of RoPE: what is called, for Megatron's hooks, gives the weight."""
+
+    def forward(self) -> Tensor:
+        return self.weight
 
 
 class FullWidthRMSNorm(nn.Module):
@@ -45,13 +72,15 @@ class FullWidthRMSNorm(nn.Module):
     only, and Megatron's sum over ranks for q/k norms gives the whole gradient.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int, tp_group):
+    def __init__(self, config: LayerConfig, hidden_size: int, eps: float, num_heads: int, tp_group):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(num_heads * hidden_size, dtype=config.params_dtype))
-        self.eps, self.tp_group = eps, tp_group
+        self.eps, self.tp_group, self.fused = eps, tp_group, config.fused_kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, B, N/t, D] -> the same."""
+        if self.fused and self.tp_group.size() == 1:
+            return fused.rms_norm(x.flatten(2), self.weight, self.eps).view(x.shape)
         x32 = x.float()
         square_sum = x32.pow(2).sum((-2, -1), keepdim=True)
         width, rank = x.shape[-2] * x.shape[-1], self.tp_group.rank()
@@ -63,16 +92,56 @@ class FullWidthRMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm behind Megatron's signature."""
+    """torch's LayerNorm behind Megatron's signature. With a kernel it returns its input, too, as RMSNorm does."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
+    def __init__(self, config: LayerConfig, hidden_size: int, eps: float):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.fused = config.fused_kernels
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.fused:
+            return fused.layer_norm_and_residual(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
+class WholeLinear(ColumnParallelLinear):
+    """A layer that is not split, with its bias added by the matrix product itself."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.linear(x, self.weight, self.bias), None
+
+
+class FusedMLP(MLP):
+    """Megatron's MLP with one kernel between its two matrix products: SwiGLU, or bias and GELU."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale=None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        inner, bias = self.linear_fc1(hidden_states)
+        inner = fused.swiglu(inner) if self.config.gated_linear_unit else fused.bias_gelu(inner, bias)
+        return self.linear_fc2(inner)
+
+
+class FusedSelfAttention(SelfAttention):
+    """Megatron's attention whose q/k norms and RoPE are one kernel, at the positions that each token has."""
+
+    def forward(self, hidden_states, attention_mask, rotary_pos_emb=None, **kwargs):
+        """rotary_pos_emb: float32 cosines and sines, [2, s * B, D / 2]."""
+        self.rotation = rotary_pos_emb.unbind()
+        return super().forward(hidden_states, attention_mask, rotary_pos_emb=None, **kwargs)
+
+    def get_query_key_value_tensors(self, hidden_states, *args, **kwargs):
+        if isinstance(self.q_layernorm, HeadNormWeight):
+            qkv, _ = self.linear_qkv(hidden_states)
+            weights, groups = (self.q_layernorm(), self.k_layernorm()), self.num_query_groups_per_partition
+            return fused.split_norm_rotate(qkv, *weights, *self.rotation, groups, self.config.layernorm_epsilon)
+        query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        return fused.rotate(query, *self.rotation), fused.rotate(key, *self.rotation), value
 
 
 class DecoderLayer(TransformerLayer):
     """A Megatron layer with its own RoPE table (OLMo 3 scales some layers only) and dropout at some positions.
 
-    `rotary_pos_emb` is [2, s, B, 1, D]: table 0 unscaled, table 1 scaled; or [1, ...] when all layers agree.
+    `rotary_pos_emb` is what RotaryTables makes, [2, ...]: table 0 unscaled, table 1 scaled; or [1, ...] when all layers
+    agree.
     `attention_bias` is (mask, bool [s, B, 1] where residuals are dropped out, or None for everywhere).
     """
 
@@ -91,12 +160,14 @@ class DecoderLayer(TransformerLayer):
     def _dropout_add(self, norm: nn.Module | None = None):
         """Megatron's bias-dropout-add, with `norm` applied to the sublayer's output first."""
 
-        def build(training, fused):
-            add = get_bias_dropout_add(training, fused)
+        def build(training, fuse):
+            add = get_bias_dropout_add(training, fuse)
 
             def dropout_add(output_with_bias, residual, probability):
                 output, bias = output_with_bias
                 output = output if norm is None else norm(output)
+                if self.config.fused_kernels and training and probability and bias is None:
+                    return fused.dropout_add(output, residual, self.dropout_positions, probability)
                 if self.dropout_positions is None or not training or probability == 0:
                     return add((output, bias), residual, probability)
                 output = output if bias is None else output + bias
@@ -120,13 +191,36 @@ class PostNormDecoderLayer(DecoderLayer):
         self.mlp_bda = self._dropout_add(self.post_mlp_norm)
 
 
-def layer_backend(config: TransformerConfig) -> BackendSpecProvider:
+def layer_backend(config: LayerConfig) -> BackendSpecProvider:
     """Local torch modules, or Transformer Engine's, which is imported only if it is used."""
     return get_backend(config.transformer_impl)
 
 
-def decoder_norm(config: TransformerConfig):
+def decoder_norm(config: LayerConfig):
     return layer_backend(config).layer_norm(rms_norm=True) if config.transformer_impl != "local" else RMSNorm
+
+
+def _norm_before(config: LayerConfig):
+    """A norm whose input is the residual, too."""
+    norm = decoder_norm(config)
+    # Megatron frees all that a norm returns if it is to be computed again.
+    computed_again = config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules
+    return functools.partial(norm, with_residual=True) if norm is RMSNorm and not computed_again else norm
+
+
+def _bias_dropout_add(config: LayerConfig):
+    """Megatron's bias-dropout-add, for layers with biases and without dropout one kernel."""
+
+    def build(training, fuse):
+        add = get_bias_dropout_add(training, fuse)
+
+        def bias_add(output_with_bias, residual, probability):
+            output, bias = output_with_bias
+            return fused.bias_add(output, bias, residual)
+
+        return bias_add if config.fused_kernels else add
+
+    return build
 
 
 def _mlp(backend: BackendSpecProvider):
@@ -134,27 +228,28 @@ def _mlp(backend: BackendSpecProvider):
         submodules = MLPSubmodules(
             linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
         )
-        return MLP(
-            config, submodules, tp_group=pg_collection.tp, ffn_hidden_size=config.ffn_hidden_size, input_size=input_size
-        )
+        sizes = dict(ffn_hidden_size=config.ffn_hidden_size, input_size=input_size)
+        return (FusedMLP if config.fused_kernels else MLP)(config, submodules, tp_group=pg_collection.tp, **sizes)
 
     return build
 
 
-def gated_mlp(config: TransformerConfig, input_size: int, pg_collection) -> MLP:
+def gated_mlp(config: LayerConfig, input_size: int, pg_collection) -> MLP:
     """SwiGLU from `input_size` to `config.hidden_size` (the connector's projector)."""
     return _mlp(layer_backend(config))(config, pg_collection, input_size=input_size)
 
 
 def decoder_block_spec(
-    model: ModelConfig, config: TransformerConfig, pg_collection, vp_stage: int | None = None
+    model: ModelConfig, config: LayerConfig, pg_collection, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """Decoder layers of this pipeline stage (of its piece `vp_stage`) and the final norm."""
-    backend, norm = layer_backend(config), decoder_norm(config)
+    backend, norm, norm_before = layer_backend(config), decoder_norm(config), _norm_before(config)
 
     def qk_norm(num_heads):
         if model.qk_norm == "per_head":
-            return norm
+            # With more ranks than groups, Megatron sorts out which heads of a group are a rank's.
+            whole_groups = model.num_query_groups >= pg_collection.tp.size()
+            return HeadNormWeight if config.fused_kernels and whole_groups else norm
 
         def build(config, hidden_size, eps):
             return FullWidthRMSNorm(config, hidden_size, eps, num_heads, pg_collection.tp)
@@ -164,9 +259,9 @@ def decoder_block_spec(
     layer = ModuleSpec(
         module=PostNormDecoderLayer if model.norm_after else DecoderLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if model.norm_after else norm,
+            input_layernorm=IdentityOp if model.norm_after else norm_before,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=FusedSelfAttention if config.fused_kernels else SelfAttention,
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_parallel_linear(),
@@ -177,7 +272,7 @@ def decoder_block_spec(
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp if model.norm_after else norm,
+            pre_mlp_layernorm=IdentityOp if model.norm_after else norm_before,
             mlp=_mlp(backend),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -185,10 +280,12 @@ def decoder_block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)
 
 
-def vit_block_spec(num_layers: int, config: TransformerConfig) -> TransformerBlockSubmodules:
+def vit_block_spec(num_layers: int, config: LayerConfig) -> TransformerBlockSubmodules:
     """Pre-norm encoder layers with LayerNorm and biases; no final norm."""
     backend = layer_backend(config)
-    norm = LayerNorm if config.transformer_impl == "local" else backend.layer_norm(rms_norm=False)
+    local = config.transformer_impl == "local"
+    norm = LayerNorm if local else backend.layer_norm(rms_norm=False)
+    linear = WholeLinear if local and config.fused_kernels else backend.column_parallel_linear()
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -197,15 +294,15 @@ def vit_block_spec(num_layers: int, config: TransformerConfig) -> TransformerBlo
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=backend.column_parallel_linear(),
+                    linear_qkv=linear,
                     core_attention=CropAttention,
                     linear_proj=backend.row_parallel_linear(),
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=_bias_dropout_add(config),
             pre_mlp_layernorm=norm,
             mlp=_mlp(backend),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=_bias_dropout_add(config),
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=None)

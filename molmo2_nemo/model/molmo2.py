@@ -48,7 +48,7 @@ class Molmo2(LanguageModule):
         self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.share_embeddings_and_output_weights = model.tie_embeddings
-        self.rope = RotaryTables(model)
+        self.rope = RotaryTables(model, config.fused_kernels)
         rows = padded_vocab_size(model.vocab_size)
         if self.pre_process:
             self.vision = VisionTower(
@@ -252,10 +252,14 @@ class Embedding(nn.Module):
 
 
 class RotaryTables(nn.Module):
-    """Angles of rotary embeddings at given positions; a scaled table beside the plain one where layers differ."""
+    """Angles of rotary embeddings at given positions; a scaled table beside the plain one where layers differ.
 
-    def __init__(self, model: ModelConfig):
+    cos_sin: give what the fused kernel takes, their cosines and sines.
+    """
+
+    def __init__(self, model: ModelConfig, cos_sin: bool = False):
         super().__init__()
+        self.cos_sin = cos_sin
         plain, scaled, self.attention_factor = rope_tables(model)
         self.scaled = scaled is not None
         self.scaled_layers = set(
@@ -265,6 +269,8 @@ class RotaryTables(nn.Module):
         self.register_buffer("inverse_frequencies", tables, persistent=False)  # float32 [R, D/2]
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """int64 [B, s] -> float32 angles [R, s, B, 1, D]."""
+        """int64 [B, s] -> float32 angles [R, s, B, 1, D], or cosines and sines [R, 2, s * B, D / 2]."""
         angles = position_ids.t()[None, :, :, None].float() * self.inverse_frequencies[:, None, None, :].float()
+        if self.cos_sin:
+            return torch.stack((angles.cos(), angles.sin()), dim=1).flatten(2, 3)
         return torch.cat((angles, angles), dim=-1).unsqueeze(3)

@@ -56,6 +56,7 @@ class Job:
         # `auto` may end in either on a GPU: the local layers keep more.
         self.layer_spec = "local" if p.layer_spec == "auto" and self.precision != "fp8" else p.layer_spec
         self.layer_spec = "transformer_engine" if self.layer_spec == "auto" else self.layer_spec
+        self.fused = self.device == "cuda" and p.kernels != "plain"
         self.micro_batches = t.global_batch_size // (t.micro_batch_size * self.d)
         self.rows, self.seq_length = t.micro_batch_size, self.config.data.seq_length
         self.tokens = self.rows * self.seq_length // self.c  # n
@@ -241,14 +242,18 @@ def layer_bytes(job: Job) -> dict[str, float]:
     q, k = m.num_attention_heads * D / t, m.num_query_groups * D / t
     te = job.layer_spec == "transformer_engine"
     product = 1 if job.precision == "fp8" else e  # an input of a matrix product
-    # A norm of width 1: its input in float32 and the normalised input (local), or its input alone (TE).
-    norm = e if te else (4 + e)
+    # A norm of width 1: its input in float32 and the normalised input, or its input alone (fused, TE).
+    norm = e if te or job.fused else (4 + e)
     own = n / job.sequence
     heads = m.num_attention_heads / t + m.num_query_groups / t
     # The projection itself stays, since the values are a view of it, and in float32 the norms' inputs are as well,
     # unless heads are grouped: then queries are a copy.
     qk_inputs = (q if job.config.model.num_query_groups != m.num_attention_heads else 0) if e == 4 and not te else q + k
     qk_norms = (4 * qk_inputs + e * (q + k)) if not te else e * qk_inputs
+    qk = e * (q + 2 * k) + qk_norms + e * (q + k) + 4 * D * e + (0 if te else 4 * heads)
+    if job.fused:
+        # One kernel makes three parts out of the projection; norms over all heads copy their inputs.
+        qk = 2 * e * (q + 2 * k) + (e * q if m.qk_norm != "per_head" else 0)
     exchanged = 0.0
     if job.c > 1 and job.config.parallel.cp_comm_type == "a2a":
         repeats = 1 if (m.num_query_groups // t) % job.c == 0 else m.num_attention_heads // m.num_query_groups
@@ -267,11 +272,11 @@ def layer_bytes(job: Job) -> dict[str, float]:
     return {
         "norms": own * H * norm * 2 + own * 8,
         "norm outputs": own * H * product * 2,
-        "qk": n * (e * (q + 2 * k) + qk_norms + e * (q + k) + 4 * D * e + (0 if te else 4 * heads)),
+        "qk": n * qk,
         "attention": n * (e * q + 4 * m.num_attention_heads / t) + exchanged,
-        "dropout": 2 * own * H * mask,
+        "dropout": 0 if job.fused else 2 * own * H * mask,
         # silu's and the product's inputs and the product: 5 of width F; the fused function keeps 3.
-        "mlp": n * F * (e * (2 if job.transformer("bias_activation_fusion") else 4) + product),
+        "mlp": n * F * (e * (2 if job.fused or job.transformer("bias_activation_fusion") else 4) + product),
     }
 
 
@@ -346,7 +351,9 @@ def vision_parts(job: Job, counts: Counts) -> list[Part]:
     per_crop = vit_crop_bytes(job)
     features_of_crop = m.vision.patches_per_crop * features * e
     window = width * (features * e + 2 * inner * e + 8 + 1)  # patches, keys and values, indices
-    window += e * (features + 3 * inner + m.connector.hidden_size + 5 * m.connector.ffn_hidden_size)
+    window += e * (
+        features + 3 * inner + m.connector.hidden_size + (3 if job.fused else 5) * m.connector.ffn_hidden_size
+    )
     if job.config.optim.vit.freeze:
         per_crop /= max(1, m.vit.num_layers)  # a layer at a time, nothing is kept
     everybodys = job.work.visual_tokens * job.rows * m.hidden_size * e

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.overrides import TorchFunctionMode
 
-from molmo2_nemo import compat, cpu
+from molmo2_nemo import compat, cpu, parallel
 from molmo2_nemo.model import attention, mask
 from molmo2_nemo.rehearsal.recorder import Recorder
 from molmo2_nemo.training.batches import attended_pairs
@@ -56,6 +56,8 @@ def install(recorder: Recorder, rank: int, world_size: int) -> None:
     compat.read_fake_tensors_by(recorder.to_list)
     compat.fake_tensors_are_cuda()
     stand_in_for_attention(recorder)
+    # The fused kernels have shape rules of their own: the library behind them need not be installed here.
+    parallel.has_liger_kernel = lambda: True
 
 
 def made_there(function):

@@ -59,22 +59,30 @@ def test_shipped_settings_pass_and_are_described():
     for stage in ("stage1", "stage2", "stage3"):
         gpu.check_device(build(stage), "cpu")
     line = gpu.description(build("stage3"), "fp32", "cpu")
-    assert line == "layers local, Adam torch's; row length in multiples of 8 (context parallel 8)"
+    assert line == "layers local, kernels plain, Adam torch's; row length in multiples of 8 (context parallel 8)"
 
 
 def test_a_run_on_a_gpu_says_what_it_lacks(monkeypatch):
-    """Memory as the plan has it: without recomputation the local layers keep more for the backward pass."""
+    """Memory as the plan has it: without recomputation the plain formulas keep more for the backward pass."""
     cfg = build("stage2", "model=molmo2_4b", "train.vision_chunk_crops=8")
-    monkeypatch.setattr(parallel, "has_transformer_engine", lambda: False)
-    engine, apex = gpu.missing_libraries(cfg, "cuda", 64)
+    for library in ("has_transformer_engine", "has_liger_kernel"):
+        monkeypatch.setattr(parallel, library, lambda: False)
+    liger, engine, apex = gpu.missing_libraries(cfg, "cuda", 64)
     assert "tools/install_gpu.sh" in engine and "FP8 is not possible" in engine and "torch's Adam" in apex
-    more, fused = (float(figure) for figure in re.search(r"(\d+\.\d) GiB more than (\d+\.\d)", engine).groups())
-    assert 1 < more < fused
+    assert 'pip install "liger-kernel' in liger and any("plain" in line for line in gpu.installed())
+    for line in (liger, engine):
+        more, fused = (float(figure) for figure in re.search(r"(\d+\.\d) GiB more than (\d+\.\d)", line).groups())
+        assert 1 < more < fused
     assert gpu.missing_libraries(cfg, "cpu", 64) == []
     assert any("local" in line and "tools/install_gpu.sh" in line for line in gpu.installed())
+    monkeypatch.setattr(parallel, "has_liger_kernel", lambda: True)
+    engine, apex = gpu.missing_libraries(cfg, "cuda", 64)
+    assert "Transformer Engine is not installed" in engine and "by the plan the same" in engine
     monkeypatch.setattr(parallel, "has_transformer_engine", lambda: True)
     assert gpu.missing_libraries(cfg, "cuda", 64) == []
-    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: {"transformer-engine": "2.20.2"}[name])
+    versions = {"transformer-engine": "2.20.2", "liger-kernel": "0.8.5"}
+    monkeypatch.setattr(gpu.importlib.metadata, "version", versions.__getitem__)
+    assert "between matrix products: fused kernels, with liger-kernel 0.8.5" in gpu.installed()
     assert "layers: Transformer Engine 2.20.2" in gpu.installed() and "Adam: torch's" in gpu.installed()
 
 

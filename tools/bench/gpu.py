@@ -60,6 +60,8 @@ def cases_of(section: str, device: str, has_te: bool, num_gpus: int) -> list[dic
         cases = [dict(plain, layer_spec=spec) for spec in ("local", "transformer_engine")]
         cases += [dict(cases[1], precision="fp8", recipe=recipe) for recipe in RECIPES]
         cases += [dict(cases[has_te], recompute=True)]
+    if device == "cuda":
+        cases += [dict(cases[0], kernels="plain")]
     for case in cases:
         if case["layer_spec"] != "local" and not has_te:
             case["not_measured"] = "not measured: Transformer Engine is not installed"

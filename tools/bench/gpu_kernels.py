@@ -119,10 +119,13 @@ def attention(device: str, tiny: bool) -> Iterator[dict]:
             yield row
 
 
-def vision(device: str, tiny: bool, layer_spec: str) -> Iterator[dict]:
+def vision(device: str, tiny: bool, layer_spec: str, kernels: str = "auto") -> Iterator[dict]:
     """ViT and connector over video frames, one rank."""
     crops = 4 if tiny else 128
-    model, layout = model_config("tiny" if tiny else "molmo2_4b"), ParallelConfig(layer_spec=layer_spec)
+    model, layout = (
+        model_config("tiny" if tiny else "molmo2_4b"),
+        ParallelConfig(layer_spec=layer_spec, kernels=kernels),
+    )
     parallel.initialize(layout, device, 5, 0)
     groups = parallel.solo_groups()
     side = model.vision.image_size // model.vision.patch_size

@@ -106,11 +106,17 @@ def mfu(flops: float, ms: float, device: str, precision: str) -> float | None:
 
 
 def step(
-    device: str, tiny: bool, layer_spec: str, precision: str, recipe: str | None, recompute: bool
+    device: str,
+    tiny: bool,
+    layer_spec: str,
+    precision: str,
+    recipe: str | None,
+    recompute: bool,
+    kernels: str = "auto",
 ) -> Iterator[dict]:
     """Whole optimisation steps at two depths, and a line through them."""
     name, S, crops, depths = ("tiny", 256, 4, (1, 2)) if tiny else ("molmo2_4b", 16384, 128, (4, 8))
-    whole, layout = model_config(name), ParallelConfig(layer_spec=layer_spec)
+    whole, layout = model_config(name), ParallelConfig(layer_spec=layer_spec, kernels=kernels)
     parallel.initialize(layout, device, 5, 0)
     transformer = {**({"fp8_recipe": recipe} if recipe else {}), **(FULL_RECOMPUTE if recompute else {})}
     batch, measured = own_part(packed_row(whole, S, crops, seed=1, device=device), whole), []
