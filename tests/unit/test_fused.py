@@ -26,6 +26,7 @@ KERNELS = {
 KERNELS |= {"split_norm_rotate", "swiglu"}
 
 
+@pytest.mark.slow
 def test_kernels_equal_the_plain_formulas():
     """Forward and backward, float32 and bf16, by Triton's interpreter; shapes are those of the fake operations.
 
