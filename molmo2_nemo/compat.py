@@ -324,6 +324,21 @@ def checkpoint_index_reader(read: Callable) -> Iterator[None]:
         filesystem.pickle = original
 
 
+# --- liger-kernel 0.8.5, Triton 3.8.0 -------------------------------------------------------------------------------
+
+# Functions of triton.runtime.interpreter by which tests have it round as a compiled kernel does.
+INTERPRETER_SCALAR, INTERPRETER_CONVERT = "_implicit_cvt", "_convert_float"
+
+
+def liger_rms_norm_mode(name: str) -> int:
+    """The number by which liger-kernel's backward kernels of RMSNorm know a way of rounding, such as llama."""
+    from liger_kernel.ops import fused_add_rms_norm, rms_norm
+
+    modes = rms_norm._str_to_casting_mode
+    assert modes == fused_add_rms_norm._str_to_casting_mode
+    return modes[name]
+
+
 # --- numpy 2.5.5 ----------------------------------------------------------------------------------------------------
 
 # Module -> functions through which pickled arrays are read: the state of the data loader holds arrays.

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
+from molmo2_nemo import compat
+
 _LLAMA = "llama"  # liger-kernel's name for: normalised in float32, rounded, then multiplied by the weight
 
 
@@ -66,12 +68,10 @@ def rms_norm_backward(
     from liger_kernel.ops import fused_add_rms_norm, rms_norm
     from liger_kernel.ops.utils import calculate_settings
 
-    settings = calculate_settings(x.shape[-1])
+    settings, mode = calculate_settings(x.shape[-1]), compat.liger_rms_norm_mode(_LLAMA)
     if grad_x is None:
         rows = x.view(-1, x.shape[-1])
-        mode = rms_norm._str_to_casting_mode[_LLAMA]
         return rms_norm.rms_norm_backward(grad, rows, weight, scale, 0.0, mode, *settings, False, False)
-    mode = fused_add_rms_norm._str_to_casting_mode[_LLAMA]
     backward = fused_add_rms_norm.fused_add_rms_norm_backward
     grad_x, _, grad_weight = backward(grad, grad_x, x, weight, scale, 0.0, mode, *settings, 2, False)
     return grad_x, grad_weight

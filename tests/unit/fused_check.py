@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 import triton.language as tl
 from liger_kernel.ops import fused_add_rms_norm, layer_norm, rms_norm
-from torch._subclasses import FakeTensorMode
 from triton.runtime import interpreter
 
-from molmo2_nemo import parallel
+from molmo2_nemo import compat, parallel
 from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.schema import ParallelConfig
 from molmo2_nemo.model import fused
@@ -26,6 +25,7 @@ from molmo2_nemo.training.batches import own_part
 from molmo2_nemo.training.step import MODEL_INPUTS, TARGETS
 
 EPS = 1e-6
+REPLACED = (compat.INTERPRETER_SCALAR, compat.INTERPRETER_CONVERT)
 # Of the largest value. A kernel rounds what it stores; its inputs are the same in float64.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
@@ -35,7 +35,7 @@ def complete_the_interpreter():
 
     Scalars of float32; libdevice; bf16 that is rounded to the nearest number, and products of bf16.
     """
-    convert, convert_float = interpreter._implicit_cvt, interpreter._convert_float
+    convert, convert_float = (getattr(interpreter, name) for name in REPLACED)
     multiply = interpreter.InterpreterBuilder.create_fmul
 
     def with_floats(value):
@@ -54,7 +54,8 @@ def complete_the_interpreter():
         a, b = (torch.from_numpy(np.ascontiguousarray(x.data)).view(torch.bfloat16) for x in (a, b))
         return interpreter.TensorHandle((a * b).view(torch.uint16).numpy(), tl.bfloat16)
 
-    interpreter._implicit_cvt, interpreter._convert_float = with_floats, rounded
+    for name, function in zip(REPLACED, (with_floats, rounded)):
+        setattr(interpreter, name, function)
     interpreter.InterpreterBuilder.create_fmul = product
     for module in (rms_norm, fused_add_rms_norm, layer_norm):
         module.rsqrt = lambda x: tl.rsqrt(x)  # looked up when it is called: the interpreter replaces it by its own
@@ -129,7 +130,7 @@ def check(name, dtype):
         made = plain(*exact)
     grads = [torch.randn(y.shape).to(dtype) for y in (made if isinstance(made, tuple) else (made,))]
     found, expected = outputs_and_gradients(kernel, inputs, grads), outputs_and_gradients(plain, exact, grads)
-    with FakeTensorMode() as mode:
+    with compat.fake_tensor_mode() as mode:
         fake = [mode.from_tensor(x) for x in inputs]
         shapes = outputs_and_gradients(kernel, fake, [mode.from_tensor(g) for g in grads])
     report = {}
@@ -167,7 +168,7 @@ def check_dropout(dtype):
         assert not torch.equal(
             dropped, torch.autograd.grad(fused.dropout_add(x, residual, positions, 0.25).sum(), x)[0] == 0
         )
-    with FakeTensorMode() as mode:
+    with compat.fake_tensor_mode() as mode:
         fake = fused.dropout_add(mode.from_tensor(x), mode.from_tensor(residual), mode.from_tensor(where), 0.25)
         assert (fake.shape, fake.dtype) == (made.shape, made.dtype)
     return report

@@ -54,6 +54,19 @@ def test_norms():
     assert found[0] == tensors[0].norm() and found[1] == 600
 
 
+def test_liger_rms_norm_mode():
+    rms_norm = pytest.importorskip("liger_kernel.ops.rms_norm")
+    assert "casting_mode" in parameters(rms_norm.rms_norm_backward)
+    assert len({compat.liger_rms_norm_mode(name) for name in ("llama", "gemma", "none")}) == 3
+
+
+@pytest.mark.parametrize("name, first", [(compat.INTERPRETER_SCALAR, "arg"), (compat.INTERPRETER_CONVERT, "input")])
+def test_interpreter_functions(name, first):
+    from triton.runtime import interpreter
+
+    assert parameters(getattr(interpreter, name))[0] == first
+
+
 def test_dispatch_mode():
     seen = []
 

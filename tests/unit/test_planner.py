@@ -245,7 +245,7 @@ def test_command_says_what_fits_and_what_does_not(capsys, monkeypatch):
         "NVLink",
     ):
         assert word in out, word
-    status, out, _ = run_plan("--config-name", "stage3", "model=molmo2_8b", "gpus=128")
+    status, out, _ = run_plan("--config-name", "stage3", "model=molmo2_8b", "gpus=32")
     assert status == 1 and "does not fit: " in out and "transformer.recompute_granularity=full" in out
     status, out, _ = run_plan("--config-name", "stage2", "gpus=8", "hardware=h100_8", "--json", "--search")
     found = json.loads(out)
