@@ -12,7 +12,7 @@ from molmo2_nemo.planner.efficiency import DEVICES, FAST, SLOW, Assumptions
 from molmo2_nemo.planner.elementwise import adam_bytes, elementwise_bytes
 from molmo2_nemo.planner.flops import forward_flops, frozen_parts, peak_flops, training_flops_by_part
 from molmo2_nemo.planner.memory import Job, count_parameters
-from molmo2_nemo.planner.traffic import FIRST_FORWARD, LAST_BACKWARD, PRODUCTS, Traffic, traffic, uneven
+from molmo2_nemo.planner.traffic import FIRST_FORWARD, LAST_BACKWARD, PRODUCTS, Traffic, layers_again, traffic, uneven
 from molmo2_nemo.planner.work import holds_images
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -70,14 +70,14 @@ class Estimate:
         return sum(self.flops.values()) / seconds / self.peak
 
 
-def again(job: Job) -> dict[str, float]:
-    """How many times more than once a part's forward pass is run."""
+def again(job: Job, stage: int) -> dict[str, float]:
+    """How many times more than once a part's forward pass is run on a pipeline stage."""
     times = dict.fromkeys(PARTS, 0.0)
     transformer, m = job.config.transformer, job.config.model
     times["head"] = 1.0  # logits are made again in the backward pass
     if transformer.get("recompute_granularity") == "full":
-        count = transformer["recompute_num_layers"] if transformer["recompute_method"] == "block" else max(job.layers)
-        times["decoder"] = times["decoder attention"] = min(1.0, count / max(job.layers))
+        layers = job.layers[stage]
+        times["decoder"] = times["decoder attention"] = layers_again(job, layers) / max(1, layers)
     elif transformer.get("recompute_granularity") == "selective":
         modules = transformer.get("recompute_modules") or ["core_attn"]
         times["decoder attention"] = float("core_attn" in modules)
@@ -101,7 +101,7 @@ def _passes(job: Job, stage: int) -> tuple[dict[str, float], dict[str, float]]:
     m, work = job.config.model, vars(job.work)
     one = forward_flops(m, **work)
     trained = training_flops_by_part(m, frozen_parts(job.config.optim, m.tie_embeddings), **work)
-    more = again(job)
+    more = again(job, stage)
     share = dict.fromkeys(one, job.layers[stage] / m.num_layers)
     share |= dict.fromkeys(VISION, uneven(job) * (stage == 0)) | {"head": float(stage == job.p - 1)}
     rows = job.micro_batches * job.rows / (job.t * job.c)
@@ -134,7 +134,7 @@ def _seconds(job: Job, stage: int, assumed: Assumptions, device: str) -> list[di
     found = []
     for of, rates in (
         (_passes(job, stage), speed),
-        (elementwise_bytes(job, stage, again(job)), dict.fromkeys(PARTS, bandwidth)),
+        (elementwise_bytes(job, stage, again(job, stage)), dict.fromkeys(PARTS, bandwidth)),
     ):
         found += [{part: factor.get(part, 1.0) * x / rates[part] for part, x in amounts.items()} for amounts in of]
     return found

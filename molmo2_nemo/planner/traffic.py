@@ -79,6 +79,19 @@ def uneven(job: Job) -> float:
     return math.ceil(crops / ranks) * ranks / crops if crops else 1.0
 
 
+def layers_again(job: Job, layers: int) -> int:
+    """How many of a stage's layers the backward pass runs again whole, with their collectives."""
+    if job.transformer("recompute_granularity") != "full":
+        return 0
+    if job.transformer("recompute_method") == "block":
+        return min(layers, job.transformer("recompute_num_layers"))
+    return layers
+
+
+def _gradient_bytes(job: Job) -> int:
+    return 4 if job.ddp("grad_reduce_in_fp32", True) or job.e == 4 else 2
+
+
 def _tensor_parallel(job: Job, stage: int | None) -> list[Traffic]:
     """Megatron's tensor_parallel/layers.py: of a column-parallel product's backward pass, gathering the input goes on
     beside the input's gradient, and handing on that gradient beside the weights'. All else is waited for."""
@@ -86,12 +99,10 @@ def _tensor_parallel(job: Job, stage: int | None) -> list[Traffic]:
     if t == 1:
         return []
     layers, micro = max(job.layers) if stage is None else job.layers[stage], job.micro_batches
-    full = job.transformer("recompute_granularity") == "full"
     passed = job.tokens * job.config.model.hidden_size * job.e * (t - 1) / t
     # Passes of a tensor: with sequence parallelism 4 gathers and scatters forward, 6 backward; without, all-reduces of
     # two passes each, 2 forward and 2 backward.
     waited, hidden = (6, 4) if job.sequence > 1 else (4, 4)
-    waited += 4 * full
     per_call = 1 if job.sequence > 1 else 2
     overlap = PRODUCTS if job.transformer("tp_comm_overlap") else None
 
@@ -99,7 +110,7 @@ def _tensor_parallel(job: Job, stage: int | None) -> list[Traffic]:
         return Traffic("TP", count * passes * passed, what, t, t, count * passes / per_call, t, behind)
 
     found = [
-        item(waited, micro * layers, "hidden states of each layer", overlap),
+        item(1, micro * (waited * layers + 4 * layers_again(job, layers)), "hidden states of each layer", overlap),
         item(hidden, micro * layers, "hidden states beside products of the backward pass", PRODUCTS),
     ]
     # Sequence parallel ranks gather the embedding's gradient, the head's input, and scatter that one's gradient; others
@@ -111,7 +122,8 @@ def _tensor_parallel(job: Job, stage: int | None) -> list[Traffic]:
     if is_first:
         # Of the part alone that a rank's optimizer reads (training/step.py, vision_gradients).
         shards = job.d * job.c if job.distributed else 1
-        vision = 4 * count_parameters(job)[1][0].trained_vision / shards * 2 * (t - 1) / t
+        counts = count_parameters(job)[1][0]
+        vision = _gradient_bytes(job) * counts.trained_vision / shards * 2 * (t - 1) / t
         found.append(Traffic("TP", vision, "a shard of the vision tower's gradients summed", t, t, 1, t))
     return found
 
@@ -120,16 +132,15 @@ def _context_parallel(job: Job, stage: int | None) -> list[Traffic]:
     m, n, t, c, e = job.config.model, job.tokens, job.t, job.c, job.e
     if c == 1:
         return []
-    full = job.transformer("recompute_granularity") == "full"
     if job.config.parallel.cp_comm_type == "a2a":
         width = (m.num_attention_heads + m.num_query_groups) * 2 * m.head_dim / t
-        sent, what = n * width * e * (c - 1) / c * (2 + full), "queries, keys, values and outputs change places"
-        calls = 4 * (2 + full)
+        sent, calls = n * width * e * (c - 1) / c, 4
+        what = "queries, keys, values and outputs change places"
     else:
-        gathered = n * 2 * m.num_query_groups * m.head_dim / t * e * (c - 1)
-        sent, what = gathered * (3 + full), "keys and values gathered, their gradients summed"
-        calls = 2 * (3 + full)
-    times = job.micro_batches * (max(job.layers) if stage is None else job.layers[stage])
+        sent, calls = n * 2 * m.num_query_groups * m.head_dim / t * e * (c - 1), 2
+        what = "keys and values gathered, their gradients summed and dealt"
+    layers = max(job.layers) if stage is None else job.layers[stage]
+    times = job.micro_batches * (2 * layers + layers_again(job, layers))  # forward, backward, and forward again
     beside = min(c, max(1, GPUS_PER_NODE // t))
     return [Traffic("CP", times * sent, what, c, t * c, times * calls, beside)]
 
@@ -141,7 +152,6 @@ def _data_parallel(job: Job, stage: int | None) -> list[Traffic]:
         return []
     by_stage = count_parameters(job)[1]
     counts = by_stage[stage] if stage is not None else max(by_stage, key=lambda counts: counts.trained)
-    gradient = 4 if job.ddp("grad_reduce_in_fp32", True) or job.e == 4 else 2
     share = counts.trained * (ranks - 1) / ranks
     buckets = 1
     if job.overlaps("overlap_grad_reduce") and not stage:  # later pipeline stages have one
@@ -153,7 +163,7 @@ def _data_parallel(job: Job, stage: int | None) -> list[Traffic]:
         return Traffic("DP", size, what, ranks, t * ranks, buckets, beside, hides, 1 / buckets)
 
     passes = 1 if job.distributed else 2
-    found = [item(share * gradient * passes, "gradients summed", "overlap_grad_reduce", LAST_BACKWARD)]
+    found = [item(share * _gradient_bytes(job) * passes, "gradients summed", "overlap_grad_reduce", LAST_BACKWARD)]
     if job.distributed:
         found.append(item(share * job.e, "new weights gathered", "overlap_param_gather", FIRST_FORWARD))
     return found

@@ -15,7 +15,7 @@ from molmo2_nemo.planner.memory import Job, count_parameters
 from molmo2_nemo.planner.run_costs import run_costs
 from molmo2_nemo.planner.search import scale, search
 from molmo2_nemo.planner.step_time import H100, VISION, estimate, part_seconds, step_time
-from molmo2_nemo.planner.traffic import Traffic
+from molmo2_nemo.planner.traffic import Traffic, traffic
 
 FULL = ["recompute_granularity=full", "recompute_method=uniform", "recompute_num_layers=1"]
 FULL = [f"transformer.{word}" for word in FULL]
@@ -251,3 +251,28 @@ def test_files_of_other_devices_and_sizes_are_refused(written, tmp_path):
             with_measured(tmp_path / "other", job, H100, (FAST, SLOW))
     with pytest.raises(ConfigError, match="cannot be read"):
         with_measured(tmp_path / "absent", job, H100, (FAST, SLOW))
+
+
+@pytest.mark.parametrize(
+    "recompute, again",
+    [
+        ({}, 0),
+        ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 10}, 10),
+        ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, 36),
+    ],
+)
+def test_layers_that_run_again_send_again(recompute, again):
+    """TP 2 with sequence parallelism, CP 2 that gathers keys and values; 36 layers, of width 4,096 and 8 key heads."""
+    words = ["model=molmo2_8b", "hardware=h100_8", "transformer={}", "train.vision_chunk_crops=8"]
+    words += ["parallel.context_parallel_size=2", "parallel.cp_comm_type=all_gather"]
+    config = compose("stage2", words)
+    job = Job(replace(config, transformer=recompute), 8)
+    sent = {}
+    for item in traffic(job):
+        if "vision" not in item.what:
+            sent[item.kind] = sent.get(item.kind, 0) + item.bytes
+    tokens = config.data.seq_length // 2 * config.train.micro_batch_size
+    # In bf16, of 2 ranks: 10 passes of a layer and 4 of one that runs again, and 5 at both ends.
+    assert sent["TP"] == job.micro_batches * (10 * 36 + 4 * again + 5) * tokens * 4096 * 2 / 2
+    # A gather and a scatter of a layer, and a gather when it runs again.
+    assert sent["CP"] == job.micro_batches * (2 * 36 + again) * tokens * 2 * (8 // 2) * 128 * 2
