@@ -23,6 +23,16 @@ BOOLEAN_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.defa
 OVERWRITTEN = {"zero_", "fill_", "copy_"}  # operations that do not read their first argument
 
 
+def has_to_count(args: tuple) -> bool:
+    """Whether an indexing operation has to know how many places a mask has.
+
+    One value at the places of one mask, as in Megatron's embedding, is a masked_fill (pytorch/pytorch:
+    aten/src/ATen/native/TensorAdvancedIndexing.cpp, canDispatchToMaskedFill).
+    """
+    masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
+    return bool(masks) and not (len(masks) == 1 and len(args) > 2 and args[2].numel() == 1)
+
+
 class Recorder(compat.dispatch_mode()):
     """lengths: tokens of rows and of ranks' parts of them. A tensor with two such dimensions, or one that is their
     product, holds a number for every pair of tokens, which is a fault."""
@@ -54,7 +64,7 @@ class Recorder(compat.dispatch_mode()):
             return self._number(function, args[0])
         if function is aten.nonzero.default and self.is_here(args[0]):
             return self._nonzero(args[0])
-        if function in BOOLEAN_INDEX and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        if function in BOOLEAN_INDEX and has_to_count(args):
             args = (args[0], self._as_numbers(args[1]), *args[2:])
         before = {compat.storage_address(t.untyped_storage()) for t in tensors_in((args, kwargs))}
         result = function(*args, **kwargs)
