@@ -434,6 +434,8 @@ def check_use(result, entry, root: Path) -> None:
         warning = f"; warning: see python tools/download.py verify {entry.name}" if media_lacking(entry, said) else ""
         result.reason = "; ".join(filter(None, [result.reason, share])) + warning
         result.counts |= {"annotations_searched": tried.searched, "with_media": tried.found}
+    if tried.doubt:
+        result.reason = "; ".join(filter(None, [result.reason, f"warning: {tried.doubt}"]))
     if not tried.works:
         result.state = "useless"
         result.reason = (

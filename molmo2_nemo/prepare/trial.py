@@ -10,10 +10,12 @@ from molmo2_nemo.prepare.converters.common import Draft, Drop
 from molmo2_nemo.prepare.draft_to_sample import Dropped, pack
 from molmo2_nemo.prepare.find_media import find_frames, find_media
 from molmo2_nemo.prepare.spool import MAX_USELESS_ROWS, converted
+from molmo2_nemo.prepare.verify import Coordinates
 
 # Kinds of media that are in the rows, or drawn, or whose losses the fetch itself counts.
 NOT_SEARCHED = ("in-parquet", "url-list", "render", "none")
 # Of how many rows the media are searched: of the first ones, and then of every 50th, until so many rows were read.
+# The coordinates of points are looked at in the first ones.
 FIRST, EVERY, LAST = 200, 50, 20_000
 
 
@@ -26,12 +28,13 @@ class Trial:
     reason: str | None = None  # the commonest, where none did
     searched: int = 0  # annotations whose pictures or videos were looked for
     found: int = 0  # of these, those whose media are all on disk
+    doubt: str | None = None  # of the unit of its points, a sentence
 
 
 def try_rows(entry: dict, root: Path, most: int = MAX_USELESS_ROWS) -> Trial:
     """Look at the rows of the set, an entry of the catalogue, below root/raw, up to `most` for the first sample."""
     raw, reasons, rows, searched, found = RawSource(root, entry["name"]), Counter(), 0, 0, 0
-    works, search = False, entry["media"]["kind"] not in NOT_SEARCHED
+    works, search, coordinates = False, entry["media"]["kind"] not in NOT_SEARCHED, Coordinates()
     try:
         converter_of(entry)
         for results in converted(entry, raw):
@@ -40,17 +43,20 @@ def try_rows(entry: dict, root: Path, most: int = MAX_USELESS_ROWS) -> Trial:
                 if isinstance(result, Drop):
                     reasons[result.reason] += not works
                     continue
+                if rows <= FIRST:
+                    coordinates.add(result)
                 if search and (rows <= FIRST or rows % EVERY == 0):
                     searched, found = searched + 1, found + has_media(result, raw)
                 if not works:
                     works = _becomes_a_sample(result, raw, reasons)
-            if rows == (LAST if works else most) or (works and not search):
+            seen = works and not search and (coordinates.lowest is None or rows >= FIRST)
+            if seen or rows == (LAST if works else most):
                 break
     except (ValueError, OSError) as error:
         if not works:
             return Trial(rows, False, str(error).rstrip("."))
     if works:
-        return Trial(rows, True, None, searched, found)
+        return Trial(rows, True, None, searched, found, coordinates.doubt)
     condition = raw.info.get("filter")
     none = f"no row has {condition}" if condition else "there are no rows"
     reason = reasons.most_common(1)[0][0] if reasons else "none of them is meant" if rows else none

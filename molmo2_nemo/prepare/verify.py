@@ -40,6 +40,32 @@ KINDS = {
 
 
 @dataclass
+class Coordinates:
+    """The range of the coordinates of points as they are in the rows."""
+
+    unit: str = "fraction"
+    lowest: float | None = None  # None: there are none
+    highest: float | None = None
+
+    def add(self, draft: Draft) -> None:
+        values = [float(value) for value in _coordinates(draft)]
+        if values:
+            self.unit = draft.unit
+            self.lowest = min([*values, *([] if self.lowest is None else [self.lowest])])
+            self.highest = max([*values, *([] if self.highest is None else [self.highest])])
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the unit seems to be another one, a sentence; None: nothing speaks against it."""
+        if self.unit == "fraction" or self.highest is None or not 0 < self.highest <= 1:
+            return None
+        return (
+            f"all coordinates are at most 1, as fractions are, and the unit is {self.unit}: "
+            "correct `unit` in the entry of the set"
+        )
+
+
+@dataclass
 class Sampled:
     """What became of some rows of a set; numbers are of annotations, unless they say something else."""
 
@@ -48,9 +74,7 @@ class Sampled:
     lost: Counter = field(default_factory=Counter)  # reason -> number: what is not as expected
     left_out: Counter = field(default_factory=Counter)  # reason -> number: by a rule of the set
     gone: int = 0  # whose picture or video no server has any more
-    unit: str = "fraction"
-    lowest: float | None = None  # coordinate as it is in the rows, in `unit`
-    highest: float | None = None
+    coordinates: Coordinates = field(default_factory=Coordinates)
     moved: int = 0  # coordinates outside of their picture, which were moved to its border
     samples: list[dict[str, bytes]] = field(default_factory=list)  # parts of each
 
@@ -87,11 +111,7 @@ def take(entry: dict, root: Path, wanted: int = SAMPLES, partial: bool = False) 
 
 def _make(draft: Draft, raw: RawSource, found: Sampled, may_lack: bool) -> None:
     """One sample, and what is to be said of its coordinates."""
-    values = [float(value) for value in _coordinates(draft)]
-    if values:
-        found.unit = draft.unit
-        found.lowest = min([*values, *([] if found.lowest is None else [found.lowest])])
-        found.highest = max([*values, *([] if found.highest is None else [found.highest])])
+    found.coordinates.add(draft)
     try:
         parts, moved, unfit = pack(draft, raw)
     except Dropped as error:
@@ -114,7 +134,9 @@ def _coordinates(draft: Draft) -> Iterator[float]:
 
 
 def refusal(found: Sampled, name: str, most: float) -> str | None:
-    """A sentence, if the sample of a set loses more than the share `most`; None: it does not."""
+    """A sentence, if the sample of a set loses more than the share `most`, or its unit is doubted; None: neither."""
+    if doubt := found.coordinates.doubt:
+        return f"{name} does not fit: {doubt}, or take it as it is with --max-dropped 1"
     if found.share_lost <= most:
         return None
     lost = sum(found.lost.values())
@@ -142,16 +164,16 @@ def report(entry: DataSet, root: Path, found: Sampled, most: float = MAX_DROPPED
         kind: [f"{number:,} x {reason}" for reason, number in counts.most_common()] for kind, counts in about.items()
     }
     said["layout"] = [*(f"nothing matches manual/{pattern}" for pattern in missing), *said["layout"]]
-    doubt = found.unit != "fraction" and found.highest is not None and found.highest <= 1 and found.highest > 0
-    if doubt:
-        said["coordinates"].insert(0, f"all are at most 1, as fractions are, and the unit is {found.unit}")
+    there = found.coordinates
+    if there.doubt:
+        said["coordinates"].insert(0, there.doubt)
     notes = {"layout": [], "columns": [], "coordinates": [], "times": [], "other": []}
     if lacking:
         notes["columns"].append(f"named by the entry and not in the first rows: {', '.join(lacking)}")
     if unnamed:
         notes["columns"].append(f"not named by the entry: {', '.join(unnamed)}")
-    if found.lowest is not None:
-        notes["coordinates"].append(f"from {found.lowest:g} to {found.highest:g} ({found.unit})")
+    if there.lowest is not None:
+        notes["coordinates"].append(f"from {there.lowest:g} to {there.highest:g} ({there.unit})")
     if found.moved:
         notes["coordinates"].append(f"{found.moved:,} outside of their picture, moved to its border")
     lines = [f"{entry.name}: {found.rows:,} rows became {len(found.samples):,} samples"]
@@ -166,7 +188,7 @@ def report(entry: DataSet, root: Path, found: Sampled, most: float = MAX_DROPPED
     within = f", within --max-dropped {most:g}" if 0 < found.share_lost <= most else ""
     total = found.kept + sum(found.lost.values())
     lines.append(f"  lost:        {found.share_lost:.1%} of {total:,} annotations{within}")
-    return lines, found.share_lost <= most and bool(found.samples) and not missing and not doubt
+    return lines, found.share_lost <= most and bool(found.samples) and not missing and not there.doubt
 
 
 def _columns(entry: DataSet, raw: RawSource) -> tuple[list[str], list[str]]:

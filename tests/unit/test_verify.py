@@ -10,8 +10,10 @@ from published_sets import picture_file
 
 from molmo2_nemo.catalogue.datasets import load_catalogue
 from molmo2_nemo.data.pictures import read_image
+from molmo2_nemo.fetch.data_set import FetchResult
 from molmo2_nemo.prepare.converters.common import Converter, Draft, Drop, pointing
 from molmo2_nemo.prepare.stage_datasets import StageOptions, prepare_stage
+from molmo2_nemo.prepare.trial import try_rows
 from molmo2_nemo.prepare.verify import refusal, report, take
 
 ENTRY = {
@@ -81,8 +83,28 @@ def test_what_does_not_fit_is_named_by_what_it_is_about(mine, tmp_path, wrong, k
 
 def test_fractions_that_are_called_percent_are_doubted(mine, tmp_path):
     entry, _ = mine([row(n, x=0.125, y=0.167) for n in range(6)], pictures=6)
-    lines, fits = report(entry, tmp_path, take(entry.model_dump(), tmp_path))
-    assert not fits and any("at most 1, as fractions are, and the unit is percent" in line for line in lines)
+    found = take(entry.model_dump(), tmp_path)
+    lines, fits = report(entry, tmp_path, found)
+    doubt = found.coordinates.doubt
+    assert "at most 1, as fractions are, and the unit is percent: correct `unit`" in doubt
+    assert not fits and any(doubt in line for line in lines)
+
+
+def test_prepare_refuses_the_unit_that_verify_refuses_and_fetch_warns_of_it(mine, tmp_path):
+    gone = {"kind": "url-list", "columns": ["image"]}
+    entry, file = mine([row(n, x=0.125, y=0.167) for n in range(6)], pictures=6, media=gone)
+    options = {"stage": 2, "out": tmp_path, "catalogue": file, "shards": 1, "check_room": False, "quiet": True}
+    doubt = take(entry.model_dump(), tmp_path).coordinates.doubt
+    [state] = prepare_stage(StageOptions(**options)).states
+    assert state.problem == f"mine does not fit: {doubt}, or take it as it is with --max-dropped 1"
+    fetched = FetchResult("mine", "complete")
+    download.check_use(fetched, entry, tmp_path)
+    assert fetched.state == "complete" and f"warning: {doubt}" in fetched.reason
+    (tmp_path / "raw/mine/hub/train.jsonl").write_text(
+        "".join(json.dumps(row(n, x=n + 1, y=1)) + "\n" for n in range(6))
+    )
+    assert try_rows(entry.model_dump(), tmp_path).doubt is None  # the first row alone would be doubted
+    assert prepare_stage(StageOptions(**options)).succeeded
 
 
 def test_addresses_that_are_gone_say_nothing_about_the_form(mine, tmp_path):
