@@ -34,6 +34,9 @@ VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 # Share of a fetched set's annotations, in a sample of them, that may be lost: `download.py fetch` warns above it,
 # `download.py verify` fails, and `prepare.py` refuses the set.
 MAX_DROPPED = 0.05
+# Share of the points, in such a sample, that may lie outside of their picture and are moved to its border: some are
+# inexact. `download.py verify` fails above it and `prepare.py` refuses the set, unless --max-dropped allows more.
+MAX_MOVED = 0.05
 
 # Questions with their answers (branches) of a sample. Reading 10,000 takes a tenth of a second, and the longest row of
 # the recipes, 36,864 tokens, holds fewer: a branch has at least five tokens.

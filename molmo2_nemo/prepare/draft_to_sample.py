@@ -150,13 +150,15 @@ def _inside(branch: dict, sizes: list, draft: Draft) -> int:
         size = sizes[index]
         scales = {"fraction": (1, 1), "percent": (100, 100), "pixels": (size["width"], size["height"])}
         for point in points:
+            outside = False
             for place, side in zip((-2, -1), scales[draft.unit]):
                 value = point[place] / side
                 if not -FAR < value < 1 + FAR:
                     raise ValueError(f"a point is far outside of its picture, if its unit is {draft.unit}")
                 inside = min(max(value, 0.0), 1.0)
-                moved += abs(value - inside) > 0.005
+                outside |= abs(value - inside) > 0.005
                 point[place] = inside
+            moved += outside
     return moved
 
 

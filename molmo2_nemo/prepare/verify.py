@@ -12,7 +12,7 @@ from pathlib import Path
 from molmo2_nemo.catalogue.datasets import DataSet
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, RawSource, read_rows
 from molmo2_nemo.fetch.on_disk import missing_layout
-from molmo2_nemo.limits import MAX_DROPPED
+from molmo2_nemo.limits import MAX_DROPPED, MAX_MOVED
 from molmo2_nemo.prepare.converters import converter_of
 from molmo2_nemo.prepare.converters.common import Draft, Drop
 from molmo2_nemo.prepare.draft_to_sample import Dropped, pack
@@ -48,7 +48,7 @@ class Coordinates:
     highest: float | None = None
 
     def add(self, draft: Draft) -> None:
-        values = [float(value) for value in _coordinates(draft)]
+        values = [float(value) for point in _points(draft) for value in point[-2:]]
         if values:
             self.unit = draft.unit
             self.lowest = min([*values, *([] if self.lowest is None else [self.lowest])])
@@ -75,7 +75,8 @@ class Sampled:
     left_out: Counter = field(default_factory=Counter)  # reason -> number: by a rule of the set
     gone: int = 0  # whose picture or video no server has any more
     coordinates: Coordinates = field(default_factory=Coordinates)
-    moved: int = 0  # coordinates outside of their picture, which were moved to its border
+    points: int = 0  # of the samples
+    moved: int = 0  # of these, outside of their picture, so that they were moved to its border
     samples: list[dict[str, bytes]] = field(default_factory=list)  # parts of each
 
     @property
@@ -83,6 +84,18 @@ class Sampled:
         """Of the annotations that no rule of the set leaves out."""
         lost = sum(self.lost.values())
         return lost / max(1, lost + self.kept)
+
+    def doubt(self, most: float) -> str | None:
+        """Why the unit of the points seems to be another one, a sentence; None: nothing speaks against it.
+
+        most: share of the points that may lie outside of their picture, if it is more than MAX_MOVED.
+        """
+        if self.moved <= max(MAX_MOVED, most) * self.points:
+            return self.coordinates.doubt
+        return (
+            f"{self.moved:,} of {self.points:,} points lie outside of their picture, as those of another unit than "
+            f"{self.coordinates.unit} do: correct `unit` in the entry of the set"
+        )
 
     @property
     def reasons(self) -> str:
@@ -122,21 +135,22 @@ def _make(draft: Draft, raw: RawSource, found: Sampled, may_lack: bool) -> None:
         return
     found.lost.update(unfit)
     found.kept += len(draft.branches) - sum(unfit.values())
+    found.points += sum(1 for _ in _points(draft))
     found.moved += moved
     found.samples.append(parts)
 
 
-def _coordinates(draft: Draft) -> Iterator[float]:
+def _points(draft: Draft) -> Iterator[list]:
     for branch in draft.branches:
         for _, points in branch.get("points") or branch.get("frames") or []:
-            for point in points:
-                yield from point[-2:]
+            yield from points
 
 
 def refusal(found: Sampled, name: str, most: float) -> str | None:
     """A sentence, if the sample of a set loses more than the share `most`, or its unit is doubted; None: neither."""
-    if doubt := found.coordinates.doubt:
-        return f"{name} does not fit: {doubt}, or take it as it is with --max-dropped 1"
+    if doubt := found.doubt(most):
+        enough = "a larger --max-dropped" if found.coordinates.doubt is None else "--max-dropped 1"
+        return f"{name} does not fit: {doubt}, or take it as it is with {enough}"
     if found.share_lost <= most:
         return None
     lost = sum(found.lost.values())
@@ -165,8 +179,8 @@ def report(entry: DataSet, root: Path, found: Sampled, most: float = MAX_DROPPED
     }
     said["layout"] = [*(f"nothing matches manual/{pattern}" for pattern in missing), *said["layout"]]
     there = found.coordinates
-    if there.doubt:
-        said["coordinates"].insert(0, there.doubt)
+    if doubt := found.doubt(most):
+        said["coordinates"].insert(0, doubt)
     notes = {"layout": [], "columns": [], "coordinates": [], "times": [], "other": []}
     if lacking:
         notes["columns"].append(f"named by the entry and not in the first rows: {', '.join(lacking)}")
@@ -175,7 +189,7 @@ def report(entry: DataSet, root: Path, found: Sampled, most: float = MAX_DROPPED
     if there.lowest is not None:
         notes["coordinates"].append(f"from {there.lowest:g} to {there.highest:g} ({there.unit})")
     if found.moved:
-        notes["coordinates"].append(f"{found.moved:,} outside of their picture, moved to its border")
+        notes["coordinates"].append(f"{found.moved:,} of {found.points:,} points moved to the border of their picture")
     lines = [f"{entry.name}: {found.rows:,} rows became {len(found.samples):,} samples"]
     for kind in said:
         if said[kind] or notes[kind] or kind != "other":
@@ -188,7 +202,7 @@ def report(entry: DataSet, root: Path, found: Sampled, most: float = MAX_DROPPED
     within = f", within --max-dropped {most:g}" if 0 < found.share_lost <= most else ""
     total = found.kept + sum(found.lost.values())
     lines.append(f"  lost:        {found.share_lost:.1%} of {total:,} annotations{within}")
-    return lines, found.share_lost <= most and bool(found.samples) and not missing and not there.doubt
+    return lines, found.share_lost <= most and bool(found.samples) and not missing and not doubt
 
 
 def _columns(entry: DataSet, raw: RawSource) -> tuple[list[str], list[str]]:

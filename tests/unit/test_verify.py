@@ -107,6 +107,24 @@ def test_prepare_refuses_the_unit_that_verify_refuses_and_fetch_warns_of_it(mine
     assert prepare_stage(StageOptions(**options)).succeeded
 
 
+@pytest.mark.parametrize("outside, fits", [(1, True), (2, False)])
+def test_more_than_a_few_points_outside_of_their_picture_are_of_another_unit(mine, tmp_path, outside, fits):
+    """Both coordinates of a point that is moved are outside, and it counts once."""
+    rows = [row(0, x=110, y=120) for _ in range(outside)] + [row(0, x=10 + n, y=16.7) for n in range(29 - outside)]
+    entry, file = mine(rows, pictures=1)
+    found = take(entry.model_dump(), tmp_path)
+    lines, does_fit = report(entry, tmp_path, found)
+    assert (does_fit, found.points, found.moved) == (fits, 29, outside)
+    assert any(f"{outside} of 29 points moved to the border" in line for line in lines)
+    if fits:
+        assert refusal(found, "mine", 0) is None
+        return
+    said = "2 of 29 points lie outside of their picture, as those of another unit than percent do: correct `unit`"
+    assert any("DOES NOT FIT" in line and said in line for line in lines)
+    assert refusal(found, "mine", 0.05).startswith(f"mine does not fit: {said}")
+    assert refusal(found, "mine", 0.1) is None and report(entry, tmp_path, found, 0.1)[1]
+
+
 def test_addresses_that_are_gone_say_nothing_about_the_form(mine, tmp_path):
     entry, _ = mine([row(n) for n in range(8)], pictures=6, media={"kind": "url-list", "columns": ["image"]})
     found = take(entry.model_dump(), tmp_path)
