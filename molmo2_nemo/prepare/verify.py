@@ -11,6 +11,7 @@ from pathlib import Path
 
 from molmo2_nemo.catalogue.datasets import DataSet
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, RawSource, read_rows
+from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.fetch.on_disk import missing_layout
 from molmo2_nemo.limits import MAX_DROPPED, MAX_MOVED
 from molmo2_nemo.prepare.converters import converter_of
@@ -23,6 +24,11 @@ from molmo2_nemo.prepare.spool import converted
 SAMPLES, ROWS_A_SAMPLE = 50, 8
 # Media of which some are gone; a fetch counts them, and they say nothing about the set's form.
 PARTLY_GONE = ("url-list", "youtube-ids")
+# Those that media/index.jsonl lists as fetched are no such media.
+REMOVED = (
+    "its picture or video was fetched and is no longer on disk: python tools/download.py doctor finds such, "
+    "fetch --verify gets them again"
+)
 # What a reason is about, by a part of it.
 KINDS = {
     "columns": ("no column", "another type", "unlike length", "half a character"),
@@ -30,6 +36,7 @@ KINDS = {
     "times": ("a clip", "seconds, and the video", "rate"),
     "layout": (
         "not on disk",
+        "no longer on disk",
         "several folders",
         "several files",
         "cannot be read",
@@ -73,7 +80,7 @@ class Sampled:
     kept: int = 0
     lost: Counter = field(default_factory=Counter)  # reason -> number: what is not as expected
     left_out: Counter = field(default_factory=Counter)  # reason -> number: by a rule of the set
-    gone: int = 0  # whose picture or video no server has any more
+    gone: int = 0  # whose picture or video was not fetched: no server has it any more, or the fetch is partial
     coordinates: Coordinates = field(default_factory=Coordinates)
     points: int = 0  # of the samples
     moved: int = 0  # of these, outside of their picture, so that they were moved to its border
@@ -105,39 +112,56 @@ class Sampled:
 def take(entry: dict, root: Path, wanted: int = SAMPLES, partial: bool = False) -> Sampled:
     """Make samples of rows that are spread over the first of the set, an entry of the catalogue, below root/raw.
 
-    partial: media that are not there are not counted as lost. ValueError, one sentence: it cannot be read at all.
+    partial: media that were not fetched are not counted as lost. ValueError, one sentence: it cannot be read at all.
     """
     raw, found = RawSource(root, entry["name"]), Sampled()
     converter_of(entry)
     rows = list(islice((results for results in converted(entry, raw) if results), wanted * ROWS_A_SAMPLE))
     chosen = rows if len(rows) <= wanted else [rows[len(rows) * k // wanted] for k in range(wanted)]
-    may_lack = partial or entry["media"]["kind"] in PARTLY_GONE
+    may_lack, absent = partial or entry["media"]["kind"] in PARTLY_GONE, []
     for results in chosen:
         found.rows += 1
         for result in results:
             if isinstance(result, Drop):
                 (found.lost if result.unfit else found.left_out)[result.reason] += 1
-            else:
-                _make(result, raw, found, may_lack)
+            elif not _make(result, raw, found):
+                absent.append(result)
+    fetched = Journal(raw.folder / "media" / "index.jsonl", "url").records if absent else {}
+    for draft in absent:
+        if any(address in fetched and raw.media(address) is None for address in _addresses(draft)):
+            found.lost[REMOVED] += len(draft.branches)
+        elif may_lack:
+            found.gone += len(draft.branches)
+        else:
+            found.lost[ABSENT] += len(draft.branches)
     return found
 
 
-def _make(draft: Draft, raw: RawSource, found: Sampled, may_lack: bool) -> None:
-    """One sample, and what is to be said of its coordinates."""
+def _make(draft: Draft, raw: RawSource, found: Sampled) -> bool:
+    """One sample, and what is to be said of its coordinates. Returns whether its picture or video is on disk."""
     found.coordinates.add(draft)
     try:
         parts, moved, unfit = pack(draft, raw)
     except Dropped as error:
-        if may_lack and str(error) == ABSENT:
-            found.gone += len(draft.branches)
-        else:
-            found.lost[str(error)] += len(draft.branches)
-        return
+        if str(error) == ABSENT:
+            return False
+        found.lost[str(error)] += len(draft.branches)
+        return True
     found.lost.update(unfit)
     found.kept += len(draft.branches) - sum(unfit.values())
     found.points += sum(1 for _ in _points(draft))
     found.moved += moved
     found.samples.append(parts)
+    return True
+
+
+def _addresses(draft: Draft) -> Iterator[str]:
+    """Addresses, or other names, of the pictures and videos of a draft."""
+    video = draft.video
+    media = [image.get("name") if isinstance(image, dict) else image for image in draft.images]
+    for names in (*media, *([video.names, video.cut] if video else [])):
+        names = names if isinstance(names, list) else [names]
+        yield from (name for name in names if isinstance(name, str))
 
 
 def _points(draft: Draft) -> Iterator[list]:

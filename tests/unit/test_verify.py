@@ -9,12 +9,17 @@ import yaml
 from published_sets import picture_file
 
 from molmo2_nemo.catalogue.datasets import load_catalogue
+from molmo2_nemo.catalogue.raw import media_name
 from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.fetch.data_set import FetchResult
+from molmo2_nemo.fetch.inventory import doctor
+from molmo2_nemo.fetch.journal import Journal
+from molmo2_nemo.fetch.on_disk import remove_broken
+from molmo2_nemo.files import sha256_of
 from molmo2_nemo.prepare.converters.common import Converter, Draft, Drop, pointing
 from molmo2_nemo.prepare.stage_datasets import StageOptions, prepare_stage
 from molmo2_nemo.prepare.trial import try_rows
-from molmo2_nemo.prepare.verify import refusal, report, take
+from molmo2_nemo.prepare.verify import REMOVED, refusal, report, take
 
 ENTRY = {
     "name": "mine",
@@ -129,6 +134,38 @@ def test_addresses_that_are_gone_say_nothing_about_the_form(mine, tmp_path):
     entry, _ = mine([row(n) for n in range(8)], pictures=6, media={"kind": "url-list", "columns": ["image"]})
     found = take(entry.model_dump(), tmp_path)
     assert (found.gone, found.share_lost) == (2, 0)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_pictures_that_were_fetched_and_removed_are_lost(mine, tmp_path, partial):
+    addresses = [f"https://there/{number}.jpg" for number in range(9)]
+    of_list = {"kind": "url-list", "columns": ["image"]}
+    entry, _ = mine([row(0, image=address) for address in addresses], pictures=0, media=of_list)
+    data = picture_file({"picture": [320, 180], "squares": [[40, 30]]}, "x.jpg")
+    media, lines = tmp_path / "raw/mine/media", []
+    for address in addresses[:6]:  # what the other three had is gone
+        path = media / f"{media_name(address)}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        file = str(path.relative_to(media))
+        lines.append(json.dumps({"url": address, "file": file, "bytes": len(data), "sha256": sha256_of(path)}) + "\n")
+    (media / "index.jsonl").write_text("".join(lines))
+    removed = [media / f"{media_name(address)}.jpg" for address in addresses[:2]]
+    for path in removed:
+        path.unlink()
+    found = take(entry.model_dump(), tmp_path, partial=partial)
+    assert (found.gone, found.lost, found.kept) == (3, {REMOVED: 2}, 4)
+    lines, fits = report(entry, tmp_path, found)
+    assert not fits and any("layout" in line and f"DOES NOT FIT: 2 x {REMOVED}" in line for line in lines)
+    assert "mine loses 33% of a sample (2 of 6 annotations)" in refusal(found, "mine", 0.05)
+    # What the sentence says of doctor and of fetch --verify.
+    problems = [problem for problem in doctor([entry], tmp_path, False) if "is missing" in problem.what]
+    assert sorted(problem.what.split()[0] for problem in problems) == sorted(
+        str(path.relative_to(tmp_path / "raw/mine")) for path in removed
+    )
+    assert all(problem.fix.startswith("python tools/download.py fetch mine --verify") for problem in problems)
+    assert remove_broken(media.parent) == 2
+    assert sorted(Journal(media / "index.jsonl", "url").records) == addresses[2:6]
 
 
 def test_what_a_rule_leaves_out_is_not_lost_and_rows_are_spread(mine, tmp_path, monkeypatch):
