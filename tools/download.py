@@ -17,12 +17,13 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+from molmo2_nemo.catalogue.commands import default_root, download_command
 from molmo2_nemo.catalogue.datasets import CATEGORIES, CONF_FILE, load_catalogue
 from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.limits import MAX_DROPPED
@@ -102,10 +103,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     checking = commands.add_parser("doctor", parents=both, help="what is broken or missing, and how to fix it")
     checking.add_argument("--deep", action="store_true", help="read every byte")
     options = parser.parse_args(arguments)
-    # Options that a suggested command must repeat to mean the same files.
-    said = [("--root", options.root), ("--catalogue", options.catalogue if options.catalogue != CONF_FILE else None)]
-    options.again = "".join(f" {name} {shlex.quote(str(value))}" for name, value in said if value is not None)
-    options.root = (options.root or Path(os.environ.get("DATA_ROOT") or "data")).expanduser()
+    options.root = (options.root or default_root()).expanduser()
     if options.command in ("fetch", "how", "verify") and not (options.names or options.stage or options.category):
         parser.error(f"{options.command} needs names, --stage or --category")
     return options
@@ -222,6 +220,7 @@ def show(catalogue, entries, options) -> int:
     from molmo2_nemo.fetch.inventory import as_json, listed
 
     rows = listed(entries, options.root)
+    command = partial(download_command, root=options.root, catalogue=catalogue.file)
     if options.json:
         print(as_json(rows))
         return 0
@@ -240,16 +239,16 @@ def show(catalogue, entries, options) -> int:
     if any(row.count_differs for row in rows):
         print("a / b: rows of the release / examples by the first list of stages")
     if any(row.bytes_on_disk for row in rows):
-        print("complete: by number and size of the files; python tools/download.py doctor --deep reads every byte")
+        print(f"complete: by number and size of the files; {command('doctor', '--deep')} reads every byte")
     if any(row.state in ("damaged", "changed") for row in rows):
-        print("damaged: files are missing or have another size, and doctor says which")
-        print("changed: files are newer than the fetch; doctor --deep reads all, and so does the next fetch")
+        print(f"damaged: files are missing or have another size, and {command('doctor')} says which")
+        print(f"changed: files are newer than the fetch; {command('doctor', '--deep')} reads all, and so does a fetch")
     if any(row.source in ("gated", "form", "moved", "dead") for row in rows):
-        print("gated, form, moved, dead: python tools/download.py how NAME has the page, and who found so on which day")
+        print(f"gated, form, moved, dead: {command('how', 'NAME')} has the page, and who found so on which day")
     if any(row.layout == "unverified" for row in rows):
         print("unverified: nobody has compared these entries of the catalogue with what is published")
     if any(row.terms for row in rows):
-        print("* has terms of its own: python tools/download.py how NAME")
+        print(f"* has terms of its own: {command('how', 'NAME')}")
     return 0
 
 
@@ -360,6 +359,7 @@ def fetch(catalogue, entries, options) -> int:
         options.max_side,
     )
     results, status = [], 0
+    command = partial(download_command, root=options.root, catalogue=catalogue.file)
     meter = Meter(options.max_bytes)
     for number, entry in enumerate(entries, 1):
         if layout_of(entry) == "unverified" and not entry.unsure:
@@ -377,7 +377,8 @@ def fetch(catalogue, entries, options) -> int:
             except OSError as error:
                 if isinstance(error, PermissionError):  # perhaps only of this set's folder
                     reason = (
-                        f"no right to write {error.filename or options.root}: run doctor for the command that fixes it"
+                        f"no right to write {error.filename or options.root}: {command('doctor', entry.name)} says how "
+                        "to get it"
                     )
                     result = FetchResult(entry.name, "failed", reason)
                 elif is_disk_error(error):
@@ -431,7 +432,8 @@ def check_use(result, entry, root: Path) -> None:
     note_trial(root, entry.name, works=tried.works, useless=tried.reason, **said)
     if tried.searched:
         share = f"{tried.found:,} of {tried.searched:,} annotations looked at have their media on disk"
-        warning = f"; warning: see python tools/download.py verify {entry.name}" if media_lacking(entry, said) else ""
+        verify = download_command("verify", entry.name, root=root, catalogue=entry.catalogue)
+        warning = f"; warning: see {verify}" if media_lacking(entry, said) else ""
         result.reason = "; ".join(filter(None, [result.reason, share])) + warning
         result.counts |= {"annotations_searched": tried.searched, "with_media": tried.found}
     if tried.doubt:
@@ -440,7 +442,8 @@ def check_use(result, entry, root: Path) -> None:
         result.state = "useless"
         result.reason = (
             f"complete, but none of the first {tried.rows:,} rows became a sample ({tried.reason}): compare "
-            f"{root / 'raw' / entry.name} with python tools/download.py how {entry.name}"
+            f"{root / 'raw' / entry.name} with "
+            f"{download_command('how', entry.name, root=root, catalogue=entry.catalogue)}"
         )
 
 
@@ -458,7 +461,7 @@ def show_how(catalogue, entries, options) -> int:
 def diagnose(catalogue, entries, options) -> int:
     from molmo2_nemo.fetch.inventory import as_json, doctor, state_of
 
-    problems = list(doctor(entries, options.root, options.deep, options.again))
+    problems = list(doctor(entries, options.root, options.deep))
     if options.json:
         print(as_json(problems))
         return 1 if problems else 0

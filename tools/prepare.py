@@ -20,10 +20,12 @@ import sys
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import yaml
 
+from molmo2_nemo.catalogue.commands import download_command
 from molmo2_nemo.catalogue.datasets import CONF_FILE
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.schema import UNITS
@@ -342,9 +344,12 @@ def print_stage_report(options: StageOptions, prepared: PreparedStage) -> None:
         if state.name not in unknown:
             print(f"not prepared: {state.problem}", file=sys.stderr)
     if unknown:
+        of_another = None if options.catalogue == CONF_FILE else str(options.catalogue)
+        command = partial(download_command, root=options.root or options.out, catalogue=of_another)
         print(
-            f"not fetched, {len(unknown)} of {len(states)}: {', '.join(unknown)}. tools/download_by_stage.sh "
-            f"stage{options.stage} gets what a program can; python tools/download.py how NAME says how to get others.",
+            f"not fetched, {len(unknown)} of {len(states)}: {', '.join(unknown)}. "
+            f"{command('fetch', '--stage', str(options.stage))} gets what a program can; {command('how', 'NAME')} "
+            "says how to get others.",
             file=sys.stderr,
         )
     if files and not options.quiet:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from molmo2_nemo.catalogue.commands import download_command
 from molmo2_nemo.catalogue.forms import Form, form_of
 from molmo2_nemo.paths import CONF_DIR
 
@@ -83,6 +84,10 @@ def _condition(value: str) -> str:
     return value
 
 
+def _not_in_a_file(value):
+    raise ValueError("it is no key of a catalogue: remove it")
+
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Repo = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")]
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
@@ -93,6 +98,8 @@ Layout = Annotated[str, AfterValidator(_layout)]
 HubPattern = Annotated[str, AfterValidator(_hub_pattern)]
 Columns = Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(_once)]
 Condition = Annotated[str, AfterValidator(_condition)]
+# The file of a catalogue, as the user names it. load_catalogue sets it; None: conf/datasets.yaml.
+CatalogueFile = Annotated[str | None, BeforeValidator(_not_in_a_file)]
 
 
 class _Strict(BaseModel):
@@ -261,6 +268,7 @@ class DataSet(_Strict):
     parent: str | None = None
     # What tools/prepare.py reads.
     convert: Any = None
+    catalogue: CatalogueFile = None  # that the entry is of
 
     @model_validator(mode="after")
     def _stage_1_has_a_ratio(self):
@@ -354,6 +362,7 @@ class Catalogue(_Strict):
     tracking_sub_rates: dict[str, float] = {}
     loss_weights: dict[str, str] = {}
     related_not_trained: list[dict[str, Any]] = []
+    file: CatalogueFile = None
 
     @model_validator(mode="after")
     def _entries_agree(self):
@@ -396,7 +405,7 @@ class Catalogue(_Strict):
                 close = difflib.get_close_matches(name.lower(), by_name, n=5)
                 close += [key for key in by_name if (name.lower() in key or key in name.lower()) and key not in close]
                 names = ", ".join(by_name[key].name for key in close[:5])
-                hint = f"did you mean {names}" if close else "see python tools/download.py list"
+                hint = f"did you mean {names}" if close else f"see {download_command('list', catalogue=self.file)}"
                 raise ValueError(f"there is no data set {name}: {hint}.")
             for member in entry.group_of or [entry.name]:
                 found.setdefault(member.lower(), by_name[member.lower()])
@@ -423,9 +432,13 @@ def load_catalogue(path: Path = CONF_FILE) -> Catalogue:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must be a mapping with the key datasets.")
     try:
-        return Catalogue.model_validate(values)
+        catalogue = Catalogue.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{path}: {_sentence(error.errors()[0], values)}.") from error
+    if path == CONF_FILE:
+        return catalogue
+    entries = [entry.model_copy(update={"catalogue": str(path)}) for entry in catalogue.datasets]
+    return catalogue.model_copy(update={"file": str(path), "datasets": entries})
 
 
 def _sentence(error: dict, values: dict) -> str:

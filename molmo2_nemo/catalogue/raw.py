@@ -25,6 +25,7 @@ import ijson
 from pydantic import ConfigDict, TypeAdapter, with_config
 
 from molmo2_nemo import limits
+from molmo2_nemo.catalogue.commands import download_command
 from molmo2_nemo.files import sha256_of_text
 
 # Suffixes of files in media/; the writer chooses by content.
@@ -91,10 +92,10 @@ _NOTE = TypeAdapter(FetchNote)
 
 
 class RawSource:
-    """The fetched data set `name` under the data root `root`."""
+    """The fetched data set `name` under the data root `root`. catalogue: the file of its entry, for messages."""
 
-    def __init__(self, root: Path, name: str):
-        self.name = name
+    def __init__(self, root: Path, name: str, catalogue: str | None = None):
+        self.name, self.root, self.catalogue = name, root, catalogue
         self.folder = Path(root).expanduser() / "raw" / name
 
     @cached_property
@@ -105,9 +106,8 @@ class RawSource:
         except (OSError, ValueError) as error:
             note = self.folder / "fetched.json"
             why = f" ({note} cannot be read)" if note.exists() else ""
-            raise ValueError(
-                f"{self.name} is not fetched{why}: run python tools/download.py fetch {self.name}."
-            ) from error
+            fetch = download_command("fetch", self.name, root=self.root, catalogue=self.catalogue)
+            raise ValueError(f"{self.name} is not fetched{why}: run {fetch}.") from error
 
     def files(self, split: str | None = None) -> list[Path]:
         """Annotation files of a split, or of all, in a fixed order. ValueError: there is no such split."""

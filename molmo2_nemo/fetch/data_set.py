@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from molmo2_nemo.catalogue.commands import download_command
 from molmo2_nemo.catalogue.datasets import Catalogue, DataSet
 from molmo2_nemo.catalogue.raw import (
     ROW_SUFFIXES,
@@ -416,9 +417,9 @@ class _Fetch:
         youtube = entry.media.kind == "youtube-ids" and self.counts.get("fetched")
         if missing and not youtube:
             what = entry.source.instructions or entry.media.detail or "its media"
+            how = download_command("how", entry.name, root=self.options.root, catalogue=entry.catalogue)
             self.waiting.append(
-                f"{', '.join(missing)} must be put into {self.folder / 'manual'} by hand ({what}): python "
-                f"tools/download.py how {entry.name}"
+                f"{', '.join(missing)} must be put into {self.folder / 'manual'} by hand ({what}): {how}"
             )
         if entry.source.kind == "manual":
             rows = manual_annotations(entry, self.folder)

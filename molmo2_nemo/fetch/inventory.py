@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from molmo2_nemo.catalogue.commands import download_command
 from molmo2_nemo.catalogue.datasets import DataSet
 from molmo2_nemo.catalogue.raw import read_note
 from molmo2_nemo.fetch.hub import page, pinned
@@ -161,10 +162,10 @@ def _same_license(license: str, wanted: str) -> bool:
     return license == wanted or (rest is not None and rest.replace(".", "").isdigit())
 
 
-def doctor(entries: list[DataSet], root: Path, deep: bool = False, options: str = "") -> Iterator[Problem]:
+def doctor(entries: list[DataSet], root: Path, deep: bool = False) -> Iterator[Problem]:
     """What is broken or missing of the data sets that are there, complete or in part.
 
-    deep: read every byte. options: what the commands of fixes need beside the set's name, such as "--root /data".
+    deep: read every byte.
     """
     for package, fix in (("pyarrow", "pip install pyarrow"), ("aiohttp", "pip install aiohttp")):
         if importlib.util.find_spec(package) is None:
@@ -179,7 +180,7 @@ def doctor(entries: list[DataSet], root: Path, deep: bool = False, options: str 
         yield Problem("-", f"only {free / GB:.1f} GB are free under {root}", "export DATA_ROOT=/a/larger/disk")
     for entry in entries:
         try:
-            yield from _of_set(entry, root, deep, options)
+            yield from _of_set(entry, root, deep)
         except OSError as error:
             path = Path(error.filename or root / "raw" / entry.name)
             what = f"{path} cannot be read ({error.strerror or error})"
@@ -214,15 +215,18 @@ def _own(path: Path) -> str:
     return fix if path.stat().st_uid == os.getuid() else f"sudo chown -R $(id -u) {there} && {fix}"
 
 
+def _command(verb: str, entry: DataSet, root: Path) -> str:
+    return download_command(verb, entry.name, root=root, catalogue=entry.catalogue)
+
+
 def _move_away(path: Path) -> str:
     return f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}"
 
 
-def _of_set(entry: DataSet, root: Path, deep: bool, options: str) -> Iterator[Problem]:
+def _of_set(entry: DataSet, root: Path, deep: bool) -> Iterator[Problem]:
     """Problems of one set. OSError: something of it cannot be read."""
     folder = root / "raw" / entry.name
-    verbs = ("fetch", "how", "verify")
-    fetch, how, verify = (f"python tools/download.py {verb} {entry.name}{options}" for verb in verbs)
+    fetch, how, verify = (_command(verb, entry, root) for verb in ("fetch", "how", "verify"))
     if not folder.is_dir():
         if folder.is_symlink() or folder.exists():
             yield Problem(entry.name, f"{folder} is not a folder but a file or a broken link", _move_away(folder))
@@ -305,6 +309,7 @@ def how(entry: DataSet, root: Path, of_media: DataSet | None = None) -> str:
     of_media: the entry that media_of names.
     """
     source, media, folder = entry.source, entry.media, root / "raw" / entry.name
+    fetch = _command("fetch", entry, root)
     lines = [f"# {entry.name}", ""]
     lines += [
         f"{key}: {value}"
@@ -327,10 +332,10 @@ def how(entry: DataSet, root: Path, of_media: DataSet | None = None) -> str:
     if entry.unsure:
         lines += [f"Not fetched: {entry.unsure}."]
     elif source.kind == "hf":
-        lines += [f"`python tools/download.py fetch {entry.name}` gets them from {page(source.hf.repo)}."]
+        lines += [f"`{fetch}` gets them from {page(source.hf.repo)}."]
     elif source.kind == "url":
         lines += [
-            f"`python tools/download.py fetch {entry.name}` gets them from:",
+            f"`{fetch}` gets them from:",
             *(f"- {url}" for url in source.urls),
         ]
     else:
@@ -364,7 +369,7 @@ def how(entry: DataSet, root: Path, of_media: DataSet | None = None) -> str:
             ]
         lines += [
             "",
-            f"Then `python tools/download.py fetch {entry.name}` registers it, and `doctor` checks it.",
+            f"Then `{fetch}` registers it, and `{_command('doctor', entry, root)}` checks it.",
         ]
     return "\n".join(lines) + "\n"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from molmo2_nemo.catalogue.commands import download_command
 from molmo2_nemo.catalogue.datasets import Catalogue, DataSet
 from molmo2_nemo.catalogue.mixture import blend_of, rounds
 from molmo2_nemo.catalogue.raw import read_note, size_on_disk
@@ -148,12 +149,15 @@ def plan_downloads(
     def is_counted(entry: DataSet) -> bool:
         return entry.by_hand and entry.media_of in got
 
+    def command(verb: str, entry: DataSet, *more: str) -> str:
+        return download_command(verb, entry.name, *more, root=root, catalogue=entry.catalogue)
+
     for entry in entries:
         size, state, there = size_of(entry, max_side), state_of(entry, root), _bytes_there(root, entry)
         if entry.unsure:
             planned.append(row(entry, "refused", Size(0, False, 0, False), entry.unsure))
         elif state in ("complete", "useless", "changed"):
-            why = "changed since its fetch: python tools/download.py doctor --deep" if state == "changed" else state
+            why = f"changed since its fetch: {command('doctor', entry, '--deep')}" if state == "changed" else state
             planned.append(row(entry, "there", Size(there, False, 0, False), why))
             got.add(entry.name)
             archives.update(entry.media.urls)
@@ -171,7 +175,7 @@ def plan_downloads(
     got.update(entry.name for entry, _ in manual)
     for entry, size in manual:
         size = replace(size, by_hand=0, by_hand_estimated=False, source="") if is_counted(entry) else size
-        planned.append(row(entry, "by hand", size, f"python tools/download.py how {entry.name}"))
+        planned.append(row(entry, "by hand", size, command("how", entry)))
     ready.sort(key=lambda item: (-_worth(item[0]) / max(cost(item[1]), 1e6), item[0].name))
     left, chosen = budget, []
     for entry, size in _after_those_of_their_media(ready):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from molmo2_nemo.catalogue.commands import download_command
 from molmo2_nemo.catalogue.raw import RawSource, size_on_disk
 from molmo2_nemo.prepare.code_hash import code_hash
 from molmo2_nemo.prepare.converters import converter_of
@@ -72,14 +73,16 @@ def make_plan(entry: dict, root: Path, out: Path, num_shards: int, partial: bool
     A sample (fetch --limit) counts as whole.
     """
     converter_of(entry)
-    name, raw = entry["name"], RawSource(root, entry["name"])
+    name, raw = entry["name"], RawSource(root, entry["name"], entry.get("catalogue"))
     info = raw.info
+    place = {"root": root, "catalogue": entry.get("catalogue")}
     if info.get("stopped"):
-        raise ValueError(f"{name} is not fetched to its end ({info['stopped']}): run tools/download.py fetch {name}.")
+        fetch = download_command("fetch", name, **place)
+        raise ValueError(f"{name} is not fetched to its end ({info['stopped']}): run {fetch}.")
     if info.get("complete") is False and info.get("waiting") and not partial:
         raise ValueError(
-            f"{name} is fetched in part ({'; '.join(info['waiting'])}): see tools/download.py doctor, or take what is "
-            "there with --partial."
+            f"{name} is fetched in part ({'; '.join(info['waiting'])}): see "
+            f"{download_command('doctor', name, **place)}, or take what is there with --partial."
         )
     expected = expected_samples(entry, info)
     num_train = min(num_shards, math.ceil(expected / MIN_SAMPLES))

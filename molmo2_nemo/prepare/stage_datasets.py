@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from molmo2_nemo.catalogue.commands import download_command
 from molmo2_nemo.catalogue.datasets import CONF_FILE, Catalogue, DataSet, load_catalogue
 from molmo2_nemo.catalogue.raw import RawSource, size_on_disk
 from molmo2_nemo.fetch.inventory import with_license
@@ -312,7 +313,8 @@ def run(states: list[DatasetState], pool: ProcessPoolExecutor, options: StageOpt
 def refused(plan: ShardPlan, options: StageOptions) -> str | None:
     """Why a set is not prepared, by a sample of it: a sentence, or None."""
     found = take(plan.entry, plan.root, partial=options.partial)
-    return refusal(found, plan.name, options.max_dropped)
+    verify = download_command("verify", plan.name, root=plan.root, catalogue=plan.entry.get("catalogue"))
+    return refusal(found, plan.name, options.max_dropped, verify)
 
 
 def spool_with_bar(plan: ShardPlan, folder: Path, shards: list[str], line: int, quiet: bool) -> None:

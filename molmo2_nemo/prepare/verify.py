@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from molmo2_nemo.catalogue.commands import download_command
 from molmo2_nemo.catalogue.datasets import DataSet
 from molmo2_nemo.catalogue.raw import ROW_SUFFIXES, RawSource, read_rows
 from molmo2_nemo.fetch.journal import Journal
@@ -114,7 +115,7 @@ def take(entry: dict, root: Path, wanted: int = SAMPLES, partial: bool = False) 
 
     partial: media that were not fetched are not counted as lost. ValueError, one sentence: it cannot be read at all.
     """
-    raw, found = RawSource(root, entry["name"]), Sampled()
+    raw, found = RawSource(root, entry["name"], entry.get("catalogue")), Sampled()
     converter_of(entry)
     rows = list(islice((results for results in converted(entry, raw) if results), wanted * ROWS_A_SAMPLE))
     chosen = rows if len(rows) <= wanted else [rows[len(rows) * k // wanted] for k in range(wanted)]
@@ -170,8 +171,11 @@ def _points(draft: Draft) -> Iterator[list]:
             yield from points
 
 
-def refusal(found: Sampled, name: str, most: float) -> str | None:
-    """A sentence, if the sample of a set loses more than the share `most`, or its unit is doubted; None: neither."""
+def refusal(found: Sampled, name: str, most: float, verify: str | None = None) -> str | None:
+    """A sentence, if the sample of a set loses more than the share `most`, or its unit is doubted; None: neither.
+
+    verify: the command that shows more.
+    """
     if doubt := found.doubt(most):
         enough = "a larger --max-dropped" if found.coordinates.doubt is None else "--max-dropped 1"
         return f"{name} does not fit: {doubt}, or take it as it is with {enough}"
@@ -180,8 +184,8 @@ def refusal(found: Sampled, name: str, most: float) -> str | None:
     lost = sum(found.lost.values())
     return (
         f"{name} loses {found.share_lost:.0%} of a sample ({lost:,} of {lost + found.kept:,} annotations), more than "
-        f"--max-dropped {most:g} ({found.reasons}): see python tools/download.py verify {name}, or take what is left "
-        "with a larger --max-dropped"
+        f"--max-dropped {most:g} ({found.reasons}): see {verify or download_command('verify', name)}, or take what "
+        "is left with a larger --max-dropped"
     )
 
 

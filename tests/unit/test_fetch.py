@@ -509,7 +509,7 @@ def test_a_set_by_hand_waits_for_its_files_and_doctor_looks_at_them(tmp_path):
     assert result.state == "by hand" and "train.json, videos/*.mp4 must be put into" in result.reason
     sets = load_catalogue(tmp_path / "datasets.yaml").sets
     problem = list(doctor(sets, tmp_path))[0]
-    assert "manual/ lacks train.json, videos/*.mp4" in problem.what and problem.fix.endswith("download.py how mine")
+    assert "manual/ lacks train.json, videos/*.mp4" in problem.what and "download.py how mine --root" in problem.fix
     manual = tmp_path / "raw/mine/manual"
     (manual / "videos").mkdir(parents=True)
     (manual / "train.json").write_text('[{"q": 1}]')

@@ -1,9 +1,11 @@
 """What a fetch says of columns and media that are not there, and `list` and `plan` of files that changed."""
 
 import os
+import re
 import time
 
 import download
+import prepare
 import pytest
 from fetch_servers import Repo, picture
 from programs import run
@@ -88,7 +90,7 @@ def test_list_and_plan_do_not_call_complete_what_is_missing_or_changed(mine, nam
         assert row.action == "fetch" and row.gigabytes < 1e-4 and "missing or have another size" in row.why
         assert list(doctor(catalogue.sets, root))
     else:
-        assert row.action == "there" and "doctor --deep" in row.why
+        assert row.action == "there" and "doctor mine --deep" in row.why
 
 
 def test_what_is_newer_is_read_by_the_next_fetch_and_fetched_again_if_its_bytes_differ(mine, hub):  # noqa: F811
@@ -96,7 +98,7 @@ def test_what_is_newer_is_read_by_the_next_fetch_and_fetched_again_if_its_bytes_
     rows = folder / "hub/train.jsonl"
     whole = rows.read_bytes()
     [same] = catalogue.datasets
-    same = same.model_dump(mode="json", exclude_none=True)
+    same = same.model_dump(mode="json", exclude_none=True, exclude={"catalogue"})
     for changed in (whole, whole.replace(b"ok", b"OK")):
         rows.write_bytes(changed)
         _touch_later(rows)
@@ -168,3 +170,40 @@ def test_media_of_another_set_are_taken_by_the_link_that_how_names(hub, tmp_path
     assert download.main(["fetch", "mine", "--quiet", *where]) == 0
     assert "3 of 3 annotations looked at have their media on disk" in capsys.readouterr().out
     assert download.main(["doctor", "mine", *where]) == 0
+
+
+def test_commands_that_are_printed_mean_the_same_files(hub, tmp_path, capsys):  # noqa: F811
+    """Whatever says `python tools/download.py ...` says the root and the catalogue that were given, too."""
+    rows = [{"image": f"{number}.jpg", "question": "Q?", "answer": "A"} for number in range(3)]
+    hub.repos["me/mine"] = Repo({"train.jsonl": lines(rows)})
+    file = write_catalogue(tmp_path, entry(media={"kind": "manual", "layout": ["**/*.jpg"]}, **ASKED))
+    where = ["--catalogue", str(file), "--root", str(tmp_path)]
+    found = set()
+
+    def follow(*arguments: str, program=download.main) -> None:
+        try:
+            program([*arguments, *where])
+        except SystemExit as end:
+            print(end)
+        said = capsys.readouterr()
+        for command in re.findall(r"python tools/download\.py ([\w./ -]+)", said.out + said.err):
+            words = command.rstrip(" .").split()
+            options = words[words.index("--root") :]
+            assert options[:4] == ["--root", str(tmp_path), "--catalogue", str(file)], command
+            found.add(words[0])
+
+    prepared = ("--stage", "2", "--out", str(tmp_path / "out"), "--no-room-check")
+    (tmp_path / "out").mkdir()
+    follow(*prepared, program=prepare.main_stage)  # not fetched
+    assert found == {"fetch", "how"}
+    for command in (["fetch", "mine", "--quiet"], ["how", "mine"], ["list"], ["doctor"]):
+        follow(*command)
+    found.clear()
+    follow(*prepared, "mine", program=prepare.main_stage)  # fetched in part
+    assert found == {"doctor", "how"}
+    (tmp_path / "raw/mine/manual").mkdir()
+    (tmp_path / "raw/mine/manual/0.jpg").write_bytes(picture(0))
+    for command in (["fetch", "mine", "--quiet"], ["how", "mine"], ["list"], ["doctor"]):
+        follow(*command)
+    follow(*prepared, "mine", program=prepare.main_stage)  # 2 of 3 pictures are not there
+    assert found == {"doctor", "how", "fetch", "verify"}
