@@ -29,6 +29,7 @@ KEYS = {
     "llm_lr": "optim.llm.lr",
     "freeze_llm": "optim.llm.freeze",
     "freeze_vit": "optim.vit.freeze",
+    "freeze_vision": "optim.vit.freeze",
     "freeze_vision_tower": "optim.vit.freeze",
     "freeze_aligner": "optim.connector.freeze",
     "freeze_connector": "optim.connector.freeze",
@@ -180,8 +181,13 @@ KEYS = {
     "seed": "train.seed",
     "model": "model",
     "hardware": "hardware",
+    "schedule": "schedule",
 }
-RESUME = "for a run that goes on the same command with the same run_dir, for its weights alone train.init_from=FOLDER"
+RESUME = (
+    "run the same command with the same run_dir: it goes on by itself; to take its weights alone: "
+    "train.init_from=FOLDER"
+)
+ACCUMULATION = "use train.global_batch_size and train.micro_batch_size, from which it follows"
 NO_LORA = "there is no LoRA here: freeze parts with optim.llm.freeze=true or optim.vit.freeze=true"
 TRACKERS = "TensorBoard's files are always written, and train.wandb_project=NAME writes to Weights & Biases"
 OF_BLEND = "the weights of the sources are in a blend: data.blend=FILE, docs/own_data.md has its form"
@@ -194,7 +200,7 @@ OF_CROPS = "use data.max_crops_per_image, of 378 x 378 pixels each"
 # Names for which there are several settings, or none, or a run does it by itself.
 WORDS = {
     "fp16": "use train.precision=bf16, since fp16 is not trained in",
-    "gradient_accumulation_steps": "use train.global_batch_size and train.micro_batch_size, from which it follows",
+    **dict.fromkeys(("gradient_accumulation_steps", "gradient_accumulation"), ACCUMULATION),
     **dict.fromkeys(("resume", "load", "resume_from_checkpoint"), RESUME),
     **dict.fromkeys(("num_train_epochs", "epochs"), "use train.max_steps, since a blend has no epochs"),
     **dict.fromkeys(("num_gpus", "gpus"), "start it as torchrun --nproc-per-node N recipes/..."),
@@ -277,7 +283,7 @@ OTHER_SWITCHES = (
     "transformer.tp_comm_overlap",
     "train.async_checkpoint",
 )
-GROUPS = ("model", "hardware")  # folders of conf/ of which a file is chosen
+GROUPS = ("model", "hardware", "schedule")  # folders of conf/ of which a file is chosen
 SWITCHES = {
     "bf16": ("train.precision=bf16", "train.precision=fp32"),
     "fp8": ("train.precision=fp8", "train.precision=bf16"),

@@ -388,6 +388,7 @@ def test_options_of_other_trainers_are_answered_and_keys_in_answers_are_those_of
     [
         ("--lr-decay-style=inverse-square-root", "use optim.decay=NAME, which is one of cosine, linear, constant"),
         ("--model=Qwen/Qwen3-8B", "use model=NAME, which is one of hf, molmo2_4b"),
+        ("--schedule=reprot", "use schedule=NAME, which is one of quickstart, report, seed"),
         ("--torch_dtype=float16", "use train.precision=NAME, which is one of auto, fp32, bf16, fp8"),
     ],
 )
@@ -403,7 +404,10 @@ def test_every_advised_key_is_one_of_the_configuration_and_what_hydra_takes_pass
     assert keys - of_megatron <= {*flags.types_of_keys(), *groups}
     command_line.refuse_unknown_overrides([pair for both in flags.SWITCHES.values() for pair in both])
     for option, words in (
-        ("--resume_from_checkpoint=x", "the same command with the same run_dir"),
+        ("--resume_from_checkpoint=x", "dashes: run the same command with the same run_dir: it goes on by itself; to"),
+        ("--schedule=report", "use schedule=report"),
+        ("--freeze_vision", "use optim.vit.freeze=true"),
+        ("--gradient-accumulation=4", "use train.global_batch_size and train.micro_batch_size"),
         ("--lora_rank=8", "there is no LoRA here"),
         ("--train_type=lora", "there is no LoRA here"),
         ("--report_to=wandb", "train.wandb_project=NAME"),
