@@ -88,7 +88,14 @@ def _not_in_a_file(value):
     raise ValueError("it is no key of a catalogue: remove it")
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+def _not_of_the_data_root(value: str) -> str:
+    """A name. ValueError: the data root has files of its own of this name."""
+    if re.fullmatch(r"raw|revisions\.json|stage[123].*\.(yaml|json|txt)", value.lower()):
+        raise ValueError(f"{value} is a name that the data root has for files of its own: choose another one")
+    return value
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"), AfterValidator(_not_of_the_data_root)]
 Repo = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")]
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+")]

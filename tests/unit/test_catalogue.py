@@ -60,6 +60,8 @@ def test_one_entry_is_enough(tmp_path):
         ({"stages": [1]}, "needs the key ratio"),
         ({"stages": [4]}, "stages.0=4"),
         ({"name": "../up"}, "name='../up'"),
+        ({"name": "Raw"}, "data set Raw is a name that the data root has for files of its own"),
+        ({"name": "stage2.yaml"}, "stage2.yaml is a name that the data root has"),
         ({"name": None}, "entry 1 of datasets has name=None"),
         ({"counts": {"sed": 3}}, "counts.sed='sed': it should be 'seed', "),
         ({"counts": {"seed": "3k"}}, "counts.seed='3k' is no number"),
