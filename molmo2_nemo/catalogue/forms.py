@@ -112,6 +112,12 @@ def form_of(name: str, fields: dict | None, convert, media_kind: str) -> Form | 
             f"{name} has media.kind={media_kind}, and none of its fields ({', '.join(fields)}) is known to hold "
             "pictures or videos: name it in convert.columns, as {image: COLUMN}, {images: COLUMN} or {video: COLUMN}"
         )
+    if columns["video"] and ("start" in fields) != ("end" in fields):
+        there, absent = ("start", "end") if "start" in fields else ("end", "start")
+        raise ValueError(
+            f"{name} has the field {there} and no field {absent}: a clip of a video needs both, in seconds; add "
+            f"{absent}, or remove {there} for whole videos"
+        )
     found = Form(kind, columns, form.get("style"), form.get("unit", "fraction"))
     twice = [column for column in found.needed if found.needed.count(column) > 1]
     if twice:

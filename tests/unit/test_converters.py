@@ -352,6 +352,13 @@ def test_an_own_set_of_a_known_form_needs_only_its_entry():
     assert draft.branches[0] == {"task": "question", "question": "Q?", "answers": ["A", "A", "B"], "style": "s"}
     with pytest.raises(ValueError, match="needs the column answer"):
         drafts({"question": "Q?"}, convert={"kind": "question"})
+    clip = {"video": "v.mp4", "question": "Q?", "answer": "A", "start": 1.5, "end": 4}
+    [draft] = drafts(clip)
+    assert (draft.video.start, draft.video.end) == (1.5, 4)
+    with pytest.raises(ValueError, match="needs start and end, and the row has one"):
+        drafts(clip | {"end": None})
+    with pytest.raises(ValueError, match="has the field start and no field end: a clip of a video needs both"):
+        drafts({key: value for key, value in clip.items() if key != "end"})
     with pytest.raises(ValueError, match="are those of no known form"):
         drafts({"foo": 1})
     with pytest.raises(ValueError, match="one of chat, pointing"):

@@ -76,7 +76,13 @@ def _images(get) -> list:
 
 
 def _video(row: dict, get) -> Clip | None:
-    return clip(str(get("video")), row.get("start"), row.get("end")) if get("video") else None
+    """The video, or a clip of it. ValueError: the row has only one of the clip's start and end."""
+    if not get("video"):
+        return None
+    start, end = row.get("start"), row.get("end")
+    if (start is None) != (end is None):
+        raise ValueError("a clip needs start and end, and the row has one of them")
+    return clip(str(get("video")), start, end)
 
 
 def _index(answer, options: list) -> int:
