@@ -8,7 +8,7 @@ chat        messages, a list of {role, content}
 pointing    label, points ([{x, y}, ...] or {x: [...], y: [...]})
 
 and one of image (bytes of a parquet file, an address or a file's name), images (a list), video (with start and end in
-seconds, if there are such columns), or none of them.
+seconds, if there are such columns), or none of them. A list may be JSON text, as in a cell of CSV.
 """
 
 import difflib

@@ -352,6 +352,15 @@ def test_an_own_set_of_a_known_form_needs_only_its_entry():
     assert draft.branches[0] == {"task": "question", "question": "Q?", "answers": ["A", "A", "B"], "style": "s"}
     with pytest.raises(ValueError, match="needs the column answer"):
         drafts({"question": "Q?"}, convert={"kind": "question"})
+    asked = {"image": "a.jpg", "question": "Q?", "options": '["x", "y, z"]', "answer": "B"}
+    [draft] = drafts(asked)  # a cell of CSV
+    assert answer(draft.branches[0]) == "y, z"
+    for text in ("x, y", '"xy"', '{"x": 1}', "["):
+        with pytest.raises(ValueError, match="options is text, it must be a list"):
+            drafts(asked | {"options": text})
+    for text in ('[{"x": 3, "y": 4}]', '{"x": [3], "y": [4]}', "[[3, 4]]"):
+        [draft] = drafts({"image_url": "u", "label": "cat", "points": text})
+        assert draft.branches[0]["points"] == [[1, [[3.0, 4.0]]]]
     clip = {"video": "v.mp4", "question": "Q?", "answer": "A", "start": 1.5, "end": 4}
     [draft] = drafts(clip)
     assert (draft.video.start, draft.video.end) == (1.5, 4)

@@ -10,6 +10,7 @@
 says what a column is called here, such as {question: query}: molmo2_nemo/catalogue/forms.py has the kinds.
 """
 
+import json
 from collections.abc import Iterator
 from functools import partial
 
@@ -50,14 +51,16 @@ def convert(row: dict, form: Form) -> Iterator[Draft]:
     if kind == "question":
         branch = question(get("question"), get("answer"), style or "user_qa", get("explanation"))
     elif kind == "choice":
-        options = list(get("options"))
+        options = list(_listed("options", get("options")))
         branch = choice(get("question"), options, _index(get("answer"), options), style or "")
     elif kind == "caption":
         branch = caption(get("caption"), style or ("video_long_caption" if video else "long_caption"))
     elif kind == "pointing":
-        branch = pointing(get("label"), [[1, xy(get("points"))]], style or ["pointing", "point_count"])
+        branch = pointing(
+            get("label"), [[1, xy(_listed("points", get("points")))]], style or ["pointing", "point_count"]
+        )
     else:
-        branch = _chat(get("messages"), style or ("user_qa" if images or video else "text_sft"))
+        branch = _chat(_listed("messages", get("messages")), style or ("user_qa" if images or video else "text_sft"))
     branch = {key: value for key, value in branch.items() if value != ""}
     yield Draft(
         [branch],
@@ -69,8 +72,26 @@ def convert(row: dict, form: Form) -> Iterator[Draft]:
     )
 
 
+def _listed(column: str, value):
+    """A list, which a cell of CSV has as JSON text. ValueError: it is other text.
+
+    Points may be {x: [...], y: [...]}.
+    """
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return []
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) and not (column == "points" and isinstance(found, dict)):
+        raise ValueError(f"{column} is text, it must be a list")
+    return found
+
+
 def _images(get) -> list:
-    if value := get("images"):
+    if value := _listed("images", get("images")):
         return [image_of(image) for image in value]
     return [image_of(get("image"))] if get("image") else []
 
