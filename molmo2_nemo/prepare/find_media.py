@@ -1,14 +1,15 @@
 """Where the pictures, videos and folders of frames that a row names are below a raw folder."""
 
 import os
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from molmo2_nemo.catalogue.raw import RawSource
+from molmo2_nemo.catalogue.raw import MAX_FOLDERS, RawSource
 from molmo2_nemo.limits import VIDEO_SUFFIXES
 
 ABSENT = "its picture or video is not on disk"
-SEVERAL = "several files have the name of its video"
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 # Folders inside of a video's folder that hold its frames: LaSOT, WebUAV and LaTOT have img, TNL2K, TNLLT and VastTrack
 # imgs, DanceTrack, MOT, SoccerNet and SportsMOT img1 (allenai/molmo2 at f3cb108:
@@ -24,7 +25,6 @@ class Dropped(ValueError):
 
 def find_media(names: str | list[str], raw: RawSource) -> Path:
     """The first of the names that is on disk. Dropped: none is, or several files could be meant."""
-    several = False
     for name in [names] if isinstance(names, str) else names:
         if name.startswith("./"):
             inside = PurePosixPath(name).parts
@@ -34,13 +34,35 @@ def find_media(names: str | list[str], raw: RawSource) -> Path:
             path = raw.media(name)
         if path is not None:
             return path
+    several = []
     for name in [names] if isinstance(names, str) else names:
         if name.lower().endswith(VIDEO_SUFFIXES) and "://" not in name:
             found = _ending_with(name, raw)
             if len(found) == 1:
                 return found[0]
-            several |= len(found) > 1
-    raise Dropped(SEVERAL if several else ABSENT)
+            several = several or found
+        elif name.lower().endswith(PICTURE_SUFFIXES) and "://" not in name:
+            several = several or _pictures_ending_with(name, raw)
+    raise Dropped(_several(several, raw) if len(several) > 1 else ABSENT)
+
+
+def _pictures_ending_with(name: str, raw: RawSource) -> list[Path]:
+    """The pictures whose path ends with the name; none where there are more than MAX_FOLDERS folders to look into."""
+    parts = PurePosixPath(name).parts
+    folders = _folders(str(raw.folder))
+    if ".." in parts or parts[0] == "/" or len(folders) > MAX_FOLDERS:
+        return []
+    return [path for folder in folders if (path := Path(folder, *parts)).is_file()]
+
+
+def _several(found: list[Path], raw: RawSource) -> str:
+    """The reason; it names folders and no files, so that it is the same for all rows that have it."""
+    folders = sorted({"/".join(path.relative_to(raw.folder).parts[:-1][:3]) for path in found})
+    more = f" and {len(folders) - 3} more" if len(folders) > 3 else ""
+    return (
+        f"several files end with the name of its picture or video, below {', '.join(folders[:3])}{more}: rows must "
+        "name the folder, too"
+    )
 
 
 def find_frames(names: list[str], raw: RawSource) -> list[Path]:
@@ -97,20 +119,28 @@ def _key(name: str) -> str:
 
 @lru_cache(maxsize=2)
 def _places(folder: str) -> dict[str, list[str]]:
-    """Key of a name -> paths of the videos and folders of what was fetched, unpacked or put there by hand.
-
-    Links are followed to the archives that several sets share, and not inside.
-    """
+    """Key of a name -> paths of the videos and folders of what was fetched, unpacked or put there by hand."""
     places: dict[str, list[str]] = {}
+    for directory, folders, files in _walk(folder):
+        for name in folders + [file for file in files if file.lower().endswith(VIDEO_SUFFIXES)]:
+            path = os.path.relpath(os.path.join(directory, name), folder)
+            places.setdefault(_key(name), []).append(path)
+    return places
+
+
+@lru_cache(maxsize=2)
+def _folders(folder: str) -> list[str]:
+    """The first MAX_FOLDERS + 1 folders of what was fetched, unpacked or put there by hand."""
+    return sorted(islice((directory for directory, _, _ in _walk(folder)), MAX_FOLDERS + 1))
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk. Links are followed to the archives that several sets share, and not inside."""
     for top in ("hub", "extracted", "manual"):
         home = os.path.join(folder, top)
         shared = [os.path.join(home, name) for name in _names_in(home) if os.path.islink(os.path.join(home, name))]
         for start in (home, *sorted(shared)):
-            for directory, folders, files in os.walk(start):
-                for name in folders + [file for file in files if file.lower().endswith(VIDEO_SUFFIXES)]:
-                    path = os.path.relpath(os.path.join(directory, name), folder)
-                    places.setdefault(_key(name), []).append(path)
-    return places
+            yield from os.walk(start)
 
 
 def _names_in(folder: str) -> list[str]:

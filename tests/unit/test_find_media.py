@@ -1,6 +1,7 @@
 """Where the files that a row names are found, and at which rate frames are taken."""
 
 import json
+from pathlib import Path
 
 import pytest
 from published_sets import video_file
@@ -31,9 +32,21 @@ def test_suffixes_are_compared_without_case_and_videos_below_hub_are_found(raw):
     assert find_media(["P01_01.mp4"], source).name == "P01_01.MP4"
     assert find_media(["videos/P01_01.mp4"], source).name == "P01_01.MP4"
     assert find_media(["b.mp4"], source).parts[-3:] == ("train", "videos", "b.mp4")
-    with pytest.raises(Dropped, match="not on disk"):
+    with pytest.raises(Dropped, match="several files end with .* below hub/one, hub/two: rows must name the folder"):
         find_media(["c.mp4"], source)  # of two, none is taken
     assert find_media(["two/c.mp4"], source).parts[-2] == "two"
+
+
+def test_a_name_of_several_pictures_is_told_with_their_folders(raw, tmp_path, monkeypatch):
+    raw("extracted/images/train/0.jpg", "extracted/images/test/0.jpg", "extracted/images/test/1.jpg")
+    monkeypatch.chdir(tmp_path)
+    source = RawSource(Path("."), "any")
+    with pytest.raises(Dropped, match="several files .* below extracted/images/test, extracted/images/train: rows"):
+        find_media("0.jpg", source)
+    assert find_media("test/0.jpg", source).parts[-2] == "test"
+    for name in ("1.jpg", "2.jpg", "../0.jpg"):
+        with pytest.raises(Dropped, match="not on disk"):
+            find_media(name, source)
 
 
 def test_frames_of_a_name_are_those_of_one_folder(raw):
