@@ -57,17 +57,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     shared.add_argument("--root", type=Path, default=None, help="data root (default: DATA_ROOT, else data)")
     shared.add_argument("--catalogue", type=Path, default=CONF_FILE, help="another catalogue than conf/datasets.yaml")
     shared.add_argument("--json", action="store_true", help="print JSON")
-    choice = argparse.ArgumentParser(add_help=False)
-    choice.add_argument("names", nargs="*", metavar="NAME", help="data sets (default: all of the stage, or all)")
-    choice.add_argument("--stage", type=int, choices=(1, 2, 3), help="data sets of a stage")
-    choice.add_argument("--category", choices=CATEGORIES, help="data sets of a category")
-    choice.add_argument(
-        "--only-license",
-        nargs="+",
-        metavar="LICENSE",
-        help="data sets under one of these licences, such as odc-by cc-by",
-    )
-    both = [shared, choice]
+    both = [shared, choice_of_sets("default: all, or what the options select")]
+    named = [shared, choice_of_sets("needed, unless --stage or --category selects them")]
     commands.add_parser("list", parents=both, help="data sets and their state")
     planning = commands.add_parser("plan", parents=both, help="what fits in a budget, in which order, how long")
     planning.add_argument("--budget", type=size, help="bytes, such as 500GB or 1TB (default: the free space)")
@@ -82,11 +73,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     planning.add_argument(
         "--speed", type=size, metavar="BYTES/S", help="such as 50MB (default: as measured by earlier fetches)"
     )
-    fetching = commands.add_parser("fetch", parents=both, help="download data sets")
+    fetching = commands.add_parser("fetch", parents=named, help="download data sets")
     add_fetch_options(fetching)
-    commands.add_parser("how", parents=both, help="what you have to provide, and where it goes")
+    commands.add_parser("how", parents=named, help="what you have to provide, and where it goes")
     trying = commands.add_parser(
-        "verify", parents=both, help="make samples of what is on disk, and say what does not fit"
+        "verify", parents=named, help="make samples of what is on disk, and say what does not fit"
     )
     trying.add_argument("--samples", type=positive, default=50, help="of each set (default %(default)s)")
     trying.add_argument(
@@ -107,6 +98,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.command in ("fetch", "how", "verify") and not (options.names or options.stage or options.category):
         parser.error(f"{options.command} needs names, --stage or --category")
     return options
+
+
+def choice_of_sets(without: str) -> argparse.ArgumentParser:
+    """The options that select data sets. without: what the help says of no names."""
+    choice = argparse.ArgumentParser(add_help=False)
+    choice.add_argument("names", nargs="*", metavar="NAME", help=f"data sets ({without})")
+    choice.add_argument("--stage", type=int, choices=(1, 2, 3), help="data sets of a stage")
+    choice.add_argument("--category", choices=CATEGORIES, help="data sets of a category")
+    choice.add_argument(
+        "--only-license",
+        nargs="+",
+        metavar="LICENSE",
+        help="data sets under one of these licences, such as odc-by cc-by",
+    )
+    return choice
 
 
 def add_fetch_options(fetching: argparse.ArgumentParser) -> None:

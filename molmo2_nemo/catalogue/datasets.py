@@ -183,6 +183,8 @@ class MediaSource(_Strict):
     def _has_its_columns(self):
         if self.kind == "url-list" and not self.columns:
             raise ValueError("kind url-list needs the key columns")
+        if self.kind == "archive" and self.hf and not self.hf.files:
+            raise ValueError("kind archive in a repository needs the key hf.files: name the archives, as [images.zip]")
         if self.sha256 and len(self.columns) != 1:
             raise ValueError("sha256 names the hash of one column of addresses")
         return self

@@ -56,6 +56,10 @@ def test_one_entry_is_enough(tmp_path):
         ({"source": {"kind": "hf", "hf": {"repo": "no-owner"}}}, "source.hf.repo='no-owner'"),
         ({"source": {"kind": "hf", "hf": {"repo": "a/b", "revision": "main"}}}, "source.hf.revision='main'"),
         ({"media": {"kind": "url-list"}}, "kind url-list needs the key columns"),
+        (
+            {"media": {"kind": "archive", "hf": {"repo": "a/b"}}},
+            "kind archive in a repository needs the key hf.files",
+        ),
         ({"media": {"kind": "cd-rom"}}, "media.kind='cd-rom'"),
         ({"stages": [1]}, "needs the key ratio"),
         ({"stages": [4]}, "stages.0=4"),
@@ -411,3 +415,20 @@ def test_json_is_a_list_of_objects(tmp_path, capsys, monkeypatch):
         main([*words.split(), "--json", "--root", str(tmp_path)])
         values = json.loads(capsys.readouterr().out)
         assert isinstance(values, list) and all(isinstance(value, dict) for value in values), words
+
+
+def test_the_help_says_which_commands_need_names(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    import download
+
+    for command in ("list", "plan", "doctor", "fetch", "how", "verify"):
+        with pytest.raises(SystemExit):
+            download.main([command, "--help"])
+        needed = "needed, unless --stage or --category" in " ".join(capsys.readouterr().out.split())
+        try:
+            download.parse([command])
+        except SystemExit:
+            assert needed, command
+        else:
+            assert not needed, command
+        capsys.readouterr()
