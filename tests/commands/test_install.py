@@ -96,7 +96,7 @@ def test_training_data_are_inspected(installed):
 
 def test_the_advice_names_what_the_extra_installs():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert project["optional-dependencies"]["gpu"] == [parallel.TRANSFORMER_ENGINE]
+    assert project["optional-dependencies"]["gpu"] == [parallel.LIGER_KERNEL, parallel.TRANSFORMER_ENGINE]
 
 
 # Stands where .venv/bin/python does: notes what pip is asked for, and otherwise is Python, with Transformer Engine once
