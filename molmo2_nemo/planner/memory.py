@@ -250,7 +250,9 @@ def layer_bytes(job: Job) -> dict[str, float]:
     # unless heads are grouped: then queries are a copy.
     qk_inputs = (q if job.config.model.num_query_groups != m.num_attention_heads else 0) if e == 4 and not te else q + k
     qk_norms = (4 * qk_inputs + e * (q + k)) if not te else e * qk_inputs
-    qk = e * (q + 2 * k) + qk_norms + e * (q + k) + 4 * D * e + (0 if te else 4 * heads)
+    # Context parallel ranks exchange copies of queries, keys and values.
+    projection = 0 if job.c > 1 and e < 4 and not te else e * (q + 2 * k)
+    qk = projection + qk_norms + e * (q + k) + 4 * D * e + (0 if te else 4 * heads)
     if job.fused:
         # One kernel makes three parts out of the projection; norms over all heads copy their inputs.
         qk = 2 * e * (q + 2 * k) + (e * q if m.qk_norm != "per_head" else 0)

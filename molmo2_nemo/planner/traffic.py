@@ -88,6 +88,13 @@ def layers_again(job: Job, layers: int) -> int:
     return layers
 
 
+def modules_again(job: Job) -> list[str]:
+    """Which modules of each layer the backward pass runs again (Megatron's selective recomputation)."""
+    if job.transformer("recompute_granularity") != "selective":
+        return []
+    return job.transformer("recompute_modules") or ["core_attn"]
+
+
 def _gradient_bytes(job: Job) -> int:
     return 4 if job.ddp("grad_reduce_in_fp32", True) or job.e == 4 else 2
 
@@ -103,6 +110,8 @@ def _tensor_parallel(job: Job, stage: int | None) -> list[Traffic]:
     # Passes of a tensor: with sequence parallelism 4 gathers and scatters forward, 6 backward; without, all-reduces of
     # two passes each, 2 forward and 2 backward.
     waited, hidden = (6, 4) if job.sequence > 1 else (4, 4)
+    # Attention and MLP have half of the forward passes each.
+    again = 4 * layers_again(job, layers) + 2 * layers * ("mlp" in modules_again(job))
     per_call = 1 if job.sequence > 1 else 2
     overlap = PRODUCTS if job.transformer("tp_comm_overlap") else None
 
@@ -110,7 +119,7 @@ def _tensor_parallel(job: Job, stage: int | None) -> list[Traffic]:
         return Traffic("TP", count * passes * passed, what, t, t, count * passes / per_call, t, behind)
 
     found = [
-        item(1, micro * (waited * layers + 4 * layers_again(job, layers)), "hidden states of each layer", overlap),
+        item(1, micro * (waited * layers + again), "hidden states of each layer", overlap),
         item(hidden, micro * layers, "hidden states beside products of the backward pass", PRODUCTS),
     ]
     # Sequence parallel ranks gather the embedding's gradient, the head's input, and scatter that one's gradient; others
@@ -140,7 +149,8 @@ def _context_parallel(job: Job, stage: int | None) -> list[Traffic]:
         sent, calls = n * 2 * m.num_query_groups * m.head_dim / t * e * (c - 1), 2
         what = "keys and values gathered, their gradients summed and dealt"
     layers = max(job.layers) if stage is None else job.layers[stage]
-    times = job.micro_batches * (2 * layers + layers_again(job, layers))  # forward, backward, and forward again
+    again = layers if "core_attn" in modules_again(job) else layers_again(job, layers)
+    times = job.micro_batches * (2 * layers + again)  # forward, backward, and forward again
     beside = min(c, max(1, GPUS_PER_NODE // t))
     return [Traffic("CP", times * sent, what, c, t * c, times * calls, beside)]
 

@@ -254,14 +254,16 @@ def test_files_of_other_devices_and_sizes_are_refused(written, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recompute, again",
+    "recompute, passes, gathers",
     [
-        ({}, 0),
-        ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 10}, 10),
-        ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, 36),
+        ({}, 0, 0),
+        ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 10}, 4 * 10, 10),
+        ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, 4 * 36, 36),
+        ({"recompute_granularity": "selective", "recompute_modules": ["mlp"]}, 2 * 36, 0),
+        ({"recompute_granularity": "selective"}, 0, 36),  # attention alone
     ],
 )
-def test_layers_that_run_again_send_again(recompute, again):
+def test_layers_that_run_again_send_again(recompute, passes, gathers):
     """TP 2 with sequence parallelism, CP 2 that gathers keys and values; 36 layers, of width 4,096 and 8 key heads."""
     words = ["model=molmo2_8b", "hardware=h100_8", "transformer={}", "train.vision_chunk_crops=8"]
     words += ["parallel.context_parallel_size=2", "parallel.cp_comm_type=all_gather"]
@@ -272,7 +274,7 @@ def test_layers_that_run_again_send_again(recompute, again):
         if "vision" not in item.what:
             sent[item.kind] = sent.get(item.kind, 0) + item.bytes
     tokens = config.data.seq_length // 2 * config.train.micro_batch_size
-    # In bf16, of 2 ranks: 10 passes of a layer and 4 of one that runs again, and 5 at both ends.
-    assert sent["TP"] == job.micro_batches * (10 * 36 + 4 * again + 5) * tokens * 4096 * 2 / 2
+    # In bf16, of 2 ranks: 10 passes of a layer, those of what runs again, and 5 at both ends.
+    assert sent["TP"] == job.micro_batches * (10 * 36 + passes + 5) * tokens * 4096 * 2 / 2
     # A gather and a scatter of a layer, and a gather when it runs again.
-    assert sent["CP"] == job.micro_batches * (2 * 36 + again) * tokens * 2 * (8 // 2) * 128 * 2
+    assert sent["CP"] == job.micro_batches * (2 * 36 + gathers) * tokens * 2 * (8 // 2) * 128 * 2
