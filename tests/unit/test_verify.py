@@ -163,7 +163,8 @@ def test_pictures_that_were_fetched_and_removed_are_lost(mine, tmp_path, partial
     assert sorted(problem.what.split()[0] for problem in problems) == sorted(
         str(path.relative_to(tmp_path / "raw/mine")) for path in removed
     )
-    assert all(problem.fix.startswith("python tools/download.py fetch mine --verify") for problem in problems)
+    for problem in problems:
+        assert problem.fix.startswith("python tools/download.py fetch mine ") and "--verify" in problem.fix
     assert remove_broken(media.parent) == 2
     assert sorted(Journal(media / "index.jsonl", "url").records) == addresses[2:6]
 
