@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up if needed, then check the code's form and run the tests: tests/README.md says which there are.
 #   tools/test.sh             all of them
-#   tools/test.sh --fast      what needs neither Slurm nor several ranks (two minutes)
+#   tools/test.sh --fast      what needs neither Slurm nor several ranks (three minutes)
 #   tools/test.sh -k packing  any other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -49,6 +49,7 @@ def test_export_keeps_released_shapes_in_several_shards(hf_models, tmp_path):
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
 
 
+@pytest.mark.slow
 def test_memory_of_an_import_does_not_grow_with_the_model(tmp_path, monkeypatch):
     """Tensors of one file, and no more, are alive when the next one is made."""
     monkeypatch.setattr(convert, "BYTES_OF_A_FILE", 8 * 1024)

@@ -47,6 +47,7 @@ def test_a_kernel_that_takes_too_much_is_a_fault():
     assert "232,449 bytes of shared memory, more than 232,448" in large
 
 
+@pytest.mark.slow
 def test_every_shipped_layout_has_a_shape():
     from molmo2_nemo.rehearsal.kernels import shape_of
 

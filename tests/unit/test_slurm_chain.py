@@ -91,7 +91,8 @@ def test_the_configuration_says_more_than_the_command_line(site):
 def test_node_local_folders_are_refused_by_default_also_through_a_link(site, monkeypatch):
     monkeypatch.delenv("NODE_LOCAL")
     (site / "link").symlink_to("/dev/shm")
-    found = checks.faults("stage1", str(site / "link" / "run"), [], {"data_root": str(REPOSITORY)})
+    found = checks.faults("stage1", str(site / "link" / "run"), [], {"data_root": "/usr"})
+    found = [fault for fault in found if "that you submit from" not in fault]  # the checkout may be below /tmp itself
     assert len(found) == 1 and "/link/run (RUN_ROOT), with its logs, is in " in found[0] and "NODE_LOCAL" in found[0]
 
 
