@@ -76,6 +76,12 @@ class Job:
     def ddp(self, key: str, default=None):
         return self.config.ddp.get(key, default)
 
+    def modules_again(self) -> list[str]:
+        """Which modules of each layer the backward pass runs again (Megatron's selective recomputation)."""
+        if self.transformer("recompute_granularity") != "selective":
+            return []
+        return self.transformer("recompute_modules") or ["core_attn"]
+
     def overlaps(self, key: str) -> bool:
         """Whether a collective of data parallelism overlaps with computation: on a GPU unless it is switched off."""
         return self.ddp(key, self.device == "cuda" and self.distributed)
@@ -305,7 +311,7 @@ def kept_bytes(job: Job, layers: int) -> tuple[float, float, str]:
             f"inputs of {again} layers, {layers - again} whole layers",
         )
     if granularity == "selective":
-        modules = job.transformer("recompute_modules") or ["core_attn"]
+        modules = job.modules_again()
         kept, names = whole, []
         if "mlp" in modules:
             kept -= by_kind["mlp"]

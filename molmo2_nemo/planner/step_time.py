@@ -78,8 +78,7 @@ def again(job: Job, stage: int) -> dict[str, float]:
     if transformer.get("recompute_granularity") == "full":
         layers = job.layers[stage]
         times["decoder"] = times["decoder attention"] = layers_again(job, layers) / max(1, layers)
-    elif transformer.get("recompute_granularity") == "selective":
-        modules = transformer.get("recompute_modules") or ["core_attn"]
+    elif modules := job.modules_again():
         times["decoder attention"] = float("core_attn" in modules)
         mlp, H, D = 3 * m.hidden_size * m.ffn_hidden_size, m.hidden_size, m.head_dim
         rest = 2 * H * D * (m.num_attention_heads + m.num_query_groups)

@@ -88,13 +88,6 @@ def layers_again(job: Job, layers: int) -> int:
     return layers
 
 
-def modules_again(job: Job) -> list[str]:
-    """Which modules of each layer the backward pass runs again (Megatron's selective recomputation)."""
-    if job.transformer("recompute_granularity") != "selective":
-        return []
-    return job.transformer("recompute_modules") or ["core_attn"]
-
-
 def _gradient_bytes(job: Job) -> int:
     return 4 if job.ddp("grad_reduce_in_fp32", True) or job.e == 4 else 2
 
@@ -111,7 +104,7 @@ def _tensor_parallel(job: Job, stage: int | None) -> list[Traffic]:
     # two passes each, 2 forward and 2 backward.
     waited, hidden = (6, 4) if job.sequence > 1 else (4, 4)
     # Attention and MLP have half of the forward passes each.
-    again = 4 * layers_again(job, layers) + 2 * layers * ("mlp" in modules_again(job))
+    again = 4 * layers_again(job, layers) + 2 * layers * ("mlp" in job.modules_again())
     per_call = 1 if job.sequence > 1 else 2
     overlap = PRODUCTS if job.transformer("tp_comm_overlap") else None
 
@@ -149,7 +142,7 @@ def _context_parallel(job: Job, stage: int | None) -> list[Traffic]:
         sent, calls = n * 2 * m.num_query_groups * m.head_dim / t * e * (c - 1), 2
         what = "keys and values gathered, their gradients summed and dealt"
     layers = max(job.layers) if stage is None else job.layers[stage]
-    again = layers if "core_attn" in modules_again(job) else layers_again(job, layers)
+    again = layers if "core_attn" in job.modules_again() else layers_again(job, layers)
     times = job.micro_batches * (2 * layers + again)  # forward, backward, and forward again
     beside = min(c, max(1, GPUS_PER_NODE // t))
     return [Traffic("CP", times * sent, what, c, t * c, times * calls, beside)]
