@@ -174,6 +174,7 @@ def test_an_edit_between_stages_needs_a_word(tmp_path):
         accept = re.search(r"ACCEPT_CHANGES=(\w+) in front of sbatch", why).group(1)
         alone = ["sbatch", "slurm/stage2.sbatch", "name=chain"]
         cluster.do(*alone, ACCEPT_CHANGES="0" * 12)
+        cluster.wait()  # Of two jobs at the same time the second would end, since the first trains in the folder.
         cluster.do(*alone, ACCEPT_CHANGES=accept)
         states = cluster.wait()
         assert [states["6"], states["7"]] == ["FAILED", "COMPLETED"], cluster.log()
