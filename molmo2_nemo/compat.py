@@ -11,7 +11,7 @@ functions of torch and Megatron at run time, takes their names from here.
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 # --- torch 2.14.1 ---------------------------------------------------------------------------------------------------
 
@@ -353,6 +353,22 @@ SET_CUDA_RNG_STATE = "_set_cuda_rng_state"
 def gradients_for_norm(optimizer, parameters: list) -> list:
     """The gradients of those parameters that count towards the norm on this rank: shared ones count once."""
     return optimizer._filter_grads_for_norm(parameters)
+
+
+def optimizer_shards(optimizer) -> Iterator[tuple]:
+    """A distributed optimizer's shards: parameter, first and end element in it, flat tensors by the state's name."""
+    for buckets in (buckets for buffer in optimizer.gbuf_ranges for buckets in buffer.values()):
+        for parameter, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
+            states = optimizer._get_main_param_and_optimizer_states(parameter)
+            yield parameter, ranges["param"].start, ranges["param"].end, states
+
+
+def load_optimizer_shards(optimizer, all_states: Iterable[dict]) -> None:
+    """Copy into a distributed optimizer's shards what `optimizer_shards` has given, in its order, with other values."""
+    for (parameter, *_), states in zip(optimizer_shards(optimizer), all_states, strict=True):
+        optimizer._set_main_param_and_optimizer_states(parameter, states)
+    if hasattr(optimizer.optimizer, "_sync_hdo_state_to_sub_optimizers"):  # a part of it works in host memory
+        optimizer.optimizer._sync_hdo_state_to_sub_optimizers()
 
 
 def use_results_queue(queue) -> None:

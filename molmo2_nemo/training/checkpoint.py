@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
@@ -25,15 +30,11 @@ from molmo2_nemo import checkpoint_dir, compat
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.files import missing_room, sha256_of, write_json
 from molmo2_nemo.training.optimizer import load_optimizer_state
+from molmo2_nemo.training.optimizer_shards import PREFIX
 from molmo2_nemo.training.step import load_model_state, refuse_other_architecture, sharded_model_state
 
-OPTIMIZER_STATE = "optimizer.state."  # what the keys of its tensors begin with
-# Shards of the distributed optimizer are gathered to whole parameters, so that any layout can read them: on every rank,
-# or with the second key on the first data-parallel one, which alone writes them, through gloo (not measured yet).
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
+# Tensors of a distributed optimizer have the keys and shapes of the parameters, so that any layout can read them.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def _state(model, optimizer, is_loading: bool) -> dict:
@@ -44,9 +45,6 @@ def _state(model, optimizer, is_loading: bool) -> dict:
                 chunk.start_param_sync(force_sync=True)
     model_state = sharded_model_state(model)
     state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=METADATA)
-    for part in (state, *(part for part in state.values() if isinstance(part, dict))):
-        if part.get("param_state", part) is None:  # of a rank that gathers nothing
-            del part["param_state"]
     return {**model_state, "optimizer": state}
 
 
@@ -71,18 +69,17 @@ class ShardedSave:
         state: dict,
         folder: Path,
         asynchronous: bool,
-        live_on_cpu: bool = True,
         checksums: dict[str, str] | None = None,
     ):
         """Plan, and write, or let the thread write copies in host memory. Collective.
 
-        live_on_cpu: training goes on with what the state dict holds in host memory, so that this is copied, too.
         checksums: of other files that this rank has written, handed on with those of the state dict's.
         """
         # Megatron collects what its writer threads report in a queue of a manager process: seconds to start, and it
         # would outlive a rank that is killed. The threads are this process's own, so a plain queue will do.
         compat.use_results_queue(queue.Queue())
         self.folder, self.plan = folder, _SaveStrategy()
+        live = {x.data.untyped_storage().data_ptr() for x in _tensors(state) if x.data.is_cpu}
         request = dist_checkpointing.save(
             state, str(folder), self.plan, async_sharded_save=True, async_strategy="mcore"
         )
@@ -100,8 +97,8 @@ class ShardedSave:
                 self.failure = str(error)
 
         staged = request.preload_fn()
-        if asynchronous and live_on_cpu:
-            staged = [_copied(before, after) for before, after in zip(buckets, staged)]
+        if asynchronous:
+            staged = [_copied(bucket, live) for bucket in staged]
         # The writer only counts them from here on; the tensors are the thread's.
         self.plan.writer.write_buckets = [path for path, *_ in buckets]
         self.thread = threading.Thread(target=write, args=(staged,), daemon=True)
@@ -149,11 +146,13 @@ class ShardedSave:
         return _on_rank_0(write_index)[0]
 
 
-def _copied(before: tuple, after: tuple) -> tuple:
-    """A bucket (path, name, (bytes, tensors)) staged in host memory, where Megatron copies from GPUs alone."""
-    path, name, (data, tensors) = after
-    sources = [tensor for _, tensor in before[2][1]]
-    tensors = [(item, x.clone() if source.is_cpu else x) for source, (item, x) in zip(sources, tensors)]
+def _copied(bucket: tuple, live: set[int]) -> tuple:
+    """A bucket (path, name, (bytes, tensors)) staged in host memory, without tensors that training goes on with.
+
+    live: addresses of their storages. Megatron copies from GPUs, and of what is in host memory the views alone.
+    """
+    path, name, (data, tensors) = bucket
+    tensors = [(item, x.clone() if x.untyped_storage().data_ptr() in live else x) for item, x in tensors]
     return path, name, (data, tensors)
 
 
@@ -219,8 +218,6 @@ class Saver:
         assert self.pending is None
         self.pending = now = _Pending(step, self.folder / checkpoint_dir.step_name(step), time.monotonic())
         state = _state(model, optimizer, is_loading=False)
-        # The distributed optimizer's state dict is gathered for this save.
-        live_on_cpu = dist.get_backend() != "nccl" or not model[0].ddp_config.use_distributed_optimizer
         now.needed = _bytes_of(state)
         now.failure = _no_room(self.folder, now.needed)
         if now.failure is None:
@@ -233,7 +230,7 @@ class Saver:
                     name = f"loader_dp{parallel_state.get_data_parallel_rank():03d}.state"
                     (now.temporary / name).write_bytes(loader_state)
                     checksums[name] = hashlib.sha256(loader_state).hexdigest()
-                now.write = ShardedSave(state, now.temporary, self.asynchronous, live_on_cpu, checksums)
+                now.write = ShardedSave(state, now.temporary, self.asynchronous, checksums)
 
             now.failure = _failure(write)
         architecture = unwrap_model(model)[0].model
@@ -294,11 +291,16 @@ class Saver:
         return checkpoint_dir.aside(final)
 
 
+def _tensors(state: dict) -> list[ShardedTensor | ShardedTensorFactory]:
+    """Those of a sharded state dict. A factory stands for a matrix that is saved as several tensors."""
+    return [x for x in nested_values(state) if isinstance(x, ShardedTensor | ShardedTensorFactory)]
+
+
 def _bytes_of(state: dict) -> int:
     """What all ranks together write of a sharded state dict. Collective."""
-    tensors = [x for x in nested_values(state) if isinstance(x, ShardedTensor) and is_main_replica(x.replica_id)]
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    needed = torch.tensor(sum(x.data.nbytes for x in tensors if x.data is not None), dtype=torch.int64, device=device)
+    own = sum(x.data.nbytes for x in _tensors(state) if is_main_replica(x.replica_id))
+    needed = torch.tensor(own, dtype=torch.int64, device=device)
     dist.all_reduce(needed)
     return int(needed)
 
@@ -352,7 +354,7 @@ def load(checkpoint: Path, model, optimizer) -> tuple[dict, list[str]]:
         with checkpoint_dir.nothing_executed(checkpoint):
             keys = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
             state = _state(model, optimizer, is_loading=True)
-            if not any(key.startswith(OPTIMIZER_STATE) for key in keys):
+            if not any(key.startswith(PREFIX) for key in keys):
                 raise ValueError("it has no optimizer state")
             fresh = _fill_in(state["optimizer"], set(keys))
             # Other numbers of groups cannot be merged, and those of the checkpoint are wanted for their step alone.
@@ -366,37 +368,50 @@ def load(checkpoint: Path, model, optimizer) -> tuple[dict, list[str]]:
             " train.init_from to start from its weights alone."
         ) from error
     load_model_state(model, loaded)
-    weights = {
-        tensor.key: tensor.data
-        for number in range(len(model))
-        for tensor in nested_values(sharded_model_state(model)[f"model{number}"])
-        if isinstance(tensor, ShardedTensor)
-    }
-    for name, copy in fresh.items():
-        if copy is not None:
-            copy.copy_(weights[name])
+    weights = {}
+    for tensor in (part for entry in _tensors(sharded_model_state(model)) for part in _parts(entry)):
+        weights.setdefault(tensor.key, []).append(tensor)
+    for entry in fresh:
+        _take_weights(entry, weights)
     load_optimizer_state(optimizer, loaded["optimizer"])
-    return marker, sorted(fresh)
+    return marker, sorted({_name_of(entry) for entry in fresh})
 
 
-def _fill_in(state: dict | list, keys: set[str]) -> dict[str, torch.Tensor | None]:
-    """Replace the tensors of an optimizer's sharded state dict that the checkpoint lacks.
+def _fill_in(state: dict | list, keys: set[str]) -> list[ShardedTensor | ShardedTensorFactory]:
+    """Replace the tensors of an optimizer's sharded state dict that the checkpoint lacks by zeros, and return them.
 
-    Moments become zeros. Returns the keys of these parameters, each with the optimizer's copy of the weights, which has
-    to be filled in; None: it keeps no copy.
+    That is right for moments. The optimizer's copy of the weights has to be filled in: `_take_weights`.
     """
-    copies = {}
+    found = []
     for place, value in list(state.items() if isinstance(state, dict) else enumerate(state)):
         if isinstance(value, dict | list):
-            copies = _fill_in(value, keys) | copies
-        elif isinstance(value, ShardedTensor) and value.key not in keys:
-            kind, name = value.key.removeprefix(OPTIMIZER_STATE).split(".", 1)
+            found += _fill_in(value, keys)
+        elif isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key not in keys:
             new = torch.zeros_like(value.data)
             state[place] = LocalNonpersistentObject(new)
-            copies.setdefault(name, None)
-            if kind not in ("exp_avg", "exp_avg_sq"):
-                copies[name] = new
-    return copies
+            found.append(replace(value, data=new))
+    return found
+
+
+def _name_of(entry: ShardedTensor | ShardedTensorFactory) -> str:
+    """The parameter's name in the key of an optimizer's tensor."""
+    return entry.key.removeprefix(PREFIX).split(".", 1)[1]
+
+
+def _parts(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    return list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
+
+
+def _take_weights(entry: ShardedTensor | ShardedTensorFactory, weights: dict[str, list[ShardedTensor]]) -> None:
+    """Fill the model's weights into an optimizer's tensor, unless it is a moment."""
+    if entry.key.removeprefix(PREFIX).startswith(("exp_avg.", "exp_avg_sq.")):
+        return
+    for part in _parts(entry):
+        for whole in weights[_name_of(part)]:
+            begins = [a - b for a, b in zip(part.global_offset, whole.global_offset)]
+            place = [slice(begin, begin + size) for begin, size in zip(begins, part.local_shape)]
+            if all(0 <= at.start and at.stop <= size for at, size in zip(place, whole.local_shape)):
+                part.data.copy_(whole.data[tuple(place)])
 
 
 def loader_states(checkpoint: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from molmo2_nemo import compat
 from molmo2_nemo.config.components import COMPONENTS, component_of
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, OptimConfig
+from molmo2_nemo.training.optimizer_shards import save_shards
 
 
 def build_optimizer(cfg: Config, model: list[DistributedDataParallel], precision: str) -> MegatronOptimizer:
@@ -55,6 +56,9 @@ def build_optimizer(cfg: Config, model: list[DistributedDataParallel], precision
         config = OptimizerConfig(**{**values, **cfg.optimizer})
         optimizer = get_megatron_optimizer(config, model, config_overrides=overrides)
         _start_torch_adam(optimizer)
+        for part in _parts(optimizer):
+            if isinstance(part, DistributedOptimizer):
+                save_shards(part)
         return optimizer
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"Megatron refuses the optimizer settings {cfg.optimizer}: {error}") from error

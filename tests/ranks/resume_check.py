@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from molmo2_nemo import checkpoint_dir, parallel
 from molmo2_nemo.command_line import compose
@@ -29,17 +27,12 @@ with checkpoint_dir.nothing_executed(path):
 moments = {}
 
 
-def parts(entry) -> list[ShardedTensor]:
-    """Of a matrix that is saved as several tensors, these."""
-    return list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
-
-
 state = optimizer.sharded_state_dict(
     {f"model{n}": chunk.module.sharded_state_dict() for n, chunk in enumerate(model)},
     metadata={"distrib_optim_sharding_type": "fully_reshardable"},
 )
 for tensors in state["param_state"].values():
-    both = [(moment, part) for moment in ("exp_avg", "exp_avg_sq") for part in parts(tensors[moment])]
+    both = [(moment, box) for moment in ("exp_avg", "exp_avg_sq") for box in tensors[moment].values()]
     for kind, tensor in both:
         name = tensor.key.removeprefix(f"optimizer.state.{kind}.")
         if tensor.key in saved:
