@@ -6,7 +6,7 @@ from dataclasses import replace
 from molmo2_nemo.config.checks import check_settings
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import AUTO, RECOMPUTE, Config
-from molmo2_nemo.planner.memory import GIB, H100_GIB, RESERVE_GIB, Job, peak, worst_stage
+from molmo2_nemo.planner.memory import GIB, H100_GIB, RESERVE_GIB, Job, count_parameters, peak, worst_stage
 from molmo2_nemo.planner.step_time import estimate
 
 # Values of `train.vision_chunk_crops`. 32 crops are 23,328 patches, more than matrix products of a GPU gain from; fewer
@@ -56,7 +56,8 @@ def _fastest(choice, fixed: dict, is_open: bool, chunks: tuple, gpus: int, limit
     fixed: the recomputation, unless it `is_open`.
     """
     small = SMALL_CHUNKS if chunks == CHUNKS else ()
-    layers = max(Job(choice({}, chunks[0]), gpus).layers)
+    one = Job(choice({}, chunks[0]), gpus)
+    layers, counts = max(one.layers), count_parameters(one)  # of every choice
     pieces = choice({}, chunks[0]).parallel.virtual_pipeline_model_parallel_size
     found = []
 
@@ -67,6 +68,7 @@ def _fastest(choice, fixed: dict, is_open: bool, chunks: tuple, gpus: int, limit
         except ConfigError:
             return False  # with FP8 recipes and offloading not every choice is allowed
         job = Job(candidate, gpus)
+        job.counts = counts
         needed = peak(worst_stage(job)[1])[0]
         order = (chunk in small, estimate(job).seconds) if needed <= limit else (2, needed)
         found.append((*order, -chunk, more, needed))

@@ -1,9 +1,11 @@
 """From a command line to the typed configuration. Imports neither torch nor Megatron."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import re
+import sys
 from pathlib import Path
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -44,12 +46,28 @@ def compose(config_name: str, overrides: list[str]) -> Config:
     register()
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        with _without_plugins(), initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return to_dataclass(hydra_compose(config_name, overrides))
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ or error
         key, reason = getattr(cause, "full_key", None), str(cause).strip().splitlines()[0]
         raise ConfigError(f"{key + ': ' if key else 'the configuration cannot be read: '}{reason}") from error
+
+
+@contextlib.contextmanager
+def _without_plugins():
+    """Hydra imports whatever it finds in the package hydra_plugins, such as a client of storage services.
+
+    Composing needs none of it.
+    """
+    hidden = "hydra_plugins" not in sys.modules
+    if hidden:
+        sys.modules["hydra_plugins"] = None  # so that importing it fails, which Hydra takes for no plugins
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["hydra_plugins"]
 
 
 @functools.cache

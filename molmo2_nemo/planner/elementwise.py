@@ -1,9 +1,9 @@
 """Bytes that everything but matrix products and attention reads and writes, from the rehearsal's counts.
 
 `tools/rehearse.py` counts each operation as one of its own. Coefficients are its counts of molmo2_8b in bf16 with
-Megatron's local layers (stage 2 on 8 and 128, stage 3 on 128 GPUs), divided by the elements of a tensor; how near they
-come elsewhere is in docs/planner.md. Those of fused functions were not counted: an input read and an output written.
-Imports no torch.
+Megatron's local layers (plain: stage 2 on 8 and 128, stage 3 on 128 GPUs; the kernels of model/fused.py: stage 2 on 8),
+divided by the elements of a tensor; how near they come elsewhere is in docs/planner.md. Those of Transformer Engine's
+and Megatron's fused functions were not counted: an input read and an output written. Imports no torch.
 """
 
 import math
@@ -11,16 +11,21 @@ import math
 from molmo2_nemo.config.schema import LOGITS_PER_CHUNK, padded_vocab_size
 from molmo2_nemo.planner.memory import Job, count_parameters
 
-# Bytes for each element (forward pass, backward pass).
+# Bytes for each element (forward pass, backward pass), of plain operations and of fused functions.
 NORM, FUSED_NORM = (36, 97), (4, 10)
 ROPE = (24, 23)
 RESIDUAL, FUSED_RESIDUAL = (12, 16), (7, 5)  # dropout and sum
 MLP, FUSED_MLP = (14.4, 55.5), (6, 10)
 EXCHANGED = (4, 4)  # copies around the exchange of context parallelism
 VIT = (17, 23.2)  # for each patch, layer and element of its two widths
+# Of the kernels of model/fused.py. A norm's adds the residual's gradient; one kernel makes queries, keys and values.
+KERNEL_NORM, KERNEL_RESIDUAL, KERNEL_QKV, KERNEL_ANGLES = (4, 8), (6, 4), (4, 6), (4, 4)
+KERNEL_WHOLE_NORM, KERNEL_ROPE = (8, 14), (4, 8)  # OLMo 3's: norms over all heads, then RoPE
+KERNEL_VIT = ((20, 38), (4, 6))  # for each patch and layer: of an element of its width, of its MLP's
+KERNEL_POOLING = (25, 80)  # for each patch of a window and element of its features
 LOGIT = (30, 48)
 # Bytes for each trained parameter: added to the buffer in each micro-batch, cleared once a step; Adam of torch, fused.
-GRADIENT_ADDED, GRADIENT_CLEARED, ADAM, FUSED_ADAM = 10, 4, 102, 34
+GRADIENT_ADDED, GRADIENT_CLEARED, ADAM, FUSED_ADAM = 10, 4, 86, 34
 HEAD_GRADIENT, HEAD_GRADIENT_ONCE = 10, 12  # for each chunk of logits, and once: a float32 sum beside the buffer
 
 
@@ -50,15 +55,21 @@ def adam_bytes(job: Job) -> int:
 def _decoder(job: Job, stage: int) -> tuple[float, float]:
     m, t = job.config.model, job.t
     te = job.layer_spec == "transformer_engine"
-    heads = (m.num_attention_heads + m.num_query_groups) * m.head_dim / t
+    q, k = m.num_attention_heads * m.head_dim / t, m.num_query_groups * m.head_dim / t
     own = 2 * m.hidden_size / job.sequence
-    terms = [
-        (own + heads, FUSED_NORM if te else NORM),
-        (heads, ROPE),
-        (own, FUSED_RESIDUAL if job.transformer("bias_dropout_fusion") else RESIDUAL),
-        (m.ffn_hidden_size / t, FUSED_MLP if job.transformer("bias_activation_fusion") else MLP),
-        (2 * heads * (job.c > 1), EXCHANGED),
-    ]
+    plain_norm = FUSED_NORM if te else NORM
+    residual = FUSED_RESIDUAL if job.transformer("bias_dropout_fusion") else RESIDUAL
+    mlp = FUSED_MLP if job.fused or job.transformer("bias_activation_fusion") else MLP
+    terms = [(m.ffn_hidden_size / t, mlp), (2 * (q + k) * (job.c > 1), EXCHANGED)]
+    if not job.fused:
+        terms += [(own + q + k, plain_norm), (q + k, ROPE), (own, residual)]
+    else:
+        terms += [(own, FUSED_NORM if te else KERNEL_NORM), (own, KERNEL_RESIDUAL)]
+        if m.qk_norm == "per_head" and m.num_query_groups >= t:
+            terms += [(q + 2 * k, KERNEL_QKV), (m.head_dim, KERNEL_ANGLES)]
+        else:
+            whole = m.qk_norm != "per_head" and t == 1
+            terms += [(q + k, KERNEL_WHOLE_NORM if whole else plain_norm), (q + k, KERNEL_ROPE)]
     scale = job.layers[stage] * job.tokens * job.e / 2
     return tuple(scale * sum(elements * of[side] for elements, of in terms) for side in (0, 1))
 
@@ -66,11 +77,17 @@ def _decoder(job: Job, stage: int) -> tuple[float, float]:
 def _vision(job: Job, stage: int) -> tuple[float, float]:
     if stage > 0:
         return 0.0, 0.0
-    m = job.config.model
-    crops = math.ceil(job.work.crops * job.rows / (job.t * job.c))
-    elements = crops * m.vision.patches_per_crop * m.vit.num_layers * (m.vit.hidden_size + m.vit.ffn_hidden_size)
+    m, share = job.config.model, job.rows / (job.t * job.c)
+    patches = math.ceil(job.work.crops * share) * m.vision.patches_per_crop * m.vit.num_layers
+    width, inner, pooled = m.vit.hidden_size, m.vit.ffn_hidden_size, 0.0
+    of_width, of_inner = VIT, VIT  # those of pooling are among them
+    if job.fused:
+        (of_width, of_inner), pooled = KERNEL_VIT, job.work.pooled_patches * share * width * len(m.vit.feature_layers)
     trained = not (job.config.optim.vit.freeze and job.config.optim.connector.freeze)
-    return elements * VIT[0] * job.e / 2, elements * VIT[1] * job.e / 2 * trained
+    return tuple(
+        (patches * (width * of_width[i] + inner * of_inner[i]) + pooled * KERNEL_POOLING[i]) * job.e / 2 * passes
+        for i, passes in ((0, 1), (1, trained))
+    )
 
 
 def _head(job: Job, stage: int) -> tuple[float, float]:

@@ -262,6 +262,9 @@ def layer_bytes(job: Job) -> dict[str, float]:
     if job.fused:
         # One kernel makes three parts out of the projection; norms over all heads copy their inputs.
         qk = 2 * e * (q + 2 * k) + (e * q if m.qk_norm != "per_head" else 0)
+        if job.c > 1:
+            # What is kept of the values is exchanged or gathered, below; no view of the projection is, either.
+            qk -= e * k if m.qk_norm == "per_head" else e * (q + 2 * k)
     exchanged = 0.0
     if job.c > 1 and job.config.parallel.cp_comm_type == "a2a":
         repeats = 1 if (m.num_query_groups // t) % job.c == 0 else m.num_attention_heads // m.num_query_groups

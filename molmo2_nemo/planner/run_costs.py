@@ -35,9 +35,16 @@ def run_costs(job: Job, cost: Estimate, columns: tuple[Assumptions, Assumptions]
     nodes = math.ceil(job.gpus / GPUS_PER_NODE)
     size = checkpoint_bytes(job)
     trained = max(counts.trained for counts in count_parameters(job)[1])
-    gathered = trained * optimizer_bytes(job)  # by every rank, whatever the number of replicas
+    # Each rank copies and writes its shards of the optimizer's state, and those of the first replica the weights.
+    shard = trained * optimizer_bytes(job) / (job.d * job.c if job.distributed else 1)
+    weights = job.e * max(counts.total for counts in count_parameters(job)[1])
+    first = job.t * (job.p if nodes == 1 else 1)  # ranks of a node that write weights
+    staged = (ranks if job.distributed else first) * shard + first * weights
     read = [size / min(nodes * column.storage, column.storage_of_all) for column in columns]
-    save = [gathered / column.pcie + seconds for column, seconds in zip(columns, read)]
+    save = [
+        (shard + weights) / column.pcie + max(staged / column.storage, size / column.storage_of_all)
+        for column in columns
+    ]
     compared = size / (job.gpus * CHECKSUM) if train.verify_checkpoints else 0.0
     of_crop = [column.crop_bytes if holds_images(job.config) else column.frame_bytes for column in columns]
     rows = loaders(job) * job.micro_batches * job.rows
@@ -45,7 +52,7 @@ def run_costs(job: Job, cost: Estimate, columns: tuple[Assumptions, Assumptions]
     return RunCosts(
         gpu_hours=tuple(seconds * train.max_steps * job.gpus / 3600 for seconds in steps),
         host_bytes=host_bytes(job),
-        host_bytes_saving=ranks * gathered,
+        host_bytes_saving=staged,
         checkpoint_bytes=size,
         save_seconds=tuple(save),
         restore_seconds=tuple(seconds + compared for seconds in read),
@@ -56,8 +63,11 @@ def run_costs(job: Job, cost: Estimate, columns: tuple[Assumptions, Assumptions]
 
 
 def optimizer_bytes(job: Job) -> int:
-    """Of a checkpoint for each trained parameter: Adam's moments, and float32 weights beside others."""
-    return 8 if job.precision == "fp32" else 12
+    """Of a checkpoint for each trained parameter: Adam's moments, and float32 weights.
+
+    Those are in it beside float32 weights, too, where the state is sharded.
+    """
+    return 8 if job.precision == "fp32" and not job.distributed else 12
 
 
 def checkpoint_bytes(job: Job) -> float:
