@@ -261,11 +261,14 @@ def show_search(found: list, gpus: int, memory: float) -> None:
             f"{span(cost.fast.seconds, cost.slow.seconds):>16} {busy[0]:>7.2f} {busy[1]:>8.2f} "
             f"{cost.mfu:>4.0%} {needed / GIB + RESERVE_GIB:>4.0f}  {limits(cost)}"
         )
+    show_workers(found[:15])
 
 
 def show_scale(curve: list, memory: float) -> None:
-    """`speed` is tokens/s of a GPU over those at the fewest GPUs that fit."""
-    print("\nthe fastest layout that fits at each number of GPUs, with the same rows in a step")
+    print(
+        "\nthe fastest layout that fits at each number of GPUs, with the same rows in a step; GPU-hours of the run, and"
+        " speed: tokens/s of a GPU beside the first line's, by the mean of the range"
+    )
     print("   GPUs  TP PP CP   DP  recompute           s/step  GPU-hours  speed  limited by")
     first = None
     for gpus, found in curve:
@@ -280,6 +283,13 @@ def show_scale(curve: list, memory: float) -> None:
             f"{span(cost.fast.seconds, cost.slow.seconds):>16} {work * job.config.train.max_steps / 3600:>10,.0f} "
             f"{first / work:>6.0%}  {limits(cost)}"
         )
+    show_workers([found for _, found in curve if found])
+
+
+def show_workers(found: list) -> None:
+    if any("loading" in cost.bottlenecks for _, cost, _ in found):
+        workers = found[0][0].config.data.num_workers
+        print(f"  (loading data by data.num_workers={workers} of each replica, as set: with more it takes less)")
 
 
 def as_json(job: Job, args, columns, refused: str | None, sources: tuple[int, int]) -> dict:

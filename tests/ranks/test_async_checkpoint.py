@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from programs import TINY_SETTINGS, python, run_ranks, succeeded
+from programs import TINY_SETTINGS, figures, python, run_ranks, succeeded
 
 from molmo2_nemo import checkpoint_dir
 
@@ -56,6 +56,17 @@ def test_a_run_with_them_is_the_same_and_continues_bit_for_bit(sample, tmp_path)
     assert "resumed step 4" in again.stdout and not (folder / ".step_00000005.tmp").exists()
     expected = {step: record for step, record in records(tmp_path / "waits").items() if step > 4}
     assert records(tmp_path / "goes_on") == expected
+
+
+@pytest.mark.slow
+def test_shards_make_the_checkpoint_that_megatron_makes_of_gathered_state(tmp_path):
+    """Megatron's own ways to save and load are the oracle: each loads what the others wrote, and no bit differs."""
+    found = figures(run_ranks(2, "tools/bench/save.py", "--layers", 1, "--folder", tmp_path))
+    assert found["differing"] == 0
+    grown = {way: [row for row in found["rows"] if row["way"] == way] for way in ("own shards", "every rank")}
+    for figure in ("save_gb", "load_gb"):
+        own, gathered = ([row[figure] for row in rows] for rows in grown.values())
+        assert max(own) < min(gathered) / 2, figure
 
 
 def test_what_is_written_is_what_was_there_when_the_save_began(tmp_path):

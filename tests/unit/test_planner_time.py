@@ -158,7 +158,12 @@ def test_scale_keeps_the_rows_and_names_what_limits():
         assert job.micro_batches * job.rows * job.d == 128
     # A GPU of very many does less.
     assert curve[-1][1][1].seconds * 4096 > 2 * curve[0][1][1].seconds * 8
-    assert curve[-1][1][1].bottlenecks == ["loading"]
+    job, cost, _ = curve[-1][1]
+    assert cost.bottlenecks == ["loading"]
+    # As the printed advice says: more workers, and it is something else.
+    more = replace(job.config, data=replace(job.config.data, num_workers=32))
+    faster = estimate(Job(more, 4096))
+    assert "loading" not in faster.bottlenecks and faster.seconds < cost.seconds
 
 
 # ---- loading, host, checkpoints ----

@@ -5,9 +5,8 @@
     # mine.jsonl: {"tokens": n, "crops": m} a line
 
 ours         molmo2_nemo.data.packing
-reference    the knapsack of allenai/molmo2 as it is described: a buffer of 48, solved exactly in units of 1/512 of
-the row,
-             an example is worth its tokens + 30 a crop (1 in stage 1), the newcomer is no candidate; oldest or not
+reference    the knapsack of allenai/molmo2 as it is described: a buffer of 48, solved exactly in units of 1/512 of the
+             row, an example is worth its tokens + 30 a crop (1 in stage 1), the newcomer is no candidate; oldest or not
 first fit    the oldest example, then every next one that still fits
 none         one example a row
 
