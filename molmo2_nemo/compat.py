@@ -365,9 +365,11 @@ def optimizer_shards(optimizer) -> Iterator[tuple]:
 
 def load_optimizer_shards(optimizer, all_states: Iterable[dict]) -> None:
     """Copy into a distributed optimizer's shards what `optimizer_shards` has given, in its order, with other values."""
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
     for (parameter, *_), states in zip(optimizer_shards(optimizer), all_states, strict=True):
         optimizer._set_main_param_and_optimizer_states(parameter, states)
-    if hasattr(optimizer.optimizer, "_sync_hdo_state_to_sub_optimizers"):  # a part of it works in host memory
+    if isinstance(optimizer.optimizer, HybridDeviceOptimizer):  # a part of it works in host memory
         optimizer.optimizer._sync_hdo_state_to_sub_optimizers()
 
 

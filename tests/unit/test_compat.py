@@ -7,6 +7,7 @@ import inspect
 import io
 import queue
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +195,24 @@ def test_gradients_for_norm():
     for kind in (DistributedOptimizer, FP32Optimizer):
         optimizer = kind.__new__(kind)
         assert compat.gradients_for_norm(optimizer, []) == []
+
+
+def test_optimizer_shards():
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Range
+
+    parameter, shard, moment = torch.zeros(9), torch.zeros(3), torch.ones(3)
+    optimizer = DistributedOptimizer.__new__(DistributedOptimizer)
+    optimizer.config = SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=False)
+    optimizer.gbuf_ranges = [{torch.float32: [{"param_map": {parameter: {"param": Range(2, 5)}}}]}]
+    optimizer.model_param_group_index_map = {parameter: (0, 0)}
+    optimizer.optimizer = SimpleNamespace(param_groups=[{"params": [shard]}], state={shard: {"exp_avg": moment}})
+    [(of, first, end, states)] = compat.optimizer_shards(optimizer)
+    assert of is parameter and (first, end) == (2, 5)
+    assert states["param"] is shard and states["exp_avg"] is moment
+    compat.load_optimizer_shards(optimizer, [{name: torch.full((3,), 7.0) for name in states}])
+    assert shard.tolist() == moment.tolist() == [7.0] * 3
+    assert hasattr(HybridDeviceOptimizer, "_sync_hdo_state_to_sub_optimizers")
 
 
 def test_use_results_queue(monkeypatch):
