@@ -51,6 +51,11 @@ def schema_of(operation):
     return operation._schema
 
 
+def written_by(operation, args: tuple) -> list:
+    """The tensors among an operation's positional arguments that it changes."""
+    return [x for x, a in zip(args, schema_of(operation).arguments) if a.alias_info and a.alias_info.is_write]
+
+
 def with_values(tree, values_of: Callable):
     """The same nested tuples, lists and dicts with `values_of(tensor)` in place of each tensor."""
     import torch
@@ -77,6 +82,29 @@ def norms(tensors: list) -> list:
     import torch
 
     return list(torch._foreach_norm(tensors, 2, dtype=torch.float32)) if tensors else []
+
+
+def gelu_of_product(x, weight, bias):
+    """The tanh form of GELU of x @ weight.T + bias, [..., H] and [F, H] -> [..., F]; no backward pass.
+
+    On a GPU it is done at the end of the product by cuBLASLt, in float32, and what it is taken of is never stored
+    (pytorch/pytorch: aten/src/ATen/native/cuda/Blas.cpp, addmm_out_cuda_impl; elsewhere torch would take GELU's other
+    form).
+    """
+    import torch
+    import torch.nn.functional as F
+
+    if not x.is_cuda:
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return flat.view(*x.shape[:-1], -1)
+
+
+def gelu_product_operation():
+    """The operation that `gelu_of_product` is on a GPU, as a dispatch mode sees it."""
+    import torch
+
+    return torch.ops.aten._addmm_activation.default
 
 
 # The device of a rehearsal: torch's backend for others to define, with a name of ours.
@@ -287,6 +315,21 @@ def compile_triton_source(name: str, source: str):
         choice = tuner.configs[0]
         binary = tuner._precompile_config(choice).kernel
     return binary, {**choice.kwargs, "warps": choice.num_warps, "stages": choice.num_stages}
+
+
+@contextlib.contextmanager
+def collecting_launches(found: list) -> Iterator[None]:
+    """Append each Triton kernel that is launched inside to the list, compiled, in place of running it."""
+    from triton.runtime.jit import KernelInterface
+
+    def compile_only(self, grid):
+        return lambda *args, **kwargs: found.append(self.run(*args, grid=grid, warmup=True, **kwargs))
+
+    launch, KernelInterface.__getitem__ = KernelInterface.__getitem__, compile_only
+    try:
+        yield
+    finally:
+        KernelInterface.__getitem__ = launch
 
 
 def ptxas() -> str:

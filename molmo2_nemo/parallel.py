@@ -184,6 +184,17 @@ def uses_fused_kernels(parallel: ParallelConfig, device: str) -> bool:
     return possible and parallel.kernels != "plain"
 
 
+def attention_kernel(parallel: ParallelConfig, device: str) -> str:
+    """FlexAttention's back end. Raises ConfigError when `flash` is asked for and cannot be."""
+    has_flash = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
+    if parallel.attention_kernel == "flash" and not (device == "cuda" and has_flash):
+        raise ConfigError(
+            "parallel.attention_kernel=flash needs a GPU and FlashAttention 4 (flash_attn.cute) installed: use"
+            " parallel.attention_kernel=triton."
+        )
+    return parallel.attention_kernel
+
+
 def layer_spec(parallel: ParallelConfig, device: str) -> str:
     """`local` or `transformer_engine`. Raises ConfigError when the latter is asked for and not there."""
     if parallel.layer_spec == "transformer_engine" and not (device == "cuda" and has_transformer_engine()):
@@ -257,6 +268,7 @@ def transformer_configs(
         gated_linear_unit=True,
         activation_func=F.silu,
         qk_layernorm=True,
+        attention_kernel=attention_kernel(parallel, device),
         hidden_dropout=dropout,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -287,6 +299,8 @@ def transformer_configs(
         bias_activation_fusion=False,  # Megatron's is for another form of GELU by its name
         hidden_dropout=0.0,
     )
+    if common["fused_kernels"] and not (precision == "fp8" and vit_fp8):
+        vit.update(transformer_impl="local")  # model/fused_vit.py; Transformer Engine would keep and move more
     if precision == "fp8" and vit_fp8:
         vit.update(fp8="hybrid", **{key: value for key, value in overrides.items() if key in FP8_FIELDS})
     connector = dict(

@@ -14,6 +14,7 @@ from molmo2_nemo.config.schema import (
     EXTRA_TOKENS,
     FP8_MULTIPLES,
     FP8_RECIPE,
+    LAYERS,
     METRICS,
     RECOMPUTE,
     VOCAB_MULTIPLE,
@@ -68,6 +69,15 @@ def check_settings(cfg: Config, world_size: int) -> None:
         f"train.vision_chunk_crops={chunk} must be a number of crops, 0 for all at once, or auto.",
     )
     refuse(chunk != AUTO and chunk < 0, f"train.vision_chunk_crops={chunk} must not be negative.")
+    refuse(
+        train.vision_recompute not in (True, False, LAYERS),
+        f"train.vision_recompute={train.vision_recompute} must be true, {LAYERS} or false.",
+    )
+    refuse(
+        train.vision_recompute == LAYERS and train.vit_fp8,
+        f"train.vision_recompute={LAYERS} does not work with train.vit_fp8=true, whose scales would be updated twice:"
+        " use train.vision_recompute=true.",
+    )
     if "recompute" in cfg.transformer:
         check_choice("transformer.recompute", cfg.transformer["recompute"], (*RECOMPUTE, AUTO))
     refuse(
@@ -238,6 +248,7 @@ def check_parallel(p: ParallelConfig, m: ModelConfig, world_size: int) -> None:
     check_choice("parallel.cp_comm_type", p.cp_comm_type, ("a2a", "all_gather"))
     check_choice("parallel.layer_spec", p.layer_spec, ("auto", "local", "transformer_engine"))
     check_choice("parallel.kernels", p.kernels, ("auto", "fused", "plain"))
+    check_choice("parallel.attention_kernel", p.attention_kernel, ("triton", "flash"))
     refuse(
         world_size % (tp * pp * cp) != 0,
         f"{world_size} rank(s) cannot be divided into groups of parallel.tensor_model_parallel_size={tp} x "

@@ -45,6 +45,7 @@ FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
 # What `train.vision_chunk_crops` and `transformer.recompute` say to have the plan choose (auto.py).
 AUTO = "auto"
+LAYERS = "layers"  # what `train.vision_recompute` may say beside true and false
 # What `transformer.recompute` may say beside AUTO, as fields of Megatron's TransformerConfig; the least work first.
 RECOMPUTE = {
     "none": {},
@@ -203,6 +204,9 @@ class ParallelConfig:
     kernels: str = "auto"
     """What is done between matrix products: `fused` by one kernel each (GPU, liger-kernel installed), `plain` by
     torch's operations one after the other, or `auto`, which is `fused` where it can be."""
+    attention_kernel: str = "triton"
+    """The decoder's attention on a GPU: `triton`, FlexAttention's own kernels, or `flash`, its back end on
+    FlashAttention 4 (the package `flash_attn.cute` must be installed; not tried)."""
 
 
 @dataclass
@@ -425,8 +429,10 @@ class TrainConfig:
     vision_chunk_crops: Any = 32
     """Crops that a rank encodes at a time, which bounds the vision tower's memory; 0: all at once; `auto`: the most, up
     to 32, that fit by the plan."""
-    vision_recompute: bool = True
-    """Encode each chunk again in the backward pass instead of keeping its activations."""
+    vision_recompute: Any = True
+    """What of the vision tower is computed again in the backward pass instead of being kept: `true` all of a chunk,
+    `layers` what lies inside of each layer (faster, and up to 85 MB more for each crop of a micro-batch), `false`
+    nothing."""
     vit_fp8: bool = False
     """With `precision=fp8`, run the vision transformer's matrix products in FP8, too."""
 
@@ -465,8 +471,15 @@ class Config:
 
 # The rows of embedding and head are padded to a multiple of this, which every tensor parallel size must divide.
 VOCAB_MULTIPLE = 128
-# float32 logits that the losses hold at a time (model/loss.py): 256 MiB, and up to three tensors of this size.
+# Logits that the losses hold at a time (model/loss.py): in bf16 and then in float32, 6 bytes each.
 LOGITS_PER_CHUNK = 2**26
+
+
+def positions_per_chunk(width: int, fused: bool) -> int:
+    """Positions whose logits, `width` on a rank, are held at a time. From 128 on a multiple of it, as wide as a matrix
+    product's tiles. fused: by kernels that leave them in bf16, so that three times as many take the same memory."""
+    size = max(1, LOGITS_PER_CHUNK * (3 if fused else 1) // width)
+    return size - size % 128 if size > 128 else size
 
 
 def padded_vocab_size(vocab_size: int) -> int:

@@ -14,6 +14,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from molmo2_nemo.model.collectives import all_gather, all_to_all
 
+# FlexAttention's tiles by the width of a head, where others than torch's own are better: chosen by compiling them for
+# sm_90 (tools/check/kernels.py --sweep; docs/rehearsal.md has what was found), not by time, which nobody measured.
+TILES = {}
+
 
 @functools.cache
 def compiled_flex_attention(backend: str = "inductor"):
@@ -25,12 +29,28 @@ def compiled_flex_attention(backend: str = "inductor"):
     return torch.compile(flex_attention, backend=backend, dynamic=False, fullgraph=True)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, scale: float) -> Tensor:
-    """Attention of [B, N, Q, D] queries over [B, G, K, D] keys and values, N a multiple of G. Returns [B, N, Q, D]."""
+def flex_options(backend: str, D: int) -> dict:
+    """FlexAttention's kernel options. backend: `parallel.attention_kernel`; D: width of a head."""
+    return {"BACKEND": "FLASH"} if backend == "flash" else TILES.get(D, {})
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | BlockMask | None,
+    scale: float,
+    backend: str = "triton",
+) -> Tensor:
+    """Attention of [B, N, Q, D] queries over [B, G, K, D] keys and values, N a multiple of G. Returns [B, N, Q, D].
+
+    backend: of FlexAttention, for a BlockMask on a GPU (`flex_options`).
+    """
     grouped = query.shape[1] != key.shape[1]
     if isinstance(mask, BlockMask):
         flex = compiled_flex_attention() if query.is_cuda else flex_attention
-        return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+        options = flex_options(backend, query.shape[-1]) if query.is_cuda else None
+        return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
@@ -71,6 +91,7 @@ class PackedAttention(MegatronModule):
         super().__init__(config)
         self.cp_group = pg_collection.cp
         self.cp_comm_type = cp_comm_type
+        self.backend = config.attention_kernel
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(
@@ -87,7 +108,7 @@ class PackedAttention(MegatronModule):
         elif ranks > 1:
             key, value = all_gather(torch.stack((key, value), dim=1), self.cp_group).unbind(dim=1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = attend(q, k, v, attention_bias, self.scale).permute(2, 0, 1, 3)
+        out = attend(q, k, v, attention_bias, self.scale, self.backend).permute(2, 0, 1, 3)
         if ulysses:
             out = heads_to_sequence(out.contiguous(), self.cp_group)
         return out.reshape(*out.shape[:2], -1)

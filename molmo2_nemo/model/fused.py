@@ -1,10 +1,9 @@
 """Element-wise work of decoder and vision tower, each stretch between two matrix products as one kernel; for GPUs.
 
 Each function here equals the formula that the layers use where `fused_kernels` is off (layers.py), within rounding:
-everything is computed in float32 and rounded once. RMSNorm, SwiGLU and LayerNorm's forward pass are liger-kernel's, the
-others are those of kernels.py. Each is an operation of torch with a shape rule, so that it can be counted without a
-GPU: it reads its inputs once and writes its outputs once. tests/unit/test_fused.py runs them on a CPU by Triton's
-interpreter.
+everything is computed in float32 and rounded once. RMSNorm and SwiGLU are liger-kernel's, the others are those of
+kernels.py. Each is an operation of torch with a shape rule, so that it can be counted without a GPU: it reads its
+inputs once and writes its outputs once. tests/unit/test_fused.py runs them on a CPU by Triton's interpreter.
 """
 
 import torch
@@ -82,63 +81,6 @@ def _(grad, grad_x, x, weight, scale):
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-# ---- LayerNorm ----
-
-
-def layer_norm_and_residual(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(LayerNorm of the last dimension of x, [..., H], x itself), as rms_norm_and_residual."""
-    return _LayerNorm.apply(x, weight, bias, eps)
-
-
-class _LayerNorm(Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        normed, mean, scale = layer_norm_forward(x.contiguous(), weight, bias, eps)
-        ctx.save_for_backward(x, weight, mean, scale)
-        return normed, x
-
-    @staticmethod
-    def backward(ctx, grad, grad_x):
-        x, *others = ctx.saved_tensors
-        return *layer_norm_backward(grad.contiguous(), grad_x.contiguous(), x.contiguous(), *others), None
-
-
-@custom_op("molmo2::layer_norm", mutates_args=())
-def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    from liger_kernel.ops.layer_norm import layer_norm_forward as forward
-
-    normed, _, mean, scale, *_ = forward(x, weight, bias, eps)
-    return normed, mean, scale
-
-
-@layer_norm_forward.register_fake
-def _(x, weight, bias, eps):
-    mean = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    return torch.empty_like(x), mean, torch.empty_like(mean)
-
-
-@custom_op("molmo2::layer_norm_backward", mutates_args=())
-def layer_norm_backward(
-    grad: Tensor, grad_x: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    from molmo2_nemo.model import kernels
-
-    out, (rows, columns) = torch.empty_like(x), _rows(x)
-    programs = min(_programs(x.device), rows)
-    sums = x.new_empty(2, programs, columns, dtype=torch.float32)
-    kernels.layer_norm_backward[(programs,)](
-        *(grad, grad_x, x, weight, mean, scale, out, *sums, rows, columns),
-        BLOCK=_power(columns),
-        num_warps=8 if columns > 1024 else 4,
-    )
-    return out, *(sum.sum(0).to(weight.dtype) for sum in sums)
-
-
-@layer_norm_backward.register_fake
-def _(grad, grad_x, x, weight, mean, scale):
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-
-
 # ---- SwiGLU ----
 
 
@@ -207,7 +149,7 @@ class _BiasGELU(Function):
 def bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     from molmo2_nemo.model import kernels
 
-    out, (rows, columns) = torch.empty_like(x), _rows(x)
+    out, (rows, columns) = torch.empty_like(x), rows_and_columns(x)
     grid = (-(-rows // 8), -(-columns // 512))
     kernels.bias_gelu[grid](x, bias, out, rows, columns, BLOCK_ROWS=8, BLOCK_COLUMNS=512)
     return out
@@ -220,22 +162,41 @@ def _(x, bias):
 
 @custom_op("molmo2::bias_gelu_backward", mutates_args=())
 def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    from molmo2_nemo.model import kernels
-
-    grad_x, (rows, columns) = torch.empty_like(x), _rows(x)
-    programs = min(_programs(x.device), rows)
-    each = -(-rows // programs)
-    grad_bias = x.new_empty(programs, columns, dtype=torch.float32)
-    grid = (programs, -(-columns // 512))
-    kernels.bias_gelu_backward[grid](
-        grad, x, bias, grad_x, grad_bias, rows, columns, each, BLOCK_ROWS=8, BLOCK_COLUMNS=512
-    )
-    return grad_x, grad_bias.sum(0).to(bias.dtype)
+    grad_x = torch.empty_like(x)
+    return grad_x, _gelu_backward(grad, x, bias, grad_x, again=False)
 
 
 @bias_gelu_backward.register_fake
 def _(grad, x, bias):
     return torch.empty_like(x), torch.empty_like(bias)
+
+
+@custom_op("molmo2::bias_gelu_again", mutates_args=("grad", "x"))
+def bias_gelu_again(grad: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    """Forward and backward pass of GELU of x + bias in one, in place.
+
+    grad, the gradient of GELU, becomes that of x; x becomes GELU of x + bias. Returns the gradient of the bias.
+    """
+    return _gelu_backward(grad, x, bias, grad, again=True)
+
+
+@bias_gelu_again.register_fake
+def _(grad, x, bias):
+    return torch.empty_like(bias)
+
+
+def _gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, grad_x: Tensor, again: bool) -> Tensor:
+    from molmo2_nemo.model import kernels
+
+    rows, columns = rows_and_columns(x)
+    programs = min(programs_on(x.device), rows)
+    each = -(-rows // programs)
+    sums = x.new_empty(programs, columns, dtype=torch.float32)
+    grid = (programs, -(-columns // 512))
+    kernels.bias_gelu_backward[grid](
+        *(grad, x, bias, grad_x, sums, rows, columns, each), BLOCK_ROWS=8, BLOCK_COLUMNS=512, AGAIN=again, num_warps=8
+    )
+    return sums.sum(0).to(bias.dtype)
 
 
 # ---- residuals ----
@@ -261,7 +222,7 @@ class _BiasAdd(Function):
 def bias_add_forward(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     from molmo2_nemo.model import kernels
 
-    out, (rows, columns) = torch.empty_like(x), _rows(x)
+    out, (rows, columns) = torch.empty_like(x), rows_and_columns(x)
     kernels.bias_add[rows, -(-columns // 1024)](x, bias, residual, out, columns, BLOCK=1024)
     return out
 
@@ -296,7 +257,7 @@ class _DropoutAdd(Function):
 def dropout_add_forward(x: Tensor, residual: Tensor, where: Tensor | None, seed: Tensor, probability: float) -> Tensor:
     from molmo2_nemo.model import kernels
 
-    out, (rows, columns) = torch.empty_like(x), _rows(x)
+    out, (rows, columns) = torch.empty_like(x), rows_and_columns(x)
     grid = (rows, -(-columns // 1024))
     some = where is not None
     kernels.dropout_add[grid](x, residual, where, seed, out, columns, probability, BLOCK=1024, SOME=some)
@@ -312,7 +273,7 @@ def _(x, residual, where, seed, probability):
 def dropout_backward(grad: Tensor, where: Tensor | None, seed: Tensor, probability: float) -> Tensor:
     from molmo2_nemo.model import kernels
 
-    grad_x, (rows, columns) = torch.empty_like(grad), _rows(grad)
+    grad_x, (rows, columns) = torch.empty_like(grad), rows_and_columns(grad)
     grid = (rows, -(-columns // 1024))
     some = where is not None
     kernels.dropout_backward[grid](grad, where, seed, grad_x, columns, probability, BLOCK=1024, SOME=some)
@@ -444,7 +405,7 @@ def _rotate_backward(
     from molmo2_nemo.model import kernels
 
     s, B, G, M, D = x.shape
-    programs = min(_programs(x.device), s * B)
+    programs = min(programs_on(x.device), s * B)
     grad_weight = x.new_empty(programs, D, dtype=torch.float32)
     kernels.rotate_heads_backward[(programs,)](
         *(grad, x, weight, cos, sin, grad_x, grad_weight, _token_stride(x), x.stride(2), s * B, G * M, M, eps),
@@ -462,22 +423,22 @@ def _blocks(heads: int, D: int, weight: Tensor | None) -> dict:
     # With 4 warps the backward pass of 32 heads of 128 takes all 255 registers of a thread (compiled for sm_90).
     return dict(
         HALF=D // 2,
-        BLOCK_HEADS=_power(heads),
-        BLOCK_HALF=_power(D // 2),
+        BLOCK_HEADS=power_of_two(heads),
+        BLOCK_HALF=power_of_two(D // 2),
         NORM=weight is not None,
         num_warps=8 if heads * D > 2048 else 4,
     )
 
 
-def _power(number: int) -> int:
+def power_of_two(number: int) -> int:
     """The next power of two, which sizes of Triton's blocks must be."""
     return 1 << (number - 1).bit_length()
 
 
-def _rows(x: Tensor) -> tuple[int, int]:
+def rows_and_columns(x: Tensor) -> tuple[int, int]:
     return x.numel() // x.shape[-1], x.shape[-1]
 
 
-def _programs(device: torch.device) -> int:
+def programs_on(device: torch.device) -> int:
     """Programs that share a sum over rows: four for each multiprocessor, and a few under the interpreter."""
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

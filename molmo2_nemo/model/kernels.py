@@ -105,7 +105,54 @@ def rotate_heads_backward(
 
 
 @triton.jit
-def layer_norm_backward(
+def add_norm(
+    x,
+    delta,  # what is added to x, with a bias, if ADD
+    bias,
+    weight,
+    norm_bias,
+    total,  # the sum, if ADD
+    normed,
+    mean,  # float32 [rows], as scale: 1 / standard deviation
+    scale,
+    columns,
+    eps,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """LayerNorm of x + delta + bias, [rows, columns] contiguous. One program for a row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask, place = column < columns, row * columns + column
+    y = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        y += tl.load(delta + place, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+        y = y.to(total.dtype.element_ty)  # the norm is that of the sum as it is stored
+        tl.store(total + place, y, mask=mask)
+        y = y.to(tl.float32)
+    m = tl.sum(y, axis=0) / columns
+    y = tl.where(mask, y - m, 0.0)
+    s = tl.rsqrt(tl.sum(y * y, axis=0) / columns + eps)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(normed + place, y * s * w + tl.load(norm_bias + column, mask=mask, other=0.0).to(tl.float32), mask=mask)
+    tl.store(mean + row, m)
+    tl.store(scale + row, s)
+
+
+@triton.jit
+def normalise(x, mean, scale, weight, bias, out, columns, BLOCK: tl.constexpr):
+    """LayerNorm with mean and scale that are known, [rows, columns] contiguous."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask, place = column < columns, row * columns + column
+    y = (tl.load(x + place, mask=mask, other=0.0).to(tl.float32) - tl.load(mean + row)) * tl.load(scale + row)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + place, y * w + tl.load(bias + column, mask=mask, other=0.0).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def add_norm_backward(
     grad,
     grad_x,  # of x itself, which the norm's gradient is added to
     x,
@@ -113,22 +160,22 @@ def layer_norm_backward(
     mean,  # float32 [rows], as scale
     scale,
     out,
-    grad_weight,  # float32 [programs, columns], as grad_bias
-    grad_bias,
+    sums,  # float32 [programs, 3, columns]: gradients of weight, norm's bias and, the sum of `out`, added bias
     rows,
     columns,
     BLOCK: tl.constexpr,
 ):
     """LayerNorm's backward pass with the residual's gradient, [rows, columns] contiguous.
 
-    Each program takes every n-th row and sums the gradients of weight and bias over its own.
+    Each program takes every n-th row and sums over its own.
     """
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < columns
     w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
     sum_weight = tl.zeros((BLOCK,), dtype=tl.float32)
-    sum_bias = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_norm_bias = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_out = tl.zeros((BLOCK,), dtype=tl.float32)
     for row in range(program, rows, tl.num_programs(0)):
         place = row * columns + column
         g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
@@ -137,12 +184,46 @@ def layer_norm_backward(
             mask, (tl.load(x + place, mask=mask, other=0.0).to(tl.float32) - tl.load(mean + row)) * s, 0.0
         )
         sum_weight += g * normed
-        sum_bias += g
+        sum_norm_bias += g
         d = g * w
         d = (d - tl.sum(d, axis=0) / columns - normed * (tl.sum(d * normed, axis=0) / columns)) * s
-        tl.store(out + place, d + tl.load(grad_x + place, mask=mask, other=0.0).to(tl.float32), mask=mask)
-    tl.store(grad_weight + program * columns + column, sum_weight, mask=mask)
-    tl.store(grad_bias + program * columns + column, sum_bias, mask=mask)
+        d += tl.load(grad_x + place, mask=mask, other=0.0).to(tl.float32)
+        sum_out += d
+        tl.store(out + place, d, mask=mask)
+    to = sums + program * 3 * columns + column
+    tl.store(to, sum_weight, mask=mask)
+    tl.store(to + columns, sum_norm_bias, mask=mask)
+    tl.store(to + 2 * columns, sum_out, mask=mask)
+
+
+@triton.jit
+def join_heads(
+    part,  # [rows, N * D], contiguous
+    out,  # [rows, N, 3, D], of which the part `number` is written
+    sums,  # float32 [programs of axis 0, N, 3, D], likewise: of each column over the program's rows
+    rows,
+    columns,  # N * D
+    number,
+    D,
+    rows_per_program,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Put the gradients of queries, keys or values where the projection has them."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    in_row = column < columns
+    to = (column // D) * (3 * D) + number * D + column % D
+    total = tl.zeros((BLOCK_COLUMNS,), dtype=tl.float32)
+    start = program * rows_per_program
+    end = tl.minimum(start + rows_per_program, rows)
+    for block in range(start, end, BLOCK_ROWS):
+        row = block + tl.arange(0, BLOCK_ROWS)
+        mask = (row < end)[:, None] & in_row[None, :]
+        x = tl.load(part + row[:, None] * columns + column[None, :], mask=mask, other=0.0)
+        tl.store(out + row[:, None] * (3 * columns) + to[None, :], x, mask=mask)
+        total += tl.sum(x.to(tl.float32), axis=0)
+    tl.store(sums + program * (3 * columns) + to, total, mask=in_row)
 
 
 @triton.jit
@@ -160,7 +241,7 @@ def bias_gelu(x, bias, out, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUM
 @triton.jit
 def bias_gelu_backward(
     grad,
-    x,
+    x,  # with AGAIN, GELU of x + bias is written over it
     bias,
     grad_x,
     grad_bias,  # float32 [programs of axis 0, columns]
@@ -169,6 +250,7 @@ def bias_gelu_backward(
     rows_per_program,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """Each program takes some columns of some rows and sums the gradient of the bias over these rows."""
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -186,6 +268,8 @@ def bias_gelu_backward(
         slope = s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
         d = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32) * slope
         tl.store(grad_x + place, d, mask=mask)
+        if AGAIN:
+            tl.store(x + place, z * s, mask=mask)
         total += tl.sum(d, axis=0)
     tl.store(grad_bias + tl.program_id(0).to(tl.int64) * columns + column, total, mask=in_row)
 
@@ -242,3 +326,40 @@ def bias_add(x, bias, residual, out, columns, BLOCK: tl.constexpr):
     total = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     total += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + place, total + tl.load(residual + place, mask=mask, other=0.0).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def logit_statistics(logits, index, largest, total, chosen, width, columns, BLOCK: tl.constexpr):
+    """The largest of a row's first `columns` of `width` logits, the sum of exp(logit - largest), and one logit.
+
+    index: int64 [rows], which one, or -1 for none (0). Results are float32 [rows]. One program for a row.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    most = tl.full((BLOCK,), -3.0e38, tl.float32)
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * width + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+        more = tl.maximum(most, x)
+        sums = sums * tl.exp(most - more) + tl.exp(x - more)
+        most = more
+    of_all = tl.max(most, axis=0)
+    place = tl.load(index + row)
+    tl.store(largest + row, of_all)
+    tl.store(total + row, tl.sum(sums * tl.exp(most - of_all), axis=0))
+    tl.store(chosen + row, tl.load(logits + row * width + place, mask=place >= 0, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def logit_gradient(logits, index, log_partition, scale, grad_loss, width, columns, BLOCK: tl.constexpr):
+    """Write over a row's logits scale * exp(logit - log_partition), less grad_loss at `index`; 0 from `columns` on.
+
+    log_partition, scale, grad_loss: float32 [rows].
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = logits + row * width + column
+    x = tl.load(place, mask=column < columns, other=float("-inf")).to(tl.float32)
+    x = tl.exp(x - tl.load(log_partition + row)) * tl.load(scale + row)
+    x -= tl.where(column == tl.load(index + row), tl.load(grad_loss + row), 0.0)
+    tl.store(place, x, mask=column < width)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, get_backend
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -32,7 +32,10 @@ class LayerConfig(TransformerConfig):
     """Megatron's TransformerConfig and what it has no field for."""
 
     fused_kernels: bool = False
-    """Whether the work between matrix products is done by the kernels of fused.py (`parallel.fused_kernels`)."""
+    """Whether the work between matrix products is done by the kernels of fused.py (`parallel.kernels`)."""
+
+    attention_kernel: str = "triton"
+    """FlexAttention's back end, `triton` or `flash` (`parallel.attention_kernel`)."""
 
 
 class RMSNorm(nn.Module):
@@ -92,23 +95,31 @@ class FullWidthRMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm behind Megatron's signature. With a kernel it returns its input, too, as RMSNorm does."""
+    """torch's LayerNorm behind Megatron's signature."""
 
     def __init__(self, config: LayerConfig, hidden_size: int, eps: float):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.fused = config.fused_kernels
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        if self.fused:
-            return fused.layer_norm_and_residual(x, self.weight, self.bias, self.eps)
-        return super().forward(x)
 
 
-class WholeLinear(ColumnParallelLinear):
-    """A layer that is not split, with its bias added by the matrix product itself."""
+class LayerNormWeights(LayerNorm):
+    """Where the kernel is one of fused_vit.py: what is called, for Megatron's hooks, gives weight and bias."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return F.linear(x, self.weight, self.bias), None
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
+
+
+class ColumnWeights(ColumnParallelLinear):
+    """A layer that is not split; as LayerNormWeights."""
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
+
+
+class RowWeights(RowParallelLinear):
+    """A layer that is not split; as LayerNormWeights."""
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
 
 
 class FusedMLP(MLP):
@@ -223,11 +234,9 @@ def _bias_dropout_add(config: LayerConfig):
     return build
 
 
-def _mlp(backend: BackendSpecProvider):
+def _mlp(linear_fc1, linear_fc2):
     def build(config, pg_collection, is_mtp_layer=False, name=None, input_size=None):
-        submodules = MLPSubmodules(
-            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
-        )
+        submodules = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2)
         sizes = dict(ffn_hidden_size=config.ffn_hidden_size, input_size=input_size)
         return (FusedMLP if config.fused_kernels else MLP)(config, submodules, tp_group=pg_collection.tp, **sizes)
 
@@ -236,7 +245,9 @@ def _mlp(backend: BackendSpecProvider):
 
 def gated_mlp(config: LayerConfig, input_size: int, pg_collection) -> MLP:
     """SwiGLU from `input_size` to `config.hidden_size` (the connector's projector)."""
-    return _mlp(layer_backend(config))(config, pg_collection, input_size=input_size)
+    backend = layer_backend(config)
+    build = _mlp(backend.column_parallel_linear(), backend.row_parallel_linear())
+    return build(config, pg_collection, input_size=input_size)
 
 
 def decoder_block_spec(
@@ -273,19 +284,25 @@ def decoder_block_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if model.norm_after else norm_before,
-            mlp=_mlp(backend),
+            mlp=_mlp(backend.column_parallel_linear(), backend.row_parallel_linear()),
             mlp_bda=get_bias_dropout_add,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)
 
 
+def gives_weights(config: LayerConfig) -> bool:
+    """Whether the vision transformer's layers are those that fused_vit.run_layers runs."""
+    return config.fused_kernels and config.transformer_impl == "local"
+
+
 def vit_block_spec(num_layers: int, config: LayerConfig) -> TransformerBlockSubmodules:
     """Pre-norm encoder layers with LayerNorm and biases; no final norm."""
     backend = layer_backend(config)
-    local = config.transformer_impl == "local"
-    norm = LayerNorm if local else backend.layer_norm(rms_norm=False)
-    linear = WholeLinear if local and config.fused_kernels else backend.column_parallel_linear()
+    column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+    norm = LayerNorm if config.transformer_impl == "local" else backend.layer_norm(rms_norm=False)
+    if gives_weights(config):
+        norm, column, row = LayerNormWeights, ColumnWeights, RowWeights
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -293,15 +310,11 @@ def vit_block_spec(num_layers: int, config: LayerConfig) -> TransformerBlockSubm
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=linear,
-                    core_attention=CropAttention,
-                    linear_proj=backend.row_parallel_linear(),
-                ),
+                submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=CropAttention, linear_proj=row),
             ),
             self_attn_bda=_bias_dropout_add(config),
             pre_mlp_layernorm=norm,
-            mlp=_mlp(backend),
+            mlp=_mlp(column, row),
             mlp_bda=_bias_dropout_add(config),
         ),
     )

@@ -38,7 +38,7 @@ class Molmo2(LanguageModule):
         response_dropout: bool = False,
         vp_stage: int | None = None,
         vision_chunk_crops: int = 32,
-        vision_recompute: bool = True,
+        vision_recompute: bool | str = True,
     ):
         config = configs["decoder"]
         super().__init__(config)
@@ -161,6 +161,7 @@ class Molmo2(LanguageModule):
             self.model.vocab_size,
             self.tp_group,
             reduce_input_grad=not self.config.sequence_parallel,
+            fused=self.config.fused_kernels,
         )
         result = torch.zeros(2, hidden.shape[0] * hidden.shape[1], dtype=torch.float32, device=hidden.device)
         result = result.index_copy(1, loss_index, torch.stack(losses))

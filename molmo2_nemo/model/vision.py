@@ -2,10 +2,12 @@
 
 Each rank holds the whole tower, encodes its share of a micro-batch's images and frames, pools and projects them,
 and the visual tokens are gathered. No crop is encoded on two ranks. A rank encodes its share in chunks of whole images
-and frames, and encodes each again in the backward pass: of a chunk only its visual tokens are kept.
+and frames. In the backward pass it encodes each again, and of a chunk only its visual tokens are kept; or it makes each
+layer again, of which its input (with fused kernels its middle, too) is kept.
 """
 
 import bisect
+import functools
 import math
 from collections.abc import Callable
 
@@ -18,15 +20,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from molmo2_nemo.config.schema import FP8_MULTIPLES, ModelConfig
+from molmo2_nemo.config.schema import FP8_MULTIPLES, LAYERS, ModelConfig
 from molmo2_nemo.model.collectives import all_gather
-from molmo2_nemo.model.layers import gated_mlp, vit_block_spec
+from molmo2_nemo.model.fused_vit import run_layers
+from molmo2_nemo.model.layers import gated_mlp, gives_weights, vit_block_spec
 
 
 class VisionTransformer(MegatronModule):
-    """SigLIP-2-style ViT: linear patch embedding, learned positions, pre-norm layers, chosen layers' outputs."""
+    """SigLIP-2-style ViT: linear patch embedding, learned positions, pre-norm layers, chosen layers' outputs.
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, pg_collection):
+    again: make each layer again in the backward pass.
+    """
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, pg_collection, again: bool = False):
         super().__init__(config)
         vit, vision = model.vit, model.vision
         # Negative layers count from the last one, as in transformers.
@@ -41,6 +47,7 @@ class VisionTransformer(MegatronModule):
         self.encoder = TransformerBlock(
             config, vit_block_spec(vit.num_layers, config), post_layer_norm=False, pg_collection=pg_collection
         )
+        self.again, self.gives_weights = again, gives_weights(config)
         # FP8 matrix products need a multiple of 16 patches or more, and a crop has an odd number: 729.
         align = FP8_MULTIPLES[config.fp8_recipe] if config.fp8 else 1
         self.crop_multiple = align // math.gcd(align, vision.patches_per_crop)
@@ -54,8 +61,17 @@ class VisionTransformer(MegatronModule):
         pixels = crops.to(self.patch_embedding.weight.dtype) / 127.5 - 1.0
         x = self.patch_embedding(pixels) + self.position_embedding
         taps = sorted(set(self.feature_layers))
-        # Crops stand first, where Megatron has positions: nothing in a layer but CropAttention tells the two apart.
-        _, outputs = self.encoder(x, None, extract_layer_indices=set(taps))
+        again = self.again and torch.is_grad_enabled()
+        if self.gives_weights:
+            outputs = run_layers(self.encoder.layers, x, set(taps), again)
+        elif again:
+            outputs = []
+            for number, layer in enumerate(self.encoder.layers):
+                x, _ = checkpoint(layer, x, None, use_reentrant=False, preserve_rng_state=False)  # no dropout here
+                outputs += [x] if number in taps else []
+        else:
+            # Crops stand first, where Megatron has positions: nothing in a layer but CropAttention tells the two apart.
+            _, outputs = self.encoder(x, None, extract_layer_indices=set(taps))
         by_layer = dict(zip(taps, outputs))
         return torch.cat([by_layer[layer] for layer in self.feature_layers], dim=-1)[:count]
 
@@ -80,8 +96,10 @@ class Connector(MegatronModule):
         """features [C, P, F]; pooling int64 [T, W], indices into the flattened (C, P), -1 invalid -> [T, H]."""
         T, W = pooling.shape
         valid = pooling >= 0
-        patches = features.reshape(-1, features.shape[-1])[pooling.clamp(min=0)] * valid.unsqueeze(-1)
-        mean = patches.sum(1, keepdim=True) / valid.sum(1).clamp(min=1).view(T, 1, 1)
+        patches = features.reshape(-1, features.shape[-1])[pooling.clamp(min=0)]
+        # A product with ones and zeros is the sum of the valid ones. The mask keeps the others from keys and values.
+        total = valid.to(patches.dtype).unsqueeze(1) @ patches
+        mean = total / valid.sum(1).clamp(min=1).view(T, 1, 1)
 
         def heads(x):
             return x.view(T, -1, self.num_heads, self.head_dim).transpose(1, 2)
@@ -101,7 +119,8 @@ class VisionTower(MegatronModule):
     """ViT and connector with their work shared over `group` (the tensor x context parallel ranks of stage 0).
 
     chunk_crops: crops encoded at a time, as whole images and frames; 0: all at once. recompute: the backward pass
-    encodes a chunk again, so that no more than one chunk's activations are alive; False: all of them wait for it.
+    encodes a chunk again, so that no more than one chunk's activations are alive; "layers": it makes each layer of the
+    ViT again, and the connector; False: all activations wait for it.
     """
 
     def __init__(
@@ -112,10 +131,10 @@ class VisionTower(MegatronModule):
         pg_collection,
         group,
         chunk_crops: int = 0,
-        recompute: bool = False,
+        recompute: bool | str = False,
     ):
         super().__init__(vit_config)
-        self.vit = VisionTransformer(model, vit_config, pg_collection)
+        self.vit = VisionTransformer(model, vit_config, pg_collection, recompute == LAYERS)
         self.connector = Connector(model, connector_config, pg_collection)
         self.group, self.chunk_crops, self.recompute = group, chunk_crops, recompute
         for parameter in self.parameters():
@@ -156,10 +175,12 @@ class VisionTower(MegatronModule):
     def _encode(self, crops: Tensor, pooling: Tensor) -> Tensor:
         """Visual tokens of one chunk; pooling counts from its first crop."""
         size = self.chunk_crops or len(crops)
-        if len(crops) <= size:
+        if len(crops) <= size and not self.vit.again:
             return self._run(lambda crops, pooling: self.connector(self.vit(crops), pooling), crops, pooling)
         # An image of more crops than that: its windows mix crops, so its features wait until all are there.
-        features = torch.cat([self._run(self.vit, part) for part in crops.split(size)])
+        encode = self.vit if self.vit.again else functools.partial(self._run, self.vit)
+        features = [encode(part) for part in crops.split(size)]
+        features = torch.cat(features) if len(features) > 1 else features[0]
         return self._run(self.connector, features, pooling)
 
     def _run(self, function: Callable, *tensors: Tensor) -> Tensor:

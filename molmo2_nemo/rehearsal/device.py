@@ -94,7 +94,7 @@ def stand_in_for_attention(recorder: Recorder) -> None:
             pairs = attended_pairs(*map(recorder.values_of, (segment_ids, vision_mask)))
         return Blocks(tensors, pairs * queries / S)
 
-    def flex_attention(query, key, value, block_mask, scale, enable_gqa):
+    def flex_attention(query, key, value, block_mask, scale, enable_gqa, kernel_options):
         return FusedAttention.apply(query, key, value, block_mask.pairs, recorder)
 
     def scaled_dot_product_attention(query, key, value, attn_mask=None, **kwargs):

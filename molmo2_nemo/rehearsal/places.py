@@ -8,6 +8,7 @@ from molmo2_nemo.paths import PACKAGE
 # File -> part. Of several that are on the stack the first of `WHOLE` counts, else the innermost.
 PARTS = {
     f"{PACKAGE.name}/model/vision.py": "vision",
+    f"{PACKAGE.name}/model/fused_vit.py": "vision",
     f"{PACKAGE.name}/model/loss.py": "head",
     f"{PACKAGE.name}/training/optimizer.py": "optimizer",
     f"{PACKAGE.name}/rehearsal/rows.py": "inputs",
@@ -18,7 +19,7 @@ PARTS = {
     "megatron/core/distributed/distributed_data_parallel.py": "gradients",
 }
 WHOLE = ("vision", "head", "optimizer")
-LAYER = "megatron/core/transformer/transformer_layer.py"
+LAYERS = ("megatron/core/transformer/transformer_layer.py", f"{PACKAGE.name}/model/fused_vit.py")
 ENGINE = "torch/autograd/graph.py"  # calls the backward pass
 # Wrappers around calls of others.
 TRANSPARENT = (f"{PACKAGE.name}/cpu.py", f"{PACKAGE.name}/compat.py")
@@ -52,7 +53,7 @@ class Places:
                 break
             if name is not None:
                 line = line or f"{name}:{frame.f_lineno}"
-                self.in_layer |= name == LAYER
+                self.in_layer |= name in LAYERS
                 if name in PARTS:
                     parts.append(PARTS[name])
             frame = frame.f_back

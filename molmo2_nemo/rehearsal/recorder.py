@@ -18,7 +18,10 @@ from molmo2_nemo.rehearsal.places import Places
 aten = torch.ops.aten
 BLOCK = 512  # CUDA's caching allocator rounds every tensor up to a multiple of this many bytes
 SMALL = 2**24  # elements: values of larger tensors are not followed
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+PRODUCTS = {
+    *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.addmm_.default, aten.addmm.dtype_out),
+    compat.gelu_product_operation(),
+}
 BOOLEAN_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 OVERWRITTEN = {"zero_", "fill_", "copy_"}  # operations that do not read their first argument
 
@@ -238,6 +241,8 @@ class Recorder(compat.dispatch_mode()):
                 else:
                     self.note_sync()
                 return
+        written = compat.written_by(function, args) if changes and function.namespace != "aten" else []
+        made = made + written  # by a kernel of ours, which returns nothing of what it changes
         if name.startswith(("empty", "new_empty")) or not made:
             return
         if not changes and all(compat.storage_address(t.untyped_storage()) in before for t in made):

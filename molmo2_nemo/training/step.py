@@ -41,7 +41,7 @@ def build_model(
     dropout: float = 0.0,
     response_dropout: bool = False,
     vision_chunk_crops: int = 32,
-    vision_recompute: bool = True,
+    vision_recompute: bool | str = True,
     vit_fp8: bool = False,
 ) -> list[DistributedDataParallel]:
     """This rank's pipeline stage inside Megatron's DistributedDataParallel. Collective.

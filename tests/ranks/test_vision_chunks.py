@@ -11,7 +11,7 @@ def assert_gradients_are_those_of_the_whole(ranks: list[dict]) -> None:
         assert max(found["unit_crops"]) > 2 and len(found["unit_crops"]) > 4
         # Every parameter of the tower has a gradient; in a row of text alone none has.
         assert found["without_gradient"] == {"all": 0, "text": found["vision_parameters"]}
-        assert len(found["chunked"]) == 6
+        assert len(found["chunked"]) == 7
         for one in found["chunked"]:
             for kind, differences in one["kinds"].items():
                 assert differences["loss"] <= 1e-6, (one["chunk"], kind, differences)

@@ -25,8 +25,8 @@ TP, CP = (int(argument) for argument in sys.argv[1:])
 LAYOUT = ParallelConfig(tensor_model_parallel_size=TP, context_parallel_size=CP, sequence_parallel=TP > 1)
 MODEL = compose("stage1", ["model=tiny", "data=sample", "schedule=quickstart"]).model
 KINDS = ("all", "text", "image", "video")
-# (crops in a chunk, or 0 for all at once; whether the backward pass encodes them again)
-CHUNKS = ((0, True), (1, True), (2, True), (2, False), (4, True), (32, True))
+# (crops in a chunk, or 0 for all at once; whether and how the backward pass encodes them again)
+CHUNKS = ((0, True), (1, True), (2, True), (2, False), (2, "layers"), (4, True), (32, "layers"))
 parallel.initialize(LAYOUT, "cpu", timeout_minutes=2, seed=0)
 
 
@@ -52,7 +52,7 @@ class PeakBytes(compat.dispatch_mode()):
         self.alive -= size
 
 
-def model_of(chunk_crops: int, recompute: bool):
+def model_of(chunk_crops: int, recompute: bool | str):
     parallel.seed_everything(3)
     return build_model(MODEL, LAYOUT, "cpu", "fp32", vision_chunk_crops=chunk_crops, vision_recompute=recompute)
 
@@ -122,7 +122,7 @@ def gradient_figures() -> dict:
     return found
 
 
-def tower_peak(crops: int, chunk_crops: int, recompute: bool, unit: int = 1) -> int:
+def tower_peak(crops: int, chunk_crops: int, recompute: bool | str, unit: int = 1) -> int:
     """Peak bytes that forward and backward over `crops` make, in images of `unit` crops."""
     tower = model_of(chunk_crops, recompute)[0].module.vision
     patches, rng = MODEL.vision.patches_per_crop, np.random.default_rng(0)

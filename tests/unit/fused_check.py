@@ -12,13 +12,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import triton.language as tl
-from liger_kernel.ops import fused_add_rms_norm, layer_norm, rms_norm
+from liger_kernel.ops import fused_add_rms_norm, rms_norm
 from triton.runtime import interpreter
 
 from molmo2_nemo import compat, parallel
 from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.schema import ParallelConfig
-from molmo2_nemo.model import fused
+from molmo2_nemo.model import fused, fused_vit, loss
+from molmo2_nemo.model.attention import attend
 from molmo2_nemo.model.molmo2 import Molmo2
 from molmo2_nemo.random_batches import packed_row
 from molmo2_nemo.training.batches import own_part
@@ -57,7 +58,7 @@ def complete_the_interpreter():
     for name, function in zip(REPLACED, (with_floats, rounded)):
         setattr(interpreter, name, function)
     interpreter.InterpreterBuilder.create_fmul = product
-    for module in (rms_norm, fused_add_rms_norm, layer_norm):
+    for module in (rms_norm, fused_add_rms_norm):
         module.rsqrt = lambda x: tl.rsqrt(x)  # looked up when it is called: the interpreter replaces it by its own
 
 
@@ -79,7 +80,53 @@ def plain_split(qkv, q_weight, k_weight, cos, sin):
     return plain_rotate(plain_rms(q, q_weight), cos, sin), plain_rotate(plain_rms(k, k_weight), cos, sin), v
 
 
+def plain_add_norm(x, delta, bias, weight, norm_bias):
+    total = x + delta + bias
+    if total.dtype == torch.float64:  # the norm is that of the sum as it is stored
+        total = total + (total.to(DTYPE[0]).double() - total).detach()
+    return total, F.layer_norm(total, x.shape[-1:], weight, norm_bias, EPS)
+
+
+def attend_in_crop(q, k, v, mask):
+    """[C, P, N, D] each -> [C, P, N * D], as layers.CropAttention."""
+    return attend(*(x.transpose(1, 2) for x in (q, k, v)), None, VIT_D**-0.5).transpose(1, 2).flatten(2)
+
+
+def plain_attention(normed, weight, bias, out):
+    qkv = F.linear(normed, weight, bias).view(*normed.shape[:-1], -1, 3, VIT_D)
+    return F.linear(attend_in_crop(*qkv.unbind(-2), None), out)
+
+
+def plain_mlp(normed, weight, bias, out):
+    return F.linear(F.gelu(F.linear(normed, weight, bias), approximate="tanh"), out)
+
+
+def half(function, again):
+    """A half of a ViT's layer after its norm; made again from the norm's input, mean and scale if `again`."""
+
+    def run(x, norm_weight, norm_bias, *weights):
+        x, normed, *moments = fused_vit.add_norm(x, None, None, norm_weight, norm_bias, EPS)
+        kept = (x, *moments, norm_weight, norm_bias) if again else None
+        return x, function(normed, *weights, kept)
+
+    return run
+
+
+def plain_half(function):
+    return lambda x, w, b, *weights: (x, function(F.layer_norm(x, x.shape[-1:], w, b, EPS), *weights))
+
+
+DTYPE = [torch.float32]  # that is checked now
 GROUPS, PER_GROUP, D, S, B, H = 2, 3, 12, 5, 2, 40
+VIT_D, INNER = 10, 70
+ATTENTION = [(3, 7, H), (H,), (H,), (3 * H, H), (3 * H,), (H, H)]
+MLP = [(3, 7, H), (H,), (H,), (INNER, H), (INNER,), (H, INNER)]
+
+
+def attention_half(normed, weight, bias, out, kept):
+    return fused_vit.attention(normed, weight, bias, out, attend_in_crop, VIT_D, kept)
+
+
 ROWS = (S, B)
 # (kernel, plain formula, shapes of the inputs that have gradients, inputs without)
 CASES = {
@@ -89,11 +136,20 @@ CASES = {
         lambda x, w: (plain_rms(x, w), x),
         [(*ROWS, H), (H,)],
     ),
-    "layer_norm_and_residual": (
-        lambda x, w, b: fused.layer_norm_and_residual(x, w, b, EPS),
-        lambda x, w, b: (F.layer_norm(x, x.shape[-1:], w, b, EPS), x),
+    "layer_norm": (
+        lambda x, w, b: fused_vit.add_norm(x, None, None, w, b, EPS)[:2],
+        lambda x, w, b: (x, F.layer_norm(x, x.shape[-1:], w, b, EPS)),
         [(*ROWS, H), (H,), (H,)],
     ),
+    "add_norm": (
+        lambda x, y, c, w, b: fused_vit.add_norm(x, y, c, w, b, EPS)[:2],
+        plain_add_norm,
+        [(*ROWS, H), (*ROWS, H), (H,), (H,), (H,)],
+    ),
+    "attention of the ViT": (half(attention_half, False), plain_half(plain_attention), ATTENTION),
+    "attention of the ViT, made again": (half(attention_half, True), plain_half(plain_attention), ATTENTION),
+    "MLP of the ViT": (half(fused_vit.mlp, False), plain_half(plain_mlp), MLP),
+    "MLP of the ViT, made again": (half(fused_vit.mlp, True), plain_half(plain_mlp), MLP),
     "swiglu": (fused.swiglu, lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], [(*ROWS, 2 * H)]),
     "bias_gelu": (fused.bias_gelu, lambda x, b: F.gelu(x + b, approximate="tanh"), [(7, 3, 600), (600,)]),
     "bias_add": (fused.bias_add, lambda x, b, r: x + b + r, [(*ROWS, H), (H,), (*ROWS, H)]),
@@ -108,7 +164,8 @@ CASES = {
 
 def inputs_of(name, shapes, dtype):
     torch.manual_seed(0)
-    inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    scales = [shape[-1] ** -0.5 if "ViT" in name and len(shape) == 2 else 1.0 for shape in shapes]
+    inputs = [(torch.randn(shape) * scale).to(dtype).requires_grad_() for shape, scale in zip(shapes, scales)]
     if "rotate" in name:
         angles = torch.randint(0, 20_000, (S * B, 1)) * 10_000.0 ** (-torch.arange(D // 2) / (D // 2))
         inputs += [angles.cos().float(), angles.sin().float()]
@@ -123,6 +180,7 @@ def outputs_and_gradients(function, inputs, grads):
 
 
 def check(name, dtype):
+    DTYPE[0] = dtype
     kernel, plain, shapes = CASES[name]
     inputs = inputs_of(name, shapes, dtype)
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
@@ -133,11 +191,36 @@ def check(name, dtype):
     with compat.fake_tensor_mode() as mode:
         fake = [mode.from_tensor(x) for x in inputs]
         shapes = outputs_and_gradients(kernel, fake, [mode.from_tensor(g) for g in grads])
-    report = {}
+    report, roundings = {}, 4 if "ViT" in name else 1  # products' results are rounded, too
     for i, (a, b, c) in enumerate(zip(found, expected, shapes, strict=True)):
         assert (a.shape, a.dtype, a.stride()) == (c.shape, c.dtype, c.stride()), (name, i, a.stride(), c.stride())
         assert a.dtype == dtype and a.shape == b.shape, (name, i)
-        report[i] = float(((a.double() - b).abs().max() / b.abs().max()).detach()) / BOUNDS[dtype]
+        report[i] = float(((a.double() - b).abs().max() / b.abs().max()).detach()) / BOUNDS[dtype] / roundings
+    return report
+
+
+def check_head(dtype):
+    """The kernels of the head's losses: exact logits, gradients in place, a rank's rows that are padding or not."""
+    torch.manual_seed(0)
+    report, count, width = {}, 9, 5000
+    for own in (width, 4100):
+        logits = (3 * torch.randn(count, width)).to(dtype)
+        index = torch.randint(own, (count,)).where(torch.rand(count) < 0.7, -1)
+        scale, grad_loss = torch.rand(2, count)
+        exact = logits[:, :own].double()
+        largest, total, chosen = loss.statistics(logits, index, own, fused=True)
+        log_partition = exact.logsumexp(1)
+        made = {"log-partition": (largest + total.log(), log_partition)}
+        made["of the label"] = (chosen, exact.gather(1, index.clamp(min=0)[:, None])[:, 0] * (index >= 0))
+        loss.gradient_(logits, index, log_partition.float(), scale, grad_loss, own, fused=True)
+        expected = (exact - log_partition[:, None]).exp() * scale[:, None].double()
+        expected -= F.one_hot(index.clamp(min=0), own) * (index >= 0)[:, None] * grad_loss[:, None].double()
+        made["gradient"] = (logits, F.pad(expected, (0, width - own)))
+        for what, (a, b) in made.items():
+            report[f"{what}, {own}"] = float((a.double() - b).abs().max() / b.abs().max()) / BOUNDS[dtype]
+    with compat.fake_tensor_mode() as mode:
+        fake = loss.statistics(*map(mode.from_tensor, (logits, index)), own, fused=True)
+        assert [(x.shape, x.dtype) for x in fake] == [((count,), torch.float32)] * 3
     return report
 
 
@@ -179,20 +262,23 @@ def check_model(**changes):
     model = dataclasses.replace(compose("stage1", ["model=tiny", "data=sample"]).model, num_layers=1, **changes)
     batch = own_part(packed_row(model, 48, 2, seed=1), model)
     found = []
-    for kernels in (False, True):
+    for kernels, recompute in ((False, False), (True, False), (True, "layers"), (False, "layers")):
         configs = parallel.transformer_configs(model, ParallelConfig(), "cpu", "fp32", {})
         for config in configs.values():
             config.fused_kernels = kernels
         parallel.seed_everything(3)
-        built = Molmo2(model, configs, parallel.solo_groups(), vision_recompute=False).train()
+        built = Molmo2(model, configs, parallel.solo_groups(), vision_recompute=recompute).train()
         losses = built(**{name: batch[name] for name in (*MODEL_INPUTS, *TARGETS)})
         losses.sum().backward()
         found.append({"losses": losses.detach()} | {n: p.grad for n, p in built.named_parameters()})
-    plain, fused_ones = found
+    plain, *others = found
     # The pooling keys' bias has a gradient of zero but for rounding, so differences are relative to 0.03 at least.
-    assert plain.keys() == fused_ones.keys() and len(batch["patch_index"][0]) and len(batch["loss_index"])
+    assert all(plain.keys() == other.keys() for other in others)
+    assert len(batch["patch_index"][0]) and len(batch["loss_index"])
     return {
-        n: float((fused_ones[n] - plain[n]).abs().max() / plain[n].abs().max().clamp(min=0.03)) / 1e-4 for n in plain
+        n: max(float((other[n] - plain[n]).abs().max() / plain[n].abs().max().clamp(min=0.03)) for other in others)
+        / 1e-4
+        for n in plain
     }
 
 
@@ -203,6 +289,7 @@ if __name__ == "__main__":
         for name in CASES:
             found[f"{name}, {dtype}"] = check(name, dtype)
         found[f"dropout_add, {dtype}"] = check_dropout(dtype)
+        found[f"head, {dtype}"] = check_head(dtype)
     parallel.initialize(ParallelConfig(), "cpu", timeout_minutes=2, seed=0)
     found["Qwen3 layers"] = check_model()
     found["OLMo 3 layers"] = check_model(qk_norm="full_width", norm_after=True)

@@ -55,6 +55,23 @@ def test_norms():
     assert found[0] == tensors[0].norm() and found[1] == 600
 
 
+def test_gelu_of_product():
+    x, weight, bias = torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5)
+    expected = torch.nn.functional.gelu(x @ weight.t() + bias, approximate="tanh")
+    torch.testing.assert_close(compat.gelu_of_product(x, weight, bias), expected)
+    with compat.fake_tensor_mode():  # the call that a GPU gets
+        x, weight, bias = (torch.empty(shape, device="meta") for shape in ((6, 8), (5, 8), (5,)))
+        assert torch._addmm_activation(bias, x, weight.t(), use_gelu=True).shape == (6, 5)
+    assert "use_gelu" in str(compat.schema_of(compat.gelu_product_operation()))
+
+
+def test_written_by():
+    a, b = torch.zeros(2), torch.ones(2)
+    assert compat.written_by(torch.ops.aten.add_.Tensor, (a, b)) == [a] and not compat.written_by(
+        torch.ops.aten.add.Tensor, (a, b)
+    )
+
+
 def test_liger_rms_norm_mode():
     rms_norm = pytest.importorskip("liger_kernel.ops.rms_norm")
     assert "casting_mode" in parameters(rms_norm.rms_norm_backward)

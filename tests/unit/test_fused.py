@@ -15,10 +15,16 @@ from molmo2_nemo.config.schema import ParallelConfig
 
 CHECK = Path(__file__).with_name("fused_check.py")
 KERNELS = {
+    "add_norm",
+    "attention of the ViT",
+    "attention of the ViT, made again",
     "bias_add",
     "bias_gelu",
     "dropout_add",
-    "layer_norm_and_residual",
+    "head",
+    "layer_norm",
+    "MLP of the ViT",
+    "MLP of the ViT, made again",
     "rms_norm",
     "rms_norm_and_residual",
     "rotate",

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from molmo2_nemo import compat
+from molmo2_nemo.config import schema
 from molmo2_nemo.model import loss
 
 
@@ -20,7 +21,7 @@ def alone():
 )
 @pytest.mark.parametrize("trained", [True, False])
 def test_losses_and_gradients_are_those_of_torch(alone, monkeypatch, count, vocab_size, rows, chunk, trained):
-    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", chunk * rows)
+    monkeypatch.setattr(schema, "LOGITS_PER_CHUNK", chunk * rows)
     generator = torch.Generator().manual_seed(count)
     hidden, weight = torch.randn(count, 24, generator=generator), torch.randn(rows, 24, generator=generator)
     labels = torch.randint(vocab_size, (count,), generator=generator)
@@ -57,7 +58,7 @@ def test_logits_of_all_positions_are_never_held(alone, monkeypatch):
                     largest = max(largest, tensor.numel())
             return out
 
-    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 16 * 4096)
+    monkeypatch.setattr(schema, "LOGITS_PER_CHUNK", 16 * 4096)
     hidden, weight = torch.randn(2048, 8, requires_grad=True), torch.randn(4096, 8, requires_grad=True)
     with Sizes():
         cross_entropy, square = loss.head_losses(hidden, weight, torch.zeros(2048, dtype=torch.long), 4096, alone, True)
