@@ -1,11 +1,12 @@
 """Settings that say `auto`: of what fits into a GPU by the plan, the fastest. Imports neither torch nor Megatron."""
 
 import bisect
+import functools
 from dataclasses import replace
 
 from molmo2_nemo.config.checks import check_settings
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import AUTO, RECOMPUTE, Config
+from molmo2_nemo.config.schema import AUTO, LAYERS, RECOMPUTE, Config
 from molmo2_nemo.planner.memory import GIB, H100_GIB, RESERVE_GIB, Job, count_parameters, peak, worst_stage
 from molmo2_nemo.planner.step_time import estimate
 
@@ -27,21 +28,29 @@ def resolve(config: Config, gpus: int, memory_gib: float = H100_GIB, device: str
         lines.append(f"transformer.recompute={wanted} is not used: transformer.recompute_granularity or another is set")
         wanted = None
     chunks = CHUNKS if train.vision_chunk_crops == AUTO else (train.vision_chunk_crops,)
+    towers = (True, LAYERS) if train.vision_recompute == AUTO else (train.vision_recompute,)
 
-    def choice(more: dict, chunk: int) -> Config:
-        return replace(config, transformer=others | more, train=replace(train, vision_chunk_crops=chunk))
+    def choice(more: dict, chunk: int, tower=towers[0]) -> Config:
+        made = replace(train, vision_chunk_crops=chunk, vision_recompute=tower)
+        return replace(config, transformer=others | more, train=made)
 
-    more, chunk, needed = {} if wanted in (AUTO, None) else RECOMPUTE[wanted], chunks[0], 0.0
-    if AUTO not in (wanted, train.vision_chunk_crops):
+    more, chunk, tower, needed = {} if wanted in (AUTO, None) else RECOMPUTE[wanted], chunks[0], towers[0], 0.0
+    if AUTO not in (wanted, train.vision_chunk_crops, train.vision_recompute):
         return choice(more, chunk), lines
     if device == "cuda":
         limit = (memory_gib - RESERVE_GIB) * GIB
-        more, chunk, needed = _fastest(choice, more, wanted == AUTO, chunks, gpus, limit)
+        found = []
+        for of_tower in towers:
+            choose = functools.partial(choice, tower=of_tower)
+            found += [(*one, of_tower) for one in _tried(choose, more, wanted == AUTO, chunks, gpus, limit)]
+        *_, chunk, more, needed, tower = min(found, key=lambda one: one[:3])
+        chunk = -chunk
     said = [f"transformer.recompute=auto takes {name_of(more)}"] if wanted == AUTO else []
     said += [f"train.vision_chunk_crops=auto takes {chunk}"] if train.vision_chunk_crops == AUTO else []
+    said += [f"train.vision_recompute=auto takes {str(tower).lower()}"] if train.vision_recompute == AUTO else []
     by = f"{needed / GIB:.1f} of {memory_gib:.1f} GiB by the plan, {RESERVE_GIB:g} of them kept free"
     lines.append(f"{', '.join(said)} ({by if device == 'cuda' else 'on a CPU'})")
-    return choice(more, chunk), lines
+    return choice(more, chunk, tower), lines
 
 
 def name_of(recompute: dict) -> str:
@@ -50,10 +59,11 @@ def name_of(recompute: dict) -> str:
     return next((name for name, fields in RECOMPUTE.items() if fields == recompute), blocks)
 
 
-def _fastest(choice, fixed: dict, is_open: bool, chunks: tuple, gpus: int, limit: float) -> tuple[dict, int, float]:
-    """(recomputation, crops of a chunk, peak bytes) of the fastest choice within the limit, else of the smallest.
+def _tried(choice, fixed: dict, is_open: bool, chunks: tuple, gpus: int, limit: float) -> list[tuple]:
+    """(what to sort by, in two, crops of a chunk times -1, recomputation, peak bytes) of each choice that is allowed.
 
-    fixed: the recomputation, unless it `is_open`.
+    First are those within the limit, by time, last the others, by memory. fixed: the recomputation, unless it
+    `is_open`.
     """
     small = SMALL_CHUNKS if chunks == CHUNKS else ()
     one = Job(choice({}, chunks[0]), gpus)
@@ -80,8 +90,7 @@ def _fastest(choice, fixed: dict, is_open: bool, chunks: tuple, gpus: int, limit
         if is_open and not pieces:  # Megatron counts layers of a piece, the plan those of a stage
             # As few layers as suffice: more need less memory and more time.
             bisect.bisect_left(range(1, layers), True, key=lambda count, chunk=chunk: fits(_block(count), chunk))
-    _, _, chunk, more, needed = min(found, key=lambda one: one[:3])
-    return more, -chunk, needed
+    return found
 
 
 def _block(layers: int) -> dict:

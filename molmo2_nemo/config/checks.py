@@ -70,8 +70,8 @@ def check_settings(cfg: Config, world_size: int) -> None:
     )
     refuse(chunk != AUTO and chunk < 0, f"train.vision_chunk_crops={chunk} must not be negative.")
     refuse(
-        train.vision_recompute not in (True, False, LAYERS),
-        f"train.vision_recompute={train.vision_recompute} must be true, {LAYERS} or false.",
+        train.vision_recompute not in (True, False, LAYERS, AUTO),
+        f"train.vision_recompute={train.vision_recompute} must be true, {LAYERS}, false or {AUTO}.",
     )
     refuse(
         train.vision_recompute == LAYERS and train.vit_fp8,
@@ -248,7 +248,7 @@ def check_parallel(p: ParallelConfig, m: ModelConfig, world_size: int) -> None:
     check_choice("parallel.cp_comm_type", p.cp_comm_type, ("a2a", "all_gather"))
     check_choice("parallel.layer_spec", p.layer_spec, ("auto", "local", "transformer_engine"))
     check_choice("parallel.kernels", p.kernels, ("auto", "fused", "plain"))
-    check_choice("parallel.attention_kernel", p.attention_kernel, ("triton", "flash"))
+    check_choice("parallel.attention_kernel", p.attention_kernel, ("triton", "tma", "flash"))
     refuse(
         world_size % (tp * pp * cp) != 0,
         f"{world_size} rank(s) cannot be divided into groups of parallel.tensor_model_parallel_size={tp} x "

@@ -205,8 +205,9 @@ class ParallelConfig:
     """What is done between matrix products: `fused` by one kernel each (GPU, liger-kernel installed), `plain` by
     torch's operations one after the other, or `auto`, which is `fused` where it can be."""
     attention_kernel: str = "triton"
-    """The decoder's attention on a GPU: `triton`, FlexAttention's own kernels, or `flash`, its back end on
-    FlashAttention 4 (the package `flash_attn.cute` must be installed; not tried)."""
+    """The decoder's attention on a GPU: `triton`, FlexAttention's own kernels; `tma`, the same with loads by the tensor
+    memory accelerator, which torch calls experimental; `flash`, its back end on FlashAttention 4 (the package
+    `flash_attn.cute` must be installed). None has run on a GPU."""
 
 
 @dataclass
@@ -432,7 +433,7 @@ class TrainConfig:
     vision_recompute: Any = True
     """What of the vision tower is computed again in the backward pass instead of being kept: `true` all of a chunk,
     `layers` what lies inside of each layer (faster, and up to 85 MB more for each crop of a micro-batch), `false`
-    nothing."""
+    nothing; `auto`: the faster of the first two that fits by the plan."""
     vit_fp8: bool = False
     """With `precision=fp8`, run the vision transformer's matrix products in FP8, too."""
 

@@ -14,9 +14,21 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from molmo2_nemo.model.collectives import all_gather, all_to_all
 
-# FlexAttention's tiles by the width of a head, where others than torch's own are better: chosen by compiling them for
-# sm_90 (tools/check/kernels.py --sweep; docs/rehearsal.md has what was found), not by time, which nobody measured.
-TILES = {}
+# FlexAttention's tiles by the width of a head, where others than torch's own are taken: the backward pass of those for
+# an H100 spills. Chosen by compiling for sm_90 (tools/check/kernels.py --sweep, docs/rehearsal.md), not by time, which
+# nobody has measured (tools/bench/gpu.py --only tiles).
+TILES = {
+    128: {
+        "bwd_BLOCK_M1": 32,
+        "bwd_BLOCK_N1": 128,
+        "bwd_BLOCK_M2": 128,
+        "bwd_BLOCK_N2": 32,
+        "bwd_num_warps": 8,
+        "bwd_num_stages": 3,
+    }
+}
+# What `parallel.attention_kernel` adds: nothing, loads by the tensor memory accelerator, or another back end.
+BACK_ENDS = {"triton": {}, "tma": {"USE_TMA": True}, "flash": {"BACKEND": "FLASH"}}
 
 
 @functools.cache
@@ -29,9 +41,10 @@ def compiled_flex_attention(backend: str = "inductor"):
     return torch.compile(flex_attention, backend=backend, dynamic=False, fullgraph=True)
 
 
-def flex_options(backend: str, D: int) -> dict:
+def flex_options(backend: str, D: int, dtype: torch.dtype) -> dict:
     """FlexAttention's kernel options. backend: `parallel.attention_kernel`; D: width of a head."""
-    return {"BACKEND": "FLASH"} if backend == "flash" else TILES.get(D, {})
+    tiles = {} if backend == "flash" or dtype == torch.float32 else TILES.get(D, {})
+    return tiles | BACK_ENDS[backend]
 
 
 def attend(
@@ -49,7 +62,7 @@ def attend(
     grouped = query.shape[1] != key.shape[1]
     if isinstance(mask, BlockMask):
         flex = compiled_flex_attention() if query.is_cuda else flex_attention
-        options = flex_options(backend, query.shape[-1]) if query.is_cuda else None
+        options = flex_options(backend, query.shape[-1], query.dtype) if query.is_cuda else None
         return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
 

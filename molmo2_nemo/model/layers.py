@@ -35,7 +35,7 @@ class LayerConfig(TransformerConfig):
     """Whether the work between matrix products is done by the kernels of fused.py (`parallel.kernels`)."""
 
     attention_kernel: str = "triton"
-    """FlexAttention's back end, `triton` or `flash` (`parallel.attention_kernel`)."""
+    """`parallel.attention_kernel`."""
 
 
 class RMSNorm(nn.Module):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from molmo2_nemo.config.checks import check_settings, layers_per_stage
 from molmo2_nemo.config.components import component_of, is_frozen
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import LOGITS_PER_CHUNK, Config, padded_vocab_size
+from molmo2_nemo.config.schema import LAYERS, Config, padded_vocab_size, positions_per_chunk
 from molmo2_nemo.planner.parameters import parameters
 from molmo2_nemo.planner.work import holds_images, row_work
 
@@ -374,6 +374,8 @@ def vision_parts(job: Job, counts: Counts) -> list[Part]:
     # Autograd hands on a weight's gradient once the last chunk has added to it.
     held = e * counts.trained_vision if chunk < crops else 0
     summed = Part("gradients of chunks", held, "the vision tower's, until all chunks are done", (VISION,))
+    if train.vision_recompute == LAYERS:
+        return [tokens, summed, *_parts_of_layers(job, crops, chunk, windows * window)]
     if train.vision_recompute:
         share = chunk / max(1, crops)
         workspace = chunk * (per_crop + 2 * features_of_crop) + share * windows * window
@@ -392,19 +394,37 @@ def vision_parts(job: Job, counts: Counts) -> list[Part]:
     ]
 
 
+def _parts_of_layers(job: Job, crops: int, chunk: int, connector: float) -> list[Part]:
+    """Of the vision tower whose layers are made again one by one, for so many crops of a rank. connector: bytes of its
+    activations for all of them."""
+    m, e = job.config.model, job.e
+    v, f, heads = m.vit.hidden_size, m.vit.ffn_hidden_size, m.vit.num_attention_heads * m.vit.head_dim
+    patch = 0 if job.config.optim.vit.freeze else m.vit.num_layers * ((2 * e * v + 16) if job.fused else e * v)
+    features = e * v * len(m.vit.feature_layers)
+    kept = crops * m.vision.patches_per_crop * (patch + e * m.vision.patch_dim + features)
+    # A layer's MLP or its attention; or the connector, with the gradient of the features.
+    layer = e * max(2 * f + 5 * v, 13 * heads + 2 * v) if job.fused else vit_crop_bytes(job) / m.vit.num_layers
+    patches = chunk * m.vision.patches_per_crop
+    workspace = max(patches * layer, patches * features + chunk / max(1, crops) * connector)
+    return [
+        Part("ViT's layers", kept, f"{crops} crops of this rank: inputs, middles with fused kernels; features"),
+        Part("vision workspace", workspace, f"a layer or the connector of {chunk} crops", (VISION,)),
+    ]
+
+
 def head_parts(job: Job, counts: Counts) -> list[Part]:
     """The head on the last stage: model/loss.py. All tokens of the rows are taken to carry loss."""
     m = job.config.model
     width, tokens = padded_vocab_size(m.vocab_size) / job.t, job.tokens
-    chunk = min(tokens, max(1, LOGITS_PER_CHUNK // int(width))) * width
+    chunk = min(tokens, positions_per_chunk(int(width), job.fused)) * width
     head, e = counts.trained_head, job.e
-    # Beside the float32 sum of the weights' gradient: logits as they become float32, or the product of a chunk.
-    logits, product = (4 if e == 4 else 6) * chunk, e * chunk + e * head
-    logits, gradient = (e * chunk, (4 + e) * head) if product > logits and head else (logits, 4 * head)
+    # Beside the float32 sum of the weights' gradient: logits as they become float32, or, at the end, that sum in bf16.
+    logits, converted = (e if e == 4 or job.fused else 6) * chunk, e * head * (e != 4)
+    logits, gradient = (0, (4 + e) * head) if converted > logits else (logits, 4 * head)
     kept = tokens * m.hidden_size * job.e + (4 + job.e) * tokens / job.sequence * m.hidden_size
     return [
         Part("head's inputs", kept, "final norm, hidden states of tokens with loss", (HEAD, DECODER)),
-        Part("logits chunk", logits, "model/loss.py, LOGITS_PER_CHUNK", (HEAD,)),
+        Part("logits chunk", logits, "model/loss.py, positions_per_chunk", (HEAD,)),
         Part("gradient of the head", gradient, "a float32 sum before it reaches the buffer", (HEAD,)),
     ]
 
@@ -519,7 +539,7 @@ def advice(job: Job, parts: list[Part], limit: float) -> list[str]:
         others = {k: v for k, v in config.transformer.items() if not k.startswith("recompute")}
         words = " ".join(f"transformer.{key}={value}" for key, value in full.items())
         tried.append((words, replace(config, transformer={**others, **full})))
-    if not config.train.vision_recompute:
+    if config.train.vision_recompute is not True:
         tried.append(("train.vision_recompute=true", changed("train", vision_recompute=True)))
     for chunk in smaller[:2]:
         tried.append((f"train.vision_chunk_crops={chunk}", changed("train", vision_chunk_crops=chunk)))

@@ -8,6 +8,7 @@ work      = matrix products and attention + element-wise operations, which run o
 import math
 from dataclasses import dataclass
 
+from molmo2_nemo.config.schema import LAYERS
 from molmo2_nemo.planner.efficiency import DEVICES, FAST, SLOW, Assumptions
 from molmo2_nemo.planner.elementwise import adam_bytes, elementwise_bytes
 from molmo2_nemo.planner.flops import forward_flops, frozen_parts, peak_flops, training_flops_by_part
@@ -86,6 +87,9 @@ def again(job: Job, stage: int) -> dict[str, float]:
     optim = job.config.optim
     if job.config.train.vision_recompute and not (optim.vit.freeze and optim.connector.freeze):
         times |= dict.fromkeys(VISION, 1.0)  # a chunk's crops go through both again
+        if job.config.train.vision_recompute == LAYERS and job.fused:
+            heads, inner = m.vit.num_attention_heads * m.vit.head_dim, m.vit.ffn_hidden_size
+            times["vit"] = (3 * heads + inner) / (4 * heads + 2 * inner)  # all but the last of attention and MLP
     return times
 
 

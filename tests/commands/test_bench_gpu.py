@@ -43,7 +43,7 @@ def test_sections_run_at_toy_sizes_and_say_what_was_not_measured(tmp_path):
     assert [row["kernel"] for row in measured["attention"]] == ["sdpa dense", "flash causal"] * 2
     assert all(row["ms"] > 0 and 0 < row["visible_share"] < 1 for row in measured["attention"])
     assert reasons["attention"] == ["not measured: FlexAttention has no backward pass on a CPU"] * 2
-    assert [row["recompute"] for row in measured["vision"]] == [False, True]
+    assert [row["recompute"] for row in measured["vision"]] == [False, True, "layers"]
     assert all(row["crops_per_second"] > 0 for row in measured["vision"])
     absent = "not measured: Transformer Engine is not installed"
     assert reasons["vision"] == [absent]

@@ -9,7 +9,7 @@ from molmo2_nemo.auto import CHUNKS, SMALL_CHUNKS, resolve
 from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check_settings
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import RECOMPUTE
+from molmo2_nemo.config.schema import LAYERS, RECOMPUTE
 from molmo2_nemo.planner.memory import GIB, RESERVE_GIB, Job, peak, worst_stage
 from molmo2_nemo.planner.step_time import estimate
 
@@ -49,6 +49,18 @@ def test_less_memory_is_never_faster(config):
     times = [figures(resolve(config, 8, memory)[0], 8)[0] for memory in (140.0, 100.0, 79.6, 60.0, 52.0)]
     assert times == sorted(times) and len(set(times)) > 3
     assert resolve(config, 8, 140.0)[0].transformer == {}
+
+
+def test_layers_of_the_vision_tower_are_made_again_one_by_one_where_that_fits(config):
+    config = compose("stage2", ["model=molmo2_4b", "schedule=report", "train.vision_recompute=auto"])
+    found, (line,) = resolve(config, 8, 140.0)
+    assert found.train.vision_recompute == LAYERS and "train.vision_recompute=auto takes layers" in line
+    chunked = replace(found, train=replace(found.train, vision_recompute=True))
+    (seconds, gib), (longer, less) = figures(found, 8), figures(chunked, 8)
+    # 128 crops keep input and middle of 25 layers, 1,152 numbers for each of 729 patches, while the decoder works.
+    assert seconds < longer and 9 < gib - less < 11.5
+    found, (line,) = resolve(config, 8, less + RESERVE_GIB + 1)
+    assert found.train.vision_recompute is True and "train.vision_recompute=auto takes true" in line
 
 
 def test_where_nothing_fits_the_smallest_is_left_to_the_plans_verdict(config):

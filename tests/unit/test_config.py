@@ -159,7 +159,7 @@ def test_every_stage_has_its_own_data_and_takes_others(stage, monkeypatch):
         ("stage2", ["model.vision.image_size=380"], 1, "use 378"),
         ("stage2", ["train.precision=fp7"], 1, "choose one of auto, fp32, bf16, fp8"),
         ("stage2", ["train.vision_chunk_crops=-1"], 1, "train.vision_chunk_crops=-1 must not be negative"),
-        ("stage2", ["train.vision_recompute=all"], 1, "train.vision_recompute=all must be true, layers or false"),
+        ("stage2", ["train.vision_recompute=all"], 1, "train.vision_recompute=all must be true, layers, false or auto"),
         (
             "stage2",
             ["train.precision=fp8", "parallel.layer_spec=local"],

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from programs import load
 
 from molmo2_nemo import compat
 from molmo2_nemo.model.attention import attend, compiled_flex_attention
-from molmo2_nemo.model.mask import block_mask, compiled_create_block_mask, dense_mask, mask_mod
+from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE, block_mask, compiled_create_block_mask, dense_mask, mask_mod
 
 
 def random_row(seed: int, length: int):
@@ -246,3 +247,17 @@ def test_another_micro_batch_compiles_nothing(monkeypatch):
             assert (flex(q, k, k, block_mask=mask, scale=0.25) - expected).norm() / expected.norm() < 1e-5
             graphs.append(compat.compiled_graphs())
     assert graphs[0] > 0 and len(set(graphs)) == 1, graphs
+
+
+def test_visible_blocks_of_a_row_are_those_of_the_block_mask():
+    """The share that tools/bench/packing.py prints."""
+    bench = load("tools/bench/packing.py")
+    row, S = [(300, 0), (500, 2), (100, 0), (700, 1)], 2048
+    segments, vision, start = torch.full((1, S), -1), torch.zeros(1, S, dtype=torch.bool), 0
+    for number, (tokens, crops) in enumerate(row):
+        segments[0, start : start + tokens] = number * SEGMENTS_PER_EXAMPLE
+        vision[0, start : start + max(0, tokens - bench.TEXT_TOKENS) * bool(crops)] = True
+        start += tokens
+    blocks = block_mask(segments, vision)
+    visible = (blocks.kv_num_blocks + blocks.full_kv_num_blocks).sum()
+    assert bench.visible_blocks(row, S) == int(visible) / 16**2

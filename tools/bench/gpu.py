@@ -3,6 +3,7 @@
     python tools/bench/gpu.py                               # one GPU, under nine minutes
     python tools/bench/gpu.py --wheels DIR --out bench.jsonl    # no network: see docs/gpu.md for DIR
     python tools/bench/gpu.py --only step --only fp8_loss
+    python tools/bench/gpu.py --only tiles      # FlexAttention with many tiles, 16,384 tokens; not among the others
     python tools/bench/gpu.py --device cpu --tiny           # toy sizes: does the script itself work?
 
 attention   forward + backward of the decoder's attention with its packed mask, of SDPA with the same mask held dense,
@@ -39,6 +40,7 @@ from tables import parser, print_json, print_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECTIONS = ("attention", "vision", "step", "fp8_loss", "nccl")
+ASKED_FOR = ("tiles",)  # with --only
 RECIPES = ("delayed", "tensorwise", "blockwise")
 CASE_SECONDS = 150  # of one process, compilation included
 ANCHOR = 2300  # tokens/s per H100 of the 4B at 16,384 tokens, about 9 % MFU: derived from arXiv 2601.10611's GPU hours
@@ -48,6 +50,10 @@ def cases_of(section: str, device: str, has_te: bool, num_gpus: int) -> list[dic
     """What a section runs: keyword arguments of its function, and `not_measured` with a reason where it cannot run."""
     if section == "attention":
         return [{}]
+    if section == "tiles":
+        from molmo2_nemo.rehearsal.kernels import SWEEP
+
+        return [dict(number=number) for number in range(-2, len(SWEEP))]
     if section == "fp8_loss":
         return [dict(layer_spec="transformer_engine" if has_te else "local")]
     if section == "nccl":
@@ -151,7 +157,9 @@ def refuse(message: str) -> NoReturn:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--only", action="append", choices=SECTIONS, help="this section alone; may be given again")
+    arguments.add_argument(
+        "--only", action="append", choices=SECTIONS + ASKED_FOR, help="this section alone; may be given again"
+    )
     arguments.add_argument("--wheels", type=Path, metavar="DIR", help="packages, for where there are none")
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments.add_argument("--tiny", action="store_true", help="toy sizes, to see that the script works")
@@ -220,6 +228,7 @@ def run_here(section: str, case: dict, args) -> None:
 
     functions = {
         "attention": gpu_kernels.attention,
+        "tiles": gpu_kernels.tiles,
         "vision": gpu_kernels.vision,
         "step": gpu_steps.step,
         "fp8_loss": partial(gpu_steps.fp8_loss, recipes=RECIPES),

@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from molmo2_nemo import parallel
-from molmo2_nemo.config.schema import ModelConfig, ParallelConfig
-from molmo2_nemo.model.attention import attend
+from molmo2_nemo.config.schema import LAYERS, ModelConfig, ParallelConfig
+from molmo2_nemo.model.attention import attend, compiled_flex_attention, flex_options
 from molmo2_nemo.model.mask import dense_mask, make_mask
 from molmo2_nemo.model.vision import VisionTower
 from molmo2_nemo.paths import CONF_DIR
 from molmo2_nemo.random_batches import packed_row, visible_pairs
+from molmo2_nemo.rehearsal.kernels import SWEEP, options_of
 
 
 def timed(function: Callable, device: str, repeats: int = 5, warmup: int = 2) -> tuple[float, float | None]:
@@ -119,6 +120,34 @@ def attention(device: str, tiny: bool) -> Iterator[dict]:
             yield row
 
 
+def tiles(device: str, tiny: bool, number: int) -> Iterator[dict]:
+    """Forward and backward of FlexAttention over a packed row with tiles of the sweep; -2: those that a run takes, -1:
+    the same with the tensor memory accelerator."""
+    N, G, D, S = 32, 8, 128, 16384
+    names = {-2: "taken", -1: "taken, tma"}
+    row = {"tokens": S, "tiles": names[number] if number < 0 else str(SWEEP[number])}
+    if device == "cpu":
+        yield dict(row, not_measured="not measured: FlexAttention has no backward pass on a CPU")
+        return
+    batch = packed_row(model_config("molmo2_4b"), S, S // 128, seed=S, device=device)
+    mask, scale = make_mask(batch["segment_ids"], batch["vision_mask"]), D**-0.5
+    torch.manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(1, heads, S, D, device=device, dtype=torch.bfloat16).requires_grad_(i < 3)
+        for i, heads in enumerate((N, G, G, N))
+    )
+    backend = "tma" if number == -1 else "triton"
+    options = flex_options(backend, D, q.dtype) if number < 0 else options_of(*SWEEP[number])
+    flex = compiled_flex_attention()
+
+    def forward_backward():
+        q.grad = k.grad = v.grad = None
+        flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options).backward(grad)
+
+    ms, _ = timed(forward_backward, device, repeats=10, warmup=3)
+    yield dict(row, ms=ms, tflops=12 * visible_pairs(batch) * N * D / ms / 1e9)
+
+
 def vision(device: str, tiny: bool, layer_spec: str, kernels: str = "auto") -> Iterator[dict]:
     """ViT and connector over video frames, one rank."""
     crops = 4 if tiny else 128
@@ -136,7 +165,7 @@ def vision(device: str, tiny: bool, layer_spec: str, kernels: str = "auto") -> I
     pooling = torch.randint(0, patches, (crops, windows, taken)) + torch.arange(crops).view(-1, 1, 1) * patches
     pooling = pooling.view(-1, taken).to(device)
     units = torch.tensor([(1, windows)] * crops)
-    for recompute in (False, True):
+    for recompute in (False, True, LAYERS):
         configs = parallel.transformer_configs(model, layout, device, "fp32" if device == "cpu" else "bf16", {})
         chunk = (2 if tiny else 32) if recompute else 0
         tower = VisionTower(model, configs["vit"], configs["connector"], groups, groups.tp, chunk, recompute)
