@@ -8,7 +8,7 @@ and Megatron's fused functions were not counted: an input read and an output wri
 
 import math
 
-from molmo2_nemo.config.schema import LOGITS_PER_CHUNK, padded_vocab_size
+from molmo2_nemo.config.schema import LAYERS, padded_vocab_size
 from molmo2_nemo.planner.memory import Job, count_parameters
 
 # Bytes for each element (forward pass, backward pass), of plain operations and of fused functions.
@@ -21,12 +21,14 @@ VIT = (17, 23.2)  # for each patch, layer and element of its two widths
 # Of the kernels of model/fused.py. A norm's adds the residual's gradient; one kernel makes queries, keys and values.
 KERNEL_NORM, KERNEL_RESIDUAL, KERNEL_QKV, KERNEL_ANGLES = (4, 8), (6, 4), (4, 6), (4, 4)
 KERNEL_WHOLE_NORM, KERNEL_ROPE = (8, 14), (4, 8)  # OLMo 3's: norms over all heads, then RoPE
-KERNEL_VIT = ((20, 38), (4, 6))  # for each patch and layer: of an element of its width, of its MLP's
-KERNEL_POOLING = (25, 80)  # for each patch of a window and element of its features
-LOGIT = (30, 48)
+# For each patch and layer: of an element of its width, of its MLP's; with layers that are made again one by one, all
+# that is read and written in forward and backward pass.
+KERNEL_VIT, KERNEL_VIT_LAYERS = ((16, 28), (4, 6)), ((16, 36), (0, 8))
+KERNEL_POOLING = (11, 58)  # for each patch of a window and element of its features
+LOGIT, KERNEL_LOGIT = (30, 48), (2, 4)
 # Bytes for each trained parameter: added to the buffer in each micro-batch, cleared once a step; Adam of torch, fused.
 GRADIENT_ADDED, GRADIENT_CLEARED, ADAM, FUSED_ADAM = 10, 4, 86, 34
-HEAD_GRADIENT, HEAD_GRADIENT_ONCE = 10, 12  # for each chunk of logits, and once: a float32 sum beside the buffer
+HEAD_GRADIENT_ONCE = 12  # a float32 sum beside the buffer; chunks of logits add to it inside of a product
 
 
 def elementwise_bytes(job: Job, stage: int, again: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
@@ -37,10 +39,9 @@ def elementwise_bytes(job: Job, stage: int, again: dict[str, float]) -> tuple[di
     parts = {"decoder": _decoder(job, stage), "vit": _vision(job, stage), "head": _head(job, stage)}
     counts = count_parameters(job)[1][stage]
     forward = {part: job.micro_batches * sides[0] for part, sides in parts.items()}
-    backward = {
-        part: job.micro_batches * (sides[1] + (sides[0] * again[part] if part != "head" else 0.0))
-        for part, sides in parts.items()
-    }
+    # What the head makes again is in its backward pass, and so are layers of the ViT that are made again one by one.
+    times = again | {"head": 0.0} | ({"vit": 0.0} if job.fused and _one_by_one(job) else {})
+    backward = {part: job.micro_batches * (sides[1] + sides[0] * times[part]) for part, sides in parts.items()}
     fused = job.transformer("gradient_accumulation_fusion")
     added = counts.trained_vision + (0 if fused else counts.trained - counts.trained_vision)
     backward["decoder"] += job.micro_batches * GRADIENT_ADDED * added + GRADIENT_CLEARED * counts.trained
@@ -82,7 +83,8 @@ def _vision(job: Job, stage: int) -> tuple[float, float]:
     width, inner, pooled = m.vit.hidden_size, m.vit.ffn_hidden_size, 0.0
     of_width, of_inner = VIT, VIT  # those of pooling are among them
     if job.fused:
-        (of_width, of_inner), pooled = KERNEL_VIT, job.work.pooled_patches * share * width * len(m.vit.feature_layers)
+        of_width, of_inner = KERNEL_VIT_LAYERS if _one_by_one(job) else KERNEL_VIT
+        pooled = job.work.pooled_patches * share * width * len(m.vit.feature_layers)
     trained = not (job.config.optim.vit.freeze and job.config.optim.connector.freeze)
     return tuple(
         (patches * (width * of_width[i] + inner * of_inner[i]) + pooled * KERNEL_POOLING[i]) * job.e / 2 * passes
@@ -96,7 +98,10 @@ def _head(job: Job, stage: int) -> tuple[float, float]:
     m = job.config.model
     # Every context parallel rank has its own tokens, every tensor parallel rank its part of the vocabulary.
     width, tokens = padded_vocab_size(m.vocab_size) / job.t, job.work.loss_tokens * job.rows / job.c
-    chunks = math.ceil(tokens / max(1, LOGITS_PER_CHUNK // int(width)))
     weights = width * m.hidden_size if count_parameters(job)[1][stage].trained_head else 0
-    gradient = weights * (HEAD_GRADIENT * chunks + HEAD_GRADIENT_ONCE)
-    return tokens * width * LOGIT[0], tokens * width * LOGIT[1] + gradient
+    forward, backward = KERNEL_LOGIT if job.fused else LOGIT
+    return tokens * width * forward, tokens * width * backward + weights * HEAD_GRADIENT_ONCE
+
+
+def _one_by_one(job: Job) -> bool:
+    return job.config.train.vision_recompute == LAYERS

@@ -90,9 +90,13 @@ def test_compute_and_memory_of_a_step_by_hand(published):
     # (6,144 columns) and the angles of a position, the MLP; then the ViT's, and the pooling of 2,304 features a patch.
     fused = Job(replace(job.config, parallel=replace(job.config.parallel, kernels="auto")), job.gpus)
     moved = 36 * tokens * (5120 * (2 * 4 + 8 + 2 * 6 + 4) + 6144 * (2 * 4 + 6) + 128 * 12 + 9728 * (2 * 6 + 10))
-    moved += patches * 25 * (1152 * (2 * 20 + 38) + 4304 * (2 * 4 + 6)) + patches * 2304 * (2 * 25 + 80)
-    moved += (tokens - windows) / 2 * 151936 * (30 + 48) + 14 * count_parameters(job)[1][0].trained
-    assert step_time(fused, SLOW).causes["memory"] == pytest.approx(moved / (0.7 * 3.35e12), rel=1e-6)
+    moved += (tokens - windows) / 2 * 151936 * (2 + 4) + 14 * count_parameters(job)[1][0].trained
+    chunks = patches * 25 * (1152 * (2 * 16 + 28) + 4304 * (2 * 4 + 6)) + patches * 2304 * (2 * 11 + 58)
+    assert step_time(fused, SLOW).causes["memory"] == pytest.approx((moved + chunks) / (0.7 * 3.35e12), rel=1e-6)
+    # Layers of the ViT one by one: what is made again is in the backward pass.
+    layers = Job(replace(fused.config, train=replace(job.config.train, vision_recompute="layers")), job.gpus)
+    moved += patches * 25 * (1152 * (16 + 36) + 4304 * 8) + patches * 2304 * (11 + 58)
+    assert step_time(layers, SLOW).causes["memory"] == pytest.approx(moved / (0.7 * 3.35e12), rel=1e-6)
 
 
 @pytest.mark.parametrize(
