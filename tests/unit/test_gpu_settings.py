@@ -1,16 +1,20 @@
 """What a GPU needs, as far as it can be seen without one."""
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from programs import REPOSITORY
 from test_config import build
 
 from molmo2_nemo import environment, gpu, parallel
 from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.model.attention import flex_options
+from molmo2_nemo.model.layers import gives_weights
 
 
 @pytest.mark.parametrize(
@@ -155,3 +159,28 @@ def test_without_a_driver_the_compiler_is_not_imported(monkeypatch, driver, give
         monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     environment.set_cpu_environment()
     assert os.environ.get("TORCHDYNAMO_DISABLE") == expected
+
+
+def test_the_vision_transformer_has_its_own_layers_unless_it_is_in_fp8(monkeypatch):
+    monkeypatch.setattr(parallel, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(parallel, "has_liger_kernel", lambda: True)
+    cfg = build("stage2")
+    for precision, vit_fp8, kernels, impl in (
+        ("bf16", False, "auto", "local"),
+        ("fp8", False, "auto", "local"),
+        ("fp8", True, "auto", "transformer_engine"),
+        ("bf16", False, "plain", "transformer_engine"),
+    ):
+        layout = dataclasses.replace(cfg.parallel, kernels=kernels)
+        configs = parallel.transformer_configs(cfg.model, layout, "cuda", precision, {}, vit_fp8=vit_fp8)
+        assert configs["decoder"].transformer_impl == "transformer_engine"
+        assert configs["vit"].transformer_impl == impl and gives_weights(configs["vit"]) == (impl == "local")
+
+
+def test_attentions_back_end_is_what_was_asked_for_or_refused():
+    layout = dataclasses.replace(build("stage2").parallel, attention_kernel="flash")
+    with pytest.raises(ConfigError, match="parallel.attention_kernel=flash needs a GPU and FlashAttention 4"):
+        parallel.attention_kernel(layout, "cuda")
+    assert flex_options("tma", 128, torch.bfloat16) == {**flex_options("triton", 128, torch.bfloat16), "USE_TMA": True}
+    assert flex_options("flash", 128, torch.bfloat16) == {"BACKEND": "FLASH"}
+    assert flex_options("triton", 128, torch.float32) == {}
