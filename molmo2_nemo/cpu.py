@@ -16,7 +16,7 @@ from molmo2_nemo import compat
 _CPU = torch.device("cpu")
 
 
-class _Inert:
+class Inert:
     """Stands for a CUDA stream or event: every method does nothing."""
 
     def __init__(self, *args, **kwargs):
@@ -77,8 +77,8 @@ def install(device: torch.device = _CPU) -> None:
         setattr(cuda, name, lambda *args, **kwargs: None)
     cuda.memory_allocated = cuda.max_memory_allocated = lambda *args, **kwargs: 0
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
-    cuda.Stream = cuda.Event = _Inert
-    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Inert()
+    cuda.Stream = cuda.Event = Inert
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: Inert()
     cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
     # Megatron's tensor-parallel RNG tracker saves and restores the device's generator.
     for module in (cuda, cuda.random):

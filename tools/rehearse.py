@@ -96,7 +96,7 @@ def rehearse_one(made: Plan, rank: int):
     from molmo2_nemo.rehearsal.rank import rehearse
 
     try:
-        return rehearse(made.config, made.gpus, rank, made.micro_batches, made.rows(rank))
+        return rehearse(made.config, made.gpus, rank, made.micro_batches, made.of, made.rows(rank))
     except Exception as error:
         traceback.print_exc()
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
@@ -127,13 +127,13 @@ def show(config, made: Plan, found: list, seconds: float) -> None:
 
 def show_beside(made: Plan, counted) -> None:
     if counted.rows != "full":
-        print(f"  {'peak of the step':<16} {counted.peak / GIB:10.3f} GiB (the planner is about full rows)")
+        print(f"  {'peak of the step':<27} {counted.peak / GIB:10.3f} GiB (the planner is about full rows)")
         return
-    print(f"  {'':<16} {'counted':>10} {'planned':>10}   off")
+    print(f"  {'':<27} {'counted':>10} {'planned':>10}   off")
     for row in beside(made, counted):
         unit, size = ("PFLOP", 1e15) if row["figure"] == "FLOP" else ("GiB", GIB)
         off = "n/a" if row["off_percent"] is None else f"{row['off_percent']:+.1f} %"
-        print(f"  {row['figure']:<16} {row['counted'] / size:10.3f} {row['planned'] / size:10.3f}   {off} {unit}")
+        print(f"  {row['figure']:<27} {row['counted'] / size:10.3f} {row['planned'] / size:10.3f}   {off} {unit}")
 
 
 def show_lines(counted) -> None:

@@ -20,6 +20,7 @@ from molmo2_nemo.planner.work import holds_images, row_work
 GIB = 2**30
 H100_GIB = 79.6  # of an H100 80GB HBM3, as nvidia-smi shows it
 RESERVE_GIB = 4.0  # assumed, not measured: CUDA context, NCCL and cuBLAS buffers, holes of the allocator
+HOST_GRADIENT = 4  # bytes of a parameter whose state is on the host: Megatron copies gradients there in float32
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
 
@@ -171,6 +172,14 @@ def _count(job: Job) -> tuple[dict[str, Counts], list[Counts]]:
     if m.tie_embeddings and job.p == 1 and not is_frozen("output_layer.weight", optim, True):
         by_stage[0].trained_head = padded_vocab_size(m.vocab_size) * m.hidden_size // job.t
     return by_component, by_stage
+
+
+def offloaded_parameters(job: Job) -> float:
+    """How many parameters a rank's optimizer updates on the host, on the busiest pipeline stage."""
+    if not job.optimizer("optimizer_cpu_offload", False):
+        return 0.0
+    trained = max(counts.trained for counts in count_parameters(job)[1])
+    return job.optimizer("optimizer_offload_fraction", 0.0) * trained / (job.d * job.c if job.distributed else 1)
 
 
 # ---- memory of one rank ----
@@ -436,9 +445,8 @@ def input_parts(job: Job, stage: int) -> list[Part]:
     row, pixels, what = job.seq_length * (4 * 8 + 1 + 4 + 2), 0, ""
     if stage == 0:
         row += w.visual_tokens * job.places * 8
-        in_flight = min(
-            job.micro_batches, p.pipeline_model_parallel_size * (p.virtual_pipeline_model_parallel_size or 1)
-        )
+        # Of an interleaved pipeline's first piece: two rounds of forward passes precede its first backward pass.
+        in_flight = min(job.micro_batches, job.p * (2 if p.virtual_pipeline_model_parallel_size else 1))
         # A rank has the pixels that it encodes, whole crops.
         own = math.ceil(w.crops * job.rows / (job.t * job.c)) / job.rows
         pixels = in_flight * own * m.vision.patches_per_crop * m.vision.patch_dim
@@ -483,9 +491,10 @@ def stage_memory(job: Job, stage: int, counts: Counts | None = None) -> list[Par
         parts += head_parts(job, counts)
     if stage == 0:
         if times > 1:
-            # In the vision tower's backward pass those of its own micro-batch are gone.
+            # In the vision tower's backward pass those of its own micro-batch, or of its piece of it, are gone.
+            others = times - 1 / (job.config.parallel.virtual_pipeline_model_parallel_size or 1)
             parts.append(
-                Part("decoder activations, others'", kept * (times - 1), "the other micro-batches in flight", (VISION,))
+                Part("decoder activations, others'", kept * others, "the other micro-batches in flight", (VISION,))
             )
         for part in vision_parts(job, counts):
             if part.phases == STEP:

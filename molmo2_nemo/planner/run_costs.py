@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass
 
+from molmo2_nemo.config.components import is_frozen
 from molmo2_nemo.planner.efficiency import GPUS_PER_NODE, Assumptions
-from molmo2_nemo.planner.memory import GIB, Job, count_parameters
+from molmo2_nemo.planner.memory import GIB, HOST_GRADIENT, Job, count_parameters, offloaded_parameters
+from molmo2_nemo.planner.parameters import parameters
 from molmo2_nemo.planner.step_time import Estimate, row_core_seconds
 from molmo2_nemo.planner.work import holds_images
 
@@ -87,8 +89,20 @@ def host_bytes(job: Job) -> float:
     pixels = job.work.crops * vision.patches_per_crop * vision.patch_dim * job.rows * job.micro_batches
     first = min(ranks, job.t * job.c * job.d) / (job.t * job.c)
     held = ranks * RANK_BYTES + loaders(job) * job.config.data.num_workers * WORKER_BYTES + first * pixels
-    if job.optimizer("optimizer_cpu_offload", False):
-        trained = max(counts.trained for counts in count_parameters(job)[1])
-        shard = trained / (job.d * job.c if job.distributed else 1)
-        held += ranks * shard * optimizer_bytes(job) * job.optimizer("optimizer_offload_fraction", 0.0)
-    return held
+    return held + ranks * host_optimizer_bytes(job)
+
+
+def host_optimizer_bytes(job: Job) -> float:
+    """What a rank's optimizer on the host holds there: float32 weights, moments, and the gradients.
+
+    These are pinned, and torch rounds pinned memory up to a power of two (pytorch/pytorch:
+    aten/src/ATen/core/CachingHostAllocator.h).
+    """
+    m, shards = job.config.model, job.d * job.c if job.distributed else 1
+    sizes = [
+        HOST_GRADIENT * elements / (job.t if split else 1) / shards
+        for name, elements, split in parameters(m)
+        if not is_frozen(name, job.config.optim, m.tie_embeddings)
+    ]
+    rounded = sum(2 ** math.ceil(math.log2(max(1.0, size))) for size in sizes) / max(1.0, sum(sizes))
+    return offloaded_parameters(job) * (optimizer_bytes(job) + HOST_GRADIENT * rounded)

@@ -12,7 +12,7 @@ from molmo2_nemo.config.schema import LAYERS
 from molmo2_nemo.planner.efficiency import DEVICES, FAST, SLOW, Assumptions
 from molmo2_nemo.planner.elementwise import adam_bytes, elementwise_bytes
 from molmo2_nemo.planner.flops import forward_flops, frozen_parts, peak_flops, training_flops_by_part
-from molmo2_nemo.planner.memory import Job, count_parameters
+from molmo2_nemo.planner.memory import HOST_GRADIENT, Job, count_parameters, offloaded_parameters
 from molmo2_nemo.planner.traffic import FIRST_FORWARD, LAST_BACKWARD, PRODUCTS, Traffic, layers_again, traffic, uneven
 from molmo2_nemo.planner.work import holds_images
 
@@ -191,10 +191,8 @@ def optimizer_seconds(job: Job, assumed: Assumptions, device: str) -> float:
     trained = max(counts.trained for counts in count_parameters(job)[1])
     shard = trained / (job.d * job.c if job.distributed else 1)
     seconds = shard * adam_bytes(job) / (assumed.memory * DEVICES[device][0])
-    if job.optimizer("optimizer_cpu_offload", False):
-        offloaded = job.optimizer("optimizer_offload_fraction", 0.0) * shard
-        seconds += offloaded * (4 + job.e) / assumed.pcie + offloaded / assumed.host_adam
-    return seconds
+    offloaded = offloaded_parameters(job)
+    return seconds + offloaded * (HOST_GRADIENT + job.e) / assumed.pcie + offloaded / assumed.host_adam
 
 
 def row_core_seconds(job: Job, assumed: Assumptions) -> float:

@@ -81,6 +81,9 @@ def collective_of(function, args, kwargs, line: str, phase: str) -> tuple[Collec
     sides = [sum(t.numel() * t.element_size() for t in tensors_in(value)) for value in named.values()]
     size = max(sides, default=0)
     peer = next((ranks[named[key]] for key in ("dst", "src") if key in named), None)
+    if peer is not None:
+        # Of two stages Megatron sends one way through the group of all ranks (pipeline_parallel/p2p_communication.py).
+        group, ranks = "PP", tuple(sorted((dist.get_rank(), peer)))
     found = Collective(phase, operation, group, ranks, size, share(len(ranks)) * size, line, peer)
     work = compat.finished_work(dist.group.WORLD)
     returned = [work if "Work" in str(r.type) else args[0] for r in schema.returns]

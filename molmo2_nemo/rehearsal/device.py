@@ -20,12 +20,22 @@ MASK_BLOCK = 128  # FlexAttention's blocks of the mask (torch.nn.attention.flex_
 
 
 class Readout(TorchFunctionMode):
-    """`torch.tensor([tensor, ...])`, which torch cannot do with fake tensors, by a number for each of them."""
+    """`torch.tensor([tensor, ...])`, which torch cannot do with fake tensors, by a number for each of them.
+
+    Also remembers which memory of the host is pinned: pinning itself needs a driver.
+    """
+
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self.recorder = recorder
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.tensor:
             args = compat.with_values(args, lambda tensor: tensor.item() if compat.is_fake(tensor) else tensor)
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if kwargs and kwargs.get("pin_memory"):
+            self.recorder.pin(result)
+        return result
 
 
 def install(recorder: Recorder, rank: int, world_size: int) -> None:
@@ -52,6 +62,18 @@ def install(recorder: Recorder, rank: int, world_size: int) -> None:
     dist.all_gather_object = gather_objects
     dist.barrier = lambda group=None, **kwargs: recorder.note_call("barrier", group)
     torch.cuda.synchronize = lambda device=None: recorder.note_sync()
+
+    class Stream(cpu.Inert):
+        """A stream or an event, of which the host may wait for the end."""
+
+        def synchronize(self):
+            recorder.note_sync()
+
+        def record_event(self, event=None):
+            return Stream()
+
+    torch.cuda.Stream = torch.cuda.Event = Stream
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: Stream()
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # an H100's; asked by torch.distributed.broadcast
     compat.read_fake_tensors_by(recorder.to_list)
     compat.fake_tensors_are_cuda()

@@ -7,15 +7,18 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, ModelConfig, padded_vocab_size
 from molmo2_nemo.planner.efficiency import GPUS_PER_NODE
 from molmo2_nemo.planner.flops import peak_flops
-from molmo2_nemo.planner.memory import BUILD, PHASES, Job, stage_memory
+from molmo2_nemo.planner.memory import BUILD, HOST_GRADIENT, PHASES, Job, offloaded_parameters, stage_memory
+from molmo2_nemo.planner.run_costs import host_optimizer_bytes
 from molmo2_nemo.planner.step_time import stage_flops
 from molmo2_nemo.planner.traffic import traffic
 from molmo2_nemo.planner.work import Work
 
 H100 = "NVIDIA H100 80GB HBM3"
 HBM_PEAK, NVLINK_PEAK, NETWORK_PEAK = 3.35e12, 450e9, 50e9  # bytes/s: H100 data sheet; one 400 Gb/s port for a GPU
+PCIE_PEAK = 64e9  # bytes/s each way, of PCIe 5.0 x16, from the same
 HELD = ("weights", "gradients", "optimizer")  # between steps
 ONCE = ("optimizer", "gradients")  # parts of a step's work that do not grow with its micro-batches
+NEGLIGIBLE = 2**20  # bytes, or FLOPs; of less no deviation is given
 
 
 class NotRehearsed(ConfigError):
@@ -54,11 +57,6 @@ def plan(config: Config, gpus: int, micro_batches: int | None = None, ranks: lis
             "train.precision=fp8 cannot be rehearsed: Transformer Engine's operations are not known for tensors without"
             " memory; rehearse train.precision=bf16."
         )
-    if config.optimizer.get("optimizer_cpu_offload"):
-        raise NotRehearsed(
-            "optimizer.optimizer_cpu_offload=true cannot be rehearsed: Megatron's optimizer on the host asks each "
-            "tensor whether it is CUDA's; use optimizer.optimizer_cpu_offload=false."
-        )
     if config.parallel.layer_spec != "local":
         notes.append("Megatron's local layers are rehearsed; a run with Transformer Engine installed uses its layers")
         config = replace(config, parallel=replace(config.parallel, layer_spec="local"))
@@ -74,7 +72,10 @@ def plan(config: Config, gpus: int, micro_batches: int | None = None, ranks: lis
         config = replace(config, data=replace(config.data, seq_length=length))
     pieces = config.parallel.virtual_pipeline_model_parallel_size or 1
     usual = 1 if job.p == 1 else 2 * job.p if pieces > 1 else job.p
+    usual = min(usual, job.micro_batches)
     count = min(micro_batches or usual, job.micro_batches)
+    if count < usual:
+        raise ConfigError(f"--micro-batches {count}: at least {usual} are in flight at a time, give as many or more.")
     if count < job.micro_batches:
         notes.append(
             f"{count} of the {job.micro_batches} micro-batches of a step are rehearsed; the others repeat them"
@@ -134,19 +135,18 @@ def choose_ranks(job: Job) -> list[int]:
     return sorted(found)
 
 
-def job_of(plan: Plan, counted) -> Job:
-    """The planner's job with the rows that a rank was rehearsed with."""
+def job_of(plan: Plan, counted, micro_batches: int) -> Job:
+    """The planner's job of so many micro-batches, with the rows that a rank was rehearsed with."""
     job = Job(plan.config, plan.gpus)
-    rows = plan.micro_batches * job.rows
+    rows, job.micro_batches = plan.micro_batches * job.rows, micro_batches
     job.work = Work(**{name: value / rows for name, value in counted.work.items()})
-    job.places = plan.config.model.vision.video_pooling**2  # full rows are of frames, in every stage
     return job
 
 
 def beside(plan: Plan, counted) -> list[dict]:
     """Rows of a table: figure, counted, planned, off by so many percent. counted: a Rehearsal."""
-    job = job_of(plan, counted)
-    parts = stage_memory(job, counted.stage)
+    parts = stage_memory(job_of(plan, counted, plan.of), counted.stage)
+    job = job_of(plan, counted, plan.micro_batches)
     of = {part.name: part.bytes for part in parts}
     at_most = {phase: sum(part.bytes for part in parts if phase in part.phases) for phase in PHASES}
     building = at_most.pop(BUILD)
@@ -162,13 +162,17 @@ def beside(plan: Plan, counted) -> list[dict]:
     for item in traffic(job, counted.stage):
         planned[item.kind] = planned.get(item.kind, 0) + item.bytes
     rows += [_row(f"{kind} traffic", sent.get(kind, 0), size) for kind, size in planned.items()]
+    if offloaded := offloaded_parameters(job):
+        rows.append(_row("optimizer on the host", counted.on_host, host_optimizer_bytes(job)))
+        copied = offloaded * (HOST_GRADIENT + job.e)
+        rows.append(_row("copied to and from the host", counted.uploads + counted.downloads, copied))
     flops = stage_flops(job, counted.stage)
     rows.append(_row("FLOP", sum(counted.flops.values()), sum(flops.values())))
     return rows
 
 
 def _row(figure: str, counted: float, planned: float) -> dict:
-    off = None if not counted else 100 * (planned / counted - 1)
+    off = None if counted < NEGLIGIBLE else 100 * (planned / counted - 1)
     return {"figure": figure, "counted": counted, "planned": planned, "off_percent": off}
 
 
@@ -176,7 +180,8 @@ def roofline(plan: Plan, counted) -> dict[str, float]:
     """Seconds of a whole step of this rank at the device's peaks, and at the share of them that the planner assumes.
 
     Products, other operations' bytes and collectives one after the other, but for those of data parallelism, which
-    overlap with the backward pass; a pipeline's bubble as in the planner. Loading data takes no time.
+    overlap with the backward pass; a pipeline's bubble as in the planner. Loading data takes no time, nor does Adam on
+    the host.
     """
     again = plan.of / plan.micro_batches
     bf16 = peak_flops(H100, "bf16")
@@ -188,6 +193,8 @@ def roofline(plan: Plan, counted) -> dict[str, float]:
         if c.group != "DP":
             inside = min(c.ranks) // GPUS_PER_NODE == max(c.ranks) // GPUS_PER_NODE
             seconds["collectives"] += c.sent / (NVLINK_PEAK if inside else NETWORK_PEAK) * again
+    if offloaded_parameters(Job(plan.config, plan.gpus)):
+        seconds["copies to and from the host"] = (counted.uploads + counted.downloads) / PCIE_PEAK
     pieces = plan.config.parallel.virtual_pipeline_model_parallel_size or 1
     p = plan.config.parallel.pipeline_model_parallel_size
     bubble = (p - 1) / (pieces * plan.of + p - 1)

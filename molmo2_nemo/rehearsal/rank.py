@@ -36,7 +36,9 @@ class Rehearsal:
     held: dict[str, int]  # before the step, by part
     collectives: list = field(default_factory=list)
     syncs: dict[str, int] = field(default_factory=dict)
-    uploads: int = 0
+    uploads: int = 0  # bytes from the host to the device
+    downloads: int = 0
+    on_host: int = 0  # bytes of tensors on the host after the step: an optimizer there
     flops: dict[str, float] = field(default_factory=dict)
     moved: dict[str, int] = field(default_factory=dict)
     moved_by_line: dict[str, int] = field(default_factory=dict)
@@ -44,9 +46,10 @@ class Rehearsal:
     faults: list[str] = field(default_factory=list)
 
 
-def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, rows: str) -> Rehearsal:
+def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, of: int, rows: str) -> Rehearsal:
     """Build, forward, backward and update of one rank. Patches this process: to be called once in it.
 
+    of: micro-batches of a step; the inputs of those that are not rehearsed are there, too, as in the run.
     rows: kind of its rows, see rows.micro_batch.
     """
     p = config.parallel
@@ -59,7 +62,7 @@ def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, rows: str
     replica = parallel_state.get_data_parallel_rank()
     values = [micro_batch(config, rows, replica * 1000 + number) for number in range(micro_batches)]
     values = [own_part(batch, config.model) for batch in values]
-    with compat.fake_tensor_mode(), recorder, device.Readout():
+    with compat.fake_tensor_mode(), recorder, device.Readout(recorder):
         model, optimizer = training_run.build(config, "cuda", precision)
         for chunk in model:
             chunk.train()
@@ -71,7 +74,9 @@ def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, rows: str
         run = stand_in_for_run(config, model, optimizer, source, micro_batches)
         recorder.begin("step")
         held = dict(recorder.now["part"])
+        others = [on_device(values[0], config, recorder, is_first) for _ in range(of - micro_batches)]
         loop.train_step(run)
+        del others
         recorder.finish()
     return Rehearsal(
         rank=rank,
@@ -93,6 +98,8 @@ def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, rows: str
         collectives=[c for c in recorder.collectives if c.phase != "build"],
         syncs=of_step(recorder.syncs),
         uploads=recorder.uploads["step"],
+        downloads=recorder.downloads["step"],
+        on_host=sum(recorder.on_host.values()),
         flops=of_step(recorder.flops),
         moved=of_step(recorder.moved),
         moved_by_line=of_step(recorder.moved_by_line),

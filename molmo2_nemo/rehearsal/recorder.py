@@ -22,6 +22,11 @@ PRODUCTS = {
     *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.addmm_.default, aten.addmm.dtype_out),
     compat.gelu_product_operation(),
 }
+# Operations that make one view, most of all operations, and that are asked of a tensor's device.
+VIEWS = {
+    *(aten.view.default, aten._unsafe_view.default, aten.detach.default, aten.slice.Tensor, aten.t.default),
+    *(aten.transpose.int, aten.permute.default, aten.expand.default, aten.select.int, aten.unsqueeze.default),
+}
 BOOLEAN_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 OVERWRITTEN = {"zero_", "fill_", "copy_"}  # operations that do not read their first argument
 
@@ -53,7 +58,10 @@ class Recorder(compat.dispatch_mode()):
         self.at_peak = {"part": Counter(), "line": Counter()}
         self.peaks: dict[str, int] = {}  # of each phase
         self.collectives: list[Collective] = []
-        self.syncs, self.uploads = Counter(), Counter()  # (phase, line) -> calls; phase -> bytes from the host
+        self.syncs = Counter()  # (phase, line) -> calls
+        self.uploads, self.downloads = Counter(), Counter()  # phase -> bytes from the host, to the host
+        self.on_host: dict[int, int] = {}  # storage of the host -> bytes
+        self.pinned: set[int] = set()  # those to and from which the device copies by itself
         self.flops, self.moved, self.moved_by_line = Counter(), Counter(), Counter()  # by (phase, part), ... line
         self.faults: dict[str, None] = {}  # sentences, each once and in order
         self.values = WeakIdKeyDictionary()  # tensor of the batch -> the same with values
@@ -61,23 +69,31 @@ class Recorder(compat.dispatch_mode()):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is torch.ops.prim.device.default:
+            return args[0].device
         if function.namespace == "c10d":
             return self._collective(function, args, kwargs)
         if compat.schema_of(function).name == compat.TO_NUMBER:
             return self._number(function, args[0])
         if function is aten.nonzero.default and self.is_here(args[0]):
             return self._nonzero(args[0])
+        if function is aten._pin_memory.default:
+            return self.pin(args[0].clone())
         if function in BOOLEAN_INDEX and has_to_count(args):
             args = (args[0], self._as_numbers(args[1]), *args[2:])
         before = {compat.storage_address(t.untyped_storage()) for t in tensors_in((args, kwargs))}
-        result = function(*args, **kwargs)
+        is_view = function in VIEWS and compat.is_fake(args[0])
+        result = compat.fake_view(function, args, kwargs) if is_view else function(*args, **kwargs)
         self._follow(function, args, kwargs, result)
         made = tensors_in(result)
         if any(self.is_here(tensor) for tensor in made) or any(map(self.is_here, tensors_in(args))):
             place = self.places.here(self.phase)
             for tensor in made:
                 self.see(tensor, place)
-            self._count(function, args, made, before, place)
+            self._count(function, args, kwargs, made, before, place)
+        else:
+            for tensor in made:
+                self._see_on_host(tensor)
         return result
 
     def is_here(self, tensor) -> bool:
@@ -89,6 +105,7 @@ class Recorder(compat.dispatch_mode()):
     def see(self, tensor: torch.Tensor, place: tuple[str, str]) -> None:
         """Count a tensor's memory from now until it goes. place: its part and line."""
         if not self.is_here(tensor):
+            self._see_on_host(tensor)
             return
         storage = tensor.untyped_storage()
         address = compat.storage_address(storage)
@@ -110,6 +127,28 @@ class Recorder(compat.dispatch_mode()):
             self.alive[address] = (size, part, line)
             self.now["part"][before] -= size
             self.now["part"][part] += size
+
+    def _see_on_host(self, tensor: torch.Tensor) -> None:
+        if not compat.is_fake(tensor) or tensor.device.type != "cpu":
+            return
+        storage = tensor.untyped_storage()
+        address = compat.storage_address(storage)
+        if address not in self.on_host:
+            self.on_host[address] = storage.nbytes()
+            weakref.finalize(storage, self.on_host.pop, address)
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Say that a tensor's memory on the host is pinned; returns it.
+
+        torch rounds it up to a power of two (pytorch/pytorch: aten/src/ATen/core/CachingHostAllocator.h).
+        """
+        self._see_on_host(tensor)
+        storage = tensor.untyped_storage()
+        address = compat.storage_address(storage)
+        self.on_host[address] = 2 ** math.ceil(math.log2(max(1, storage.nbytes())))
+        self.pinned.add(address)
+        weakref.finalize(storage, self.pinned.discard, address)
+        return tensor
 
     def _gone(self, address: int) -> None:
         if self.is_highest:  # the first to go after a new peak
@@ -225,7 +264,18 @@ class Recorder(compat.dispatch_mode()):
         """Count FLOPs of a kernel that is stood in for."""
         self.flops[self.phase, part] += flops
 
-    def _count(self, function, args, made: list, before: set[int], place: tuple[str, str]) -> None:
+    def _goes_by_itself(self, function, args, kwargs: dict, target: torch.Tensor) -> bool:
+        """Whether the host does not wait for a copy from the device: it asked not to, and the target is pinned.
+
+        What torch makes itself for such a copy is (pytorch/pytorch: aten/src/ATen/native/TensorConversions.cpp,
+        _to_copy, pin_out).
+        """
+        if function is not aten.copy_.default:
+            return bool(kwargs.get("non_blocking"))
+        asked = kwargs.get("non_blocking") or args[2:] == (True,)
+        return asked and compat.storage_address(target.untyped_storage()) in self.pinned
+
+    def _count(self, function, args, kwargs, made: list, before: set[int], place: tuple[str, str]) -> None:
         part, line = place
         taken = tensors_in(args)
         if function in PRODUCTS:
@@ -236,9 +286,12 @@ class Recorder(compat.dispatch_mode()):
         if schema.name == compat.TO_COPY or function is aten.copy_.default:
             source, target = (taken[1], taken[0]) if function is aten.copy_.default else (taken[0], made[0])
             if self.is_here(source) != self.is_here(target):
+                size = source.numel() * target.element_size()  # converted before it goes
                 if self.is_here(target):
-                    self.uploads[self.phase] += source.numel() * source.element_size()
-                else:
+                    self.uploads[self.phase] += size
+                    return
+                self.downloads[self.phase] += size
+                if not self._goes_by_itself(function, args, kwargs, target):
                     self.note_sync()
                 return
         written = compat.written_by(function, args) if changes and function.namespace != "aten" else []

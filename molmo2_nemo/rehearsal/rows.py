@@ -6,7 +6,7 @@ from torch import Tensor
 
 from molmo2_nemo.config.schema import Config, vision_token_ids
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
-from molmo2_nemo.planner.work import TOKENS_PER_EXAMPLE, row_work
+from molmo2_nemo.planner.work import TOKENS_PER_EXAMPLE, TOKENS_PER_IMAGE_CROP, holds_images, image_of, row_work
 from molmo2_nemo.random_batches import packed_row
 from molmo2_nemo.rehearsal.recorder import Recorder
 from molmo2_nemo.training.batches import FIELDS, HOST_FIELD, INDICES, VISION_FIELDS, work_of
@@ -37,8 +37,8 @@ class Values(dict):
 def micro_batch(config: Config, kind: str, seed: int) -> Values:
     """One micro-batch with values, of `train.micro_batch_size` rows.
 
-    full: what the planner assumes, as many frames as fit, and every token carries loss. pictures: frames and images of
-    many sizes and text, the same for a seed. text: no picture.
+    full: what the planner assumes, images in stage 1 and else as many frames as fit, and every token carries loss.
+    pictures: frames and images of many sizes and text, the same for a seed. text: no picture.
     """
     model, data, rows = config.model, config.data, config.train.micro_batch_size
     made = []
@@ -46,7 +46,7 @@ def micro_batch(config: Config, kind: str, seed: int) -> Values:
         if kind == "pictures":
             made.append(packed_row(model, data.seq_length, data.max_crops, seed * rows + row))
         else:
-            made.append(plain_row(config, int(row_work(config).crops) if kind == "full" else 0))
+            made.append(plain_row(config, units_of(config) if kind == "full" else []))
     joined = Values({name: torch.cat([row[name] for row in made]) for name in made[0] if name not in OF_PICTURES})
     patches, offset, pooling = model.vision.patches_per_crop, 0, []
     for row in made:
@@ -60,26 +60,48 @@ def micro_batch(config: Config, kind: str, seed: int) -> Values:
     return joined
 
 
-def plain_row(config: Config, frames: int) -> dict[str, Tensor]:
-    """A row of so many frames, then text, in examples of about the same length; all of it carries loss."""
+def units_of(config: Config) -> list[tuple[int, int, int]]:
+    """(crops, windows, patches in these) of each image or frame of a full row, as planner/work.py has them."""
+    data, vision = config.data, config.model.vision
+    side, crops = vision.image_size // vision.patch_size, int(row_work(config).crops)
+    if not holds_images(config):
+        return [(1, (-(-side // vision.video_pooling)) ** 2, side**2)] * crops
+    whole = image_of(vision, data.max_crops_per_image)
+    last = crops % whole[0]
+    units = [whole] * (crops // whole[0]) + [tuple(last * size // whole[0] for size in whole)] * (last > 0)
+    while sum(windows + 2 for _, windows, _ in units) > data.seq_length:
+        units.pop()
+    return units
+
+
+def plain_row(config: Config, units: list[tuple[int, int, int]]) -> dict[str, Tensor]:
+    """A row of these images or frames, then text, in examples of about the same length; all of it carries loss."""
     model, S = config.model, config.data.seq_length
-    vision, ids = model.vision, vision_token_ids(model)
-    windows = -(-(vision.image_size // vision.patch_size) // vision.video_pooling)
-    tokens, width, patches = windows**2, vision.video_pooling**2, vision.patches_per_crop
-    per_example = min(S, max(int(TOKENS_PER_EXAMPLE), config.data.max_frames * (tokens + 2) if frames else 0))
+    vision, ids, images = model.vision, vision_token_ids(model), holds_images(config)
+    width = (vision.image_pooling if images else vision.video_pooling) ** 2
+    windows = sum(windows for _, windows, _ in units)
+    of_pictures = windows + 2 * len(units)  # a start and an end each
+    per_example = TOKENS_PER_EXAMPLE
+    if units:
+        # As in planner/work.py: an image and its text, or a long video.
+        video = max(TOKENS_PER_EXAMPLE, config.data.max_frames * (units[0][1] + 2))
+        per_example = units[0][0] * TOKENS_PER_IMAGE_CROP if images else video
+    per_example = min(S, int(per_example))
     number = np.arange(S) // per_example
-    frame = [ids["frame_start_token_id"], *[ids["image_patch_id"]] * tokens, ids["frame_end_token_id"]]
     input_ids, visual = np.full(S, 9), np.zeros(S, bool)
-    input_ids[: frames * len(frame)] = frame * frames
-    visual[: frames * len(frame)] = True
-    pooling = np.arange(frames * tokens * width).reshape(-1, width) % max(1, frames * patches)
+    start, patch, end = (ids[name] for name in ("frame_start_token_id", "image_patch_id", "frame_end_token_id"))
+    input_ids[:of_pictures] = [token for _, count, _ in units for token in (start, *[patch] * count, end)]
+    visual[:of_pictures] = True
+    patches = sum(crops for crops, _, _ in units) * vision.patches_per_crop
+    pooling = np.arange(windows * width).reshape(-1, width) % max(1, patches)
+    pooling[: windows * width - sum(filled for _, _, filled in units), -1] = -1  # windows at an edge have fewer
     row = {
         "input_ids": input_ids,
         "labels": np.full(S, 9),
         "position_ids": np.arange(S) % per_example,
         "segment_ids": SEGMENTS_PER_EXAMPLE * number,
         "pooling": pooling,
-        "vision_units": np.array([(1, tokens)] * frames, np.int64).reshape(-1, 2),
+        "vision_units": np.array([unit[:2] for unit in units], np.int64).reshape(-1, 2),
     }
     tensors = {name: torch.from_numpy(values).long() for name, values in row.items()}
     tensors = {name: t if name in OF_PICTURES else t[None] for name, t in tensors.items()}

@@ -1,5 +1,6 @@
 """Megatron's optimizer with a learning rate, a warm-up and a freeze switch per component."""
 
+import gc
 import math
 import re
 
@@ -59,6 +60,9 @@ def build_optimizer(cfg: Config, model: list[DistributedDataParallel], precision
         for part in _parts(optimizer):
             if isinstance(part, DistributedOptimizer):
                 save_shards(part)
+        if config.optimizer_cpu_offload:
+            # Megatron copies the weights to the host twice, and the first copies, 4 bytes a parameter, are in a cycle.
+            gc.collect()
         return optimizer
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"Megatron refuses the optimizer settings {cfg.optimizer}: {error}") from error
