@@ -9,6 +9,7 @@ from molmo2_nemo.planner.memory import Job, count_parameters
 # Work beside which a collective may run. LAST_BACKWARD: the backward pass of a step's last micro-batch, before which no
 # gradient is summed; FIRST_FORWARD: the forward pass of the next step's first, which waits for its layers' weights.
 PRODUCTS, LAST_BACKWARD, FIRST_FORWARD = "products", "last backward", "first forward"
+VISION_GRADIENTS = "a shard of the vision tower's gradients summed"
 
 
 @dataclass
@@ -105,15 +106,19 @@ def _tensor_parallel(job: Job, stage: int | None) -> list[Traffic]:
     waited, hidden = (6, 4) if job.sequence > 1 else (4, 4)
     # Attention and MLP have half of the forward passes each.
     again = 4 * layers_again(job, layers) + 2 * layers * ("mlp" in job.modules_again())
+    # What is gathered is one byte an element in FP8 (Transformer Engine, pytorch/module/linear.py; without the scales
+    # of blocks): of the passes that are waited for 4, of those of the backward pass 2, of forward passes half.
+    saved = 1 - 1 / job.e if job.sequence > 1 and job.precision == "fp8" else 0.0
     per_call = 1 if job.sequence > 1 else 2
     overlap = PRODUCTS if job.transformer("tp_comm_overlap") else None
 
-    def item(passes: float, count: int, what: str, behind: str | None) -> Traffic:
-        return Traffic("TP", count * passes * passed, what, t, t, count * passes / per_call, t, behind)
+    def item(passes: float, count: int, what: str, behind: str | None, gathered: float = 0) -> Traffic:
+        size = count * (passes - saved * gathered) * passed
+        return Traffic("TP", size, what, t, t, count * passes / per_call, t, behind)
 
     found = [
-        item(1, micro * (waited * layers + again), "hidden states of each layer", overlap),
-        item(hidden, micro * layers, "hidden states beside products of the backward pass", PRODUCTS),
+        item(waited * layers + again, micro, "hidden states of each layer", overlap, 4 * layers + again / 2),
+        item(hidden * layers, micro, "hidden states beside products of the backward pass", PRODUCTS, 2 * layers),
     ]
     # Sequence parallel ranks gather the embedding's gradient, the head's input, and scatter that one's gradient; others
     # sum the gradient of the head's input.
@@ -126,7 +131,7 @@ def _tensor_parallel(job: Job, stage: int | None) -> list[Traffic]:
         shards = job.d * job.c if job.distributed else 1
         counts = count_parameters(job)[1][0]
         vision = _gradient_bytes(job) * counts.trained_vision / shards * 2 * (t - 1) / t
-        found.append(Traffic("TP", vision, "a shard of the vision tower's gradients summed", t, t, 1, t))
+        found.append(Traffic("TP", vision, VISION_GRADIENTS, t, t, 1, t))
     return found
 
 

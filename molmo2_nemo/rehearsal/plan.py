@@ -4,19 +4,20 @@ from dataclasses import dataclass, replace
 
 from molmo2_nemo.config.checks import check_settings, row_multiple
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import Config, ModelConfig, padded_vocab_size
+from molmo2_nemo.config.schema import FP8_RECIPE, Config, ModelConfig, padded_vocab_size
 from molmo2_nemo.planner.efficiency import GPUS_PER_NODE
 from molmo2_nemo.planner.flops import peak_flops
 from molmo2_nemo.planner.memory import BUILD, HOST_GRADIENT, PHASES, Job, offloaded_parameters, stage_memory
 from molmo2_nemo.planner.run_costs import host_optimizer_bytes
 from molmo2_nemo.planner.step_time import stage_flops
-from molmo2_nemo.planner.traffic import traffic
+from molmo2_nemo.planner.traffic import VISION_GRADIENTS, traffic
 from molmo2_nemo.planner.work import Work
 
 H100 = "NVIDIA H100 80GB HBM3"
 HBM_PEAK, NVLINK_PEAK, NETWORK_PEAK = 3.35e12, 450e9, 50e9  # bytes/s: H100 data sheet; one 400 Gb/s port for a GPU
 PCIE_PEAK = 64e9  # bytes/s each way, of PCIe 5.0 x16, from the same
 HELD = ("weights", "gradients", "optimizer")  # between steps
+VISION = "vision gradients'"  # traffic whose share differs among replicas; the planner has the mean
 ONCE = ("optimizer", "gradients")  # parts of a step's work that do not grow with its micro-batches
 NEGLIGIBLE = 2**20  # bytes, or FLOPs; of less no deviation is given
 
@@ -52,16 +53,20 @@ def plan(config: Config, gpus: int, micro_batches: int | None = None, ranks: lis
     Raises ConfigError, and NotRehearsed, which is one.
     """
     notes = []
-    if config.train.precision == "fp8":
-        raise NotRehearsed(
-            "train.precision=fp8 cannot be rehearsed: Transformer Engine's operations are not known for tensors without"
-            " memory; rehearse train.precision=bf16."
+    p, train = config.parallel, config.train
+    if train.vit_fp8:
+        raise NotRehearsed("train.vit_fp8=true cannot be rehearsed: rehearse train.vit_fp8=false.")
+    if train.precision == "fp8" or p.layer_spec == "transformer_engine":
+        notes.append("stand-ins for Transformer Engine's layers are rehearsed: its kernels and workspaces are not seen")
+        config = replace(config, parallel=replace(p, layer_spec="transformer_engine"))
+    elif p.layer_spec != "local":
+        notes.append(
+            "Megatron's local layers are rehearsed; a run with Transformer Engine installed uses its layers "
+            "(parallel.layer_spec=transformer_engine rehearses stand-ins)"
         )
-    if config.parallel.layer_spec != "local":
-        notes.append("Megatron's local layers are rehearsed; a run with Transformer Engine installed uses its layers")
-        config = replace(config, parallel=replace(config.parallel, layer_spec="local"))
-    job = Job(config, gpus)
-    length, multiple = config.data.seq_length, row_multiple(config.parallel)[0]
+        config = replace(config, parallel=replace(p, layer_spec="local"))
+    job, recipe = Job(config, gpus), config.transformer.get("fp8_recipe", FP8_RECIPE)
+    length, multiple = config.data.seq_length, row_multiple(p, train.precision, recipe)[0]
     while row_lengths(config, length) & widths(config.model, job.t):
         length += multiple
     if length != config.data.seq_length:
@@ -157,10 +162,12 @@ def beside(plan: Plan, counted) -> list[dict]:
     rows += [_row(name, counted.held.get(name, 0), of[name]) for name in HELD]
     sent = {}
     for c in counted.collectives:
-        sent[c.group] = sent.get(c.group, 0) + c.sent
+        kind = VISION if c.group == "TP" and c.line.startswith("molmo2_nemo/training/step.py") else c.group
+        sent[kind] = sent.get(kind, 0) + c.sent
     planned = {}
     for item in traffic(job, counted.stage):
-        planned[item.kind] = planned.get(item.kind, 0) + item.bytes
+        kind = VISION if item.what == VISION_GRADIENTS else item.kind
+        planned[kind] = planned.get(kind, 0) + item.bytes
     rows += [_row(f"{kind} traffic", sent.get(kind, 0), size) for kind, size in planned.items()]
     if offloaded := offloaded_parameters(job):
         rows.append(_row("optimizer on the host", counted.on_host, host_optimizer_bytes(job)))
@@ -184,9 +191,10 @@ def roofline(plan: Plan, counted) -> dict[str, float]:
     the host.
     """
     again = plan.of / plan.micro_batches
-    bf16 = peak_flops(H100, "bf16")
     seconds = dict.fromkeys(("products", "other operations", "collectives"), 0.0)
-    seconds["products"] = sum(counted.flops.values()) / bf16 * again
+    for part, flops in counted.flops.items():
+        peak = peak_flops(H100, "fp8" if part.endswith(" FP8") else "bf16")
+        seconds["products"] += flops / peak * again
     for part, size in counted.moved.items():
         seconds["other operations"] += size / HBM_PEAK * (1 if part in ONCE else again)
     for c in counted.collectives:

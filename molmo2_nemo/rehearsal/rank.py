@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 
 from molmo2_nemo import compat, parallel
 from molmo2_nemo.config.schema import Config
-from molmo2_nemo.rehearsal import device
+from molmo2_nemo.rehearsal import device, engine
 from molmo2_nemo.rehearsal.plan import row_lengths
 from molmo2_nemo.rehearsal.recorder import Recorder
 from molmo2_nemo.rehearsal.rows import micro_batch, on_device
@@ -55,6 +55,8 @@ def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, of: int, 
     p = config.parallel
     recorder = Recorder(row_lengths(config, config.data.seq_length))
     device.install(recorder, rank, gpus)
+    if p.layer_spec == "transformer_engine":
+        engine.install(recorder)
     training_run.build_model = device.made_there(training_run.build_model)
     precision = parallel.resolve_precision(config.train, "cuda")
     with compat.fake_tensor_mode():

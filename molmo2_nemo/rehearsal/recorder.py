@@ -264,6 +264,12 @@ class Recorder(compat.dispatch_mode()):
         """Count FLOPs of a kernel that is stood in for."""
         self.flops[self.phase, part] += flops
 
+    def note_moved(self, size: int) -> None:
+        """Count bytes that a kernel which is stood in for reads and writes."""
+        part, line = self.places.here(self.phase)
+        self.moved[self.phase, part] += size
+        self.moved_by_line[self.phase, line] += size
+
     def _goes_by_itself(self, function, args, kwargs: dict, target: torch.Tensor) -> bool:
         """Whether the host does not wait for a copy from the device: it asked not to, and the target is pinned.
 
