@@ -78,8 +78,8 @@ def _decoder(job: Job, stage: int) -> tuple[float, float]:
 def _vision(job: Job, stage: int) -> tuple[float, float]:
     if stage > 0:
         return 0.0, 0.0
-    m, share = job.config.model, job.rows / (job.t * job.c)
-    patches = math.ceil(job.work.crops * share) * m.vision.patches_per_crop * m.vit.num_layers
+    m, share = job.config.model, job.uneven * job.rows / (job.t * job.c)
+    patches = job.busiest_crops * m.vision.patches_per_crop * m.vit.num_layers
     width, inner, pooled = m.vit.hidden_size, m.vit.ffn_hidden_size, 0.0
     of_width, of_inner = VIT, VIT  # those of pooling are among them
     if job.fused:

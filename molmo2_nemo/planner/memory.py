@@ -15,7 +15,7 @@ from molmo2_nemo.config.components import component_of, is_frozen
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import LAYERS, Config, padded_vocab_size, positions_per_chunk
 from molmo2_nemo.planner.parameters import parameters
-from molmo2_nemo.planner.work import holds_images, row_work
+from molmo2_nemo.planner.work import holds_images, most_crops, row_work, units_of
 
 GIB = 2**30
 H100_GIB = 79.6  # of an H100 80GB HBM3, as nvidia-smi shows it
@@ -67,9 +67,22 @@ class Job:
         self.work = row_work(self.config)
         vision = self.config.model.vision
         self.places = (vision.image_pooling if holds_images(self.config) else vision.video_pooling) ** 2  # of a window
+        # Crops of the images or frames of a micro-batch: those stay whole.
+        self.units = [crops for crops, _, _ in units_of(self.config)] * self.rows
         self.dropout = getattr(self.config.schedule, self.config.stage).hidden_dropout > 0
         self.counts: tuple | None = None  # of count_parameters, once they are counted
         check_recompute(self.config.transformer)
+
+    @property
+    def busiest_crops(self) -> int:
+        """Of a micro-batch's crops, those of the rank that encodes most."""
+        return most_crops(self.units, self.t * self.c)
+
+    @property
+    def uneven(self) -> float:
+        """Crops of that rank over the mean of the ranks that share them."""
+        crops = self.work.crops * self.rows
+        return self.busiest_crops * self.t * self.c / crops if crops else 1.0
 
     def transformer(self, key: str, default=None):
         return self.config.transformer.get(key, default)
@@ -361,9 +374,8 @@ def vit_crop_bytes(job: Job) -> float:
 def vision_parts(job: Job, counts: Counts) -> list[Part]:
     """The vision tower on the first stage: its crops and windows are split over tensor x context parallel ranks."""
     m, train, e = job.config.model, job.config.train, job.e
-    ranks = job.t * job.c
-    crops = math.ceil(job.work.crops * job.rows / ranks)
-    windows = math.ceil(job.work.visual_tokens * job.rows / ranks)
+    crops = job.busiest_crops
+    windows = math.ceil(job.uneven * job.work.visual_tokens * job.rows / (job.t * job.c))
     features = m.vit.hidden_size * len(m.vit.feature_layers)
     inner = m.connector.num_attention_heads * m.connector.head_dim
     width = job.places
@@ -448,7 +460,7 @@ def input_parts(job: Job, stage: int) -> list[Part]:
         # Of an interleaved pipeline's first piece: two rounds of forward passes precede its first backward pass.
         in_flight = min(job.micro_batches, job.p * (2 if p.virtual_pipeline_model_parallel_size else 1))
         # A rank has the pixels that it encodes, whole crops.
-        own = math.ceil(w.crops * job.rows / (job.t * job.c)) / job.rows
+        own = job.busiest_crops / job.rows
         pixels = in_flight * own * m.vision.patches_per_crop * m.vision.patch_dim
         what = f", own pixels of {in_flight} as bytes"
     parts = [

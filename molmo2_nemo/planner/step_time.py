@@ -13,7 +13,7 @@ from molmo2_nemo.planner.efficiency import DEVICES, FAST, SLOW, Assumptions
 from molmo2_nemo.planner.elementwise import adam_bytes, elementwise_bytes
 from molmo2_nemo.planner.flops import forward_flops, frozen_parts, peak_flops, training_flops_by_part
 from molmo2_nemo.planner.memory import HOST_GRADIENT, Job, count_parameters, offloaded_parameters
-from molmo2_nemo.planner.traffic import FIRST_FORWARD, LAST_BACKWARD, PRODUCTS, Traffic, layers_again, traffic, uneven
+from molmo2_nemo.planner.traffic import FIRST_FORWARD, LAST_BACKWARD, PRODUCTS, Traffic, layers_again, traffic
 from molmo2_nemo.planner.work import holds_images
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -106,7 +106,7 @@ def _passes(job: Job, stage: int) -> tuple[dict[str, float], dict[str, float]]:
     trained = training_flops_by_part(m, frozen_parts(job.config.optim, m.tie_embeddings), **work)
     more = again(job, stage)
     share = dict.fromkeys(one, job.layers[stage] / m.num_layers)
-    share |= dict.fromkeys(VISION, uneven(job) * (stage == 0)) | {"head": float(stage == job.p - 1)}
+    share |= dict.fromkeys(VISION, job.uneven * (stage == 0)) | {"head": float(stage == job.p - 1)}
     rows = job.micro_batches * job.rows / (job.t * job.c)
     scale = {part: share[part] * rows for part in one}
     backward = {part: scale[part] * (trained[part] + (more[part] - 1) * one[part]) for part in one}
@@ -123,7 +123,7 @@ def speeds(job: Job, assumed: Assumptions, device: str) -> dict[str, float]:
     # A product's smallest side: tokens of the rank, or its part of a width.
     queries = (m.num_attention_heads + 2 * m.num_query_groups) * m.head_dim
     side = min(job.tokens, m.ffn_hidden_size // job.t, queries // job.t)
-    crops = math.ceil(job.work.crops * job.rows / (job.t * job.c))
+    crops = job.busiest_crops
     patches = min(job.config.train.vision_chunk_crops or crops, crops) * m.vision.patches_per_crop
     for part, smallest in (("decoder", side), ("vit", patches), ("pooling", patches)):
         speed[part] *= smallest / (smallest + assumed.half_speed_at) if smallest else 1.0

@@ -59,7 +59,7 @@ def traffic(job: Job, stage: int | None = None) -> list[Traffic]:
     hidden = job.tokens * m.hidden_size * job.e
     if t * c > 1 and stage in (None, 0):
         # Ranks with fewer tokens fill up.
-        visual = uneven(job) * job.work.visual_tokens * job.rows * m.hidden_size * job.e
+        visual = job.uneven * job.work.visual_tokens * job.rows * m.hidden_size * job.e
         size = job.micro_batches * 2 * visual * (t * c - 1) / (t * c)
         what = "visual tokens gathered, their gradients summed and dealt"
         calls = 2 * job.micro_batches
@@ -72,12 +72,6 @@ def traffic(job: Job, stage: int | None = None) -> list[Traffic]:
         what = "hidden states and gradients of a stage"
         found.append(Traffic("PP", calls * hidden / job.sequence, what, 2, t * c * job.d * 2, calls))
     return found + _data_parallel(job, stage)
-
-
-def uneven(job: Job) -> float:
-    """Crops of the busiest of the ranks that share a micro-batch's crops, over their mean: crops are dealt whole."""
-    crops, ranks = job.work.crops * job.rows, job.t * job.c
-    return math.ceil(crops / ranks) * ranks / crops if crops else 1.0
 
 
 def layers_again(job: Job, layers: int) -> int:

@@ -60,6 +60,33 @@ def row_work(config: Config) -> Work:
     )
 
 
+def units_of(config: Config) -> list[tuple[int, int, int]]:
+    """(crops, windows, patches in these) of each image or frame of a full row."""
+    data, vision = config.data, config.model.vision
+    side, crops = vision.image_size // vision.patch_size, int(row_work(config).crops)
+    if not holds_images(config):
+        return [(1, (-(-side // vision.video_pooling)) ** 2, side**2)] * crops
+    whole = image_of(vision, data.max_crops_per_image)
+    last = crops % whole[0]
+    units = [whole] * (crops // whole[0]) + [tuple(last * size // whole[0] for size in whole)] * (last > 0)
+    while sum(windows + 2 for _, windows, _ in units) > data.seq_length:
+        units.pop()
+    return units
+
+
+def most_crops(sizes: list[int], ranks: int) -> int:
+    """Crops of the rank that has most of them, where images and frames of these sizes are dealt whole and in order so
+    that it has as few as possible (model/vision.py, split_units)."""
+    limit = max(max(sizes, default=0), -(-sum(sizes) // ranks))
+    while True:
+        needed, load = 1, 0
+        for size in sizes:
+            needed, load = (needed, load + size) if load + size <= limit else (needed + 1, size)
+        if needed <= ranks:
+            return limit
+        limit += 1
+
+
 def image_of(vision: VisionConfig, max_crops: int) -> tuple[int, int, int]:
     """(crops, windows, patches in them) of an overview and max_crops tiles, twice as wide as high.
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from molmo2_nemo.config.schema import Config, vision_token_ids
 from molmo2_nemo.model.mask import SEGMENTS_PER_EXAMPLE
-from molmo2_nemo.planner.work import TOKENS_PER_EXAMPLE, TOKENS_PER_IMAGE_CROP, holds_images, image_of, row_work
+from molmo2_nemo.planner.work import TOKENS_PER_EXAMPLE, TOKENS_PER_IMAGE_CROP, holds_images, units_of
 from molmo2_nemo.random_batches import packed_row
 from molmo2_nemo.rehearsal.recorder import Recorder
 from molmo2_nemo.training.batches import FIELDS, HOST_FIELD, INDICES, VISION_FIELDS, work_of
@@ -58,20 +58,6 @@ def micro_batch(config: Config, kind: str, seed: int) -> Values:
     joined["source_ids"] = torch.zeros_like(joined["input_ids"], dtype=torch.int32)
     joined["work"] = work_of(joined)
     return joined
-
-
-def units_of(config: Config) -> list[tuple[int, int, int]]:
-    """(crops, windows, patches in these) of each image or frame of a full row, as planner/work.py has them."""
-    data, vision = config.data, config.model.vision
-    side, crops = vision.image_size // vision.patch_size, int(row_work(config).crops)
-    if not holds_images(config):
-        return [(1, (-(-side // vision.video_pooling)) ** 2, side**2)] * crops
-    whole = image_of(vision, data.max_crops_per_image)
-    last = crops % whole[0]
-    units = [whole] * (crops // whole[0]) + [tuple(last * size // whole[0] for size in whole)] * (last > 0)
-    while sum(windows + 2 for _, windows, _ in units) > data.seq_length:
-        units.pop()
-    return units
 
 
 def plain_row(config: Config, units: list[tuple[int, int, int]]) -> dict[str, Tensor]:
