@@ -42,8 +42,9 @@ def dispatch_mode() -> type:
     return TorchDispatchMode
 
 
-# Names of operations in `schema_of`: a number goes to the host; a tensor is converted, perhaps to another device.
-TO_NUMBER, TO_COPY = "aten::_local_scalar_dense", "aten::_to_copy"
+# Names of operations in `schema_of`: a number goes to the host; a tensor is converted, perhaps to another device; its
+# memory is pinned.
+TO_NUMBER, TO_COPY, PIN_MEMORY = "aten::_local_scalar_dense", "aten::_to_copy", "aten::_pin_memory"
 
 
 def schema_of(operation):
@@ -54,6 +55,17 @@ def schema_of(operation):
 def written_by(operation, args: tuple) -> list:
     """The tensors among an operation's positional arguments that it changes."""
     return [x for x, a in zip(args, schema_of(operation).arguments) if a.alias_info and a.alias_info.is_write]
+
+
+def views() -> set:
+    """The operations that make one view of their first argument, and that are most of a step's."""
+    import torch
+
+    aten = torch.ops.aten
+    return {
+        *(aten.view.default, aten._unsafe_view.default, aten.detach.default, aten.slice.Tensor, aten.t.default),
+        *(aten.transpose.int, aten.permute.default, aten.expand.default, aten.select.int, aten.unsqueeze.default),
+    }
 
 
 def with_values(tree, values_of: Callable):

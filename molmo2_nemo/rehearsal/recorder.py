@@ -22,11 +22,7 @@ PRODUCTS = {
     *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.addmm_.default, aten.addmm.dtype_out),
     compat.gelu_product_operation(),
 }
-# Operations that make one view, most of all operations, and that are asked of a tensor's device.
-VIEWS = {
-    *(aten.view.default, aten._unsafe_view.default, aten.detach.default, aten.slice.Tensor, aten.t.default),
-    *(aten.transpose.int, aten.permute.default, aten.expand.default, aten.select.int, aten.unsqueeze.default),
-}
+VIEWS = compat.views()
 BOOLEAN_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 OVERWRITTEN = {"zero_", "fill_", "copy_"}  # operations that do not read their first argument
 
@@ -77,7 +73,7 @@ class Recorder(compat.dispatch_mode()):
             return self._number(function, args[0])
         if function is aten.nonzero.default and self.is_here(args[0]):
             return self._nonzero(args[0])
-        if function is aten._pin_memory.default:
+        if compat.schema_of(function).name == compat.PIN_MEMORY:
             return self.pin(args[0].clone())
         if function in BOOLEAN_INDEX and has_to_count(args):
             args = (args[0], self._as_numbers(args[1]), *args[2:])

@@ -142,6 +142,7 @@ forward = next(number for name, _, number, backward in seen if name == "aten::mm
 assert any(name == "aten::mm" and backward == forward for name, _, _, backward in seen)
 assert compat.TO_COPY in [name for name, *_ in seen] and any(mutable for _, mutable, *_ in seen) is False
 assert compat.TO_NUMBER == torch.ops.aten._local_scalar_dense.default._schema.name
+assert compat.PIN_MEMORY == torch.ops.aten._pin_memory.default._schema.name
 work = compat.finished_work(group)
 assert compat.process_group(group.boxed()) is group and compat.process_group(work) is None
 assert compat.with_values({"a": [weight, 2]}, lambda tensor: 1) == {"a": [1, 2]}
@@ -152,6 +153,33 @@ def test_rehearsal_device():
     """In a process of its own, since the device stays."""
     result = python("-c", REHEARSED)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_views_of_fake_tensors_are_those_of_torch():
+    aten = torch.ops.aten
+
+    def address(tensor):
+        return compat.storage_address(tensor.untyped_storage())
+
+    with compat.fake_tensor_mode():
+        base = torch.empty(4, 6, 8)[1:, :, ::2]
+        for function, *args in (
+            (aten.view.default, [3, 3, 2, 4]),
+            (aten.slice.Tensor, 1, 1, 5, 2),
+            (aten.select.int, 2, 3),
+            (aten.transpose.int, 0, 2),
+            (aten.permute.default, [2, 0, 1]),
+            (aten.unsqueeze.default, 1),
+            (aten.expand.default, [5, 3, 6, 4]),
+            (aten.detach.default,),
+        ):
+            found, expected = compat.fake_view(function, (base, *args), {}), function(base, *args)
+            for each in (found, expected):
+                assert compat.is_fake(each) and address(each) == address(base)
+            assert (found.shape, found.stride(), found.storage_offset(), found.dtype, found.device) == (
+                *(expected.shape, expected.stride(), expected.storage_offset(), expected.dtype, expected.device),
+            )
+            assert function in compat.views()
 
 
 def test_what_compiles_without_a_driver():

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molmo2_nemo.model.vision import chunks_of, split_units
+from molmo2_nemo.planner.work import most_crops
 
 units = st.lists(st.tuples(st.integers(1, 25), st.integers(1, 300)).map(list), max_size=40)
 
@@ -34,6 +35,11 @@ def test_no_deal_in_order_is_more_even(units, ranks):
         for cuts in itertools.combinations_with_replacement(range(len(units) + 1), ranks - 1)
     )
     assert max(map(load, split_units(units, ranks))) == best
+
+
+@given(units, st.integers(1, 8))
+def test_the_planner_has_the_most_loaded_rank(units, ranks):
+    assert most_crops([crops for crops, _ in units], ranks) == max(map(load, split_units(units, ranks)))
 
 
 @given(units, st.integers(0, 30))
