@@ -19,7 +19,7 @@ PCIE_PEAK = 64e9  # bytes/s each way, of PCIe 5.0 x16, from the same
 HELD = ("weights", "gradients", "optimizer")  # between steps
 VISION = "vision gradients'"  # traffic whose share differs among replicas; the planner has the mean
 ONCE = ("optimizer", "gradients")  # parts of a step's work that do not grow with its micro-batches
-NEGLIGIBLE = 2**18  # bytes, or FLOPs; of less no deviation is given
+NEGLIGIBLE = 2**20  # bytes that may be where the planner has nothing
 
 
 class NotRehearsed(ConfigError):
@@ -179,7 +179,8 @@ def beside(plan: Plan, counted) -> list[dict]:
 
 
 def _row(figure: str, counted: float, planned: float) -> dict:
-    off = None if max(counted, planned) < NEGLIGIBLE or not counted else 100 * (planned / counted - 1)
+    expected_none = not planned and counted < NEGLIGIBLE
+    off = None if expected_none or not counted else 100 * (planned / counted - 1)
     return {"figure": figure, "counted": counted, "planned": planned, "off_percent": off}
 
 

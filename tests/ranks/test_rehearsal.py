@@ -123,7 +123,9 @@ def test_shipped_layouts_with_few_layers(tmp_path):
                 bound = 3 if figure == "peak of the step" else 1
                 assert row["off_percent"] is None or abs(row["off_percent"]) <= bound, (name, figure, row)
     host = {row["figure"]: row for row in figures["optimizer on the host"][2][0][0]}
-    assert host["optimizer on the host"]["counted"] > 8e9 and host["copied to and from the host"]["counted"] > 3e9
+    # Gradients in float32 go there, weights in bf16 come back; weights, two moments and gradients stay there.
+    trained = host["copied to and from the host"]["counted"] / (4 + 2)
+    assert 16 <= host["optimizer on the host"]["counted"] / trained < 20
 
 
 # What a program plants before it starts the tool: code, and the sentence that has to come.
