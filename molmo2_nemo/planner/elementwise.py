@@ -6,8 +6,6 @@ divided by the elements of a tensor; how near they come elsewhere is in docs/pla
 and Megatron's fused functions were not counted: an input read and an output written. Imports no torch.
 """
 
-import math
-
 from molmo2_nemo.config.schema import LAYERS, padded_vocab_size
 from molmo2_nemo.planner.memory import Job, count_parameters
 

@@ -67,12 +67,12 @@ def plan(config: Config, gpus: int, micro_batches: int | None = None, ranks: lis
         config = replace(config, parallel=replace(p, layer_spec="local"))
     job, recipe = Job(config, gpus), config.transformer.get("fp8_recipe", FP8_RECIPE)
     length, multiple = config.data.seq_length, row_multiple(p, train.precision, recipe)[0]
-    while row_lengths(config, length) & widths(config.model, job.t):
+    while _looks_like_a_width(row_lengths(config, length), widths(config.model, job.t)):
         length += multiple
     if length != config.data.seq_length:
         notes.append(
-            f"rows of {length:,} tokens are rehearsed: {config.data.seq_length:,} is also a width of the model, and a "
-            "tensor of all pairs of tokens could not be told from others"
+            f"rows of {length:,} tokens are rehearsed: with {config.data.seq_length:,}, a tensor of all pairs of "
+            "tokens could not be told from one of tokens by a width of the model"
         )
         config = replace(config, data=replace(config.data, seq_length=length))
     pieces = config.parallel.virtual_pipeline_model_parallel_size or 1
@@ -104,6 +104,12 @@ def row_lengths(config: Config, length: int) -> set[int]:
     c, t = p.context_parallel_size, p.tensor_model_parallel_size if p.sequence_parallel else 1
     parts = {length, length // c, length // (c * t)}
     return parts | {rows * part for part in parts}
+
+
+def _looks_like_a_width(lengths: set[int], widths: set[int]) -> bool:
+    """Whether a length is a width, or the product of two that of one and a width: 8,192 ^ 2 is 16,384 x 4,096."""
+    products = {a * b for a in lengths for b in lengths}
+    return not lengths.isdisjoint(widths) or not products.isdisjoint({a * b for a in lengths for b in widths})
 
 
 def widths(m: ModelConfig, t: int) -> set[int]:
