@@ -237,7 +237,7 @@ def test_command_says_what_fits_and_what_does_not(capsys, monkeypatch):
         "weights",
         "gradients",
         "optimizer",
-        "logits chunk",
+        "decoder activations",
         "vision workspace",
         "PFLOP",
         "days",
