@@ -2,9 +2,11 @@
 
 Writes sharded safetensors, configuration, generation configuration, tokenizer, processor and chat template under a
 temporary name, and renames the folder when it is complete. Memory stays near the size of a shard. It needs no GPU.
+Adapters of LoRA are merged with the weights that they were trained beside, or written alone, as PEFT's.
 
     python tools/export_hf.py runs/molmo2/stage2 OUT                  # newest complete checkpoint of a run
     python tools/export_hf.py runs/molmo2/stage2/checkpoints/step_00000500 OUT --dtype bfloat16 --max-shard-gib 4
+    python tools/export_hf.py runs/molmo2/stage2 OUT --adapter        # of a run with lora.rank above 0
 """
 
 import argparse
@@ -17,6 +19,7 @@ from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.command_line import tokenizer_location
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.hf.convert import export_hf
+from molmo2_nemo.hf.peft import export_adapter
 
 
 def main() -> None:
@@ -26,6 +29,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as in the checkpoint")
     parser.add_argument("--max-shard-gib", type=float, default=4.0, help="size of a safetensors file at most")
     parser.add_argument("--no-checksums", action="store_true", help="do not compare the checkpoint with its checksums")
+    parser.add_argument("--adapter", action="store_true", help="write the adapters of LoRA alone, as PEFT loads them")
+    parser.add_argument("--base", type=Path, help="with LoRA: the checkpoint of the frozen weights, if it was moved")
     parser.add_argument("--tokenizer", help="folder of the tokenizer; default: the checkpoint's model")
     parser.add_argument("--max-crops", type=int, help="tiles of an image; default: as in training, else 8")
     parser.add_argument("--max-frames", type=int, help="frames of a video; default: as in training, else 384")
@@ -36,16 +41,22 @@ def main() -> None:
         checkpoint = checkpoint_dir.resolve(args.checkpoint)
         if not args.no_checksums:
             checkpoint_dir.verify(checkpoint)
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        if args.adapter:
+            layers = export_adapter(checkpoint, args.out, dtype)
+            print(f"{args.out} holds the adapters of {layers} linear layers; load it with PeftModel.from_pretrained")
+            return
         trained = training_data_settings(checkpoint)
         export_hf(
             checkpoint,
             args.out,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            dtype=dtype,
             max_shard_bytes=int(args.max_shard_gib * 2**30),
             tokenizer=args.tokenizer or tokenizer_location(checkpoint_dir.read_model(checkpoint).tokenizer),
             max_crops=args.max_crops or trained.get("max_crops_per_image", 8),
             max_frames=args.max_frames or trained.get("max_frames", 384),
             max_fps=trained.get("max_fps", 2.0),
+            base=args.base,
         )
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")

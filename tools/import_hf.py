@@ -5,6 +5,7 @@ It reads safetensors only, with released or native tensor names, one tensor at a
 extra vocabulary are drawn at random. A run does the same by itself if train.init_from names such folders.
 
     python tools/import_hf.py HF_DIR CKPT
+    python tools/import_hf.py --adapter PEFT_DIR --base CKPT ADAPTER_CKPT          # LoRA beside the weights of CKPT
     python tools/import_hf.py --llm Qwen3-4B-Instruct-2507 --vision siglip2-so400m-patch14-384 CKPT
 """
 
@@ -12,10 +13,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.hf.base_models import import_base_models
 from molmo2_nemo.hf.convert import import_hf
 from molmo2_nemo.hf.folder import is_there
+from molmo2_nemo.hf.peft import import_adapter
 
 
 def say(line: str) -> None:
@@ -31,13 +34,25 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="new folder for the checkpoint")
     parser.add_argument("--llm", type=Path, metavar="DIR", help="a Qwen3 or OLMo 3 instead of HF_DIR")
     parser.add_argument("--vision", type=Path, metavar="DIR", help="its vision tower, a SigLIP 2")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapters of LoRA that PEFT has saved")
+    parser.add_argument("--base", type=Path, metavar="CKPT", help="the checkpoint of the weights that they belong to")
     parser.add_argument("--seed", type=int, default=6198, help="seed of what is drawn at random (train.seed)")
     args = parser.parse_args()
-    if (args.llm is None) != (args.vision is None) or (args.llm is None) == (args.hf_dir is None):
-        parser.error("give HF_DIR, or both --llm and --vision")
+    pairs = [(args.llm, args.vision), (args.adapter, args.base)]
+    given = [args.hf_dir is not None, *(all(part is not None for part in pair) for pair in pairs)]
+    if sum(given) != 1 or any((first is None) != (second is None) for first, second in pairs):
+        parser.error("give HF_DIR, or both --llm and --vision, or both --adapter and --base")
     try:
         if is_there(args.checkpoint):
             raise ConfigError(f"{args.checkpoint} exists: remove it or name another folder.")
+        if args.adapter is not None:
+            lora = import_adapter(args.adapter, checkpoint_dir.resolve(str(args.base)), args.checkpoint, say)
+            settings = f"lora.rank={lora.rank} lora.alpha={lora.alpha:g} lora.rslora={str(lora.rslora).lower()}"
+            print(f"{args.checkpoint}: adapters of {', '.join(lora.targets)}, rank {lora.rank}")
+            print(
+                f"start from it: {settings} 'lora.targets=[{','.join(lora.targets)}]' train.init_from={args.checkpoint}"
+            )
+            return
         if args.llm is None:
             model = import_hf(args.hf_dir, args.checkpoint, say)
         else:

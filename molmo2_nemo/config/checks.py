@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from molmo2_nemo.config.components import COMPONENTS
 from molmo2_nemo.config.errors import ConfigError, check_choice, refuse
+from molmo2_nemo.config.lora import check_lora
 from molmo2_nemo.config.megatron_fields import check_megatron_fields
 from molmo2_nemo.config.schema import (
     AUTO,
@@ -108,6 +109,7 @@ def check_settings(cfg: Config, world_size: int) -> None:
         f"train.wandb_project={train.wandb_project}, but wandb is not installed: pip install wandb, or leave the key "
         "out.",
     )
+    check_lora(cfg.lora, cfg.model, cfg.optim)
     check_batch(cfg, world_size)
     refuse(
         all(getattr(cfg.optim, c).freeze for c in COMPONENTS),

@@ -17,10 +17,17 @@ def component_of(name: str) -> str:
     return "llm"
 
 
-def is_frozen(name: str, optim: OptimConfig, tied: bool) -> bool:
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, by its name, is one of LoRA's (model/lora.py)."""
+    return ".lora." in name
+
+
+def is_frozen(name: str, optim: OptimConfig, tied: bool, lora: bool = False) -> bool:
     """Whether a parameter is not trained: its component's switch, a pattern of `optim.freeze_patterns` in its name,
-    and the base embedding with a head tied to it."""
+    and the base embedding with a head tied to it. lora: all that is no adapter, too."""
     name = name.removeprefix("module.")
+    if lora and not is_adapter(name):
+        return True
     if getattr(optim, component_of(name)).freeze or any(re.search(pattern, name) for pattern in optim.freeze_patterns):
         return True
     is_table = name == "embedding.word_embeddings.weight" or (tied and name == "output_layer.weight")

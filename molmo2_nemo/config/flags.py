@@ -27,6 +27,11 @@ KEYS = {
     "connector_lr": "optim.connector.lr",
     "aligner_lr": "optim.connector.lr",
     "llm_lr": "optim.llm.lr",
+    "lora_rank": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "use_rslora": "lora.rslora",
     "freeze_llm": "optim.llm.freeze",
     "freeze_vit": "optim.vit.freeze",
     "freeze_vision": "optim.vit.freeze",
@@ -188,7 +193,7 @@ RESUME = (
     "train.init_from=FOLDER"
 )
 ACCUMULATION = "use train.global_batch_size and train.micro_batch_size, from which it follows"
-NO_LORA = "there is no LoRA here: freeze parts with optim.llm.freeze=true or optim.vit.freeze=true"
+LORA = "use lora.rank=16, with lora.targets for what is adapted; docs/training.md has a section on it"
 TRACKERS = "TensorBoard's files are always written, and train.wandb_project=NAME writes to Weights & Biases"
 OF_BLEND = "the weights of the sources are in a blend: data.blend=FILE, docs/own_data.md has its form"
 LOADER = "the loaders keep packed rows ready: data.num_workers says how many there are of a rank"
@@ -207,8 +212,9 @@ WORDS = {
     "nproc_per_node": "it goes before the recipe, torchrun --nproc-per-node N recipes/...",
     **dict.fromkeys(("nodes", "nnodes", "num_nodes"), "use torchrun --nnodes N, or sbatch --nodes=N slurm/..."),
     "deepspeed": "DeepSpeed is not used: hardware=h100_8 or parallel.* divide the model",
-    **dict.fromkeys(("train_type", "finetuning_type", "lora_rank", "lora_alpha", "lora", "use_lora"), NO_LORA),
-    **dict.fromkeys(("lora_dropout", "lora_target", "target_modules", "use_peft", "tuner_type", "lora_path"), NO_LORA),
+    **dict.fromkeys(("train_type", "finetuning_type", "lora", "use_lora", "use_peft", "tuner_type"), LORA),
+    **dict.fromkeys(("lora_target", "lora_target_modules", "target_modules"), LORA),
+    "lora_path": "tools/import_hf.py --adapter FOLDER --base CKPT makes a checkpoint of it for train.init_from",
     **dict.fromkeys(("report_to", "wandb", "tensorboard_dir", "logging_dir", "enable_wandb"), TRACKERS),
     "freeze": "use optim.vit.freeze=true, optim.connector.freeze=true or optim.llm.freeze=true",
     "stage": "each stage has a recipe of its own, recipes/stage1_pretrain.py and so on",

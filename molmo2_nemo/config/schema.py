@@ -309,6 +309,28 @@ class OptimConfig:
     """Adam's epsilon. Source: allenai/molmo2."""
 
 
+# What `lora.targets` may name.
+LORA_TARGETS = ("attention", "mlp", "connector", "vit")
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) beside frozen weights. They alone are trained and saved."""
+
+    rank: int = 0
+    """Width of the adapters; 0: no LoRA, all weights that are not frozen are trained."""
+    alpha: float = 32.0
+    """The adapters' product is multiplied by alpha / rank. Source: twice rank 16, as is usual."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that are dropped while it is trained."""
+    targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    """Matrices that have adapters: `attention` and `mlp` of the language model's layers, `connector`, `vit`.
+    Source: all linear layers of the language model, as in QLoRA, arXiv 2305.14314."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead, which keeps large ranks from being slowed down. Source: arXiv
+    2312.03732."""
+
+
 @dataclass
 class StageSchedule:
     """What a schedule (conf/schedule/*.yaml) says about one stage. Other keys take their values from here."""
@@ -456,6 +478,8 @@ class Config:
     """Training data."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters instead of all weights."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Lengths, batch sizes and rates by stage."""
     train: TrainConfig = field(default_factory=TrainConfig)

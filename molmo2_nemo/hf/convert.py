@@ -19,13 +19,16 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from molmo2_nemo import checkpoint_dir
+from molmo2_nemo import checkpoint_dir, lora_base
+from molmo2_nemo.config.components import is_adapter
 from molmo2_nemo.config.errors import ConfigError, refuse
+from molmo2_nemo.config.lora import scale
 from molmo2_nemo.config.schema import ModelConfig
 from molmo2_nemo.files import disk_errors_told, missing_room, readable_size
+from molmo2_nemo.hf.adapters import Adapted, adapted, merge
 from molmo2_nemo.hf.architecture import hf_config, model_config_from_hf
 from molmo2_nemo.hf.folder import INDEX_FILE, MODEL_FILE, HuggingFaceWeights, has_weights, is_there
-from molmo2_nemo.hf.names import EMBEDDING_PARTS, NATIVE_EMBEDDING, WrongShape, read_released, tensor_table
+from molmo2_nemo.hf.names import EMBEDDING_PARTS, NATIVE_EMBEDDING, Entry, WrongShape, read_released, tensor_table
 
 _HEAD = "lm_head.weight"
 # The base embedding of a Molmo2 (released, native) and of a language model.
@@ -204,7 +207,7 @@ def report_types(state: dict[str, Tensor], progress: Callable[[str], None]) -> N
 
 
 @contextlib.contextmanager
-def _new_folder(folder: Path, needed: int, what: str) -> Iterator[Path]:
+def new_folder(folder: Path, needed: int, what: str) -> Iterator[Path]:
     """The temporary folder of `folder`, to write `what` of `needed` bytes into; removed unless it has been renamed.
 
     Raises ConfigError for a disk that lacks room, or that cannot be written.
@@ -230,7 +233,7 @@ def write_checkpoint(
     Raises ConfigError when the disk lacks room or fails; then nothing is left of it.
     """
     needed = sum(x.nbytes + _AROUND_A_TENSOR for x in state.values())
-    with _new_folder(checkpoint, needed, "a checkpoint of these weights") as temporary:
+    with new_folder(checkpoint, needed, "a checkpoint of these weights") as temporary:
         # dist_checkpointing expects the unsharded part of a state dict as one serialised object.
         common = io.BytesIO()
         torch.save([{}], common)
@@ -284,6 +287,16 @@ def read_tensor(checkpoint: Path, key: str, shape: tuple[int, ...], dtype: torch
     return read_tensors(checkpoint, {key: (shape, dtype)})[key]
 
 
+def read_adapters(checkpoint: Path, matrices: list[Adapted], rank: int) -> dict[str, Tensor]:
+    """All adapters of a checkpoint by key; they are small. Raises ConfigError where one is missing."""
+    dtypes, wanted = checkpoint_dtypes(checkpoint), {}
+    for one in matrices:
+        for key, shape in zip(one.keys(), one.shapes(rank)):
+            refuse(key not in dtypes, f"checkpoint {checkpoint} lacks {key}: its marker does not describe it.")
+            wanted[key] = (shape, dtypes[key])
+    return read_tensors(checkpoint, wanted)
+
+
 def checkpoint_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
     with checkpoint_dir.nothing_executed(checkpoint):
         metadata = dcp.FileSystemReader(checkpoint).read_metadata()
@@ -294,8 +307,36 @@ def checkpoint_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
     }
 
 
-def released_tensors(checkpoint: Path, model: ModelConfig):
-    """Yield (released name, tensor) of a checkpoint; READ_AT_ONCE bytes or one entry of the table are in memory."""
+def merged_reader(checkpoint: Path, base: Path | None) -> tuple[Path, Callable[[Entry, Tensor], Tensor]]:
+    """(the checkpoint that holds all weights, what makes the weights of an entry of its own ones).
+
+    Of a checkpoint without adapters: itself, and what it holds. base: where the weights are, if they were moved.
+    Adapters are read whole: they are small.
+    """
+    if not any(is_adapter(key) for key in checkpoint_dtypes(checkpoint)):
+        refuse(base is not None, f"checkpoint {checkpoint} holds all weights: leave out --base.")
+        return checkpoint, lambda entry, tensor: tensor
+    lora = lora_base.lora_of(checkpoint_dir.read_marker(checkpoint))
+    weights, model = lora_base.find_base(checkpoint, base), checkpoint_dir.read_model(checkpoint)
+    matrices = {one.entry.key: one for one in adapted(model, lora)}
+    adapters = read_adapters(checkpoint, list(matrices.values()), lora.rank)
+
+    def merged(entry: Entry, tensor: Tensor) -> Tensor:
+        if entry.key not in matrices:
+            return tensor
+        one = matrices[entry.key]
+        return merge(one, tensor, *(adapters[key] for key in one.keys()), scale(lora))
+
+    return weights, merged
+
+
+def released_tensors(checkpoint: Path, model: ModelConfig, dtype: torch.dtype | None = None, base: Path | None = None):
+    """Yield (released name, tensor) of a checkpoint; READ_AT_ONCE bytes or one entry of the table are in memory.
+
+    dtype: None keeps the checkpoint's. Adapters of LoRA are merged with the weights that they belong to, in float32.
+    base: where those are, if they were moved.
+    """
+    checkpoint, merged = merged_reader(checkpoint, base)
     dtypes, table = checkpoint_dtypes(checkpoint), tensor_table(model)
     for entry in table:
         if entry.key not in dtypes:
@@ -303,7 +344,8 @@ def released_tensors(checkpoint: Path, model: ModelConfig):
     for entries in _groups(table, lambda entry: math.prod(entry.shape) * dtypes[entry.key].itemsize, READ_AT_ONCE):
         tensors = read_tensors(checkpoint, {entry.key: (entry.shape, dtypes[entry.key]) for entry in entries})
         for entry in entries:
-            parts = entry.split(tensors.pop(entry.key))
+            tensor = tensors.pop(entry.key)
+            parts = entry.split(merged(entry, tensor).to(dtype or tensor.dtype))
             yield from zip(entry.released, parts)
             if model.tie_embeddings and entry.released == (EMBEDDING_PARTS[0],):
                 # Released folders carry a tied head as a copy.
@@ -332,10 +374,12 @@ def export_hf(
     max_frames: int = 384,
     max_fps: float = 2.0,
     progress: Callable[[str], None] = print,
+    base: Path | None = None,
 ) -> None:
     """Write a Hugging Face folder under a temporary name and rename it when it is whole.
 
-    dtype: None keeps the checkpoint's. tokenizer: folder whose tokenizer and chat template are written along with the
+    Adapters of LoRA are merged with their weights. dtype: None keeps the checkpoint's. base: see `released_tensors`.
+    tokenizer: folder whose tokenizer and chat template are written along with the
     processor; None writes weights and configuration only. Memory stays near `max_shard_bytes` plus READ_AT_ONCE, or one
     tensor that is larger. Raises ConfigError when `folder` exists, for a folder without a tokenizer, and when the disk
     lacks room or fails; then nothing is left of it.
@@ -350,9 +394,11 @@ def export_hf(
         processor = build_processor(tokenizer, model.vision, max_crops, setting="--tokenizer")
         processor.video_processor.num_frames = max_frames
         processor.video_processor.max_fps = max_fps
-    with _new_folder(folder, _export_bytes(checkpoint, model, dtype), "an export") as temporary:
-        written = Progress(_export_bytes(checkpoint, model, dtype), progress)
-        stored = _write_weights(checkpoint, model, temporary, dtype, max_shard_bytes, written)
+    size = _export_bytes(merged_reader(checkpoint, base)[0], model, dtype)
+    with new_folder(folder, size, "an export") as temporary:
+        written = Progress(size, progress)
+        tensors = released_tensors(checkpoint, model, dtype, base)
+        stored = _write_weights(tensors, temporary, max_shard_bytes, written)
         hf_config(model, str(stored).removeprefix("torch.")).save_pretrained(temporary)
         if processor is not None:
             processor.save_pretrained(temporary)
@@ -370,12 +416,7 @@ def _export_bytes(checkpoint: Path, model: ModelConfig, dtype: torch.dtype | Non
 
 
 def _write_weights(
-    checkpoint: Path,
-    model: ModelConfig,
-    folder: Path,
-    dtype: torch.dtype | None,
-    max_shard_bytes: int,
-    progress: Progress,
+    tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int, progress: Progress
 ) -> torch.dtype:
     """Write safetensors, and their index if there are several. Returns the type that most bytes have."""
     shard, size, shards, total, types = {}, 0, [], 0, Counter()
@@ -391,8 +432,8 @@ def _write_weights(
             progress.add(size, f"file {len(shards)}, {len(shard)} tensors")
         shard, size = {}, 0
 
-    for name, tensor in released_tensors(checkpoint, model):
-        tensor = tensor.to(dtype or tensor.dtype).contiguous().clone()
+    for name, tensor in tensors:
+        tensor = tensor.contiguous().clone()
         types[tensor.dtype] += tensor.nbytes
         if size and size + tensor.nbytes > max_shard_bytes:
             flush()

@@ -16,6 +16,7 @@ from molmo2_nemo.config.schema import ModelConfig, padded_vocab_size
 from molmo2_nemo.hf.architecture import rope_tables
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.layers import decoder_block_spec
+from molmo2_nemo.model.lora import put_adapters
 from molmo2_nemo.model.loss import head_losses
 from molmo2_nemo.model.mask import make_mask
 from molmo2_nemo.model.vision import VisionTower
@@ -131,6 +132,10 @@ class Molmo2(LanguageModule):
             if visual_tokens is None:
                 visual_tokens = self.vision(crops, pooling, vision_units)
             hidden = self.embedding(input_ids, visual_tokens, patch_index, local)
+            if torch.is_grad_enabled() and self.config.recompute_granularity is not None and not hidden.requires_grad:
+                # All before the decoder is frozen: Megatron makes no gradients of a layer that is computed again
+                # unless one of its inputs has one.
+                hidden = hidden.detach().requires_grad_()
             if self.config.sequence_parallel:
                 hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
         gathers_keys = cp_size > 1 and self.config.cp_comm_type == "all_gather"
@@ -203,6 +208,7 @@ class Molmo2(LanguageModule):
         # Layers keep FP8 scaling history as extra state; it is rebuilt within steps and would tie a checkpoint to
         # its layer spec.
         state = {name: entry for name, entry in state.items() if compat.EXTRA_STATE not in name}
+        put_adapters(state, self, prefix)
         for name, entry in state.items():
             parameter = parameters.get(name)
             if parameter is not None and not getattr(parameter, "tensor_model_parallel", False):

@@ -24,6 +24,7 @@ from molmo2_nemo.config.schema import FP8_MULTIPLES, LAYERS, ModelConfig
 from molmo2_nemo.model.collectives import all_gather
 from molmo2_nemo.model.fused_vit import run_layers
 from molmo2_nemo.model.layers import gated_mlp, gives_weights, vit_block_spec
+from molmo2_nemo.model.lora import Adapter
 
 
 class VisionTransformer(MegatronModule):
@@ -191,7 +192,9 @@ class VisionTower(MegatronModule):
             from transformer_engine.pytorch import checkpoint as checkpoint_fp8
 
             return checkpoint_fp8(function, *tensors, use_reentrant=False)
-        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)  # no dropout here
+        # Adapters alone have dropout here.
+        dropout = any(isinstance(module, Adapter) and module.dropout for module in self.modules())
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=dropout)
 
 
 def split_units(units: list[list[int]], ranks: int) -> list[list[list[int]]]:

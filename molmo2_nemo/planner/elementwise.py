@@ -83,7 +83,7 @@ def _vision(job: Job, stage: int) -> tuple[float, float]:
     if job.fused:
         of_width, of_inner = KERNEL_VIT_LAYERS if _one_by_one(job) else KERNEL_VIT
         pooled = job.work.pooled_patches * share * width * len(m.vit.feature_layers)
-    trained = not (job.config.optim.vit.freeze and job.config.optim.connector.freeze)
+    trained = job.trains("vit", "connector")
     return tuple(
         (patches * (width * of_width[i] + inner * of_inner[i]) + pooled * KERNEL_POOLING[i]) * job.e / 2 * passes
         for i, passes in ((0, 1), (1, trained))

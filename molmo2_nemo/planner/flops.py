@@ -8,7 +8,8 @@ recomputation, padding tokens and the padded places of pooling windows.
 from collections.abc import Collection
 
 from molmo2_nemo.config.components import COMPONENTS
-from molmo2_nemo.config.schema import ModelConfig, OptimConfig
+from molmo2_nemo.config.lora import adapted_matrices
+from molmo2_nemo.config.schema import LoraConfig, ModelConfig, OptimConfig
 
 # TFLOP/s of dense products in bf16 and in FP8 (None: no FP8 there) by the exact name that the driver gives; never the
 # figure for 2:4 sparsity, which is twice as high. NVIDIA's data sheets: A100 (June 2021), H100 (2024: SXM, NVL; white
@@ -77,37 +78,65 @@ def forward_flops(
     }
 
 
-def training_flops(model: ModelConfig, frozen: Collection[str] = (), **counts: float) -> float:
-    """FLOPs of forward and backward pass. counts: as for `forward_flops`. frozen: see `training_flops_by_part`."""
-    return sum(training_flops_by_part(model, frozen, **counts).values())
+def adapter_flops(model: ModelConfig, lora: LoraConfig, **counts: float) -> dict[str, float]:
+    """FLOPs of the adapters' forward pass by the part of `forward_flops` that they add to. counts: as there."""
+    uses = {
+        "vision.vit.": ("vit", counts["crops"] * model.vision.patches_per_crop),
+        "vision.connector.key": ("pooling", counts["pooled_patches"]),
+        "vision.connector.value": ("pooling", counts["pooled_patches"]),
+        "vision.connector.query": ("pooling", counts["visual_tokens"]),
+        "vision.connector.": ("projector", counts["visual_tokens"]),
+        "decoder.": ("decoder", counts["tokens"]),
+    }
+    found = {}
+    for matrix in adapted_matrices(model, lora):
+        part, times = next(use for start, use in uses.items() if matrix.name.startswith(start))
+        numbers = lora.rank * (len(matrix.parts) * matrix.columns + matrix.rows)
+        found[part] = found.get(part, 0.0) + 2 * times * numbers
+    return found
 
 
-def training_flops_by_part(model: ModelConfig, frozen: Collection[str] = (), **counts: float) -> dict[str, float]:
+def training_flops(
+    model: ModelConfig, frozen: Collection[str] = (), lora: LoraConfig | None = None, **counts: float
+) -> float:
+    """FLOPs of forward and backward pass. counts: as for `forward_flops`. The rest: see `training_flops_by_part`."""
+    return sum(training_flops_by_part(model, frozen, lora, **counts).values())
+
+
+def training_flops_by_part(
+    model: ModelConfig, frozen: Collection[str] = (), lora: LoraConfig | None = None, **counts: float
+) -> dict[str, float]:
     """FLOPs of forward and backward pass by part: three times the forward pass where everything is trained.
 
     The backward pass has a product for the weights' gradient and one for the inputs'. frozen: any of "vit",
     "connector", "llm" and "head", which have no weight gradient; where nothing before a product is trained, its inputs
     need none either: a frozen ViT has no backward pass at all. (The patch embedding's input gradient is counted though
     pixels have none: 0.06 % of the released ViT's work.)
+    lora: adapters, three times their forward pass; the weights beside them are in `frozen`, but gradients pass through.
     """
     parts = forward_flops(model, **counts)
     vit, connector, llm = ("vit" not in frozen, "connector" not in frozen, "llm" not in frozen)
-    pooled = vit or connector
+    targets = lora.targets if lora is not None and lora.rank else ()
+    through_vit = vit or "vit" in targets
+    pooled = through_vit or connector or "connector" in targets
     factors = {
-        "vit": 3 if vit else 1,
-        "vit attention": 3 if vit else 1,
-        "pooling": 1 + connector + vit,
+        "vit": 1 + vit + through_vit,
+        "vit attention": 3 if through_vit else 1,
+        "pooling": 1 + connector + through_vit,
         "pooling attention": 3 if pooled else 1,
         "projector": 1 + connector + pooled,
         "decoder": 2 + llm,
         "decoder attention": 3,
         "head": 2 + (llm and "head" not in frozen),
     }
-    return {part: factors[part] * flops for part, flops in parts.items()}
+    adapters = adapter_flops(model, lora, **counts) if targets else {}
+    return {part: factors[part] * flops + 3 * adapters.get(part, 0.0) for part, flops in parts.items()}
 
 
-def frozen_parts(optim: OptimConfig, tied: bool) -> tuple[str, ...]:
+def frozen_parts(optim: OptimConfig, tied: bool, lora: LoraConfig | None = None) -> tuple[str, ...]:
     """What `training_flops` takes as frozen. optim.freeze_patterns is not looked at: what it freezes counts as
     trained."""
+    if lora is not None and lora.rank:
+        return (*COMPONENTS, "head")
     parts = [component for component in COMPONENTS if getattr(optim, component).freeze]
     return (*parts, "head") if optim.freeze_embedding and tied else tuple(parts)

@@ -11,10 +11,11 @@ import math
 from dataclasses import dataclass, replace
 
 from molmo2_nemo.config.checks import check_settings, layers_per_stage
-from molmo2_nemo.config.components import component_of, is_frozen
+from molmo2_nemo.config.components import component_of, is_adapter, is_frozen
 from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.lora import COMPONENT_OF_TARGET
 from molmo2_nemo.config.schema import LAYERS, Config, padded_vocab_size, positions_per_chunk
-from molmo2_nemo.planner.parameters import parameters
+from molmo2_nemo.planner.parameters import adapter_parameters, parameters
 from molmo2_nemo.planner.work import holds_images, most_crops, row_work, units_of
 
 GIB = 2**30
@@ -83,6 +84,13 @@ class Job:
         """Crops of that rank over the mean of the ranks that share them."""
         crops = self.work.crops * self.rows
         return self.busiest_crops * self.t * self.c / crops if crops else 1.0
+
+    def trains(self, *components: str) -> bool:
+        """Whether anything of these components is trained; optim.freeze_patterns is not looked at."""
+        lora = self.config.lora
+        if lora.rank:
+            return any(COMPONENT_OF_TARGET[target] in components for target in lora.targets)
+        return not all(getattr(self.config.optim, component).freeze for component in components)
 
     def transformer(self, key: str, default=None):
         return self.config.transformer.get(key, default)
@@ -168,9 +176,10 @@ def _count(job: Job) -> tuple[dict[str, Counts], list[Counts]]:
     by_component: dict[str, Counts] = {}
     by_stage = [Counts() for _ in range(job.p)]
     tied_copy = [("output_layer.weight", padded_vocab_size(m.vocab_size) * m.hidden_size, True)]
-    named = [*parameters(m), *(tied_copy if m.tie_embeddings and job.p > 1 else [])]
+    lora = job.config.lora
+    named = [*parameters(m), *adapter_parameters(m, lora), *(tied_copy if m.tie_embeddings and job.p > 1 else [])]
     for name, elements, split in named:
-        frozen = is_frozen(name, optim, m.tie_embeddings)
+        frozen = is_frozen(name, optim, m.tie_embeddings, lora.rank > 0)
         is_copy = m.tie_embeddings and name.startswith("output_layer.")
         rank = by_stage[stage_of(name, job)]
         for counts, number in (
@@ -181,8 +190,9 @@ def _count(job: Job) -> tuple[dict[str, Counts], list[Counts]]:
             counts.frozen += number if frozen else 0
             counts.trained_vision += number if name.startswith("vision.") and not frozen else 0
             counts.trained_head += number if name.startswith("output_layer.") and not frozen else 0
-            counts.decoder_linear += number if ".linear_" in name and name.startswith("decoder.") else 0
-    if m.tie_embeddings and job.p == 1 and not is_frozen("output_layer.weight", optim, True):
+            in_fp8 = ".linear_" in name and name.startswith("decoder.") and not is_adapter(name)
+            counts.decoder_linear += number if in_fp8 else 0
+    if m.tie_embeddings and job.p == 1 and not is_frozen("output_layer.weight", optim, True, lora.rank > 0):
         by_stage[0].trained_head = padded_vocab_size(m.vocab_size) * m.hidden_size // job.t
     return by_component, by_stage
 
@@ -293,7 +303,13 @@ def layer_bytes(job: Job) -> dict[str, float]:
         exchanged = e * n * (k * (2 * repeats - 1) + q)  # values (and repeated keys), and the output in both orders
     elif job.c > 1:
         exchanged = e * n * k * (2 * job.c - 1)  # gathered keys and values
-    mask = (1 if job.device == "cuda" else e) if job.dropout else 0
+    kept_mask = 1 if job.device == "cuda" else e
+    mask = kept_mask if job.dropout else 0
+    lora, adapters = job.config.lora, 0.0
+    if lora.rank:
+        # Between A and B, 7 times the rank; with dropout copies of the inputs, and which of their numbers were kept.
+        dropped = (e + kept_mask) * (2 * own * H + n * (q + F)) if lora.dropout else 0.0
+        adapters = 7 * lora.rank * n * e + dropped
     if job.device == "cpu":
         # SDPA there keeps the mask as a float tensor of its own.
         exchanged += (
@@ -308,6 +324,7 @@ def layer_bytes(job: Job) -> dict[str, float]:
         "qk": n * qk,
         "attention": n * (e * q + 4 * m.num_attention_heads / t) + exchanged,
         "dropout": 0 if job.fused else 2 * own * H * mask,
+        "adapters": adapters,
         # silu's and the product's inputs and the product: 5 of width F; the fused function keeps 3.
         "mlp": n * F * (e * (2 if job.fused or job.transformer("bias_activation_fusion") else 4) + product),
     }
@@ -386,7 +403,7 @@ def vision_parts(job: Job, counts: Counts) -> list[Part]:
     window += e * (
         features + 3 * inner + m.connector.hidden_size + (3 if job.fused else 5) * m.connector.ffn_hidden_size
     )
-    if job.config.optim.vit.freeze:
+    if not job.trains("vit"):
         per_crop /= max(1, m.vit.num_layers)  # a layer at a time, nothing is kept
     everybodys = job.work.visual_tokens * job.rows * m.hidden_size * e
     tokens = Part(
@@ -405,12 +422,12 @@ def vision_parts(job: Job, counts: Counts) -> list[Part]:
             summed,
             Part("vision workspace", workspace, f"{chunk} of {crops} crops encoded again at a time", (VISION,)),
         ]
-    frozen = job.config.optim.vit.freeze
+    kept_crops, kept_windows = crops * job.trains("vit"), windows * job.trains("vit", "connector")
     return [
         tokens,
         summed,
-        Part("ViT activations", 0 if frozen else crops * per_crop, f"{crops} crops of this rank, all layers"),
-        Part("connector activations", windows * window, f"{windows:,} windows of {width} patches, SwiGLU"),
+        Part("ViT activations", kept_crops * per_crop, f"{crops} crops of this rank, all layers"),
+        Part("connector activations", kept_windows * window, f"{windows:,} windows of {width} patches, SwiGLU"),
         Part("vision workspace", chunk * features_of_crop, "gradient of the features", (VISION,)),
     ]
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from molmo2_nemo.config.schema import ModelConfig, padded_vocab_size
+from molmo2_nemo.config.lora import adapted_matrices
+from molmo2_nemo.config.schema import LoraConfig, ModelConfig, padded_vocab_size
 
 
 def parameters(m: ModelConfig) -> Iterator[tuple[str, int, bool]]:
@@ -49,6 +50,13 @@ def parameters(m: ModelConfig) -> Iterator[tuple[str, int, bool]]:
     yield "decoder.final_layernorm.weight", H, False
     if not m.tie_embeddings:
         yield "output_layer.weight", rows * H, True
+
+
+def adapter_parameters(m: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str, int, bool]]:
+    """The same of LoRA's adapters."""
+    for matrix in adapted_matrices(m, lora):
+        yield f"{matrix.name}.lora.a", len(matrix.parts) * lora.rank * matrix.columns, matrix.split == "columns"
+        yield f"{matrix.name}.lora.b", matrix.rows * lora.rank, matrix.split == "rows"
 
 
 def _linear(name: str, width_in: int, width_out: int, bias: bool, split: bool) -> Iterator[tuple[str, int, bool]]:

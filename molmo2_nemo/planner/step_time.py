@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from molmo2_nemo.config.schema import LAYERS
 from molmo2_nemo.planner.efficiency import DEVICES, FAST, SLOW, Assumptions
 from molmo2_nemo.planner.elementwise import adam_bytes, elementwise_bytes
-from molmo2_nemo.planner.flops import forward_flops, frozen_parts, peak_flops, training_flops_by_part
+from molmo2_nemo.planner.flops import adapter_flops, forward_flops, frozen_parts, peak_flops, training_flops_by_part
 from molmo2_nemo.planner.memory import HOST_GRADIENT, Job, count_parameters, offloaded_parameters
 from molmo2_nemo.planner.traffic import FIRST_FORWARD, LAST_BACKWARD, PRODUCTS, Traffic, layers_again, traffic
 from molmo2_nemo.planner.work import holds_images
@@ -84,8 +84,7 @@ def again(job: Job, stage: int) -> dict[str, float]:
         mlp, H, D = 3 * m.hidden_size * m.ffn_hidden_size, m.hidden_size, m.head_dim
         rest = 2 * H * D * (m.num_attention_heads + m.num_query_groups)
         times["decoder"] = mlp / (mlp + rest) if "mlp" in modules else 0.0
-    optim = job.config.optim
-    if job.config.train.vision_recompute and not (optim.vit.freeze and optim.connector.freeze):
+    if job.config.train.vision_recompute and job.trains("vit", "connector"):
         times |= dict.fromkeys(VISION, 1.0)  # a chunk's crops go through both again
         if job.config.train.vision_recompute == LAYERS and job.fused:
             heads, inner = m.vit.num_attention_heads * m.vit.head_dim, m.vit.ffn_hidden_size
@@ -102,8 +101,10 @@ def stage_flops(job: Job, stage: int) -> dict[str, float]:
 def _passes(job: Job, stage: int) -> tuple[dict[str, float], dict[str, float]]:
     """FLOPs of a GPU of a pipeline stage in a step by part: (forward, backward with what is computed again)."""
     m, work = job.config.model, vars(job.work)
-    one = forward_flops(m, **work)
-    trained = training_flops_by_part(m, frozen_parts(job.config.optim, m.tie_embeddings), **work)
+    lora = job.config.lora
+    adapters = adapter_flops(m, lora, **work)
+    one = {part: flops + adapters.get(part, 0.0) for part, flops in forward_flops(m, **work).items()}
+    trained = training_flops_by_part(m, frozen_parts(job.config.optim, m.tie_embeddings, lora), lora, **work)
     more = again(job, stage)
     share = dict.fromkeys(one, job.layers[stage] / m.num_layers)
     share |= dict.fromkeys(VISION, job.uneven * (stage == 0)) | {"head": float(stage == job.p - 1)}
@@ -210,7 +211,8 @@ def estimate(job: Job, device: str = H100, columns: tuple[Assumptions, Assumptio
     """Time of a step on GPUs of that name. columns: the fast and the slow one of the table."""
     m, work = job.config.model, vars(job.work)
     rows = job.config.train.global_batch_size
-    trained = training_flops_by_part(m, frozen_parts(job.config.optim, m.tie_embeddings), **work)
+    lora = job.config.lora
+    trained = training_flops_by_part(m, frozen_parts(job.config.optim, m.tie_embeddings, lora), lora, **work)
     peak = peak_flops(device, "fp8" if job.precision == "fp8" else "bf16") * job.gpus
     fast, slow = (step_time(job, column, device) for column in columns)
     return Estimate({part: value * rows for part, value in trained.items()}, traffic(job), fast, slow, peak)

@@ -27,8 +27,10 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from molmo2_nemo import checkpoint_dir, compat
+from molmo2_nemo.config.components import is_adapter
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.files import missing_room, sha256_of, write_json
+from molmo2_nemo.model.lora import has_adapters
 from molmo2_nemo.training.optimizer import load_optimizer_state
 from molmo2_nemo.training.optimizer_shards import PREFIX
 from molmo2_nemo.training.step import load_model_state, refuse_other_architecture, sharded_model_state
@@ -43,7 +45,9 @@ def _state(model, optimizer, is_loading: bool) -> dict:
             # The last update's weights are not gathered before the next forward pass asks for them.
             with torch.no_grad():
                 chunk.start_param_sync(force_sync=True)
-    model_state = sharded_model_state(model)
+    # Beside adapters, the weights are frozen and stay where they are (lora_base.py).
+    lora = any(has_adapters(chunk) for chunk in model)
+    model_state = sharded_model_state(model, is_adapter if lora else lambda name: True)
     state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=METADATA)
     return {**model_state, "optimizer": state}
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from molmo2_nemo import checkpoint_dir, parallel
+from molmo2_nemo import checkpoint_dir, lora_base, parallel
 from molmo2_nemo.checkpoint_dir import step_name
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.data.blend import Source
@@ -89,6 +89,7 @@ class Run:
     saver: checkpoint.Saver
     best: Best
     alarm: SpikeAlarm
+    base: Path | None = None  # with LoRA, the checkpoint of the weights that the adapters belong to
     skipped_steps: int = 0  # since this start
     skipped_in_a_row: int = 0
     went_back: int = 0  # to the newest checkpoint, since it was saved
@@ -421,6 +422,9 @@ def save(run: Run, is_last: bool, is_best: bool = False) -> None:
         "best": dataclasses.asdict(run.best),
         "losses": list(run.alarm.losses),
     }
+    if run.base is not None:
+        final = run.saver.folder / checkpoint_dir.step_name(step)
+        marker[lora_base.KEY] = lora_base.record(run.config.lora, run.base, final)
     run.saver.begin(step, run.model, run.optimizer, loader_state, marker, run.config_yaml, is_best)
     if is_last or not run.saver.asynchronous:
         saved = run.saver.finish()

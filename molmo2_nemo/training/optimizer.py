@@ -233,11 +233,3 @@ def set_learning_rates(optimizer: MegatronOptimizer, cfg: Config, step: int) -> 
     for group in optimizer.param_groups:
         group["lr"] = rates[group["component"]]
     return rates
-
-
-def parameter_table(model: list[DistributedDataParallel]) -> dict[str, tuple[int, int]]:
-    """This rank's (trained, frozen) parameter counts by component."""
-    table = {component: [0, 0] for component in COMPONENTS}
-    for name, parameter in (item for chunk in model for item in chunk.named_parameters()):
-        table[component_of(name)][0 if parameter.requires_grad else 1] += parameter.numel()
-    return {component: tuple(counts) for component, counts in table.items()}

@@ -16,12 +16,12 @@ from megatron.core.utils import unwrap_model
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from molmo2_nemo import auto, checkpoint_dir, gpu, parallel
+from molmo2_nemo import auto, checkpoint_dir, gpu, lora_base, parallel
 from molmo2_nemo.command_line import to_dataclass
 from molmo2_nemo.config.checks import check
 from molmo2_nemo.config.components import is_frozen
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import Config
+from molmo2_nemo.config.schema import Config, LoraConfig
 from molmo2_nemo.data import blend
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.loader import Loader, TrainLoader, ValidationLoader, WorkerDied, train_loader, validation_loader
@@ -30,10 +30,11 @@ from molmo2_nemo.training import agreement, answers, checkpoint, loop, owner, sh
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.loop import Best, Interval, Position, Run
 from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog
-from molmo2_nemo.training.optimizer import build_optimizer, check_frozen, parameter_table
+from molmo2_nemo.training.optimizer import build_optimizer, check_frozen
 from molmo2_nemo.training.speed import Speed
 from molmo2_nemo.training.start import Start, agree, converted, find_start
 from molmo2_nemo.training.step import build_model, global_names, load_weights
+from molmo2_nemo.training.trained import what_is_trained
 from molmo2_nemo.training.trouble import SpikeAlarm
 
 # A launcher ends the other ranks this soon after rank 0 has ended.
@@ -153,11 +154,20 @@ def set_up(
     init_from = weights_to_start_from(config, start, log)
 
     model, optimizer = build(config, device, precision)
-    counts = parameter_table(model)
-    log.say("rank 0 trains (freezes): " + ", ".join(f"{c} {n:,} ({f:,})" for c, (n, f) in counts.items()))
+    for line in what_is_trained(model):
+        log.say(line)
     loader_states, marker = [], {}
+    base = init_from if config.lora.rank else None
+    if base is not None:
+        load_weights(model, base)
+        log.say(f"weights beside the adapters, which stay as they are: {base}")
     if start.resume is not None:
-        loader_states, marker = resume(start.resume, model, optimizer, position, log, config_yaml)
+        loader_states, marker = resume(start.resume, model, optimizer, position, log, config_yaml, config.lora, base)
+    elif base is not None:
+        if start.adapters is not None:
+            load_weights(model, start.adapters)
+        optimizer.reload_model_params()
+        log.say(f"adapters: {start.adapters or 'new ones, which change nothing yet'}")
     elif init_from is not None:
         load_weights(model, init_from)
         optimizer.reload_model_params()
@@ -196,6 +206,7 @@ def set_up(
         data=DataReport(names, device, marker.get("data", {})),
         best=best_so_far(marker, settings.save_best),
         alarm=SpikeAlarm(marker.get("losses", ())),
+        base=base,
         log=log,
         stacks=stacks,
         request=request,
@@ -270,12 +281,14 @@ def build(config: Config, device: str, precision: str) -> tuple[list[Distributed
         precision,
         config.transformer,
         gpu.ddp_settings(config, device),
-        freeze=lambda name: is_frozen(name, optim, config.model.tie_embeddings),
+        freeze=lambda name: is_frozen(name, optim, config.model.tie_embeddings, config.lora.rank > 0),
         dropout=schedule.hidden_dropout,
         response_dropout=schedule.response_dropout,
         vision_chunk_crops=settings.vision_chunk_crops,
         vision_recompute=settings.vision_recompute,
         vit_fp8=settings.vit_fp8,
+        lora=config.lora,
+        seed=settings.seed,
     )
     parameters = [named for chunk in unwrap_model(model) for named in global_names(chunk)]
     check_frozen([name for name, _ in parameters], sum(p.requires_grad for _, p in parameters), optim)
@@ -289,12 +302,18 @@ def resume(
     position: Position,
     log: RunLog,
     config_yaml: str,
+    lora: LoraConfig,
+    base: Path | None,
 ) -> tuple[list[Path], dict]:
     """Continue from a checkpoint of this run. Collective.
 
+    base: with LoRA, the weights beside the adapters, which have to be those that the checkpoint was trained with.
     Returns the loader states of all data-parallel replicas, and the checkpoint's marker (loop.save writes it). Raises
     ConfigError.
     """
+    lora_base.refuse_other_adapters(path, lora)
+    if base is not None:
+        lora_base.refuse_other_base(path, base)
     marker, fresh = checkpoint.load(path, model, optimizer)
     position.step, position.tokens_seen = marker["step"], marker.get("tokens_seen", 0)
     loader_states = checkpoint.loader_states(path)

@@ -18,7 +18,7 @@ class Speed:
     def __init__(self, config: Config, device: str, precision: str):
         name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         self.config, self.device, self.peak = config, device, peak_flops(name, precision)
-        self.frozen = frozen_parts(config.optim, config.model.tie_embeddings)
+        self.frozen = frozen_parts(config.optim, config.model.tie_embeddings, config.lora)
         self.steps: list[torch.Tensor] = []
 
     def add(self, batches: list[dict]) -> None:
@@ -39,7 +39,8 @@ class Speed:
         by_rank = torch.stack(everybodys).cpu()
         by_rank = by_rank[by_rank[:, :, WORK.index("tokens")].sum(1) > 0]
         counts = dict(zip(WORK, by_rank.sum((0, 1)).tolist()))
-        tflops = training_flops(self.config.model, self.frozen, **counts) / seconds / dist.get_world_size() / 1e12
+        flops = training_flops(self.config.model, self.frozen, self.config.lora, **counts)
+        tflops = flops / seconds / dist.get_world_size() / 1e12
         return {
             "mfu": None if self.peak is None else tflops * 1e12 / self.peak,
             "model_tflops_per_second": tflops,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from molmo2_nemo import checkpoint_dir
-from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo import checkpoint_dir, lora_base
+from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.files import readable_size
 from molmo2_nemo.hf import base_models, convert
@@ -28,11 +28,15 @@ _CONVERSION_HOURS = 12
 
 @dataclass
 class Start:
-    """What a run starts from. At most one of the first three is set; without any, weights are random."""
+    """What a run starts from. At most one of the first three is set; without any, weights are random.
+
+    With LoRA, init_from or hugging_face is set in any case: the weights that the adapters belong to.
+    """
 
     resume: Path | None = None  # a checkpoint of this run, to be continued
     init_from: Path | None = None  # a checkpoint of which only the weights are used
     hugging_face: list[Path] = field(default_factory=list)  # folders whose weights are converted first
+    adapters: Path | None = None  # a checkpoint of LoRA, whose adapters a new run begins with
     ignored: list[str] = field(default_factory=list)  # a sentence for each checkpoint of this run that is not usable
 
 
@@ -54,11 +58,19 @@ def find_start(config: Config) -> Start:
                 f"run_dir={config.run_dir} has saved step {saved} (metrics.jsonl), but {folder} holds no checkpoint: "
                 "restore the folder, or set train.start_over=true to begin again at step 1."
             )
-    given = config.train.init_from
-    if resume is not None or given is None:
+    given = given_weights(config)
+    if given is None:
+        refuse(
+            config.lora.rank > 0,
+            f"lora.rank={config.lora.rank} trains adapters of weights that are there: name them, as in "
+            "train.init_from=/models/Molmo2-8B.",
+        )
+        return Start(resume=resume, ignored=ignored)
+    if resume is not None and config.lora.rank == 0:
         return Start(resume=resume, ignored=ignored)
     try:
-        return _start_from_weights(config, ignored)
+        start = _start_from_weights(config, ignored)
+        return start if resume is None else replace(start, resume=resume, adapters=None)
     except OSError as error:
         raise ConfigError(
             f"train.init_from={given} cannot be read ({error.strerror}: {error.filename}): look at its rights and its "
@@ -66,8 +78,15 @@ def find_start(config: Config) -> Start:
         ) from error
 
 
+def given_weights(config: Config) -> str | list[str] | None:
+    """Where a new run's weights are: train.init_from; with LoRA also the folder that the architecture is read from."""
+    if config.train.init_from is None and config.lora.rank > 0:
+        return config.model.hf_path
+    return config.train.init_from
+
+
 def _start_from_weights(config: Config, ignored: list[str]) -> Start:
-    given = config.train.init_from
+    given = given_weights(config)
     if isinstance(given, list):
         llm, vision = (Path(folder) for folder in given)
         base_models.check_base_models(llm, vision, config.model)
@@ -91,8 +110,10 @@ def _start_from_weights(config: Config, ignored: list[str]) -> Start:
             f"train.init_from={given} is an empty folder: name a checkpoint, a run, or a Hugging Face folder."
         )
     init_from = checkpoint_dir.resolve(given)
-    checkpoint_dir.read_marker(init_from)
-    return Start(init_from=init_from, ignored=ignored)
+    if lora_base.lora_of(checkpoint_dir.read_marker(init_from)) is None:
+        return Start(init_from=init_from, ignored=ignored)
+    lora_base.refuse_other_adapters(init_from, config.lora)
+    return Start(init_from=lora_base.find_base(init_from), adapters=init_from, ignored=ignored)
 
 
 def last_saved_step(run_dir: Path) -> int | None:
@@ -135,7 +156,9 @@ def agree(config: Config, start: Start) -> tuple[Start, str | None]:
     start.resume, ignored = newest_verified(folder, start.resume, config.train.verify_checkpoints)
     start.ignored += ignored
     if start.resume is not None:
-        return start, None
+        # With LoRA, the weights beside the adapters are read, too.
+        weights = start.init_from if config.train.verify_checkpoints else None
+        return start, None if weights is None else verified(weights)
     if start.ignored:
         if not config.train.start_over:
             return start, none_usable(folder, start.ignored)
@@ -149,9 +172,8 @@ def agree(config: Config, start: Start) -> tuple[Start, str | None]:
         if failure[0] is not None:
             return start, failure[0]
         start = replace(find_start(config), ignored=start.ignored)
-    if start.init_from is not None and config.train.verify_checkpoints:
-        return start, verified(start.init_from)
-    return start, None
+    read = [path for path in (start.init_from, start.adapters) if path is not None and config.train.verify_checkpoints]
+    return start, next((damage for damage in map(verified, read) if damage is not None), None)
 
 
 def newest_verified(folder: Path, path: Path | None, verify: bool) -> tuple[Path | None, list[str]]:

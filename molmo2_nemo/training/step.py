@@ -14,9 +14,12 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from molmo2_nemo import checkpoint_dir
+from molmo2_nemo.config.components import is_adapter
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import ModelConfig, ParallelConfig
+from molmo2_nemo.config.schema import LoraConfig, ModelConfig, ParallelConfig
+from molmo2_nemo.lora_base import lora_of
 from molmo2_nemo.model.collectives import context_slice
+from molmo2_nemo.model.lora import add_adapters
 from molmo2_nemo.model.molmo2 import Molmo2
 from molmo2_nemo.parallel import solo_groups, transformer_configs
 from molmo2_nemo.training.batches import own_part
@@ -43,6 +46,8 @@ def build_model(
     vision_chunk_crops: int = 32,
     vision_recompute: bool | str = True,
     vit_fp8: bool = False,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> list[DistributedDataParallel]:
     """This rank's pipeline stage inside Megatron's DistributedDataParallel. Collective.
 
@@ -52,6 +57,7 @@ def build_model(
     freeze: parameter name, with the layer's number in the whole model -> True where it is not trained.
     dropout: of the decoder's residuals, at positions that carry loss alone if `response_dropout`.
     vision_chunk_crops, vision_recompute, vit_fp8: as in TrainConfig.
+    lora: adapters to add; None or a rank of 0: none. seed: of their random values, which are the same at any layout.
     Raises ConfigError on a combination Megatron refuses.
     """
     configs = transformer_configs(model, parallel, device, precision, transformer or {}, dropout, vit_fp8)
@@ -60,9 +66,11 @@ def build_model(
     ddp_config = {"grad_reduce_in_fp32": True, "overlap_grad_reduce": False, **(ddp or {})}
     chunks = []
     for vp_stage in [None] if pieces is None else range(pieces):
-        module = Molmo2(model, configs, solo, response_dropout, vp_stage, vision_chunk_crops, vision_recompute).to(
-            device
-        )
+        module = Molmo2(model, configs, solo, response_dropout, vp_stage, vision_chunk_crops, vision_recompute)
+        if lora is not None:
+            modules = {global_name(name, module): part for name, part in module.named_modules()}
+            add_adapters(modules, model, lora, configs["decoder"], module.tp_group, seed)
+        module = module.to(device)
         if module.pre_process:
             _copy_from_first_tensor_parallel_rank(module)
         for name, parameter in global_names(module):
@@ -95,9 +103,14 @@ def _wait_for_head(chunk: DistributedDataParallel) -> None:
 
 def global_names(module: Molmo2) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Parameters with their layer's number in the whole model, from 0, in their names instead of in this piece."""
-    first = module.decoder.layers[0].layer_number - 1 if len(module.decoder.layers) else 0
     for name, parameter in module.named_parameters():
-        yield re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match[0]) + first), name), parameter
+        yield global_name(name, module), parameter
+
+
+def global_name(name: str, module: Molmo2) -> str:
+    """A parameter's or module's name in this piece -> with the layer's number in the whole model."""
+    first = module.decoder.layers[0].layer_number - 1 if len(module.decoder.layers) else 0
+    return re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match[0]) + first), name)
 
 
 def _copy_from_first_tensor_parallel_rank(module: Molmo2) -> None:
@@ -145,9 +158,16 @@ def vision_gradients(model: list[DistributedDataParallel]) -> list[Tensor]:
     return found
 
 
-def sharded_model_state(model: list[DistributedDataParallel]) -> dict:
-    """Megatron's sharded state dicts of the wrapped pieces, model0, model1, ...; the tensors' keys know no layout."""
-    return {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(unwrap_model(model))}
+def sharded_model_state(model: list[DistributedDataParallel], keep: Callable[[str], bool] = lambda name: True) -> dict:
+    """Megatron's sharded state dicts of the wrapped pieces, model0, model1, ...; the tensors' keys know no layout.
+
+    keep: parameter name -> whether it is wanted.
+    """
+    states = [chunk.sharded_state_dict() for chunk in unwrap_model(model)]
+    return {
+        f"model{number}": {name: entry for name, entry in state.items() if keep(name)}
+        for number, state in enumerate(states)
+    }
 
 
 def load_model_state(model: list[DistributedDataParallel], state: dict) -> None:
@@ -159,12 +179,15 @@ def load_model_state(model: list[DistributedDataParallel], state: dict) -> None:
 def load_weights(model: list[DistributedDataParallel], checkpoint: Path) -> None:
     """Weights of a checkpoint of any layout into this rank's part. Collective.
 
-    Raises ConfigError when the checkpoint is damaged or of another architecture.
+    Those of a checkpoint of LoRA go into the model's adapters, those of another into all that is no adapter. Raises
+    ConfigError when the checkpoint is damaged or of another architecture.
     """
     saved = checkpoint_dir.read_model(checkpoint)
     refuse_other_architecture(saved, unwrap_model(model)[0].model, checkpoint)
+    adapters = lora_of(checkpoint_dir.read_marker(checkpoint)) is not None
     with checkpoint_dir.nothing_executed(checkpoint):
-        loaded = dist_checkpointing.load(sharded_model_state(model), str(checkpoint))
+        wanted = sharded_model_state(model, lambda name: is_adapter(name) == adapters)
+        loaded = dist_checkpointing.load(wanted, str(checkpoint))
     load_model_state(model, loaded)
 
 

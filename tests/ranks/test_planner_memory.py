@@ -23,6 +23,7 @@ def test_memory_is_what_is_measured(tmp_path):
         "small",
         "small full recompute",
         "small olmo dropout",
+        "small lora",
         "wide vocabulary bf16",
     )
     for row in measured(tmp_path / "memory.json", python, *cases):

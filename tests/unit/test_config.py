@@ -149,6 +149,24 @@ def test_every_stage_has_its_own_data_and_takes_others(stage, monkeypatch):
         ("stage2", ["train.global_batch_size=100"], 8, "train.global_batch_size=100 is not a multiple"),
         (
             "stage2",
+            ["lora.rank=4", "lora.targets=[atention]"],
+            1,
+            "atention is unknown; choose of attention, mlp, conn",
+        ),
+        ("stage2", ["lora.targets=[q_proj]"], 1, "lora.targets: q_proj is unknown"),
+        ("stage2", ["lora.rank=-1"], 1, "lora.rank=-1 must not be negative"),
+        ("stage2", ["lora.alpha=0"], 1, "lora.alpha=0.0 must be above 0"),
+        ("stage2", ["lora.dropout=1"], 1, "lora.dropout=1.0 must be from 0 to below 1"),
+        ("stage2", ["lora.rank=4", "lora.targets=[]"], 1, "lora.targets=[] adapts nothing"),
+        ("stage2", ["lora.rank=4", "optim.llm.freeze=true"], 1, "names attention, but optim.llm.freeze=true: take one"),
+        (
+            "stage2",
+            ["model=molmo2_8b", "lora.rank=2000"],
+            1,
+            "lora.rank=2000 is above 1024, the smaller side of decoder",
+        ),
+        (
+            "stage2",
             ["optim.vit.freeze=true", "optim.connector.freeze=true", "optim.llm.freeze=true"],
             1,
             "nothing would",
@@ -377,7 +395,7 @@ def test_options_of_other_trainers_are_answered_and_keys_in_answers_are_those_of
     keys = [key.split(".") for key in flags.types_of_keys()]
     known = {".".join(parts[:number]) for parts in keys for number in range(1, len(parts) + 1)}
     for name, words in flags.WORDS.items():
-        for key in re.findall(r"\b(?:train|data|optim|parallel|model|schedule)\.[a-z_.0-9]*[a-z_0-9]", words):
+        for key in re.findall(r"\b(?:train|data|optim|parallel|model|schedule|lora)\.[a-z_.0-9]*[a-z_0-9]", words):
             assert key in known, (name, key)
     command_line.refuse_unknown_overrides(
         [f"{key}={value}" for key, values in flags.CHOICES.items() for value in values.values()]
@@ -409,8 +427,8 @@ def test_every_advised_key_is_one_of_the_configuration_and_what_hydra_takes_pass
         ("--schedule=report", "use schedule=report"),
         ("--freeze_vision", "use optim.vit.freeze=true"),
         ("--gradient-accumulation=4", "use train.global_batch_size and train.micro_batch_size"),
-        ("--lora_rank=8", "there is no LoRA here"),
-        ("--train_type=lora", "there is no LoRA here"),
+        ("--lora_rank=8", "use lora.rank=8"),
+        ("--train_type=lora", "use lora.rank=16"),
         ("--report_to=wandb", "train.wandb_project=NAME"),
         ("--nnodes=4", "torchrun --nnodes N"),
     ):

@@ -55,6 +55,7 @@ CASES = {
     "small olmo dropout": ("fp32", [*SMALL, *OLMO, "schedule.stage1.hidden_dropout=0.1"]),
     "small bf16": ("bf16", SMALL),
     "small bf16 full recompute": ("bf16", [*SMALL, *FULL]),
+    "small lora": ("bf16", [*SMALL, "lora.rank=8", "lora.dropout=0.1", "lora.targets=[attention,mlp,connector,vit]"]),
     "wide vocabulary": ("fp32", [*SMALL, "model.vocab_size=20000", "optim=from_scratch"]),
     "wide vocabulary bf16": ("bf16", [*SMALL, "model.vocab_size=20000", "optim=from_scratch"]),
     "small tp2": ("fp32", [*SMALL, "parallel=tp2"]),
@@ -117,9 +118,10 @@ def measure(config, precision: str) -> tuple[dict[str, int], dict]:
         precision,
         config.transformer,
         config.ddp,
-        freeze=lambda name: is_frozen(name, optim, tied),
+        freeze=lambda name: is_frozen(name, optim, tied, config.lora.rank > 0),
         dropout=schedule.hidden_dropout,
         response_dropout=schedule.response_dropout,
+        lora=config.lora,
     )
     (model,) = chunks
     model.train()
