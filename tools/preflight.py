@@ -233,8 +233,12 @@ def judge_clocks(offsets: dict[str, tuple[float, float]], limit: float) -> float
 
 
 def checkpoint_bytes(config: Config) -> int:
+    from molmo2_nemo.hf.adapters import adapted
     from molmo2_nemo.hf.names import tensor_table
 
+    if config.lora.rank:  # the adapters alone
+        shapes = (shape for one in adapted(config.model, config.lora) for shape in one.shapes(config.lora.rank))
+        return CHECKPOINT_BYTES * sum(map(math.prod, shapes))
     return CHECKPOINT_BYTES * sum(math.prod(entry.shape) for entry in tensor_table(config.model))
 
 

@@ -75,6 +75,8 @@ def optimizer_bytes(job: Job) -> int:
 def checkpoint_bytes(job: Job) -> float:
     by_component = count_parameters(job)[0].values()
     weights, trained = (sum(getattr(counts, name) for counts in by_component) for name in ("total", "trained"))
+    if job.config.lora.rank:
+        weights = trained  # the others stay where they are (lora_base.py)
     return job.e * weights + optimizer_bytes(job) * trained
 
 

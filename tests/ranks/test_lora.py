@@ -1,9 +1,17 @@
 """LoRA at several layouts against PEFT on transformers' own model, and runs that are resumed, moved and exported."""
 
 import json
+import re
+import shutil
 
 import pytest
-from programs import figures, run_ranks
+import torch
+import torch.distributed.checkpoint as dcp
+from programs import figures, python, run_ranks, succeeded
+from safetensors.torch import load_file, save_file
+from test_training import train
+
+from molmo2_nemo.hf import convert
 
 LAYOUTS = {
     "tp2_sp_pp2_recompute": (4, dict(sequence_parallel=True, pipeline_model_parallel_size=2), "qwen3_gqa"),
@@ -30,3 +38,76 @@ def test_adapters_agree_with_peft_at_a_layout(layout, hf_models, tmp_path):
     # Frozen weights have no gradient and no optimizer state. Buffers are padded.
     assert found["trained numbers"] <= found["gradient numbers"] < 1.2 * found["trained numbers"]
     assert found["optimizer numbers"] <= found["gradient numbers"]
+
+
+ADAPTERS = ["lora.rank=4", "lora.alpha=8", "lora.dropout=0.1", "lora.targets=[attention,mlp,connector,vit]"]
+ADAPTERS += ["optim.llm.lr=1e-2", "train.save_every=2", "transformer.recompute=full"]
+
+
+def tensors(checkpoint):
+    """Everything that a checkpoint holds, by key."""
+    shapes = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    shapes = {key: entry for key, entry in shapes.items() if hasattr(entry, "size")}
+    return convert.read_tensors(checkpoint, {k: (tuple(x.size), x.properties.dtype) for k, x in shapes.items()})
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_resumes_exactly_changes_its_layout_and_exports(sample, export, tmp_path):
+    """From a Hugging Face folder, with dropout, whose weights are converted again where they are gone."""
+    given = [*ADAPTERS, f"train.init_from={export}"]
+    whole = tmp_path / "whole"
+    result = succeeded(train(1, 2, whole, sample, *given, "train.max_steps=3"))
+    assert "trained: 33,152 of 637,808 (5.20%) of all parameters" in result.stdout
+    assert re.search(r"llm: 20,736 of 448,560 \(4\.62%\): .*decoder.layers.\*.mlp.linear_fc2.lora 4,224", result.stdout)
+    last = whole / "checkpoints" / "step_00000003"
+    held = tensors(last)
+    assert held and all(".lora." in key for key in held)
+    assert {kind for kind in ("exp_avg", "exp_avg_sq") if any(kind in key for key in held)} == {"exp_avg", "exp_avg_sq"}
+
+    def resumed(name, ranks, *changes):
+        folder = shutil.copytree(whole, tmp_path / name)
+        shutil.rmtree(folder / "checkpoints" / "step_00000003")
+        shutil.rmtree(folder / "start")
+        succeeded(train(ranks, 2, folder, sample, *given, *changes, "train.max_steps=3"))
+        return tensors(folder / "checkpoints" / "step_00000003")
+
+    again = resumed("again", 1)
+    assert set(again) == set(held) and all(torch.equal(again[key], held[key]) for key in held)
+    # Without dropout, whose numbers differ where ranks have parts of an input.
+    two, one = resumed("tp2", 2, "parallel=tp2", "lora.dropout=0"), resumed("one", 1, "lora.dropout=0")
+    assert set(two) == set(one)
+    for key, expected in one.items():
+        assert (two[key] - expected).norm() <= 1e-3 * expected.norm(), key
+    assert any((one[key] - held[key]).norm() > 1e-2 * held[key].norm() for key in held)  # what dropout changes
+
+    # Merged and apart, what is exported says the same.
+    merge, apart = (tmp_path / name for name in ("merged", "adapter"))
+    succeeded(python("tools/export_hf.py", whole, merge))
+    succeeded(python("tools/export_hf.py", whole, apart, "--adapter"))
+    from peft import PeftModel
+    from transformers import Molmo2ForConditionalGeneration
+
+    expected = PeftModel.from_pretrained(Molmo2ForConditionalGeneration.from_pretrained(export), apart)
+    expected = dict(expected.merge_and_unload().named_parameters())
+    found = dict(Molmo2ForConditionalGeneration.from_pretrained(merge).named_parameters())
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in found)
+
+    # Adapters of one run begin another; without LoRA, and beside other weights, they are refused.
+    shutil.rmtree(tmp_path / "again" / "checkpoints")
+    more = [*ADAPTERS, "train.max_steps=1", "train.start_over=true"]
+    result = succeeded(train(1, 2, tmp_path / "again", sample, *more, f"train.init_from={last}"))
+    assert f"adapters: {last}" in result.stdout and "weights beside the adapters" in result.stdout
+    result = train(1, 2, tmp_path / "plain", sample, f"train.init_from={last}")
+    assert result.returncode == 2 and "holds adapters alone, but lora.rank=0: set lora.rank=4" in result.stderr
+    other = shutil.copytree(export, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: x + 1 for name, x in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    result = train(1, 2, whole, sample, *ADAPTERS, f"train.init_from={other}", "train.max_steps=4")
+    assert result.returncode == 2 and "holds adapters of other weights than those of" in result.stderr
+
+
+@pytest.mark.slow
+def test_adapters_without_weights_are_refused(sample, tmp_path):
+    result = train(1, 2, tmp_path / "run", sample, "lora.rank=4")
+    assert result.returncode == 2
+    assert "lora.rank=4 trains adapters of weights that are there: name them, as in train.init_from=" in result.stderr

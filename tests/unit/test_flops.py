@@ -1,10 +1,23 @@
 """FLOPs against torch's own counter over transformers' Molmo2, and the table of peaks."""
 
+import copy
+
 import pytest
 import torch
+from peft import LoraConfig as PeftConfig
+from peft import inject_adapter_in_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from molmo2_nemo.planner.flops import PEAK_TFLOPS, forward_flops, peak_flops, training_flops, training_flops_by_part
+from molmo2_nemo.config.schema import LoraConfig, OptimConfig
+from molmo2_nemo.planner.flops import (
+    PEAK_TFLOPS,
+    adapter_flops,
+    forward_flops,
+    frozen_parts,
+    peak_flops,
+    training_flops,
+    training_flops_by_part,
+)
 
 S, CROPS, WINDOWS, LOSS = 24, 3, 10, 7
 
@@ -22,7 +35,7 @@ def models(request, hf_models):
 
 
 def run(reference, model, backward: bool, frozen=()) -> int:
-    """FLOPs of transformers' own modules on windows without padding, every pair attended."""
+    """FLOPs of transformers' own modules on windows without padding, every pair attended. Adapters are trained."""
     parts = {
         "vit": reference.model.vision_tower,
         "connector": reference.model.multi_modal_projector,
@@ -33,6 +46,8 @@ def run(reference, model, backward: bool, frozen=()) -> int:
         part.requires_grad_(name not in frozen)
     if "llm" in frozen:
         parts["head"].requires_grad_(False)
+    for name, parameter in reference.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or ".lora_" in name)
     # Trained with the connector, whatever is frozen: gradients reach the decoder's input.
     extra = torch.zeros(model.hidden_size, requires_grad=True)
     crops = torch.rand(CROPS, model.vision.patches_per_crop, model.vision.patch_dim)
@@ -75,6 +90,18 @@ def test_training_is_what_torch_counts(models, frozen):
         expected -= patch_embedding + unread * vit_layers * 2 / 3  # pixels have no gradient
     assert expected == pytest.approx(run(reference, model, backward=True, frozen=frozen), rel=1e-12)
     assert training_flops(model, frozen, **counts()) == sum(by_part.values())
+
+
+def test_adapters_are_what_torch_counts_of_peft(models):
+    reference, model = models
+    lora = LoraConfig(rank=3)
+    names = r".*language_model.*_proj"
+    adapted = inject_adapter_in_model(PeftConfig(r=3, target_modules=names), copy.deepcopy(reference))
+    frozen = frozen_parts(OptimConfig(), model.tie_embeddings, lora)
+    expected = training_flops(model, frozen, lora, **counts())
+    assert expected == run(adapted, model, backward=True, frozen=frozen)
+    assert expected > 1.02 * training_flops(model, frozen, **counts())
+    assert adapter_flops(model, lora, **counts()).keys() == {"decoder"}
 
 
 def test_all_trained_is_three_times_forward(models):

@@ -18,8 +18,9 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import padded_vocab_size
 from molmo2_nemo.paths import CONF_DIR
 from molmo2_nemo.planner.flops import training_flops
-from molmo2_nemo.planner.memory import GIB, Job, in_flight, peak, stage_memory, verdict, worst_stage
+from molmo2_nemo.planner.memory import GIB, Job, count_parameters, in_flight, peak, stage_memory, verdict, worst_stage
 from molmo2_nemo.planner.parameters import parameters
+from molmo2_nemo.planner.run_costs import checkpoint_bytes
 from molmo2_nemo.planner.search import RECOMPUTE, search
 from molmo2_nemo.planner.step_time import estimate
 
@@ -47,6 +48,33 @@ def test_parameters_are_those_of_transformers(name):
     ours -= tables * (padded_vocab_size(model.vocab_size) - model.vocab_size) * model.hidden_size
     ours += model.vocab_size * model.hidden_size if model.tie_embeddings else 0
     assert ours == theirs
+
+
+def test_lora_trains_its_adapters_and_keeps_nothing_for_the_rest():
+    """Adapters of PEFT on transformers' model have as many numbers; gradients and optimizer are theirs alone."""
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+    from transformers import Molmo2ForConditionalGeneration
+
+    from molmo2_nemo.hf.architecture import hf_config
+
+    words = ["model=molmo2_8b", "lora.rank=16", "train.global_batch_size=8"]
+    job, full = (Job(compose("stage2", overrides), 1) for overrides in (words, words[:1] + words[2:]))
+    names = r".*language_model.*_proj"
+    with torch.device("meta"):
+        theirs = Molmo2ForConditionalGeneration(hf_config(job.config.model))
+        inject_adapter_in_model(PeftConfig(r=16, target_modules=names), theirs)
+    adapters = sum(p.numel() for name, p in theirs.named_parameters() if ".lora_" in name)
+    by_component, [rank] = count_parameters(job)
+    assert rank.trained == adapters == by_component["llm"].trained
+    parts, all_trained = ({part.name: part.bytes for part in stage_memory(j, 0)} for j in (job, full))
+    assert parts["gradients"] == 4 * adapters and parts["optimizer"] == 12 * adapters
+    assert parts["weights"] == 2 * rank.total and parts["gradients of chunks"] == 0
+    assert all_trained["gradients"] > 100 * parts["gradients"]
+    # Split as the matrices are: at two ranks more than half, since the whole sides are on both.
+    two = Job(compose("stage2", [*words, "parallel=tp2"]), 2)
+    assert adapters / 2 < count_parameters(two)[1][0].trained < 0.8 * adapters
+    assert checkpoint_bytes(job) == 14 * adapters
 
 
 # ---- presets ----

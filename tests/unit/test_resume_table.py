@@ -29,7 +29,7 @@ def keys(cls, prefix: str) -> set[str]:
 
 def test_every_key_has_an_answer():
     groups = {field.name: field.type for field in fields(Config) if is_dataclass(field.type)}
-    wanted = set().union(*(keys(groups[name], f"{name}.") for name in ("train", "data", "optim", "parallel")))
+    wanted = set().union(*(keys(groups[name], f"{name}.") for name in ("train", "data", "optim", "lora", "parallel")))
     wanted |= keys(StageSchedule, "schedule.STAGE.") | {"transformer.*", "optimizer.*", "ddp.*", "model.*"}
     assert wanted == set(ANSWERS)
 
