@@ -151,6 +151,16 @@ class VisionTower(MegatronModule):
         encodes one blank crop, so that every parameter gets a gradient (of zero). Ranks may have different numbers of
         chunks: the only collective comes after the last.
         """
+        # What dropout takes of the random numbers for a rank's own crops must not move the decoder's, which have to be
+        # the same on all tensor parallel ranks.
+        with torch.random.fork_rng([crops.device] if crops.is_cuda else [], enabled=self._has_dropout()):
+            return self._forward(crops, pooling, vision_units)
+
+    def _has_dropout(self) -> bool:
+        """Adapters of LoRA alone may have it."""
+        return self.training and any(isinstance(module, Adapter) and module.dropout for module in self.modules())
+
+    def _forward(self, crops: Tensor, pooling: Tensor, vision_units: Tensor) -> Tensor:
         ranks, rank = self.group.size(), self.group.rank()
         shares = split_units(vision_units.tolist(), ranks)
         counts = [sum(windows for _, windows in share) for share in shares]
@@ -192,9 +202,7 @@ class VisionTower(MegatronModule):
             from transformer_engine.pytorch import checkpoint as checkpoint_fp8
 
             return checkpoint_fp8(function, *tensors, use_reentrant=False)
-        # Adapters alone have dropout here.
-        dropout = any(isinstance(module, Adapter) and module.dropout for module in self.modules())
-        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=dropout)
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=self._has_dropout())
 
 
 def split_units(units: list[list[int]], ranks: int) -> list[list[list[int]]]:

@@ -125,6 +125,27 @@ ours = gradients(model, matrices)
 held = sum(buffer.numel for chunk in model for buffer in chunk.buffers)
 updated, norms = clip_and_step(optimizer, 1.0)
 
+
+def copies_apart() -> float:
+    """With dropout: the largest difference of a matrix's gradient between tensor parallel ranks that hold copies."""
+    group, apart = parallel_state.get_tensor_model_parallel_group(), 0.0
+    for module in unwrap_model(model)[0].modules():
+        if isinstance(module, Adapter):
+            module.dropout = 0.5
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    forward_backward(model, own, total)
+    for module in unwrap_model(model)[0].decoder.modules():
+        if isinstance(module, Adapter):
+            whole = (module.a if module.matrix.split == "rows" else module.b).main_grad
+            gathered = [torch.empty_like(whole) for _ in range(group.size())]
+            dist.all_gather(gathered, whole.contiguous(), group=group)
+            apart = max(apart, *(difference(other, gathered[0]) for other in gathered))
+    return apart
+
+
+dropped = copies_apart()
+
 if dist.get_rank() == 0:
     from peft import PeftModel
 
@@ -147,6 +168,7 @@ if dist.get_rank() == 0:
                 "gradients": max(apart.values()),
                 "norm": abs(sum(value**2 for value in norms.values()) ** 0.5 - norm) / norm,
                 "updated": bool(updated),
+                "copies apart": dropped,
                 "gradient numbers": held,
                 "trained numbers": sum(p.numel() for p in unwrap_model(model)[0].parameters() if p.requires_grad),
                 "optimizer numbers": sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
