@@ -63,8 +63,9 @@ class Adapter(nn.Module):
         with torch.no_grad():
             self.a.copy_(whole[:, first : first + width])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., columns of this rank] -> [..., rows of this rank], what is added to the linear layer's output."""
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """The linear layer's input [..., columns of this rank] and output [..., rows of this rank] -> their sum with
+        the adapter, like the output."""
         inner = F.linear(self._dropped(x), self.a) * self.scale
         if self.ranks > 1 and self.matrix.split == "rows":
             gather = gather_from_sequence_parallel_region if self.sequence_parallel else None
@@ -74,10 +75,11 @@ class Adapter(nn.Module):
             reduce = reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else None
             reduce = reduce or reduce_from_tensor_model_parallel_region
             inner = reduce(inner, group=self.group)
-        if len(self.matrix.parts) == 1:
-            return F.linear(inner, self.b)
-        # A row takes from the A of its own part alone.
-        return F.linear(inner, (self.b.unsqueeze(1) * self.part_of_row).flatten(1))
+        b = self.b
+        if len(self.matrix.parts) > 1:
+            b = (b.unsqueeze(1) * self.part_of_row).flatten(1)  # a row takes from the A of its own part alone
+        # Product and sum are one operation: the output is read and written once.
+        return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), b.t()).view_as(output)
 
     def _dropped(self, x: Tensor) -> Tensor:
         if not self.training or self.dropout == 0:
@@ -126,10 +128,10 @@ def add_adapters(modules: dict[str, nn.Module], m: ModelConfig, lora: LoraConfig
 
 
 def _add(linear: nn.Module, inputs: tuple, output):
-    """A hook: the output of a linear layer, Megatron's with its bias apart, and what its adapter makes of the input."""
+    """A hook: the output of a linear layer, Megatron's with its bias apart, with what its adapter adds."""
     if isinstance(output, tuple):
-        return (output[0] + linear.lora(inputs[0]), *output[1:])
-    return output + linear.lora(inputs[0])
+        return (linear.lora(inputs[0], output[0]), *output[1:])
+    return linear.lora(inputs[0], output)
 
 
 def has_adapters(model: nn.Module) -> bool:
