@@ -105,10 +105,3 @@ def test_a_run_of_adapters_resumes_exactly_changes_its_layout_and_exports(sample
     save_file({name: x + 1 for name, x in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
     result = train(1, 2, whole, sample, *ADAPTERS, f"train.init_from={other}", "train.max_steps=4")
     assert result.returncode == 2 and "holds adapters of other weights than those of" in result.stderr
-
-
-@pytest.mark.slow
-def test_adapters_without_weights_are_refused(sample, tmp_path):
-    result = train(1, 2, tmp_path / "run", sample, "lora.rank=4")
-    assert result.returncode == 2
-    assert "lora.rank=4 trains adapters of weights that are there: name them, as in train.init_from=" in result.stderr

@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 from molmo2_nemo import checkpoint_dir, lora_base
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.lora import adapted_matrices
-from molmo2_nemo.config.schema import LORA_TARGETS, LoraConfig
+from molmo2_nemo.config.schema import LORA_TARGETS, Config, LoraConfig
 from molmo2_nemo.hf import convert, peft
 from molmo2_nemo.hf.adapters import adapted
+from molmo2_nemo.hf.architecture import model_config_from_hf
+from molmo2_nemo.hf.names import tensor_table
+from molmo2_nemo.training import start
 
 
 def trained_by_peft(folder, out, **settings):
@@ -102,9 +105,6 @@ def test_peft_loads_what_is_exported_on_the_layers_that_are_adapted_alone(import
 
 
 def test_sizes_of_the_adapters_are_those_of_the_weights(hf_models):
-    from molmo2_nemo.hf.architecture import model_config_from_hf
-    from molmo2_nemo.hf.names import tensor_table
-
     for name, folder in hf_models.items():
         model = model_config_from_hf(folder)
         shapes = {entry.key: entry.shape for entry in tensor_table(model)}
@@ -208,3 +208,17 @@ def test_a_run_goes_on_with_the_adapters_that_it_has_alone(changes, said, import
         lora_base.refuse_other_adapters(imported[1], lora)
     with pytest.raises(ConfigError, match="holds all weights and no adapters, but lora.rank=3: start a new run"):
         lora_base.refuse_other_adapters(base, LoraConfig(rank=3))
+
+
+def test_a_run_of_adapters_starts_from_weights_that_are_there(imported, base, hf_models, tmp_path):
+    folder, fitting = hf_models["qwen3_gqa"], dict(rank=3, alpha=5.0, rslora=True, targets=list(LORA_TARGETS))
+    config = Config(run_dir=str(tmp_path), model=model_config_from_hf(folder), lora=LoraConfig(**fitting))
+    with pytest.raises(ConfigError, match="lora.rank=3 trains adapters of weights that are there: name them, as in"):
+        start.find_start(config)
+    config.model.hf_path = str(folder)
+    assert start.find_start(config) == start.Start(hugging_face=[folder])
+    config.train.init_from = str(imported[1])
+    assert start.find_start(config) == start.Start(init_from=base, adapters=imported[1])
+    config.lora.rank = 0
+    with pytest.raises(ConfigError, match="holds adapters alone, but lora.rank=0: set lora.rank=3"):
+        start.find_start(config)
