@@ -188,10 +188,11 @@ def train_step(run: Run) -> dict[str, float] | None:
     in a row, when no token carries loss, or when too many samples are broken.
     """
     step, optim = run.position.step, run.config.optim
-    # Random numbers are a function of (seed, step): a resumed run draws what an uninterrupted one would.
-    parallel.seed_everything(run.config.train.seed + step)
     run.stacks.at(step, "data")
     batches = read_batches(run)
+    # Random numbers are a function of (seed, step): a resumed run draws what an uninterrupted one would. Seeded after
+    # the data are read, since torch's loader takes a number when its workers start.
+    parallel.seed_everything(run.config.train.seed + step)
 
     run.stacks.at(step, "forward, backward and update")
     rates = set_learning_rates(run.optimizer, run.config, step)
