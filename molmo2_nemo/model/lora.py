@@ -21,8 +21,10 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
+from molmo2_nemo.config.errors import refuse
 from molmo2_nemo.config.lora import Matrix, adapted_matrices, scale
 from molmo2_nemo.config.schema import LoraConfig, ModelConfig
+from molmo2_nemo.model.layers import ColumnWeights, RowWeights
 
 
 class Adapter(nn.Module):
@@ -81,6 +83,11 @@ class Adapter(nn.Module):
         # Product and sum are one operation: the output is read and written once.
         return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), b.t()).view_as(output)
 
+    def product(self) -> Tensor:
+        """scale x B A, this rank's part of what is added to the matrix, [rows, columns]."""
+        b = self.b if len(self.matrix.parts) == 1 else (self.b.unsqueeze(1) * self.part_of_row).flatten(1)
+        return (b @ self.a) * self.scale
+
     def _dropped(self, x: Tensor) -> Tensor:
         if not self.training or self.dropout == 0:
             return x
@@ -111,12 +118,18 @@ def add_adapters(modules: dict[str, nn.Module], m: ModelConfig, lora: LoraConfig
     """Give the linear layers that this rank has their adapters. The vision tower's are not split.
 
     modules: by their names, with the layer's number in the whole model. config: the decoder's TransformerConfig.
-    group: the tensor parallel ranks. seed: of the random values, see `Adapter.draw`.
+    group: the tensor parallel ranks. seed: of the random values, see `Adapter.draw`. Raises ConfigError for dropout
+    where a layer gives its weight and is not called with its input.
     """
     for matrix in adapted_matrices(m, lora):
         linear = modules.get(matrix.name)
         if linear is None:
             continue  # of another pipeline stage
+        refuse(
+            isinstance(linear, ColumnWeights | RowWeights) and lora.dropout > 0,
+            f"lora.dropout={lora.dropout} on the vision transformer needs parallel.kernels=plain: set it, or "
+            "lora.dropout=0.",
+        )
         in_vision = matrix.split is None
         shared_by = None if in_vision else group
         adapter = Adapter(matrix, lora, config.params_dtype, shared_by, config.sequence_parallel)
@@ -129,6 +142,8 @@ def add_adapters(modules: dict[str, nn.Module], m: ModelConfig, lora: LoraConfig
 
 def _add(linear: nn.Module, inputs: tuple, output):
     """A hook: the output of a linear layer, Megatron's with its bias apart, with what its adapter adds."""
+    if not inputs:  # the layer gives its weight, to be used by fused_vit.py
+        return (output[0] + linear.lora.product(), *output[1:])
     if isinstance(output, tuple):
         return (linear.lora(inputs[0], output[0]), *output[1:])
     return linear.lora(inputs[0], output)
@@ -136,6 +151,11 @@ def _add(linear: nn.Module, inputs: tuple, output):
 
 def has_adapters(model: nn.Module) -> bool:
     return any(isinstance(module, Adapter) for module in model.modules())
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether adapters drop inputs now."""
+    return model.training and any(isinstance(module, Adapter) and module.dropout for module in model.modules())
 
 
 def put_adapters(state: dict, model: nn.Module, prefix: str) -> None:

@@ -24,7 +24,7 @@ from molmo2_nemo.config.schema import FP8_MULTIPLES, LAYERS, ModelConfig
 from molmo2_nemo.model.collectives import all_gather
 from molmo2_nemo.model.fused_vit import run_layers
 from molmo2_nemo.model.layers import gated_mlp, gives_weights, vit_block_spec
-from molmo2_nemo.model.lora import Adapter
+from molmo2_nemo.model.lora import has_dropout
 
 
 class VisionTransformer(MegatronModule):
@@ -68,7 +68,7 @@ class VisionTransformer(MegatronModule):
         elif again:
             outputs = []
             for number, layer in enumerate(self.encoder.layers):
-                x, _ = checkpoint(layer, x, None, use_reentrant=False, preserve_rng_state=False)  # no dropout here
+                x, _ = checkpoint(layer, x, None, use_reentrant=False, preserve_rng_state=has_dropout(layer))
                 outputs += [x] if number in taps else []
         else:
             # Crops stand first, where Megatron has positions: nothing in a layer but CropAttention tells the two apart.
@@ -153,12 +153,8 @@ class VisionTower(MegatronModule):
         """
         # What dropout takes of the random numbers for a rank's own crops must not move the decoder's, which have to be
         # the same on all tensor parallel ranks.
-        with torch.random.fork_rng([crops.device] if crops.is_cuda else [], enabled=self._has_dropout()):
+        with torch.random.fork_rng([crops.device] if crops.is_cuda else [], enabled=has_dropout(self)):
             return self._forward(crops, pooling, vision_units)
-
-    def _has_dropout(self) -> bool:
-        """Adapters of LoRA alone may have it."""
-        return self.training and any(isinstance(module, Adapter) and module.dropout for module in self.modules())
 
     def _forward(self, crops: Tensor, pooling: Tensor, vision_units: Tensor) -> Tensor:
         ranks, rank = self.group.size(), self.group.rank()
@@ -202,7 +198,7 @@ class VisionTower(MegatronModule):
             from transformer_engine.pytorch import checkpoint as checkpoint_fp8
 
             return checkpoint_fp8(function, *tensors, use_reentrant=False)
-        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=self._has_dropout())
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=has_dropout(self))
 
 
 def split_units(units: list[list[int]], ranks: int) -> list[list[list[int]]]:
