@@ -16,7 +16,7 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.lora import COMPONENT_OF_TARGET
 from molmo2_nemo.config.schema import LAYERS, Config, padded_vocab_size, positions_per_chunk
 from molmo2_nemo.planner.parameters import adapter_parameters, parameters
-from molmo2_nemo.planner.work import holds_images, most_crops, row_work, units_of
+from molmo2_nemo.planner.work import check_recompute, holds_images, most_crops, row_work, units_of
 
 GIB = 2**30
 H100_GIB = 79.6  # of an H100 80GB HBM3, as nvidia-smi shows it
@@ -110,24 +110,6 @@ class Job:
 
     def optimizer(self, key: str, default=None):
         return self.config.optimizer.get(key, default)
-
-
-def check_recompute(transformer: dict) -> None:
-    """Refuse what Megatron would refuse later. Raises ConfigError."""
-    granularity, method = transformer.get("recompute_granularity"), transformer.get("recompute_method")
-    count = transformer.get("recompute_num_layers")
-    if granularity not in (None, "full", "selective"):
-        raise ConfigError(f"transformer.recompute_granularity={granularity} is unknown: choose full or selective.")
-    if granularity == "full" and (method not in ("uniform", "block") or not isinstance(count, int) or count < 1):
-        raise ConfigError(
-            f"transformer.recompute_granularity=full with recompute_method={method} and recompute_num_layers={count}:"
-            " set transformer.recompute_method to uniform or block and transformer.recompute_num_layers to 1 or more."
-        )
-    if granularity == "selective" and (method is not None or count is not None):
-        raise ConfigError(
-            "transformer.recompute_granularity=selective takes transformer.recompute_modules, not recompute_method or "
-            "recompute_num_layers."
-        )
 
 
 # ---- parameters ----
