@@ -1,6 +1,6 @@
 """Turn your own annotations into shards to train on. The formats that are read: docs/own_data.md
 
-    python tools/prepare.py my_annotations.jsonl --images DIR --out SHARDS
+    python tools/prepare.py my_annotations.jsonl --images DIR --out SHARDS --split 90/5/5
     python recipes/stage2_sft.py data.blend=SHARDS/blend.yaml ...
 
 Or the public data sets of a stage, once tools/download.py has fetched them (options: --stage 1 --help):
@@ -31,10 +31,11 @@ from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.schema import UNITS
 from molmo2_nemo.files import disk_errors_told, missing_room, published
 from molmo2_nemo.limits import MAX_DROPPED
+from molmo2_nemo.prepare import splits
 from molmo2_nemo.prepare.formats.line import FORMATS
 from molmo2_nemo.prepare.formats.table import KEYS
 from molmo2_nemo.prepare.mistakes import kind_of
-from molmo2_nemo.prepare.own_data import Outcome, OwnSample, Reading, held_out_keys, read_files, samples
+from molmo2_nemo.prepare.own_data import Outcome, OwnSample, Reading, read_files, samples
 from molmo2_nemo.prepare.stage_datasets import PreparedStage, StageOptions, prepare_stage, result_of
 from molmo2_nemo.prepare.webdataset import SHARD_SAMPLES, write_shards
 
@@ -94,7 +95,14 @@ def main_own_annotations(arguments: list[str]) -> None:
     )
     parser.add_argument("--unit", choices=UNITS, default="fraction", help="of coordinates, if a line does not say")
     parser.add_argument("--follow-links", action="store_true", help="read links that lead out of --images")
-    parser.add_argument("--val-share", type=float, default=0.02, help="held out for validation (default 0.02)")
+    parser.add_argument(
+        "--split",
+        metavar="TRAIN/VAL/TEST",
+        help=f"percent of the pictures, such as 90/5/5; TEST may be left out (default {splits.DEFAULT})",
+    )
+    parser.add_argument(
+        "--test", type=Path, nargs="+", default=[], metavar="FILE", help="annotations of the split part test"
+    )
     parser.add_argument(
         "--repeat", type=int, default=1, metavar="N", help="write training samples N times, if they are few"
     )
@@ -119,8 +127,10 @@ def prepare_own_annotations(arguments: argparse.Namespace) -> None:
         unpacked = folder.resolve() / "unpacked"
         reading = Reading(images, unpacked, arguments.unit, arguments.format, arguments.follow_links)
         read, columns = ReadAll(), dict(pair.split("=", 1) for pair in arguments.columns)
-        for file, outcome in read_files(arguments.annotations, reading, columns, arguments.workers):
-            read.add(file, outcome)
+        given = [*arguments.annotations, *arguments.test]
+        for file, outcome in read_files(given, reading, columns, arguments.workers):
+            read.add(file, outcome, is_test=file in arguments.test)
+        read.refuse_what_is_tested()
         lines = read.lines
         print_forms(read)
         if read.mistakes:
@@ -134,30 +144,44 @@ def prepare_own_annotations(arguments: argparse.Namespace) -> None:
         if not lines:
             names = ", ".join(map(str, arguments.annotations))
             raise ValueError(f"{names} has {read.total} lines and none to train on")
-        held_out = held_out_keys(lines, arguments.val_share)
-        splits = {"train": samples([line for line in lines if line.key not in held_out], arguments.repeat)}
-        if held_out:
-            splits["val"] = samples([line for line in lines if line.key in held_out], 1)
-        needed = sum(line.size() * (1 if line.key in held_out else arguments.repeat) for line in lines)
+        parts = parts_of(arguments, read)
+        repeats = {name: arguments.repeat if name == splits.TRAIN else 1 for name in parts}
+        needed = sum(line.size() * repeats[name] for name, part in parts.items() for line in part)
         if (missing := missing_room(arguments.out, needed, "a copy of all samples")) is not None:
             raise ValueError(missing)
         with disk_errors_told(arguments.out, needed, "a copy of all samples"):
-            counts = write_shards(folder, splits, arguments.shard_size)
+            written = {name: samples(part, repeats[name]) for name, part in parts.items()}
+            counts = write_shards(folder, written, arguments.shard_size)
             name, path = arguments.name or arguments.out.resolve().name, str(arguments.out.resolve())
             blend = {"weighting": "sqrt", "sources": {name: {"path": path}}}
             (folder / "blend.yaml").write_text(yaml.safe_dump(blend, sort_keys=False))
         shutil.rmtree(unpacked, ignore_errors=True)
-    print_own_report(arguments, lines, len(read.mistakes), counts)
+    print_own_report(arguments, parts, len(read.mistakes), counts)
+
+
+def parts_of(arguments: argparse.Namespace, read: "ReadAll") -> dict[str, list[OwnSample]]:
+    """Split part -> its samples, in the order of the lines; none is empty. ValueError, one sentence."""
+    shares = splits.Shares.read(arguments.split or splits.DEFAULT, asked=arguments.split is not None)
+    chosen = splits.deal(read.lines, shares)
+    parts = {name: [line for line in read.lines if chosen[line.key] == name] for name in (splits.TRAIN, splits.VAL)}
+    parts[splits.TEST] = read.test or [line for line in read.lines if chosen[line.key] == splits.TEST]
+    return {name: part for name, part in parts.items() if part}
 
 
 def check_options(arguments: argparse.Namespace) -> None:
     if arguments.images and not arguments.images.is_dir():
         raise ValueError(f"--images {arguments.images} is no folder")
-    for file in arguments.annotations:
+    for file in (*arguments.annotations, *arguments.test):
         if not file.is_file():
             raise ValueError(f"{file} is no file: name the files of annotations")
-    if not 0 <= arguments.val_share < 1:
-        raise ValueError(f"--val-share {arguments.val_share} is not from 0 to below 1")
+    if twice := next((file for file in arguments.test if file in arguments.annotations), None):
+        raise ValueError(f"--test {twice} is among the annotations to train on, too: name it once")
+    shares = splits.Shares.read(arguments.split or splits.DEFAULT)
+    if arguments.test and shares.test:
+        raise ValueError(
+            f"--split {arguments.split} has a part for the test, and so has --test {arguments.test[0]}: leave out the"
+            " file, or the last number"
+        )
     for name in ("repeat", "shard_size", "workers"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is below 1")
@@ -172,15 +196,17 @@ class ReadAll:
     """What became of all rows."""
 
     lines: list[OwnSample] = field(default_factory=list)
+    test: list[OwnSample] = field(default_factory=list)  # of the files --test
+    places: dict[str, Outcome] = field(default_factory=dict)  # by the sample's key
     mistakes: list[Outcome] = field(default_factory=list)
     forms: dict[Path, Counter] = field(default_factory=dict)  # (kind of row, format)
     notes: Counter = field(default_factory=Counter)
 
     @property
     def total(self) -> int:
-        return len(self.lines) + len(self.mistakes)
+        return len(self.lines) + len(self.test) + len(self.mistakes)
 
-    def add(self, file: Path, outcome: Outcome) -> None:
+    def add(self, file: Path, outcome: Outcome, is_test: bool = False) -> None:
         self.notes.update(outcome.notes)
         if outcome.mistakes:
             self.mistakes.append(outcome)
@@ -188,7 +214,17 @@ class ReadAll:
             kind = outcome.place.removeprefix(f"{file.name} ").split()[0]
             self.forms.setdefault(file, Counter())[ROWS.get(kind, kind), outcome.form] += 1
         if outcome.sample is not None:
-            self.lines.append(outcome.sample)
+            (self.test if is_test else self.lines).append(outcome.sample)
+            self.places[outcome.sample.key] = outcome
+
+    def refuse_what_is_tested(self) -> None:
+        """A line to train on is a mistake if a picture of it is in a file of --test."""
+        shared = splits.in_both(self.lines, self.test)
+        for key, tested in shared.items():
+            place = self.places[key].place
+            sentence = f"a picture or video of it is that of the test's {self.places[tested].place}, too"
+            self.mistakes.append(Outcome(place, mistakes=[sentence]))
+        self.lines = [line for line in self.lines if line.key not in shared]
 
 
 def print_forms(read: ReadAll) -> None:
@@ -229,16 +265,19 @@ def write_mistakes(mistakes: list[Outcome], file: Path) -> None:
 
 
 def print_own_report(
-    arguments: argparse.Namespace, lines: list[OwnSample], left_out: int, counts: dict[str, int]
+    arguments: argparse.Namespace, parts: dict[str, list[OwnSample]], left_out: int, counts: dict[str, int]
 ) -> None:
     """Print what was written, and what to do with it."""
+    lines = [line for part in parts.values() for line in part]
     media = Counter("videos" if part.startswith("video") else "images" for line in lines for part, _ in line.files)
     tasks = Counter(task for line in lines for task in line.tasks)
     repeated = f" ({counts['train'] // arguments.repeat:,} x {arguments.repeat})" if arguments.repeat > 1 else ""
     rows = {
         "training samples": f"{counts['train']:,}{repeated}",
         "held-out samples": f"{counts.get('val', 0):,}",
+        "test samples": f"{counts.get('test', 0):,}",
         "images, videos": f"{media['images']:,}, {media['videos']:,}",
+        "split by content": ", ".join(f"{different(part):,} {name}" for name, part in parts.items()),
         "branches": ", ".join(f"{number:,} {task}" for task, number in tasks.most_common()),
         "bytes of shards": f"{sum(file.stat().st_size for file in arguments.out.glob('*.tar')):,}",
     }
@@ -255,6 +294,11 @@ def print_own_report(
     print("\nLook at them, then train on them:")
     print(f"  python tools/inspect_data.py --config-name stage2 {blend} --each --samples 200 --html runs/inspect")
     print(f"  python recipes/stage2_sft.py {blend} train.init_from=CHECKPOINT")
+
+
+def different(part: list[OwnSample]) -> int:
+    """Pictures, videos and texts, each counted once."""
+    return len({content for line in part for content in line.contents})
 
 
 # -- the data sets of a stage -----------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def load_blend(cfg: DataConfig) -> list[Source]:
         )
     counts = [[sum(shards.values()) for shards in read_index(entry.name, entry.path).values()] for entry in present]
     totals, rates = defaultdict(float), {}
-    for entry, (train, _) in zip(present, counts):
+    for entry, (train, *_) in zip(present, counts):
         if train == 0:
             raise ConfigError(
                 f"source {entry.name} of {where} has no training samples in {entry.path}: prepare it again."
@@ -178,7 +178,7 @@ def load_blend(cfg: DataConfig) -> list[Source]:
             entry.group,
             entry.options,
         )
-        for entry, (train, val) in zip(present, counts)
+        for entry, (train, val, _) in zip(present, counts)
     ]
 
 
@@ -224,7 +224,8 @@ def check_shards(sources: list[Source], max_error_rate: float) -> None:
     """
     for source in sources:
         folder = Path(source.path)
-        for shards in read_index(source.name, folder).values():
+        parts = read_index(source.name, folder)
+        for shards in (parts["train"], parts["val"]):
             found = _files(folder, {os.path.dirname(shard) for shard in shards})
             lost = {shard: {shard, f"{shard}.idx"} - found for shard in shards}
             lost = {shard: min(files) for shard, files in lost.items() if files}

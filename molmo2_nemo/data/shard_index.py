@@ -1,7 +1,7 @@
 """What a folder of shards says of itself in .nv-meta, checked before Energon reads it.
 
     .info.json     shard_counts: {train-00000.tar: 1000, ...}, energon_version
-    split.yaml     split_parts: {train: ['train-{00000..00099}.tar'], val: [...]}, exclude: []
+    split.yaml     split_parts: {train: ['train-{00000..00099}.tar'], val: [...], test: [...]}, exclude: []
     dataset.yaml   the two lines of DATASET
     index.sqlite   Energon's table of all parts, and index.uuid, its identity: training reads neither
 
@@ -35,7 +35,7 @@ SQLITE = b"SQLite format 3\0"
 
 
 def read_index(name: str, folder: Path) -> dict[str, dict[str, int]]:
-    """Split part (train, val) -> shard -> number of its samples. `name`: of the source, for messages.
+    """Split part (train, val, test) -> shard -> number of its samples. `name`: of the source, for messages.
 
     ConfigError, one sentence: the folder is not prepared, or a file holds anything else than what belongs there.
     """
@@ -152,7 +152,7 @@ def _read_parts(path: Path, counts: dict[str, int]) -> dict[str, dict[str, int]]
     excluded = set(_shards(path, "exclude", document.get("exclude", []), counts))
     return {
         part: {shard: counts[shard] for shard in parts.get(part, []) if shard not in excluded}
-        for part in ("train", "val")
+        for part in ("train", "val", "test")
     }
 
 

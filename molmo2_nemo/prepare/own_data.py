@@ -102,7 +102,7 @@ class OwnSample:
     sample: bytes  # JSON of a schema.Example
     files: list[tuple[str, Path]]  # (part, file)
     tasks: list[str]
-    about: str = ""  # samples with the same are held out together; without it, those with the same first file
+    contents: list[str]  # SHA-256 of each file in hexadecimal digits; of a sample without files, of what is taught
 
     def size(self) -> int:
         """Bytes."""
@@ -131,7 +131,7 @@ def read_row(row: Row, reading: Reading) -> Outcome:
     if line.form in EXPORTS and not line.document["branches"]:
         return Outcome(row.place, line.form, notes=[*row.notes, *line.notes, NOTHING_MARKED])
     document = _checked(line.document)
-    media, parts, names, problems = _media(document, line, reading)
+    media, parts, names, contents, problems = _media(document, line, reading)
     branches, grouped = _branches(document, media.get("video") or {})
     said = LineNames(line, document, grouped)
     sample = media | {name: document[name] for name in ("style", "multi_turn") if name in document}
@@ -155,9 +155,9 @@ def read_row(row: Row, reading: Reading) -> Outcome:
     tasks = ["chat" if isinstance(branch, list) else branch.task for branch in example.branches]
     text = json.dumps(without_nothing(asdict(example))).encode()
     key = document["id"] if "id" in document else f"{row.number:08d}"
-    about = names[0].rpartition("/")[2] if names and Path(names[0]).is_absolute() else names[0] if names else ""
+    contents = contents or [hashlib.sha256(json.dumps(branches, sort_keys=True).encode()).hexdigest()]
     return Outcome(
-        row.place, line.form, OwnSample(str(key), text, parts, tasks, about), [], row.notes + line.notes + moved
+        row.place, line.form, OwnSample(str(key), text, parts, tasks, contents), [], row.notes + line.notes + moved
     )
 
 
@@ -241,8 +241,11 @@ def _unknown_keys(document: dict) -> list[str]:
 # -- pictures and videos ----------------------------------------------------------------------------------------------
 
 
-def _media(document: dict, line: Line, reading: Reading) -> tuple[dict, list[tuple[str, Path]], list[str], list[str]]:
-    """`images` or `video` of the sample, the (part, file) of each, their names, and what is wrong with the files.
+def _media(
+    document: dict, line: Line, reading: Reading
+) -> tuple[dict, list[tuple[str, Path]], list[str], list[str], list[str]]:
+    """`images` or `video` of the sample, the (part, file) of each, their names, their contents' hashes, and what is
+    wrong with the files.
 
     A file that cannot be read has the size of UNREAD, so that the rest of the line can be checked.
     """
@@ -251,21 +254,22 @@ def _media(document: dict, line: Line, reading: Reading) -> tuple[dict, list[tup
     else:
         names = document.get("images") or ([document["image"]] if "image" in document else [])
         kind, look = "image" if "image" in document else "images", image_facts
-    media, parts, problems = [], [], []
+    media, parts, contents, problems = [], [], [], []
     for index, name in enumerate(names):
         key = line.names.get(kind, f"images[{index}]" if kind == "images" else kind)
         facts, file = UNREAD | ({"duration": MAX_SECONDS} if kind == "video" else {}), Path(name)
         try:
             file = _find(name, key, line, reading)
-            facts = _facts(Unpacked(reading.unpacked).said(name), key, file, look)
+            facts, content = _facts(Unpacked(reading.unpacked).said(name), key, file, look)
+            contents.append(content)
         except (ValueError, OSError, RuntimeError) as error:  # pathlib raises RuntimeError for a circle of links
             problems.append(str(error))
         parts.append((f"{'video' if kind == 'video' else f'img{index}'}{suffix(file)}", file))
         media.append({"part": parts[-1][0], **facts})
     if kind == "video":
         given = {name: document[name] for name in OF_VIDEO if name in document and name != "time_unit"}
-        return {"video": media[0] | given}, parts, names, problems
-    return {"images": media} if media else {}, parts, names, problems
+        return {"video": media[0] | given}, parts, names, contents, problems
+    return {"images": media} if media else {}, parts, names, contents, problems
 
 
 def _find(name: str, key: str, line: Line, reading: Reading) -> Path:
@@ -319,13 +323,13 @@ def _names_in(folder: Path) -> dict[str, str]:
         return {}
 
 
-def _facts(name: str, key: str, file: Path, look: Callable[[bytes], dict]) -> dict:
-    """name: what the writer of the line calls it."""
+def _facts(name: str, key: str, file: Path, look: Callable[[bytes], dict]) -> tuple[dict, str]:
+    """What `look` finds in the file, and the SHA-256 of it. name: what the writer of the line calls it."""
     data = file.read_bytes()
     if not data:
         raise ValueError(f'{key} = "{name}" is empty')
     try:
-        return look(data)
+        return look(data), hashlib.sha256(data).hexdigest()
     except ValueError as error:
         other = "video" if isinstance(error, IsVideo) else "image" if isinstance(error, IsPicture) else None
         reason = str(error).rstrip(".")
@@ -467,22 +471,6 @@ def read_files(
                 yield file, outcome
     if sys.stderr.isatty():
         print("\r", end="", file=sys.stderr)
-
-
-def held_out_keys(lines: list[OwnSample], share: float) -> set[str]:
-    """Keys of the samples for validation: those with the lowest hashes, so that most of them stay when the file grows.
-
-    Samples with the same first picture or video are held out together or not at all.
-    """
-    groups = {}
-    for line in lines:
-        name = line.about or (str(line.files[0][1]) if line.files else line.key)
-        groups.setdefault(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), []).append(line.key)
-    most, keys = min(math.ceil(share * len(lines)), len(lines) - 1), set()
-    for _, group in sorted(groups.items()):
-        if len(keys) + len(group) <= most:
-            keys.update(group)
-    return keys
 
 
 def samples(lines: list[OwnSample], repeat: int) -> Iterator[tuple[str, dict[str, bytes]]]:

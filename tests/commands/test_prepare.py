@@ -2,14 +2,13 @@
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import tarfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +24,7 @@ from molmo2_nemo.data import schema
 from molmo2_nemo.data.blend import load_blend
 from molmo2_nemo.data.points import parse
 from molmo2_nemo.data.schema import read_example
+from molmo2_nemo.data.shard_index import read_index
 from molmo2_nemo.data.tasks import (
     COUNT_ONLY,
     COUNT_THEN_POINTS,
@@ -35,7 +35,7 @@ from molmo2_nemo.data.tasks import (
     TRACK_ONE,
 )
 from molmo2_nemo.files import published
-from molmo2_nemo.prepare import own_data
+from molmo2_nemo.prepare import own_data, splits
 from molmo2_nemo.prepare.sample_world.scenes import COLOURS
 from molmo2_nemo.prepare.webdataset import write_shards
 
@@ -91,15 +91,15 @@ def test_every_form_of_a_line(pictures, tmp_path):
         {"video": "uneven.mkv", "task": "caption", "text": "Grey."},
     ]
     output = succeeded(
-        run_prepare(pictures, tmp_path, lines, "--val-share", 0.2, "--shard-size", 4, "--name", "mine")
+        run_prepare(pictures, tmp_path, lines, "--split", "75/25", "--shard-size", 4, "--name", "mine")
     ).stdout
-    assert re.search(r"training samples +6\n +held-out samples +2\n +images, videos +5, 3\n", output)
+    # Five of them are about two pictures and one video that two of them share, and the last two are alone.
+    number = r"training samples +(\d)\n +held-out samples +(\d)\n +test samples +0\n +images, videos +5, 3\n"
+    train, val = map(int, re.search(number, output).groups())
+    assert train + val == 8 and train and val
     assert "branches          2 caption, 2 chat, 3 pointing, 1 question, 1 tracking".split() == sorted_branches(output)
-    assert sorted(file.name for file in (tmp_path / "shards").glob("*.tar")) == [
-        "train-00000.tar",
-        "train-00001.tar",
-        "val-00000.tar",
-    ]
+    shards = {name: len(list((tmp_path / "shards").glob(f"{name}-*.tar"))) for name in ("train", "val", "test")}
+    assert shards == {"train": -(-train // 4), "val": -(-val // 4), "test": 0}
     found = stored(tmp_path / "shards")
     assert set(found) == {"cat-1", *(f"{n:08d}" for n in (2, 3, 4, 5, 6, 8)), "77"}
     example, parts = found["cat-1"]
@@ -123,7 +123,7 @@ def test_every_form_of_a_line(pictures, tmp_path):
     assert uneven.duration == pytest.approx(2.48)
     blend = tmp_path / "shards" / "blend.yaml"
     [source] = load_blend(DataConfig(blend=str(blend), root="elsewhere"))
-    assert (source.name, source.num_samples, source.num_validation_samples) == ("mine", 6, 2)
+    assert (source.name, source.num_samples, source.num_validation_samples) == ("mine", train, val)
     assert yaml.safe_load(blend.read_text())["weighting"] == "sqrt"
 
 
@@ -174,7 +174,11 @@ def test_mistakes_are_listed_by_kind_and_nothing_is_written(pictures, tmp_path):
     "options, reason",
     [
         ([], "own.jsonl is empty"),
-        (["--val-share", "1"], "--val-share 1.0 is not"),
+        (["--split", "0.9"], "--split 0.9 is not TRAIN/VAL/TEST in percent"),
+        (["--split", "90/5"], "--split 90/5 has a sum of 95, not 100"),
+        (["--split", "0/50/50"], "leaves nothing to train on"),
+        (["--test", "none.jsonl"], "none.jsonl is no file"),
+        (["--split", "80/10/10", "--test", __file__], "--split 80/10/10 has a part for the test, and so has --test"),
         (["--shard-size", "0"], "--shard-size is below 1"),
         (["--images", "none"], "is no folder"),
     ],
@@ -193,7 +197,7 @@ def test_a_full_disk_is_said_before_and_nothing_is_left_after(pictures, tmp_path
     line = {"image": picture.name, "messages": TURN}
     (tmp_path / "own.jsonl").write_text(json.dumps(line) + "\n")
     command = ["prepare.py", str(tmp_path / "own.jsonl"), "--images", str(pictures), "--out", str(tmp_path / "shards")]
-    monkeypatch.setattr(sys, "argv", [*command, "--repeat", "100", "--val-share", "0", "--workers", "1"])
+    monkeypatch.setattr(sys, "argv", [*command, "--repeat", "100", "--split", "100/0", "--workers", "1"])
     needed = 100 * picture.stat().st_size
     with monkeypatch.context() as small, pytest.raises(SystemExit) as ended:
         small.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed))  # none for the text
@@ -213,22 +217,72 @@ def test_a_full_disk_is_said_before_and_nothing_is_left_after(pictures, tmp_path
     assert len(stored(tmp_path / "shards")) == 100
 
 
-def test_few_samples_can_be_repeated_and_a_hash_holds_out(pictures, tmp_path):
-    lines = [{"id": f"s{n}", "messages": TURN} for n in range(40)]
-    succeeded(run_prepare(pictures, tmp_path, lines, "--repeat", 3, "--val-share", 0.1))
-    ids = sorted((line["id"] for line in lines), key=lambda key: hashlib.sha256(key.encode()).hexdigest())
-    assert set(stored(tmp_path / "shards")) == {*ids[:4], *(f"{key}_r{n}" for key in ids[4:] for n in range(3))}
+def test_splits_are_reported_and_training_samples_alone_are_repeated(pictures, tmp_path):
+    lines = [{"id": f"s{n}", "messages": [TURN[0], {"role": "assistant", "content": f"{n} cats."}]} for n in range(60)]
+    output = succeeded(run_prepare(pictures, tmp_path, lines, "--repeat", 3, "--split", "80/10/10")).stdout
+    parts = {name: set(stored(tmp_path / "shards", f"{name}-*.tar")) for name in ("train", "val", "test")}
+    assert all(parts.values())
+    repeated = {f"{line['id']}_r{n}" for line in lines for n in range(3)}
+    assert parts["train"] == {key for key in repeated if key[:-3] not in parts["val"] | parts["test"]}
+    counts = {name: len(part) for name, part in parts.items()}
+    assert re.search(rf"held-out samples +{counts['val']}\n +test samples +{counts['test']}\n", output)
+    alone = f"{counts['train'] // 3} train, {counts['val']} val, {counts['test']} test"
+    assert re.search(f"split by content +{alone}\n", output)
+    found = read_index("own", tmp_path / "shards")
+    assert {name: sum(shards.values()) for name, shards in found.items()} == counts
 
 
-def test_samples_with_one_picture_are_held_out_together():
-    lines = [own_data.OwnSample(f"k{n}", b"", [("img0.jpg", Path(f"{n % 10}.jpg"))], []) for n in range(30)]
-    held_out = own_data.held_out_keys(lines, 0.2)
-    assert len(held_out) == 6 and held_out == {f"k{n}" for n in range(30) if f"k{n % 10}" in held_out}
-    # Of a file that grows, what was held out stays held out.
-    more = lines + [own_data.OwnSample(f"m{n}", b"", [], []) for n in range(300)]
-    assert len(own_data.held_out_keys(more, 0.2)) == 66 and held_out <= own_data.held_out_keys(more, 0.4)
-    # One picture in all lines, or one line: nothing can be held out.
-    assert not own_data.held_out_keys(lines[::10], 0.2) and not own_data.held_out_keys(lines[:1], 0.9)
+def sample(key, *contents):
+    return own_data.OwnSample(key, b"", [], [], list(map(str, contents)))
+
+
+def test_no_picture_is_in_two_splits_whatever_the_order_and_what_is_added():
+    lines = [sample(f"k{n}", f"picture {n % 300}") for n in range(900)]
+    shares = splits.Shares.read("80/12/8")
+    dealt = splits.deal(lines, shares)
+    assert all(dealt[f"k{n}"] == dealt[f"k{n % 300}"] for n in range(900))
+    for name, share in (("train", 0.8), ("val", 0.12), ("test", 0.08)):
+        assert abs(sum(value == name for value in dealt.values()) / 900 - share) < 0.06  # four deviations of 300
+    # Lines that are added, left out or moved, and other names, change nothing for those that stay.
+    more = [sample(f"m{n}", f"other {n}") for n in range(500)]
+    later = splits.deal(more + lines[::-1][:450], shares)
+    assert {key: later[key] for key in dealt if key in later} == {key: dealt[key] for key in dealt if key in later}
+    # A sample with two pictures binds what is about either, here all of them.
+    chain = [sample(f"c{n}", f"picture {n}", f"picture {n + 1}") for n in range(20)]
+    dealt = splits.deal([*chain, *more], shares)
+    assert len({dealt[line.key] for line in chain}) == 1
+
+
+def test_few_pictures_leave_no_split_empty_that_was_asked_for():
+    for number in range(3, 30):
+        lines = [sample(f"k{n}", number, n) if n == 0 else sample(f"k{n}", n) for n in range(number)]
+        assert set(splits.deal(lines, splits.Shares.read("90/5/5")).values()) == {"train", "val", "test"}
+    two = [sample("a", 1), sample("b", 1), sample("c", 2)]
+    with pytest.raises(ValueError, match="nothing for (val|test), since the 3 samples are about 2 picture"):
+        splits.deal(two, splits.Shares.read("90/5/5"))
+    assert sorted(splits.deal(two, splits.Shares.read("67/33")).values())[0] == "train"
+    # Without --split one sample is enough, and no more than the share is taken for validation.
+    usual = splits.Shares.read(splits.DEFAULT, asked=False)
+    assert splits.deal([sample("a", 1)], usual) == {"a": "train"}
+    pairs = [sample(f"{letter}{n}", n) for n in range(5) for letter in "ab"]
+    assert set(splits.deal(pairs, usual).values()) == {"train"}
+
+
+def test_a_test_of_its_own_shares_no_picture_with_the_rest(pictures, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name in ("cat.jpg", "renamed.jpg"):
+        shutil.copy(pictures / "cat.jpg", tmp_path / "pictures" / name)
+    tested = [{"id": "t", "image": "cat.jpg", "messages": TURN}]
+    (tmp_path / "test.jsonl").write_text(json.dumps(tested[0]) + "\n")
+    lines = [{"id": "a", "image": "renamed.jpg", "messages": TURN}, {"id": "b", "messages": TURN}]
+    result = run_prepare(tmp_path / "pictures", tmp_path, lines, "--test", tmp_path / "test.jsonl")
+    assert result.returncode == 1
+    assert "own.jsonl line 1: a picture or video of it is that of the test's test.jsonl line 1, too" in result.stderr
+    options = ["--test", tmp_path / "test.jsonl", "--skip-bad"]
+    output = succeeded(run_prepare(tmp_path / "pictures", tmp_path, lines, *options)).stdout
+    assert set(stored(tmp_path / "shards", "test-*.tar")) == {"t"}
+    assert set(stored(tmp_path / "shards", "train-*.tar")) == {"b"}
+    assert re.search("left out +1 lines with a mistake", output)
 
 
 def test_shards_are_bounded_and_the_same_every_time(tmp_path):

@@ -49,8 +49,12 @@ def test_what_energon_and_we_write_is_accepted(root):
         "split.yaml",
     }
     train = {"train-00000.tar": 2, "train-00001.tar": 2, "train-00002.tar": 1}
-    assert read_index("own", root / "own") == {"train": train, "val": {"val-00000.tar": 2}}
-    assert read_index("theirs", root / "theirs") == {"train": {"train-0.tar": 3, "train-1.tar": 3}, "val": {}}
+    assert read_index("own", root / "own") == {"train": train, "val": {"val-00000.tar": 2}, "test": {}}
+    assert read_index("theirs", root / "theirs") == {
+        "train": {"train-0.tar": 3, "train-1.tar": 3},
+        "val": {},
+        "test": {},
+    }
 
 
 LOADER = "open({!r}, 'w')\nsample_loader = part_filter = lambda *_: {{}}\n"
