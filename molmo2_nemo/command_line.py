@@ -6,15 +6,18 @@ import difflib
 import functools
 import re
 import sys
+import typing
 from pathlib import Path
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.flags import refuse_flags
-from molmo2_nemo.config.schema import Config
+from molmo2_nemo.config.schema import STAGES, Config, DataConfig
 from molmo2_nemo.environment import quiet_libraries, set_cpu_environment, set_gpu_environment
 from molmo2_nemo.paths import CONF_DIR, PACKAGE
+
+HARDWARE_AUTO = "hardware=auto"
 
 
 def prepare(arguments: list[str]) -> None:
@@ -25,6 +28,11 @@ def prepare(arguments: list[str]) -> None:
     try:
         refuse_flags(arguments)
         refuse_unknown_overrides(arguments)
+        refuse(
+            HARDWARE_AUTO in arguments,
+            f"{HARDWARE_AUTO} is for recipes/finetune.py: name a preset, such as hardware=h100_8, or see"
+            " tools/plan.py --search.",
+        )
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     register()
@@ -38,10 +46,12 @@ def compose(config_name: str, overrides: list[str]) -> Config:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    overrides = finetune_words(overrides) if config_name == "finetune" else overrides
     refuse_unknown_overrides(overrides)
     if not (CONF_DIR / f"{config_name}.yaml").is_file():
         raise ConfigError(
-            f"--config-name {config_name}: conf/ has no {config_name}.yaml; use stage1, stage2 or stage3."
+            f"--config-name {config_name}: conf/ has no {config_name}.yaml; use {', '.join(STAGES[:-1])} or"
+            f" {STAGES[-1]}."
         )
     register()
     GlobalHydra.instance().clear()
@@ -76,10 +86,33 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     schema = OmegaConf.structured(Config)
-    for prefix in ("transformer", "optimizer", "ddp"):
-        # Their keys are fields of Megatron's classes; `check_megatron_fields` refuses unknown ones.
-        OmegaConf.set_struct(schema[prefix], False)
+    for group in (schema.transformer, schema.optimizer, schema.ddp, schema.data.own, schema.data.own_weights):
+        # Keys of the first three are fields of Megatron's classes; `check_megatron_fields` refuses unknown ones. Those
+        # of the others are names that the user gives.
+        OmegaConf.set_struct(group, False)
     ConfigStore.instance().store(name="molmo2_nemo_schema", node=schema)
+
+
+def finetune_words(words: list[str]) -> list[str]:
+    """data.NAME=FOLDER of recipes/finetune.py as data.own.NAME=FOLDER; the first NAME is that of the run unless one is
+    given. lora.rank=N is of tune=lora, unless another is given, for the rates that go with it.
+
+    A NAME that is nearly a key of `data` is left as it is, to be refused, unless its value is a folder.
+    """
+    found, names = [], []
+    keys = [field.name for field in dataclasses.fields(DataConfig)]
+    for word in words:
+        match = re.fullmatch(r"data\.(own\.)?([A-Za-z_][\w-]*)=(.*)", word, re.DOTALL)
+        if match and not match[1]:
+            is_key = match[2] in keys
+            is_folder = Path(match[3].strip("'\"")).expanduser().is_dir()
+            if is_key or not is_folder and difflib.get_close_matches(match[2], keys, n=1, cutoff=0.8):
+                match = None
+        names += [match[2]] if match else []
+        found.append(f"data.own.{match[2]}={match[3]}" if match else word)
+    given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
+    found += [f"name={names[0]}"] if names and "name" not in given else []
+    return found + (["tune=lora"] if given.get("lora.rank", "0") != "0" and "tune" not in given else [])
 
 
 def take_gpus(words: list[str]) -> tuple[int, list[str]]:
@@ -127,7 +160,7 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
                     f"did you mean {'.'.join([*path[:depth], close[0]])}" if close else f"known are {', '.join(types)}"
                 )
                 raise ConfigError(f"{key}={value}: {where or 'the configuration'} has no key {name}; {known}.")
-            cls = types[name]
+            cls = next((kind for kind in typing.get_args(types[name]) if dataclasses.is_dataclass(kind)), types[name])
         else:
             if not match[1] and not dataclasses.is_dataclass(cls):
                 refuse_value(cls, argument)
@@ -151,6 +184,8 @@ def refuse_value(kind: type, argument: str) -> None:
 
 def to_dataclass(cfg: DictConfig) -> Config:
     """The typed configuration. Raises ConfigError naming the first key without a value."""
+    if not OmegaConf.is_missing(cfg, "stage") and cfg.stage == "finetune" and cfg.schedule.finetune is None:
+        raise ConfigError("this schedule says nothing about fine-tuning: use schedule=finetune or schedule=quickstart.")
     if cfg.model.hf_path is not None:
         fill_from_hf(cfg)
     elif not OmegaConf.is_missing(cfg.model, "name") and cfg.model.name == "hf":

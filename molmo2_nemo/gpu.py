@@ -98,6 +98,19 @@ def memory_gib(device: str) -> float:
     return torch.cuda.get_device_properties(parallel.local_rank()).total_memory / 2**30 if device == "cuda" else 0.0
 
 
+def seconds_of_a_step(config: Config, gpus: int) -> tuple[float, float] | None:
+    """By the plan, fast and slow; None for a GPU whose peak is not known."""
+    from molmo2_nemo.planner.flops import PEAK_TFLOPS
+    from molmo2_nemo.planner.memory import Job
+    from molmo2_nemo.planner.step_time import estimate
+
+    name = torch.cuda.get_device_name(parallel.local_rank())
+    if name not in PEAK_TFLOPS:
+        return None
+    cost = estimate(Job(config, gpus), name)
+    return cost.fast.seconds, cost.slow.seconds
+
+
 def adam() -> str:
     """Whose Adam Megatron has chosen: the first that is installed."""
     libraries = {"transformer_engine": "Transformer Engine's fused", "apex": "apex's fused"}

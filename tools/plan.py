@@ -3,6 +3,7 @@
     python tools/plan.py --config-name stage3 model=molmo2_8b gpus=128 [any override of a recipe]
     python tools/plan.py --config-name stage2 model=molmo2_4b gpus=8 schedule=report --search
     python tools/plan.py --config-name stage2 hardware=h100_64 gpus=64 --scale
+    python tools/plan.py --config-name finetune model=molmo2_8b data.mine=shards/mine hardware=auto gpus=8
     python tools/plan.py --config-name stage2 hardware=h100_64 gpus=64 --json --measured bench.jsonl
 
 Nothing is started, no GPU is needed and torch is not imported. Exit status: 0 it fits, 1 it does not, 2 a setting
@@ -19,12 +20,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from molmo2_nemo.auto import resolve
-from molmo2_nemo.command_line import compose, take_gpus
+from molmo2_nemo.command_line import HARDWARE_AUTO, compose, finetune_words, take_gpus
 from molmo2_nemo.config.checks import check
-from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.flags import refuse_flags
-from molmo2_nemo.data.blend import check_present
+from molmo2_nemo.config.schema import STAGES
+from molmo2_nemo.data import epochs
+from molmo2_nemo.data.blend import check_held_out, check_present, load_blend
 from molmo2_nemo.environment import quiet_libraries
+from molmo2_nemo.finetune import Machine, choose
 from molmo2_nemo.planner.efficiency import FAST, SLOW
 from molmo2_nemo.planner.flops import PEAK_TFLOPS
 from molmo2_nemo.planner.measured import with_measured
@@ -65,7 +69,7 @@ BESIDE = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-name", required=True, metavar="STAGE", help="stage1, stage2 or stage3")
+    parser.add_argument("--config-name", required=True, metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument(
         "--gpu-memory", type=float, default=H100_GIB, metavar="GIB", help=f"memory of a GPU (default {H100_GIB})"
     )
@@ -97,9 +101,25 @@ def main() -> int:
             raise ConfigError(
                 f"--gpu-memory {args.gpu_memory:g} must be above the {RESERVE_GIB:g} GiB held in reserve."
             )
+        chosen = []
+        if HARDWARE_AUTO in overrides:
+            refuse(
+                args.config_name != "finetune",
+                f"{HARDWARE_AUTO} is for --config-name finetune: use --search, which lists the layouts that fit.",
+            )
+            machine = Machine(gpus, args.gpu_memory, args.gpu)
+            overrides, gpus, chosen = choose(finetune_words(overrides), machine)
         config = compose(args.config_name, overrides)
         check(config, gpus)
-        config, chosen = resolve(config, gpus, args.gpu_memory)
+        config, of_memory = resolve(config, gpus, args.gpu_memory)
+        if epochs.is_asked(config):
+            sources = load_blend(config.data)
+            check_held_out(config, sources)
+            epoch = epochs.measured(config, sources)
+            config = epochs.in_steps(config, epoch)
+            cost = estimate(Job(config, gpus), args.gpu)
+            of_memory += epochs.described(config, epoch, (cost.fast.seconds, cost.slow.seconds))
+        chosen += of_memory
         job = Job(config, gpus)
         if job.precision == "fp8" and PEAK_TFLOPS[args.gpu][1] is None:
             raise ConfigError(f"train.precision=fp8, but {args.gpu} has no FP8: use train.precision=bf16.")
@@ -124,7 +144,7 @@ def main() -> int:
         show_run(job, estimate(job, args.gpu, columns), columns)
         data, (present, number) = config.data, sources
         print(
-            f"\ndata: {present} of the {number} sources of data.blend={data.blend} are on this machine, under"
+            f"\ndata: {present} of the {number} sources of {data.said} are on this machine, under"
             f" data.root={data.root}{'; each has training samples' if present else ', so that none is checked'}"
         )
         print(f"\n{'does not fit: ' + refused if refused else 'fits'}")

@@ -18,6 +18,7 @@ from molmo2_nemo.config.schema import (
     LAYERS,
     METRICS,
     RECOMPUTE,
+    STAGES,
     VOCAB_MULTIPLE,
     Config,
     DataConfig,
@@ -36,7 +37,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 def check_settings(cfg: Config, world_size: int) -> None:
     """The checks of `check` that do not import Megatron."""
-    check_choice("stage", cfg.stage, ("stage1", "stage2", "stage3"))
+    check_choice("stage", cfg.stage, STAGES)
     check_model(cfg.model)
     check_layout(cfg, world_size)
     train = cfg.train
@@ -52,17 +53,16 @@ def check_settings(cfg: Config, world_size: int) -> None:
     check_choice("train.on_loss_jump", train.on_loss_jump, ("warn", "go_back", "ignore"))
     check_best(train)
     check_choice("optim.decay", cfg.optim.decay, ("cosine", "linear", "constant"))
+    check_length(cfg)
     for key in (
-        "max_steps",
         "micro_batch_size",
         "global_batch_size",
-        "save_every",
         "keep_last",
         "log_every",
         "max_skipped_steps",
     ):
         refuse(getattr(train, key) < 1, f"train.{key}={getattr(train, key)} must be at least 1.")
-    for key in ("keep_every", "generate_every", "generate_examples"):
+    for key in ("keep_every", "generate_examples"):
         refuse(getattr(train, key) < 0, f"train.{key}={getattr(train, key)} must not be negative.")
     chunk = train.vision_chunk_crops
     refuse(
@@ -82,7 +82,7 @@ def check_settings(cfg: Config, world_size: int) -> None:
     if "recompute" in cfg.transformer:
         check_choice("transformer.recompute", cfg.transformer["recompute"], (*RECOMPUTE, AUTO))
     refuse(
-        train.generate_every > 0
+        train.generate_every != 0
         and not (train.generate_examples > 0 and 0 < train.generate_max_tokens <= cfg.data.seq_length // 2),
         f"train.generate_every={train.generate_every} needs train.generate_examples={train.generate_examples} of at"
         f" least 1, and train.generate_max_tokens={train.generate_max_tokens} between 1 and half of"
@@ -189,6 +189,55 @@ def check_best(train: TrainConfig) -> None:
         getattr(train, needed) == 0,
         f"train.save_best={train.save_best} is measured by train.{needed}, which is 0: make it 1 or more.",
     )
+
+
+def check_length(cfg: Config) -> None:
+    """Refuse what does not say how long a run is, how often something is done, or on what. Raises ConfigError."""
+    train, share = cfg.train, cfg.optim.warmup_share
+    refuse(
+        (train.max_steps is None) == (train.epochs is None),
+        f"train.max_steps={_or_null(train.max_steps)} and train.epochs={_or_null(train.epochs)}: give one of them a"
+        " number, and set the other one to null.",
+    )
+    for key in ("max_steps", "epochs"):
+        value = getattr(train, key)
+        least = 0 if key == "epochs" else 1
+        refuse(
+            value is not None and not (value >= least and value > 0),
+            f"train.{key}={value} must be {'above 0' if key == 'epochs' else 'at least 1'}.",
+        )
+    for key in ("save_every", "validate_every", "generate_every"):
+        value = getattr(train, key)
+        is_steps = isinstance(value, int) and not isinstance(value, bool)
+        refuse(
+            not is_steps and epochs_of(value) is None,
+            f"train.{key}={value} is neither a number of steps nor of epochs: write 500, or 'train.{key}=0.5 epochs'.",
+        )
+        least = 0 if key == "generate_every" else 1
+        refuse(is_steps and value < least, f"train.{key}={value} must be at least {least}.")
+    refuse(
+        share is not None and not 0 <= share < 1,
+        f"optim.warmup_share={share} is not from 0 to below 1: 0.05 is one step in twenty.",
+    )
+    refuse(
+        cfg.stage == "finetune" and not cfg.data.own,
+        "data.NAME=FOLDER has no value: name the shards that tools/prepare.py has made of your labels, such as"
+        " data.mine=shards/mine.",
+    )
+    refuse(
+        cfg.data.keep is not None and not cfg.data.own,
+        f"data.keep={cfg.data.keep} needs data of your own beside it: data.mine=FOLDER with recipes/finetune.py.",
+    )
+
+
+def _or_null(value) -> str:
+    return "null" if value is None else str(value)
+
+
+def epochs_of(value) -> float | None:
+    """The number of epochs that a setting such as `0.5 epochs` says; None: it says none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+) ?epochs?", value.strip()) if isinstance(value, str) else None
+    return float(match[1]) if match and float(match[1]) > 0 else None
 
 
 # Far above any model: a number beyond is a mistake, which would take hours or all memory before it shows.

@@ -54,6 +54,10 @@ RECOMPUTE = {
 }
 
 
+# The values of `stage`: a recipe and a file of conf/ for each.
+STAGES = ("stage1", "stage2", "stage3", "finetune")
+
+
 # Scores of answers to held-out questions (training/score.py), by any of which `train.save_best` may go.
 POINT_METRICS = ("point_precision", "point_recall", "point_f1")
 TRACK_METRICS = ("track_precision", "track_recall", "track_f1")
@@ -215,7 +219,16 @@ class DataConfig:
     """What is read, how samples become rows, and what is done about broken ones."""
 
     blend: str = MISSING
-    """The mixture of sources: a name in conf/blend, or the path of a YAML file."""
+    """The mixture of sources: a name in conf/blend, or the path of a YAML file. With data of your own, where `keep`
+    takes its sources from."""
+    own: dict[str, str] = field(default_factory=dict)
+    """Folders of shards of your own by name, in the place of the mixture, each sample as often as any other. For
+    `recipes/finetune.py` `data.mine=FOLDER` is short for `data.own.mine=FOLDER`."""
+    own_weights: dict[str, float] = field(default_factory=dict)
+    """How often samples of your own data are drawn, by the same names, instead of their numbers; of all or none."""
+    keep: Any = None
+    """Share of general data among the samples beside your own, such as `pixmo:0.3`, or a list of several: a source of
+    `blend`, the beginning of the names of several, or `all`. Those that are not on disk are left out, and named."""
     root: str = MISSING
     """Folder that holds the blend's sources; the environment variable DATA_ROOT, else data/shards."""
     tokenizer: str = MISSING
@@ -262,6 +275,12 @@ class DataConfig:
     max_error_rate: float = 0.01
     """Share of a source's samples that may be broken; above it the run stops and names the source."""
 
+    @property
+    def said(self) -> str:
+        """The settings that name the data, for messages."""
+        own = " ".join(f"data.{name}={folder}" for name, folder in self.own.items())
+        return own + (f" data.keep={self.keep}" if self.keep else "") if own else f"data.blend={self.blend}"
+
 
 @dataclass
 class ComponentOptim:
@@ -289,6 +308,8 @@ class OptimConfig:
     """Do not train the base embedding table, nor a head tied to it. Source: allenai/molmo2."""
     freeze_patterns: list[str] = field(default_factory=list)
     """Regular expressions; a parameter whose name one of them matches somewhere is not trained."""
+    warmup_share: float | None = None
+    """Share of the run's steps over which the rates rise, for each component whose `warmup_steps` is 0; null: none."""
     min_lr_ratio: float = 0.1
     """Learning rate at the last step, as a share of the peak. Source: allenai/molmo2."""
     decay: str = "cosine"
@@ -335,8 +356,10 @@ class LoraConfig:
 class StageSchedule:
     """What a schedule (conf/schedule/*.yaml) says about one stage. Other keys take their values from here."""
 
-    max_steps: int = MISSING
+    max_steps: int | None = MISSING
     """Value of `train.max_steps`."""
+    epochs: float | None = None
+    """Value of `train.epochs`."""
     global_batch_size: int = MISSING
     """Value of `train.global_batch_size`."""
     micro_batch_size: int = 1
@@ -369,7 +392,7 @@ class StageSchedule:
 
 @dataclass
 class ScheduleConfig:
-    """Lengths, batch sizes and rates of the three stages."""
+    """Lengths, batch sizes and rates of the three stages, and of fine-tuning."""
 
     stage1: StageSchedule = field(default_factory=StageSchedule)
     """Pre-training."""
@@ -377,14 +400,19 @@ class ScheduleConfig:
     """Supervised fine-tuning."""
     stage3: StageSchedule = field(default_factory=StageSchedule)
     """Long-context fine-tuning."""
+    finetune: StageSchedule | None = None
+    """Fine-tuning on data of your own."""
 
 
 @dataclass
 class TrainConfig:
     """The training loop: steps, checkpoints, logging, how a run ends."""
 
-    max_steps: int = MISSING
-    """Optimizer steps of the stage; the learning rates reach their end there."""
+    max_steps: int | None = MISSING
+    """Optimizer steps of the stage; the learning rates reach their end there. null: as many as `epochs` take."""
+    epochs: float | None = None
+    """Times that each training sample comes, in the place of `max_steps`: of your own data, or of all of a blend. How
+    many steps that are is found out before the start, from how many samples fill a row."""
     micro_batch_size: int = MISSING
     """Packed rows that a rank works on at a time."""
     global_batch_size: int = MISSING
@@ -405,8 +433,8 @@ class TrainConfig:
     restart_data: bool = False
     """On resuming, begin with the training data again, in another order, while model, optimizer and step go on. Once: a
     run that has been told so goes on from there."""
-    save_every: int = 1000
-    """Steps between checkpoints; one is always written at the end."""
+    save_every: Any = 1000
+    """Steps between checkpoints, or epochs: `1 epoch`, `0.5 epochs`; one is always written at the end."""
     keep_last: int = 3
     """Checkpoints that are kept; older ones are removed."""
     keep_every: int = 5000
@@ -435,12 +463,13 @@ class TrainConfig:
     """Steps in a row with a loss or gradient that is not finite, after which the run ends."""
     log_every: int = 10
     """Steps between lines of the log; losses are means over the steps in between."""
-    validate_every: int = 1000
-    """Steps between measurements of the loss on held-out samples; also at the last step."""
+    validate_every: Any = 1000
+    """Steps between measurements of the loss on held-out samples, or epochs as for `save_every`; also at the last
+    step."""
     validation_batches: int = 8
     """Held-out micro-batches per data-parallel rank in each measurement; 0: no validation."""
-    generate_every: int = 0
-    """Steps between the model's answers to held-out questions; 0: none."""
+    generate_every: Any = 0
+    """Steps between the model's answers to held-out questions, or epochs as for `save_every`; 0: none."""
     generate_examples: int = 8
     """Held-out questions that are answered each time, the same ones."""
     generate_max_tokens: int = 64
@@ -465,7 +494,7 @@ class Config:
     """All settings of a run."""
 
     stage: str = MISSING
-    """`stage1`, `stage2` or `stage3`; set by the recipe."""
+    """`stage1`, `stage2`, `stage3` or `finetune`; set by the recipe."""
     name: str = MISSING
     """Name of the run, a folder below runs/ unless `run_dir` is set."""
     run_dir: str = MISSING

@@ -12,6 +12,10 @@ or
     sources:
       captions: {path: captions, weight: 60}
       points: {path: points, weight: 40, token_weight: 0.2, high_res_probability: 0.3}
+or
+    weighting: size                        # in proportion to the sizes: every sample comes as often as any other
+    sources:
+      mine: {path: mine}
 or, to give groups of sources a rate each,
     groups:
       video: {rate: 0.2, weighting: sqrt, sources: {clips: {path: clips}, films: {path: films, size: 60000}}}
@@ -38,7 +42,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import DataConfig
+from molmo2_nemo.config.schema import Config, DataConfig
+from molmo2_nemo.data import own_blend
 from molmo2_nemo.data.shard_index import read_index
 from molmo2_nemo.paths import CONF_DIR
 
@@ -82,12 +87,15 @@ class _Entry:
     path: Path  # absolute
     group: str | None
     rate: float  # of the group
+    weighting: str
     weight: float | None  # of weighting fixed
     size: float | None  # of weighting sqrt, as is factor
     factor: float | None
     options: SourceOptions
 
     def weight_in_group(self, num_samples: int) -> float:
+        if self.weighting == "size":
+            return num_samples
         return self.weight or (self.factor or 1.0) * math.sqrt(self.size or num_samples)
 
 
@@ -127,7 +135,7 @@ class _SourcesDocument(BaseModel):
     model_config = _STRICT
 
     sources: dict = Field(min_length=1, description="add at least one")
-    weighting: Literal["fixed", "sqrt"] = Field(description="choose fixed or sqrt")
+    weighting: Literal["fixed", "sqrt", "size"] = Field(description="choose fixed, sqrt or size")
 
 
 class _GroupDocument(_SourcesDocument):
@@ -174,7 +182,8 @@ def load_blend(cfg: DataConfig) -> list[Source]:
             str(entry.path),
             entry.weight_in_group(train) / totals[entry.group] * entry.rate / sum(rates.values()),
             train,
-            val,
+            # What is kept of general data is not measured: the best checkpoint is the best for one's own.
+            val if not cfg.own or entry.group == own_blend.OWN else 0,
             entry.group,
             entry.options,
         )
@@ -182,16 +191,17 @@ def load_blend(cfg: DataConfig) -> list[Source]:
     ]
 
 
-def describe_rounds(sources: list[Source], rows: int) -> list[str]:
+def describe_rounds(sources: list[Source], rows: int, per_row: float | None = None) -> list[str]:
     """Lines that say how often the samples of each source come round in `rows` rows, and which come too often.
 
-    Each row is taken to hold one sample, so that these are the least; where packing puts several into a row, each comes
-    round as many times more often.
+    per_row: samples of a row. None: each row is taken to hold one sample, so that these are the least; where packing
+    puts several into a row, each comes round as many times more often.
     """
-    rounds = {source.name: rows * source.weight / source.num_samples for source in sources}
+    rounds = {source.name: rows * (per_row or 1) * source.weight / source.num_samples for source in sources}
     listed = ", ".join(f"{name} {times:,.1f}" for name, times in rounds.items())
     many = [name for name, times in rounds.items() if times > MANY_ROUNDS]
-    lines = [f"each sample comes round at least so many times in {rows:,} rows: {listed}"]
+    least = "about" if per_row else "at least"
+    lines = [f"each sample comes round {least} so many times in {rows:,} rows: {listed}"]
     if many:
         lines.append(
             f"warning: {', '.join(many)} {'comes' if len(many) == 1 else 'come'} round more than {MANY_ROUNDS} times: "
@@ -201,7 +211,10 @@ def describe_rounds(sources: list[Source], rows: int) -> list[str]:
 
 
 def missing_sources(cfg: DataConfig) -> list[str]:
-    """Names of the sources of `cfg.blend` that have no folder. ConfigError: the file is wrong, as for `load_blend`."""
+    """Names of the sources of `cfg.blend` that have no folder, or of those that `cfg.keep` means. ConfigError: the file
+    is wrong, as for `load_blend`."""
+    if cfg.own:
+        return own_blend.left_out(cfg, lambda: _read_file(cfg)[1])
     return [entry.name for entry in _read(cfg)[1] if not entry.path.is_dir()]
 
 
@@ -238,6 +251,19 @@ def check_shards(sources: list[Source], max_error_rate: float) -> None:
                 )
 
 
+def check_held_out(config: Config, sources: list[Source]) -> None:
+    """Refuse to measure one's own data where none of it is held out. ConfigError, one sentence."""
+    train, data = config.train, config.data
+    asked = [key for key in ("save_best", "generate_every", "validation_batches") if getattr(train, key)]
+    if data.own and asked and not any(source.num_validation_samples for source in sources):
+        off = {"save_best": "null", "generate_every": "0", "validation_batches": "0"}
+        ways = " ".join(f"train.{key}={off[key]}" for key in asked)
+        raise ConfigError(
+            f"train.{asked[0]}={getattr(train, asked[0])} needs held-out samples, and {data.said} has none: prepare it"
+            f" again with tools/prepare.py --split 90/5/5, or set {ways}."
+        )
+
+
 def write_metadataset(sources: list[Source], path: Path) -> None:
     """Write the blend as an Energon MetadatasetV2, splits train and val. Several ranks may write the same file."""
 
@@ -255,13 +281,10 @@ def write_metadataset(sources: list[Source], path: Path) -> None:
 
 def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
     """What to call the blend in messages, and its sources, checked as far as possible without looking at them."""
-    file = _blend_file(cfg.blend)
-    where = f"data.blend={cfg.blend} ({file})"
-    try:
-        # Unlike PyYAML, OmegaConf refuses a key that is given twice.
-        blend = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if cfg.own:
+        where, blend = cfg.said, own_blend.document(cfg, lambda: _read_file(cfg)[1])
+    else:
+        where, blend = _read_file(cfg)
     if isinstance(blend, dict) and "groups" in blend:
         entries = []
         for name, document in _typed(_GroupsDocument, blend, where).groups.items():
@@ -285,17 +308,28 @@ def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
     return where, entries
 
 
+def _read_file(cfg: DataConfig) -> tuple[str, object]:
+    """What to call the file of `cfg.blend` in messages, and what it holds."""
+    file = _blend_file(cfg.blend)
+    where = f"data.blend={cfg.blend} ({file})"
+    try:
+        # Unlike PyYAML, OmegaConf refuses a key that is given twice.
+        return where, OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+
+
 def _read_sources(cfg: DataConfig, group: _SourcesDocument, where: str, name: str | None, rate: float) -> list[_Entry]:
     """The sources of one group, or of a blend without groups."""
     entries = []
     for source, document in group.sources.items():
-        kind = _FixedSource if group.weighting == "fixed" else _SqrtSource
+        kind = {"fixed": _FixedSource, "sqrt": _SqrtSource, "size": _SourceDocument}[group.weighting]
         within = f"{where}, source {source},"
         typed = _typed(kind, document, within, f"{where}, source {source} of weighting={group.weighting},")
         options = SourceOptions(**{field.name: getattr(typed, field.name) for field in fields(SourceOptions)})
         numbers = (getattr(typed, key, None) for key in ("weight", "size", "factor"))
         folder = Path(os.path.abspath(Path(cfg.root).expanduser() / Path(typed.path).expanduser()))
-        entries.append(_Entry(str(source), folder, name, rate, *numbers, options))
+        entries.append(_Entry(str(source), folder, name, rate, group.weighting, *numbers, options))
     return entries
 
 

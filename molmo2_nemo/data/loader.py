@@ -433,7 +433,7 @@ def validation_loader(
     """
     if not any(source.num_validation_samples for source in sources):
         raise ConfigError(
-            f"nothing is held out in data.blend={data.blend}: prepare a source with a split part val, or set "
+            f"nothing is held out in {data.said}: prepare a source with a split part val, or set "
             "train.validation_batches=0."
         )
     path = Path(run_dir) / METADATASET
@@ -514,7 +514,7 @@ def _manifest(
     encoder: Encoder,
 ) -> dict:
     """Everything that decides the stream. Folders may move, so that paths are left out."""
-    free = ("root", "blend", "tokenizer", "skip_missing", "max_error_rate")
+    free = ("root", "blend", "own", "own_weights", "keep", "tokenizer", "skip_missing", "max_error_rate")
     return {
         **{f"data.{key}": value for key, value in asdict(data).items() if key not in free},
         **{f"source {source.name}": progress.source_entry(source) for source in sources},

@@ -100,7 +100,7 @@ def prepare(config: Config, sources: list[Source], group: dist.ProcessGroup, run
     places, count, eos_id = shared[0]
     if not count:
         raise ConfigError(
-            f"train.generate_every={config.train.generate_every}, but the sources of data.blend={config.data.blend} "
+            f"train.generate_every={config.train.generate_every}, but the sources of {config.data.said} "
             f"hold out no question that fits into data.seq_length={config.data.seq_length} together with "
             f"train.generate_max_tokens={config.train.generate_max_tokens}: change these or set train.generate_every=0."
         )

@@ -16,6 +16,7 @@ from molmo2_nemo import checkpoint_dir, lora_base, parallel
 from molmo2_nemo.checkpoint_dir import step_name
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.data.blend import Source
+from molmo2_nemo.data.epochs import Epoch
 from molmo2_nemo.data.loader import TrainLoader, ValidationLoader, save_state
 from molmo2_nemo.training import answers, checkpoint, shutdown
 from molmo2_nemo.training.batches import BatchSource
@@ -82,6 +83,7 @@ class Run:
     exam: answers.Exam | None  # None: train.generate_every=0
 
     interval: Interval
+    epoch: Epoch | None  # None: nothing depends on it
     data: DataReport
     log: RunLog
     stacks: shutdown.StackDump
@@ -265,7 +267,7 @@ def read_batches(run: Run) -> list[dict]:
     run.interval.speed.add(batches)
     for line in run.data.add(batches):
         run.log.say(f"broken sample: {line}")
-    too_broken = run.data.too_broken(run.config.data.max_error_rate, run.config.data.blend)
+    too_broken = run.data.too_broken(run.config.data.max_error_rate, run.config.data.said)
     if too_broken:
         end(run, too_broken)
     return batches
@@ -276,7 +278,7 @@ def end_for_lack_of_loss(run: Run) -> NoReturn:
     end(
         run,
         f"step {run.position.step}: no token of the global batch carries loss ({lost}): check "
-        f"data.blend={run.config.data.blend} and data.seq_length={run.config.data.seq_length}.",
+        f"{run.config.data.said} and data.seq_length={run.config.data.seq_length}.",
     )
 
 
@@ -343,6 +345,8 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
         data=run.data.by_source(),
         **interval.speed.reduce(seconds, figures["rows"]),
     )
+    if run.epoch is not None:
+        figures["epoch"] = run.data.samples_of(run.epoch.sources) / run.epoch.samples
     impossible = impossible_mfu(figures)
     if impossible:
         run.log.say(impossible)
@@ -365,7 +369,7 @@ def run_validation(run: Run) -> float | None:
     for line in broken:
         run.log.say(f"broken held-out sample: {line}")
     run.log.say(validation_line(run.position.step, figures) + data.note())
-    too_broken = data.too_broken(run.config.data.max_error_rate, run.config.data.blend)
+    too_broken = data.too_broken(run.config.data.max_error_rate, run.config.data.said)
     if too_broken:
         end(run, f"held-out data: {too_broken}")
     run.log.interval()

@@ -132,8 +132,15 @@ class DataReport:
         rows = (dict(zip(COUNTERS, row)) for row in self.totals.tolist())
         return {source: {n: count for n, count in row.items() if count} for source, row in zip(self.sources, rows)}
 
-    def too_broken(self, max_error_rate: float, blend: str) -> str | None:
-        """A sentence when more than this share of a source's samples is broken; the same on all ranks."""
+    def samples_of(self, sources: set[str]) -> int:
+        """Samples of these sources that were read, broken ones included."""
+        return sum(_total(row, ("examples", *DROPPED)) for name, row in self.by_source().items() if name in sources)
+
+    def too_broken(self, max_error_rate: float, said: str) -> str | None:
+        """A sentence when more than this share of a source's samples is broken; the same on all ranks.
+
+        said: the settings that name the data.
+        """
         for source, counts in self.by_source().items():
             broken, seen = _total(counts, BROKEN), _total(counts, ("examples", *DROPPED))
             if broken > max_error_rate * seen and (broken >= MIN_BROKEN or max_error_rate == 0):
@@ -141,7 +148,7 @@ class DataReport:
                 last = f" (the last one: {last})" if last else ""
                 return (
                     f"source {source}: {broken:,} of {seen:,} samples are broken, more than data.max_error_rate="
-                    f"{max_error_rate} allows{last}; fix the source, take it out of data.blend={blend}, or raise "
+                    f"{max_error_rate} allows{last}; fix the source, take it out of {said}, or raise "
                     "data.max_error_rate."
                 )
         return None
@@ -357,8 +364,9 @@ def train_line(step: int, max_steps: int, figures: dict) -> str:
     rates, norms = figures["lr"], figures["grad_norm"]
     loss = "none" if figures["loss"] is None else f"{figures['loss']:.4f}"  # every step was skipped
     by_source = " ".join(f"{source} {loss:.3f}" for source, loss in figures["loss_by_source"].items())
+    epoch = f" | epoch {figures['epoch']:.2f}" if "epoch" in figures else ""
     return (
-        f"step {step}/{max_steps} | loss {loss} ({by_source}) | grad vit {norms['vit']:.3f} conn"
+        f"step {step}/{max_steps}{epoch} | loss {loss} ({by_source}) | grad vit {norms['vit']:.3f} conn"
         f" {norms['connector']:.3f} llm {norms['llm']:.3f} | lr vit {rates['vit']:.2e} conn {rates['connector']:.2e}"
         f" llm {rates['llm']:.2e} | {figures['tokens_per_second']:.0f} tok/s {figures['samples_per_second']:.1f}"
         f" samples/s {speed_note(figures)} | fill {figures['fill']:.0%} | data wait {figures['data_wait_share']:.0%} |"

@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,10 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from molmo2_nemo import auto, checkpoint_dir, gpu, lora_base, parallel
 from molmo2_nemo.command_line import to_dataclass
 from molmo2_nemo.config.checks import check
-from molmo2_nemo.config.components import is_frozen
+from molmo2_nemo.config.components import COMPONENTS, is_frozen
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, LoraConfig
-from molmo2_nemo.data import blend
+from molmo2_nemo.data import blend, epochs
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.loader import Loader, TrainLoader, ValidationLoader, WorkerDied, train_loader, validation_loader
 from molmo2_nemo.environment import rank_from_environment, world_size_from_environment
@@ -52,6 +53,10 @@ def run_stage(cfg: DictConfig) -> None:
         gpu.check_device(config, device)
         sources = blend.load_blend(config.data)
         blend.check_shards(sources, config.data.max_error_rate)
+        blend.check_held_out(config, sources)
+        config, epoch, said = length_of_run(config, sources, device)
+        chosen += said
+        record_length(cfg, config)
         refuse_checkpoint_as_run(config.run_dir)
         if rank == 0:
             # Before the checkpoints are looked at: it may wait for another run, which saves meanwhile.
@@ -62,7 +67,8 @@ def run_stage(cfg: DictConfig) -> None:
                 (Path(config.run_dir) / shutdown.ENDED).unlink(missing_ok=True)
             # Rank 0's choice is everybody's (start.agree); another rank may not even see the folder.
             start = find_start(config) if rank == 0 else Start()
-            run = set_up(config, OmegaConf.to_yaml(cfg, resolve=True), device, sources, start, position, chosen)
+            config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
+            run = set_up(config, config_yaml, device, sources, start, position, chosen, epoch)
             try:
                 with worker_deaths(run.loader, run.validation):
                     reason, why = loop.train(run)
@@ -107,8 +113,30 @@ def is_still_finished(cfg: DictConfig, before: dict) -> bool:
     with contextlib.suppress(OmegaConfBaseException, AttributeError, TypeError, ValueError):
         newest, _ = checkpoint_dir.latest_complete(Path(cfg.run_dir) / "checkpoints")
         if newest is not None and checkpoint_dir.step_of(newest) == before.get("step"):
-            return bool(before.get("message")) or before["step"] >= int(cfg.train.max_steps)
+            most = cfg.train.max_steps  # null where the refused start did not come as far as to count epochs
+            return bool(before.get("message")) or most is None or before["step"] >= int(most)
     return False
+
+
+def length_of_run(config: Config, sources: list[Source], device: str) -> tuple[Config, epochs.Epoch | None, list[str]]:
+    """Settings in epochs and shares as steps, the epoch if something depends on it, and lines for the log.
+
+    Raises ConfigError.
+    """
+    if not epochs.is_asked(config):
+        return replace(config, optim=epochs.with_warmup(config.optim, config.train.max_steps)), None, []
+    epoch = epochs.measured(config, sources)
+    config = epochs.in_steps(config, epoch)
+    seconds = gpu.seconds_of_a_step(config, world_size_from_environment()) if device == "cuda" else None
+    return config, epoch, epochs.described(config, epoch, seconds)
+
+
+def record_length(cfg: DictConfig, config: Config) -> None:
+    """Write what `length_of_run` found into the configuration that the run's folder and its checkpoints record."""
+    for key in ("max_steps", *epochs.EVERY):
+        cfg.train[key] = getattr(config.train, key)
+    for component in COMPONENTS:
+        cfg.optim[component].warmup_steps = getattr(config.optim, component).warmup_steps
 
 
 def set_up(
@@ -119,11 +147,12 @@ def set_up(
     start: Start,
     position: Position,
     chosen: list[str],
+    epoch: epochs.Epoch | None = None,
 ) -> Run:
     """Everything up to the first step. Collective: every rank of the job calls it.
 
-    position: moved on to the checkpoint's where the run is resumed. chosen: lines on settings that said auto. Raises
-    ConfigError.
+    position: moved on to the checkpoint's where the run is resumed. chosen: lines on settings that said auto or epochs.
+    Raises ConfigError.
     """
     settings, run_dir = config.train, Path(config.run_dir)
     request = shutdown.StopRequest(settings.stop_signals, settings.stop_after_minutes)
@@ -140,7 +169,8 @@ def set_up(
 
     log = RunLog(run_dir)
     log.say(banner(config, device, precision, sources))
-    for line in blend.describe_rounds(sources, settings.max_steps * settings.global_batch_size):
+    per_row = epoch.per_row if epoch is not None else None
+    for line in blend.describe_rounds(sources, settings.max_steps * settings.global_batch_size, per_row):
         log.say(line)
     log.say(gpu.description(config, precision, device))
     for line in chosen:
@@ -203,6 +233,7 @@ def set_up(
         micro_batches=steps_micro_batches(config),
         exam=exam,
         interval=Interval(LossBySource(names, device), Speed(config, device, precision)),
+        epoch=epoch,
         data=DataReport(names, device, marker.get("data", {})),
         best=best_so_far(marker, settings.save_best),
         alarm=SpikeAlarm(marker.get("losses", ())),
@@ -245,8 +276,9 @@ def banner(config: Config, device: str, precision: str, sources: list[Source]) -
     layout, settings, data = config.parallel, config.train, config.data
     total = sum(source.weight for source in sources)
     shares = ", ".join(f"{source.name} {source.weight / total:.1%}" for source in sources)
-    missing = blend.missing_sources(data) if data.skip_missing else []
-    left_out = f"\nleft out, not on disk (data.skip_missing=true): {', '.join(missing)}" if missing else ""
+    missing = blend.missing_sources(data) if data.skip_missing or data.own else []
+    which = "data.keep" if data.own else "data.skip_missing=true"
+    left_out = f"\nleft out, not on disk ({which}): {', '.join(missing)}" if missing else ""
     return (
         f"{config.stage} '{config.name}': model {config.model.name}, {dist.get_world_size()} {device} rank(s), "
         f"{precision}, TP {layout.tensor_model_parallel_size}{' + SP' if layout.sequence_parallel else ''}, "
@@ -254,7 +286,7 @@ def banner(config: Config, device: str, precision: str, sources: list[Source]) -
         f"DP {parallel_state.get_data_parallel_world_size()}\n"
         f"{settings.max_steps:,} steps of {settings.global_batch_size} rows x {data.seq_length:,} tokens, "
         f"{data.max_crops} crops a row, at most {data.max_frames} frames a video\n"
-        f"blend {data.blend}: {shares}{left_out}"
+        f"{data.said}: {shares}{left_out}"
     )
 
 

@@ -25,7 +25,7 @@ from molmo2_nemo.config.schema import Config
 from molmo2_nemo.paths import ROOT
 
 OVERRIDE = re.compile(r"[~+]{0,2}[A-Za-z_][\w.]*=.*", re.DOTALL)
-STAGES = ("stage1", "stage2", "stage3")
+STAGES = ("stage1", "stage2", "stage3", "finetune")
 WITH_OVERRIDES = ("tools/plan.py", "tools/inspect_data.py", "tools/preflight.py")
 
 
@@ -100,7 +100,7 @@ def refused(words: list[str], ranks: int | None) -> str | None:
         reason = refused_by_program(script, arguments)
         if reason or script not in WITH_OVERRIDES:
             return reason
-    for stage in [stage for stage in STAGES if stage in Path(script).name or stage in arguments] or STAGES:
+    for stage in [stage for stage in STAGES if stage in Path(script).name or stage in arguments] or STAGES[:3]:
         # `stage3:key=value` is of one stage of a chain.
         own = [word.removeprefix(f"{stage}:") for word in arguments if word.startswith(f"{stage}:")]
         of_stage = overrides + [word for word in own if OVERRIDE.fullmatch(word)]

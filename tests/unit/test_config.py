@@ -67,7 +67,7 @@ def test_the_quickstart_is_accepted(stage):
 
 
 def test_no_option_is_left_untested():
-    assert options("schedule") == ["quickstart", "report", "seed"]
+    assert options("schedule") == ["finetune", "quickstart", "report", "seed"]
     assert options("data") == ["sample", "stage1", "stage2", "stage2_report"]
     assert options("optim") == ["default", "from_scratch"]
 
@@ -407,7 +407,7 @@ def test_options_of_other_trainers_are_answered_and_keys_in_answers_are_those_of
     [
         ("--lr-decay-style=inverse-square-root", "use optim.decay=NAME, which is one of cosine, linear, constant"),
         ("--model=Qwen/Qwen3-8B", "use model=NAME, which is one of hf, molmo2_4b"),
-        ("--schedule=reprot", "use schedule=NAME, which is one of quickstart, report, seed"),
+        ("--schedule=reprot", "use schedule=NAME, which is one of finetune, quickstart, report, seed"),
         ("--torch_dtype=float16", "use train.precision=NAME, which is one of auto, fp32, bf16, fp8"),
     ],
 )

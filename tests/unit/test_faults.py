@@ -382,7 +382,7 @@ def test_a_report_counts_by_source_and_tells_the_first_errors(one_rank):
 def test_the_limit_on_broken_samples(counts, rate, stops):
     report = DataReport(["fine", "bad"], "cpu", {"fine": {"examples": 10**7}, "bad": counts})
     report.last_report["bad"] = "bad: 00017: The image cannot be decoded."
-    sentence = report.too_broken(rate, "my_blend")
+    sentence = report.too_broken(rate, "data.blend=my_blend")
     assert (sentence is not None) == stops
     for words in ("source bad", f"data.max_error_rate={rate}", "00017: The image cannot be decoded", "my_blend"):
         assert not stops or words in sentence

@@ -132,16 +132,16 @@ def page() -> str:
                 cls, prefix = schema.StageSchedule, "schedule.STAGE"
             lines = [(f"`{key}`", *rest) for key, *rest in rows(cls, f"{prefix}.")]
             parts.append(f"## `{field.name}`\n\n{' '.join(cls.__doc__.split())}\n\n{table(heading, lines)}")
-    stages = ("stage1", "stage2", "stage3")
+    stages = schema.STAGES
     parts.append(
-        "## What the stages set\n\n"
+        "## What the stages and fine-tuning set\n\n"
         + conf_table([f"{s}.yaml" for s in stages], {s: load(f"{s}.yaml") for s in stages}, "key")
     )
     for name in sorted(path.name for path in (CONF_DIR / "schedule").glob("*.yaml")):
         values = load(f"schedule/{name}")
         parts.append(
             f"## `schedule={name.removesuffix('.yaml')}`\n\n"
-            + conf_table([f"schedule/{name}"], {s: values[s] for s in stages}, "key of `schedule.STAGE`")
+            + conf_table([f"schedule/{name}"], {s: values[s] for s in stages if s in values}, "key of `schedule.STAGE`")
         )
     models = sorted(path.stem for path in (CONF_DIR / "model").glob("*.yaml") if path.stem != "hf")
     files = [f"model/{name}.yaml" for name in models]

@@ -1,0 +1,195 @@
+"""The command line of recipes/finetune.py: names of one's own data, and hardware=auto.
+
+hardware=auto becomes the settings that are chosen: how the model is divided, and whether all weights are trained or
+adapters (conf/tune/). On one machine the recipe then starts itself once for each GPU. Under torchrun or srun it takes
+their ranks. Imports torch only to count GPUs.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from molmo2_nemo.auto import CHUNKS, SMALL_CHUNKS
+from molmo2_nemo.command_line import HARDWARE_AUTO, compose, finetune_words
+from molmo2_nemo.config.checks import check_settings
+from molmo2_nemo.config.errors import ConfigError, refuse
+from molmo2_nemo.config.flags import refuse_flags
+from molmo2_nemo.config.schema import Config
+from molmo2_nemo.environment import (
+    quiet_libraries,
+    rank_from_environment,
+    set_gpu_environment,
+    world_size_from_environment,
+)
+from molmo2_nemo.paths import CONF_DIR
+from molmo2_nemo.planner.flops import PEAK_TFLOPS
+from molmo2_nemo.planner.memory import GIB, RESERVE_GIB
+from molmo2_nemo.planner.search import Found, search
+from molmo2_nemo.planner.step_time import H100
+
+# What is trained, in the order of preference: files of conf/tune/.
+TUNES = {"full": "full fine-tuning", "lora": "LoRA"}
+# Numbers of GPUs that are tried to say what would be enough.
+ENOUGH = (1, 2, 4, 8, 16, 32, 64)
+SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """gpus: 0 for a CPU alone; gib: memory of the smallest; name: of the first, as torch has it."""
+
+    gpus: int
+    gib: float = 0.0
+    name: str = H100
+
+
+def ready(argv: list[str]) -> list[str]:
+    """The words that Hydra gets for the recipe `argv[0]`; ends the program with one sentence for what cannot work.
+
+    With hardware=auto and several GPUs it does not return: torchrun takes the place of this process.
+    """
+    quiet_libraries()
+    set_gpu_environment()
+    try:
+        words = finetune_words(argv[1:])
+        if planned := next((word for word in words if word.startswith("gpus=")), None):
+            others = " ".join(word for word in argv[1:] if word != planned)
+            raise ConfigError(
+                f"{planned}: the recipe takes the GPUs that are there; to plan for others: python tools/plan.py"
+                f" --config-name finetune {others} {planned}"
+            )
+        if HARDWARE_AUTO not in words:
+            return words
+        refuse_flags(words)
+        machine = this_machine()
+        is_started = bool({"WORLD_SIZE", "SLURM_STEP_ID"} & os.environ.keys())  # by torchrun or srun
+        ranks = world_size_from_environment() if is_started else None
+        words, used, lines = choose(words, replace(machine, gpus=ranks if ranks and machine.gpus else machine.gpus))
+        if ranks is not None and machine.gpus:
+            refuse(
+                used != ranks,
+                f"{HARDWARE_AUTO} can use {used} of {ranks} ranks (train.global_batch_size): start {used}.",
+            )
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+    if rank_from_environment() == 0:
+        print("\n".join(lines), flush=True)
+    if ranks is None and used > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(used)]
+        os.execv(sys.executable, [sys.executable, *torchrun, argv[0], *words])
+    return words
+
+
+def this_machine() -> Machine:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        return Machine(0)
+    found = [torch.cuda.get_device_properties(number) for number in range(count)]
+    return Machine(count, min(one.total_memory for one in found) / GIB, found[0].name)
+
+
+def choose(words: list[str], machine: Machine) -> tuple[list[str], int, list[str]]:
+    """The words with settings in the place of hardware=auto, the number of ranks, and lines that say what and why.
+
+    The fastest layout for all weights if one fits, else for LoRA; of a run that goes on, what it was begun with. Fewer
+    GPUs than there are where not all of them can share the rows of a step. ConfigError: nothing fits; the sentence says
+    what would.
+    """
+    given = next((word for word in words if word.startswith(("parallel.", "parallel="))), None)
+    refuse(given is not None, f"{given}: {HARDWARE_AUTO} chooses the layout itself; leave one of the two out.")
+    others = [word for word in words if word != HARDWARE_AUTO]
+    tunes = tunes_of(others)
+    if not machine.gpus:
+        # One rank, whose memory is not planned.
+        tune = next(iter(tunes))
+        line = f"{HARDWARE_AUTO}: no GPU is here; one rank on the CPU, {TUNES.get(tune, tune)}"
+        return [*_without_tune(others), f"tune={tune}"], 1, [line]
+    why = []
+    for tune in tunes:
+        config = compose("finetune", [*_without_tune(others), f"tune={tune}"])
+        check_settings(config, 1)  # what is wrong at any layout
+        for gpus in range(machine.gpus, 0, -1):
+            found = fastest(config, replace(machine, gpus=gpus))
+            if found is not None:
+                return _words(others, tune, found), gpus, [*why, *_lines(tune, found, machine)]
+        why.append(f"{HARDWARE_AUTO}: {TUNES.get(tune, tune)} does not fit {_spelt(machine)}")
+    raise ConfigError(
+        f"{HARDWARE_AUTO}: {' or '.join(TUNES.get(tune, tune) for tune in tunes)} does not fit {_spelt(machine)} with"
+        f" data.seq_length={config.data.seq_length}; {least_that_fits(others, tunes, machine)}."
+    )
+
+
+def tunes_of(words: list[str]) -> list[str]:
+    """What may be trained: as given, else as the run was begun that is there, else all that there is."""
+    given = next((word.removeprefix("tune=") for word in words if word.startswith("tune=")), None)
+    if given is not None:
+        return [given]
+    there = [tune for tune in TUNES if (CONF_DIR / "tune" / f"{tune}.yaml").is_file()]
+    try:
+        begun = yaml.safe_load((Path(compose("finetune", words).run_dir) / "config.yaml").read_text())
+        return ["lora" if begun.get("lora", {}).get("rank", 0) else "full"]
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return there
+
+
+def fastest(config: Config, machine: Machine) -> Found | None:
+    """(job, estimate, peak bytes) of the fastest layout that fits; None: none does. The one question to the planner."""
+    device = machine.name if machine.name in PEAK_TFLOPS else H100  # for the order alone
+    for chunk in (*CHUNKS, *SMALL_CHUNKS):
+        candidate = replace(config, train=replace(config.train, vision_chunk_crops=chunk))
+        found = search(candidate, machine.gpus, machine.gib, device)
+        if found:
+            return found[0]
+    return None
+
+
+def least_that_fits(words: list[str], tunes: list[str], machine: Machine) -> str:
+    """Half a sentence: the smallest number of GPUs of this memory on which something fits."""
+    for gpus in ENOUGH:
+        for tune in tunes:
+            config = compose("finetune", [*_without_tune(words), f"tune={tune}"])
+            if fastest(config, replace(machine, gpus=gpus)) is not None:
+                return f"the smallest that fits is {TUNES.get(tune, tune)} on {_spelt(replace(machine, gpus=gpus))}"
+    return f"nothing fits up to {ENOUGH[-1]} GPUs of this memory: use a smaller model or data.seq_length"
+
+
+def _words(words: list[str], tune: str, found: Found) -> list[str]:
+    p, train = found[0].config.parallel, found[0].config.train
+    layout = [f"parallel.{key}={getattr(p, key)}" for key in SIZES]
+    layout.append(f"parallel.sequence_parallel={str(p.sequence_parallel).lower()}")
+    # auto.py chooses among them with the memory of the GPU that the rank has.
+    chosen = [f"train.micro_batch_size={train.micro_batch_size}", "train.vision_chunk_crops=auto"]
+    given = {word.lstrip("+").partition("=")[0] for word in words}
+    chosen = [word for word in chosen if word.partition("=")[0] not in given]
+    if not any(key.startswith("transformer.recompute") for key in given):
+        chosen.append("transformer.recompute=auto")
+    return [*_without_tune(words), f"tune={tune}", *layout, *chosen]
+
+
+def _lines(tune: str, found: Found, machine: Machine) -> list[str]:
+    job, cost, needed = found
+    layout = f"TP {job.t}, PP {job.p}, CP {job.c}, DP {job.d}"
+    idle = f", {machine.gpus - job.gpus} of {machine.gpus} GPUs idle" if job.gpus < machine.gpus else ""
+    time = (
+        f"{cost.fast.seconds:.1f} to {cost.slow.seconds:.1f} s a step"
+        if machine.name in PEAK_TFLOPS
+        else f"time not known for {machine.name}"
+    )
+    return [
+        f"{HARDWARE_AUTO}: {TUNES.get(tune, tune)} on {_spelt(replace(machine, gpus=job.gpus))}{idle}: {layout}, the"
+        f" fastest that fits by the plan ({needed / GIB + RESERVE_GIB:.0f} GiB, {RESERVE_GIB:g} of them in reserve;"
+        f" {time})"
+    ]
+
+
+def _without_tune(words: list[str]) -> list[str]:
+    return [word for word in words if not word.startswith("tune=")]
+
+
+def _spelt(machine: Machine) -> str:
+    return f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''} of {machine.gib:.1f} GiB"
