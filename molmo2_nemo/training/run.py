@@ -168,14 +168,7 @@ def set_up(
     precision = parallel.resolve_precision(settings, device)
 
     log = RunLog(run_dir)
-    log.say(banner(config, device, precision, sources))
-    per_row = epoch.per_row if epoch is not None else None
-    for line in blend.describe_rounds(sources, settings.max_steps * settings.global_batch_size, per_row):
-        log.say(line)
-    log.say(gpu.description(config, precision, device))
-    for line in chosen:
-        log.say(line)
-    for line in gpu.missing_libraries(config, device, world_size_from_environment()):
+    for line in before_the_start(config, device, precision, sources, chosen, epoch):
         log.say(line)
     for line in start.ignored:
         log.say(f"ignored: {line}")
@@ -269,6 +262,20 @@ def best_so_far(marker: dict, metric: str | None) -> Best:
     if not isinstance(found, dict) or found.get("metric") != metric or metric is None:
         return Best(metric)
     return Best(metric, found.get("value"), int(found.get("step") or 0), int(found.get("worse") or 0))
+
+
+def before_the_start(
+    config: Config, device: str, precision: str, sources: list[Source], chosen: list[str], epoch: epochs.Epoch | None
+) -> list[str]:
+    """Lines for the log on what is about to run: layout, data, how often they come round, device and libraries."""
+    rows, per_row = config.train.max_steps * config.train.global_batch_size, None if epoch is None else epoch.per_row
+    return [
+        banner(config, device, precision, sources),
+        *blend.describe_rounds(sources, rows, per_row),
+        gpu.description(config, precision, device),
+        *chosen,
+        *gpu.missing_libraries(config, device, world_size_from_environment()),
+    ]
 
 
 def banner(config: Config, device: str, precision: str, sources: list[Source]) -> str:
