@@ -140,12 +140,16 @@ def tunes_of(words: list[str]) -> list[str]:
 def fastest(config: Config, machine: Machine) -> Found | None:
     """(job, estimate, peak bytes) of the fastest layout that fits; None: none does. The one question to the planner."""
     device = machine.name if machine.name in PEAK_TFLOPS else H100  # for the order alone
-    for chunk in (*CHUNKS, *SMALL_CHUNKS):
+    chunks = (*CHUNKS, *SMALL_CHUNKS)
+    # The smallest first: where that does not fit, which is asked at many numbers of GPUs, nothing does.
+    for chunk in (chunks[-1], *chunks):
         candidate = replace(config, train=replace(config.train, vision_chunk_crops=chunk))
         found = search(candidate, machine.gpus, machine.gib, device)
-        if found:
+        if not found and chunk == chunks[-1]:
+            return None
+        if found and chunk != chunks[-1]:
             return found[0]
-    return None
+    return found[0]
 
 
 def least_that_fits(words: list[str], tunes: list[str], machine: Machine) -> str:

@@ -5,6 +5,7 @@ temporary name, and renames the folder when it is complete. Memory stays near th
 Adapters of LoRA are merged with the weights that they were trained beside, or written alone, as PEFT's.
 
     python tools/export_hf.py runs/molmo2/stage2 OUT                  # newest complete checkpoint of a run
+    python tools/export_hf.py runs/mine OUT --best                    # the best by train.save_best
     python tools/export_hf.py runs/molmo2/stage2/checkpoints/step_00000500 OUT --dtype bfloat16 --max-shard-gib 4
     python tools/export_hf.py runs/molmo2/stage2 OUT --adapter        # of a run with lora.rank above 0
 """
@@ -26,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CKPT", help="a step_* directory, or a run directory")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder to write")
+    parser.add_argument("--best", action="store_true", help="the best checkpoint of a run, not the newest")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as in the checkpoint")
     parser.add_argument("--max-shard-gib", type=float, default=4.0, help="size of a safetensors file at most")
     parser.add_argument("--no-checksums", action="store_true", help="do not compare the checkpoint with its checksums")
@@ -38,7 +40,7 @@ def main() -> None:
     if not 0 < args.max_shard_gib < float("inf"):
         parser.error(f"--max-shard-gib {args.max_shard_gib} is no positive number")
     try:
-        checkpoint = checkpoint_dir.resolve(args.checkpoint)
+        checkpoint = best_of(args.checkpoint) if args.best else checkpoint_dir.resolve(args.checkpoint)
         if not args.no_checksums:
             checkpoint_dir.verify(checkpoint)
         dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -61,6 +63,18 @@ def main() -> None:
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{args.out} holds {checkpoint}; load it with transformers' AutoModelForImageTextToText and AutoProcessor")
+
+
+def best_of(run: str) -> Path:
+    """The best checkpoint of a run. ConfigError: it has none."""
+    folder = Path(run) / "checkpoints"
+    found = checkpoint_dir.best(folder)
+    if found is None:
+        raise ConfigError(
+            f"--best: {folder} has no best checkpoint, which train.save_best=loss would keep: without --best the newest"
+            " is taken, and a checkpoint by its path."
+        )
+    return found
 
 
 def training_data_settings(checkpoint: Path) -> dict:

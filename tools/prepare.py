@@ -1,7 +1,7 @@
 """Turn your own annotations into shards to train on. The formats that are read: docs/own_data.md
 
     python tools/prepare.py my_annotations.jsonl --images DIR --out SHARDS --split 90/5/5
-    python recipes/stage2_sft.py data.blend=SHARDS/blend.yaml ...
+    python recipes/finetune.py model=hf model.hf_path=/models/Molmo2-8B data.mine=SHARDS hardware=auto
 
 Or the public data sets of a stage, once tools/download.py has fetched them (options: --stage 1 --help):
 
@@ -14,6 +14,7 @@ kind with their lines, and nothing is written unless --skip-bad says to go on wi
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -293,7 +294,9 @@ def print_own_report(
     blend = shlex.quote(f"data.blend={arguments.out / 'blend.yaml'}")
     print("\nLook at them, then train on them:")
     print(f"  python tools/inspect_data.py --config-name stage2 {blend} --each --samples 200 --html runs/inspect")
-    print(f"  python recipes/stage2_sft.py {blend} train.init_from=CHECKPOINT")
+    name = re.sub(r"[^\w-]", "_", arguments.name or arguments.out.resolve().name)
+    own = shlex.quote(f"data.{name if name[0].isalpha() else f'own_{name}'}={arguments.out}")
+    print(f"  python recipes/finetune.py model=hf model.hf_path=MODEL {own} hardware=auto")
 
 
 def different(part: list[OwnSample]) -> int:

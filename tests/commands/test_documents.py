@@ -41,7 +41,11 @@ RUN = (
 )
 
 # Documents whose blocks after `<!-- tested -->` are run by another test.
-ELSEWHERE = {"own_data.md": "tests/commands/test_prepare.py", "datasets.md": "tests/ranks/test_stage_pass.py"}
+ELSEWHERE = {
+    "own_data.md": "tests/commands/test_prepare.py",
+    "finetune.md": "tests/commands/test_finetune.py",
+    "datasets.md": "tests/ranks/test_stage_pass.py",
+}
 
 # Why a command is not run here; its program and its arguments are checked all the same. (pattern, reason)
 NOT_RUN = (
