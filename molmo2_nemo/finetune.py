@@ -29,6 +29,7 @@ from molmo2_nemo.planner.flops import PEAK_TFLOPS
 from molmo2_nemo.planner.memory import GIB, RESERVE_GIB
 from molmo2_nemo.planner.search import Found, search
 from molmo2_nemo.planner.step_time import H100
+from molmo2_nemo.recipe import SHOWING
 
 # What is trained, in the order of preference: files of conf/tune/.
 TUNES = {"full": "full fine-tuning", "lora": "LoRA"}
@@ -64,10 +65,12 @@ def ready(argv: list[str]) -> list[str]:
         if HARDWARE_AUTO not in words:
             return words
         refuse_flags(words)
+        options = [word for word in words if word.startswith("-") or "=" not in word]
         machine = this_machine()
         is_started = bool({"WORLD_SIZE", "SLURM_STEP_ID"} & os.environ.keys())  # by torchrun or srun
         ranks = world_size_from_environment() if is_started else None
-        words, used, lines = choose(words, replace(machine, gpus=ranks if ranks and machine.gpus else machine.gpus))
+        settings = [word for word in words if word not in options]
+        words, used, lines = choose(settings, replace(machine, gpus=ranks if ranks and machine.gpus else machine.gpus))
         if ranks is not None and machine.gpus:
             refuse(
                 used != ranks,
@@ -77,7 +80,8 @@ def ready(argv: list[str]) -> list[str]:
         raise SystemExit(f"error: {error}") from None
     if rank_from_environment() == 0:
         print("\n".join(lines), flush=True)
-    if ranks is None and used > 1:
+    words = [*options, *words]
+    if ranks is None and used > 1 and not SHOWING & {option.split("=")[0] for option in options}:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(used)]
         os.execv(sys.executable, [sys.executable, *torchrun, argv[0], *words])
     return words

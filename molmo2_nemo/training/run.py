@@ -269,9 +269,10 @@ def before_the_start(
 ) -> list[str]:
     """Lines for the log on what is about to run: layout, data, how often they come round, device and libraries."""
     rows, per_row = config.train.max_steps * config.train.global_batch_size, None if epoch is None else epoch.per_row
+    is_said = epoch is not None and len(epoch.sources) == len(sources)  # by the number of epochs
     return [
         banner(config, device, precision, sources),
-        *blend.describe_rounds(sources, rows, per_row),
+        *([] if is_said else blend.describe_rounds(sources, rows, per_row)),
         gpu.description(config, precision, device),
         *chosen,
         *gpu.missing_libraries(config, device, world_size_from_environment()),

@@ -170,7 +170,9 @@ def test_the_recipe_starts_a_rank_for_each_gpu(monkeypatch, capsys):
     # Under torchrun the ranks are taken as they are.
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "tune=lora" in finetune.ready(["recipes/finetune.py", "model=molmo2_4b", "tune=lora", *AUTO])
-    assert len(started) == 1
+    monkeypatch.delenv("WORLD_SIZE")
+    shown = finetune.ready(["recipes/finetune.py", "--cfg", "job", "model=molmo2_4b", "tune=lora", *AUTO])
+    assert shown[:3] == ["--cfg", "job", "model=molmo2_4b"] and "hardware=auto" not in shown and len(started) == 1
     with pytest.raises(SystemExit, match="tools/plan.py --config-name finetune model=tiny gpus=8"):
         finetune.ready(["recipes/finetune.py", "model=tiny", "gpus=8"])
     with pytest.raises(SystemExit, match="hardware=auto is for recipes/finetune.py"):
