@@ -261,6 +261,11 @@ def test_few_pictures_leave_no_split_empty_that_was_asked_for():
     with pytest.raises(ValueError, match="nothing for (val|test), since the 3 samples are about 2 picture"):
         splits.deal(two, splits.Shares.read("90/5/5"))
     assert sorted(splits.deal(two, splits.Shares.read("67/33")).values())[0] == "train"
+    # Neither chance nor a large group takes the data away from training.
+    for number in range(6, 40):
+        lines = [sample(f"k{n}", max(0, n - number // 2)) for n in range(number)]
+        dealt = list(splits.deal(lines, splits.Shares.read("70/15/15")).values())
+        assert dealt.count("val") <= max(1, 1.5 * 0.15 * number) and dealt.count("train") >= number // 2
     # Without --split one sample is enough, and no more than the share is taken for validation.
     usual = splits.Shares.read(splits.DEFAULT, asked=False)
     assert splits.deal([sample("a", 1)], usual) == {"a": "train"}
