@@ -109,10 +109,10 @@ def choose(words: list[str], machine: Machine) -> tuple[list[str], int, list[str
     others = [word for word in words if word != HARDWARE_AUTO]
     tunes = tunes_of(others)
     if not machine.gpus:
-        # One rank, whose memory is not planned.
-        tune = next(iter(tunes))
-        line = f"{HARDWARE_AUTO}: no GPU is here; one rank on the CPU, {TUNES.get(tune, tune)}"
-        return [*_without_tune(others), f"tune={tune}"], 1, [line]
+        # The ranks that there are, one unless a launcher started more; their memory is not planned.
+        tune, ranks = tunes[0], world_size_from_environment()
+        line = f"{HARDWARE_AUTO}: no GPU is here; {ranks} rank(s) on the CPU, {TUNES.get(tune, tune)}"
+        return [*_without_tune(others), f"tune={tune}"], ranks, [line]
     why = []
     for tune in tunes:
         config = compose("finetune", [*_without_tune(others), f"tune={tune}"])

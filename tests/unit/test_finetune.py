@@ -153,7 +153,7 @@ def test_a_run_goes_on_with_what_it_was_begun_with_and_a_layout_of_ones_own_is_r
     with pytest.raises(ConfigError, match="parallel=tp2: hardware=auto chooses the layout itself"):
         choose([*words, "parallel=tp2"], Machine(2, 79.6))
     found, ranks, (line,) = choose(words, Machine(0))
-    assert ranks == 1 and "tune=full" in found and "no GPU is here; one rank on the CPU" in line
+    assert ranks == 1 and "tune=full" in found and "no GPU is here; 1 rank(s) on the CPU" in line
 
 
 def test_the_recipe_starts_a_rank_for_each_gpu(monkeypatch, capsys):
