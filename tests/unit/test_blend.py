@@ -132,7 +132,7 @@ def test_options_of_a_source(root):
         ({"sources": {}}, "lacks the key weighting"),
         ({"weighting": "fixed", "sources": {}}, "lists no sources"),
         ({"weighting": "fixed", "sources": ["a"]}, "lists no sources"),
-        ({"weighting": "cube", "sources": {"a": {"path": "a"}}}, "weighting=cube: choose fixed or sqrt"),
+        ({"weighting": "cube", "sources": {"a": {"path": "a"}}}, "weighting=cube: choose fixed, sqrt or size"),
         ({"weighting": "fixed", "sources": {"a": {"path": "a"}}}, "source a of weighting=fixed, lacks the key weight"),
         (sqrt(a={"path": "a", "weight": 1}), "unknown key weight"),
         (fixed(a=("a", 1)) | {"more": 1}, "unknown key more"),
