@@ -15,6 +15,7 @@ setup(
     package_data={
         "molmo2_nemo": ["report.html"],
         "molmo2_nemo.ask": ["page.html"],
+        "molmo2_nemo.evaluate": ["page.html"],
         "molmo2_nemo.data": ["tokenizer/*"],
         "molmo2_nemo.conf": ["*.yaml", "*/*.yaml"],
         "molmo2_nemo.tools": ["inspect_pages/*"],

@@ -5,7 +5,7 @@ data/pictures.py, data/video.py and data/processor.py, as those of training do.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ class Seen:
     frames: torch.Tensor | None = None  # uint8 [frames, 3, size, size]
     times: list[float] = field(default_factory=list)  # seconds, of the frames
     duration: float | None = None  # seconds, of the video
+    subtitles: str = ""  # what the model reads behind the frames
 
     @property
     def visuals(self) -> list[Visual]:
@@ -48,6 +49,7 @@ class Seen:
 class Reply:
     text: str
     is_cut: bool  # it was not at its end after the most tokens
+    num_tokens: int = 0
 
 
 class Asker:
@@ -105,18 +107,24 @@ class Asker:
         return Seen([_try(read_image, image, video_facts, instead) for image in images])
 
     def _frames(self, video: Path, instead: str) -> Seen:
-        """Frames at `max_fps` with the last one included, as in training. Never more than the resized ones are held."""
+        """Frames at `max_fps` with the last one included, as in training."""
         duration = _try(video_facts, video, read_image, instead)["duration"]
         times = frame_times(duration, self.max_frames, self.max_fps)
-        size = self.processor.video_processor.size
-        frames = torch.empty(len(times), 3, size["height"], size["width"], dtype=torch.uint8)
         try:
-            for number, frame in enumerate(pick_frames(video.read_bytes(), times)):
-                (resized,) = resize(frame, (size["height"], size["width"]))
-                frames[number] = torch.from_numpy(resized).permute(2, 0, 1)
+            return Seen(
+                frames=self.resized(pick_frames(video.read_bytes(), times), len(times)), times=times, duration=duration
+            )
         except ValueError as error:
             raise ValueError(f"{video}: {_first_line(error)}") from error
-        return Seen(frames=frames, times=times, duration=duration)
+
+    def resized(self, frames: Iterable[np.ndarray], count: int) -> torch.Tensor:
+        """`count` frames uint8 [H, W, 3] at the model's size, uint8 [count, 3, size, size]; one at a time is held."""
+        size = self.processor.video_processor.size
+        resized = torch.empty(count, 3, size["height"], size["width"], dtype=torch.uint8)
+        for number, frame in enumerate(frames):
+            (pixels,) = resize(frame, (size["height"], size["width"]))
+            resized[number] = torch.from_numpy(pixels).permute(2, 0, 1)
+        return resized
 
     def check_tokens(self, messages: Sequence[dict]) -> None:
         """ValueError: a text spells a special token."""
@@ -130,20 +138,26 @@ class Asker:
 
         ValueError: a text spells a special token, or the model has too few positions for the question.
         """
-        self.check_tokens(messages)
-        kinds = ["image"] * len(seen.pictures) + ["video"] * (seen.frames is not None)
-        first = next(number for number, message in enumerate(messages) if message["role"] == "user")
-        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": messages[first]["content"]}]
-        turns = [*messages[:first], {"role": "user", "content": content}, *messages[first + 1 :]]
+        return self.batch_inputs([(messages, seen)])
+
+    def batch_inputs(self, questions: Sequence[tuple[Sequence[dict], Seen]]) -> BatchFeature:
+        """The same of several questions, the shorter ones padded on the left; with videos all of them have one."""
+        texts, pictures, videos, metadata = [], [], [], []
+        for messages, seen in questions:
+            texts.append(self.prompt(messages, seen))
+            pictures += [Image.fromarray(picture) for picture in seen.pictures]
+            if seen.frames is not None:
+                # The prompt's time stamps are index / fps. The frames have their size: the processor keeps it.
+                videos.append(seen.frames)
+                metadata.append(
+                    VideoMetadata(len(seen.times), fps=1, duration=seen.duration, frames_indices=seen.times)
+                )
         about = {}
-        if seen.pictures:
-            about = {"images": [Image.fromarray(picture) for picture in seen.pictures], "max_crops": self.max_crops}
-        elif seen.frames is not None:
-            # The prompt's time stamps are index / fps. The frames have their size: the processor does not change it.
-            metadata = VideoMetadata(len(seen.times), fps=1, duration=seen.duration, frames_indices=seen.times)
-            about = {"videos": [seen.frames], "video_metadata": [metadata], "do_sample_frames": False}
-        text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        inputs = self.processor(text=text, return_tensors="pt", **about)
+        if pictures:
+            about = {"images": pictures, "max_crops": self.max_crops}
+        if videos:
+            about |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
+        inputs = self.processor(text=texts, return_tensors="pt", padding=True, padding_side="left", **about)
         length = inputs["input_ids"].shape[1]
         if length >= self.positions:
             raise ValueError(
@@ -152,11 +166,40 @@ class Asker:
             )
         return inputs
 
+    def prompt(self, messages: Sequence[dict], seen: Seen) -> str:
+        """The text that the processor reads, with a placeholder for each picture or the video.
+
+        ValueError: a text spells a special token.
+        """
+        self.check_tokens(messages)
+        kinds = ["image"] * len(seen.pictures) + ["video"] * (seen.frames is not None)
+        first = next(number for number, message in enumerate(messages) if message["role"] == "user")
+        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": messages[first]["content"]}]
+        turns = [*messages[:first], {"role": "user", "content": content}, *messages[first + 1 :]]
+        text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        if not seen.subtitles:
+            return text
+        self.check_tokens([{"content": seen.subtitles}])
+        video = self.processor.video_token
+        return text.replace(video, video + seen.subtitles, 1)
+
     def answer(
         self, messages: Sequence[dict], seen: Seen, max_new_tokens: int, streamer: TextStreamer | None = None
     ) -> Reply:
         """The greedy answer. ValueError: as of `inputs`, or there is too little memory."""
-        inputs = self.inputs(messages, seen)
+        return self.answers([(messages, seen)], max_new_tokens, streamer)[0]
+
+    def answers(
+        self,
+        questions: Sequence[tuple[Sequence[dict], Seen]],
+        max_new_tokens: int,
+        streamer: TextStreamer | None = None,
+    ) -> list[Reply]:
+        """The greedy answers to questions that are asked at once: about pictures or nothing, or all about videos.
+
+        ValueError: as of `inputs`, or there is too little memory.
+        """
+        inputs = self.batch_inputs(questions)
         self.load()
         length = inputs["input_ids"].shape[1]
         most = min(max_new_tokens, self.positions - length)
@@ -164,17 +207,23 @@ class Asker:
             with torch.inference_mode():
                 tokens = self.model.generate(
                     **inputs.to(self.device), max_new_tokens=most, do_sample=False, streamer=streamer
-                )[0, length:].tolist()
+                )[:, length:].tolist()
         except torch.cuda.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise ValueError(
                 "the GPU has too little memory: use fewer pictures, a smaller --max-crops or --max-frames, "
                 "or --device cpu"
             ) from error
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return [self._reply(row, most) for row in tokens]
+
+    def _reply(self, tokens: list[int], most: int) -> Reply:
+        """tokens: of one answer, with whatever stands behind its end."""
         ends = self.model.generation_config.eos_token_id
-        is_cut = len(tokens) == most and tokens[-1] not in (ends if isinstance(ends, list) else [ends])
-        return Reply(text, is_cut)
+        ends = ends if isinstance(ends, list) else [ends]
+        end = next((number for number, token in enumerate(tokens) if token in ends), None)
+        own = tokens if end is None else tokens[: end + 1]
+        text = self.tokenizer.decode(own, skip_special_tokens=True).strip()
+        return Reply(text, end is None and len(tokens) == most, len(own))
 
 
 def check_messages(messages) -> list[dict]:

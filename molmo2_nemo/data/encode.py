@@ -19,7 +19,6 @@ Source of the rules: public `olmo/preprocessing` and `olmo/data` of allenai/molm
 import functools
 import itertools
 import unicodedata
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,7 @@ import numpy as np
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data.blend import SourceOptions
-from molmo2_nemo.data.frames import Shown, annotated, choose
+from molmo2_nemo.data.frames import Shown, annotated, choose, subtitle_text
 from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.points import render_content
 from molmo2_nemo.data.processor import VisualInputs, build_processor
@@ -44,8 +43,6 @@ LEAST_TURN = 4
 COMPOSED = 4
 # No more branches are tokenized when those that did not fit had this many rows of tokens.
 ROWS_IN_VAIN = 8
-# Seconds: a subtitle is shown if a frame is seen while it lasts, or this long before or after.
-SUBTITLE_REACH = 1.0
 
 PLAIN = SourceOptions()
 
@@ -426,25 +423,11 @@ class Encoder:
         return _Fitted(ids, [(1, self.frame_patches)] * len(shown.times), text(frames), counts, shown)
 
     def _subtitles(self, video: Video, shown: Shown) -> np.ndarray:
-        """Tokens of "subtitle" and a line for each subtitle near a frame; nothing for a video without subtitles.
-
-        Every line ends with a line break, and the first stands there even if no subtitle is near, as in Molmo2's
-        training data (allenai/molmo2: olmo/preprocessing/video_preprocessor.py).
-        """
+        """Tokens of `frames.subtitle_text`."""
         if not video.subtitles:
             return np.zeros(0, dtype=np.int32)
-        lines, times, row = ["subtitle"], shown.times, self.data.seq_length
-        for start, end, text in video.subtitles:
-            start, end = start - shown.start, end - shown.start
-            first = bisect_left(times, start - SUBTITLE_REACH)
-            if first < len(times) and times[first] <= end + SUBTITLE_REACH:
-                # One that lasts as long as the video stands for all that is said, without times.
-                lasts = start <= 0 and end >= video.seconds
-                lines.append(text if lasts else f"{max(0.0, start):.1f} - {end:.1f} {text}")
-                if len(lines) > row:
-                    break
-        text = "\n".join([*lines, ""])
-        if len(lines) > row or self._least_tokens(text) > row:
+        text, row = subtitle_text(video, shown, self.data.seq_length), self.data.seq_length
+        if text is None or self._least_tokens(text) > row:
             return np.full(row + 1, self.eos_id, dtype=np.int32)  # fits no row either
         return np.array(self._text(text), dtype=np.int32)
 

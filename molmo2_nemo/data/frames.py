@@ -24,6 +24,9 @@ from molmo2_nemo.data.points import POINT_FPS, SAME_TIME, Points, from_json, poi
 from molmo2_nemo.data.schema import Chat, Example, Message, Pointing, Tracking, Video
 from molmo2_nemo.data.video import annotation_rate, frame_times, is_multiple
 
+# Seconds: a subtitle is shown if a frame is seen while it lasts, or this long before or after.
+SUBTITLE_REACH = 1.0
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -158,3 +161,24 @@ def _thinned(values: Sequence[float], most: int) -> list[float]:
     if len(values) <= most:
         return list(values)
     return [values[round(index)] for index in np.linspace(0, len(values) - 1, most).tolist()]
+
+
+def subtitle_text(video: Video, shown: Shown, most_lines: int | None = None) -> str | None:
+    """The word subtitle and a line for each subtitle near a frame; "" for a video without subtitles.
+
+    Every line ends with a line break, and the first stands there even if no subtitle is near, as in Molmo2's training
+    data (allenai/molmo2: olmo/preprocessing/video_preprocessor.py). None: there are more than `most_lines`.
+    """
+    if not video.subtitles:
+        return ""
+    lines, times = ["subtitle"], shown.times
+    for start, end, text in video.subtitles:
+        start, end = start - shown.start, end - shown.start
+        first = bisect_left(times, start - SUBTITLE_REACH)
+        if first < len(times) and times[first] <= end + SUBTITLE_REACH:
+            # One that lasts as long as the video stands for all that is said, without times.
+            lasts = start <= 0 and end >= video.seconds
+            lines.append(text if lasts else f"{max(0.0, start):.1f} - {end:.1f} {text}")
+            if most_lines is not None and len(lines) > most_lines:
+                return None
+    return "\n".join([*lines, ""])

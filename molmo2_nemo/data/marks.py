@@ -16,6 +16,10 @@ MARKED_SIDE = 336
 LEAST_HOLD = 0.5
 # Seconds that a point may be after a video's end: answers have tenths.
 ROUNDED = 0.05 + 1e-6
+# Where an answer is drawn beside its label: pictures that are shown, those with points first.
+MAX_PICTURES = 4
+# Okabe and Ito's green and vermilion, which the colour-blind can tell apart; radii in pixels.
+LABELLED, ANSWERED = ((0, 158, 115), 9), ((213, 94, 0), 4)
 
 
 @dataclass
@@ -165,3 +169,34 @@ def draw_marks(
         for radius, fill in ((mark_radius + 2, "black"), (mark_radius + 1, "white"), (mark_radius, own)):
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
     return image
+
+
+def draw_both(seen: list[Visual], label: str, answer: str) -> Image.Image | None:
+    """Pictures or frames with the points of a label and of an answer, up to MAX_PICTURES of them, two in a row.
+
+    seen: at the size that they are drawn at. None: there are none.
+    """
+    if not seen:
+        return None
+    labelled, answered = (read_answer(words, seen) for words in (label, answer))
+    marked = sorted({mark.visual for mark in [*labelled.marks, *answered.marks]})
+    others = [number for number in range(len(seen)) if number not in marked]
+    shown = [*evenly(marked, MAX_PICTURES), *evenly(others, max(0, MAX_PICTURES - len(marked)))]
+    drawn = []
+    for number in sorted(shown):
+        picture = seen[number].crops[0]
+        for marks, (colour, radius) in ((labelled, LABELLED), (answered, ANSWERED)):
+            picture = np.asarray(draw_marks(picture, marks, number, colour, radius))
+        drawn.append(picture)
+    # Each in a cell of the largest one's size.
+    width, height = (max(picture.shape[axis] for picture in drawn) + 4 for axis in (1, 0))
+    columns = min(2, len(drawn))
+    whole = Image.new("RGB", (columns * width - 4, -(-len(drawn) // columns) * height - 4), "white")
+    for number, picture in enumerate(drawn):
+        whole.paste(Image.fromarray(picture), (number % columns * width, number // columns * height))
+    return whole
+
+
+def evenly(items: list[int], count: int) -> list[int]:
+    """At most so many of them, at equal distances."""
+    return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]

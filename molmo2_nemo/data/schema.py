@@ -141,12 +141,26 @@ class MultipleChoice:
 
 
 @dataclass(config=_STRICT)
+class Region:
+    """The mask of one thing, in the images or frames where it was drawn. Evaluation alone reads it.
+
+    size: (height, width) of the masks in pixels. masks: (image index from 1 or seconds, COCO's compressed run lengths).
+    object: of a track.
+    """
+
+    size: tuple[PositiveInt, PositiveInt]
+    masks: list[tuple[NonNegativeFloat, str]]
+    object: int | str | None = None
+
+
+@dataclass(config=_STRICT)
 class Pointing:
     """Where all things of one kind are, in images or in a video. No points: there are none.
 
     `style` decides the mode: the points, the points and their number, or the number; of a list one is drawn.
     `count_question`: the question, where the answer has the number and there is no `question`. `images`: ask about
-    these images only (index from 1). `unanswerable`: the answer, if the question has none.
+    these images only (index from 1). `unanswerable`: the answer, if the question has none. `regions`: of the points,
+    in their order.
     """
 
     label: str
@@ -155,6 +169,7 @@ class Pointing:
     count_question: str | None = None
     images: list[PositiveInt] | None = None
     unanswerable: str | None = None
+    regions: list[Region] | None = None
     task: Literal["pointing"] = "pointing"
     style: Style | list[Style] | None = None
 
@@ -171,6 +186,7 @@ class Tracking:
     frames: list[TrackFrame]
     fps: PositiveFloat
     question: str | None = None
+    regions: list[Region] | None = None
     task: Literal["tracking"] = "tracking"
     style: Style | list[Style] | None = None
 
@@ -281,3 +297,7 @@ def _check_branch(branch, place: Place) -> None:
     elif isinstance(branch, MultipleChoice) and not 0 <= branch.answer < len(branch.options):
         last = len(branch.options) - 1
         raise ValueMistake((*place, "answer"), f"= {branch.answer} is none of 0 to {last}, the indices of the options")
+    elif isinstance(branch, Pointing) and branch.regions is not None:
+        points = sum(len(group) for _, group in branch.points)
+        if len(branch.regions) != points:
+            raise ValueMistake((*place, "regions"), f"are {len(branch.regions)} of {points} points")

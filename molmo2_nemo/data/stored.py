@@ -86,8 +86,12 @@ class StoredSamples:
 
     def _reader(self, source: str, part: str) -> ShardInfosITarReader:
         if (source, part) not in self._readers:
-            folder = Path(self.sources[source].path)
-            shards = read_index(source, folder)[part]
-            infos = [ShardInfo(name=name, path=EPath(folder / name), count=count) for name, count in shards.items()]
-            self._readers[source, part] = ShardInfosITarReader(EPath(folder), infos)
+            self._readers[source, part] = shard_reader(source, Path(self.sources[source].path), part)
         return self._readers[source, part]
+
+
+def shard_reader(name: str, folder: Path, part: str) -> ShardInfosITarReader:
+    """Reads the samples of a split part by index. ConfigError: as of read_index."""
+    shards = read_index(name, folder)[part]
+    infos = [ShardInfo(name=name, path=EPath(folder / name), count=count) for name, count in shards.items()]
+    return ShardInfosITarReader(EPath(folder), infos)

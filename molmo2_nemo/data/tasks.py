@@ -300,9 +300,7 @@ def _multiple_choice(task: MultipleChoice, style: str, draw: _Draw) -> list[Mess
         asked = f"{asked} {draw.one(sets.EXPLAIN)}"
     # In the layout of evaluations the answer is the option alone.
     if not draw.templates or (rng.random() < EVALUATION_LAYOUT_SHARE and task.explanation is None):
-        lines = [f"{_label('A', i)}. {option}" for i, option in enumerate(task.options)]
-        if style in LETTERS_SHOWN:
-            lines = list(task.options)
+        lines = option_lines(task.options, style)
         question = "\n".join([asked, *([EVALUATION_LAYOUT] if task.explanation is None else []), *lines])
         answer = lines[task.answer]
     else:
@@ -318,6 +316,13 @@ def _multiple_choice(task: MultipleChoice, style: str, draw: _Draw) -> list[Mess
         question = f"{question} {', '.join(options)}" if on_one_line else "\n".join([question, *options])
         answer = (labels[task.answer] if answer_is_label else options[task.answer]) if has_labels else right
     return _turn(question, answer if task.explanation is None else f"{task.explanation} Answer: {answer}")
+
+
+def option_lines(options: Sequence[str], style: str) -> list[str]:
+    """How evaluations show the options of a question, and how its answers name them."""
+    if style in LETTERS_SHOWN:
+        return list(options)
+    return [f"{_label('A', index)}. {option}" for index, option in enumerate(options)]
 
 
 def _label(kind: str, index: int) -> str:

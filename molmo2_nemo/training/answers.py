@@ -31,7 +31,7 @@ from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.encode import Encoder, SamplePlan
 from molmo2_nemo.data.inspection import pixels_of
 from molmo2_nemo.data.loader import RawSample, stored_samples
-from molmo2_nemo.data.marks import Visual, draw_marks, read_answer
+from molmo2_nemo.data.marks import Visual, draw_both
 from molmo2_nemo.data.packing import Batch, Row, collate, make_row
 from molmo2_nemo.data.points import render_content
 from molmo2_nemo.data.schema import read_example
@@ -41,10 +41,7 @@ from molmo2_nemo.training.step import iterators, model_inputs
 
 # No more samples are read once this many times the wanted number of questions were of no use.
 PATIENCE = 20
-# Pictures of a question that are shown: those with points first. Pixels of the longer side of each.
-MAX_PICTURES, PICTURE_SIDE = 4, 280
-# Okabe and Ito's green and vermilion, which the colour-blind can tell apart; radii in pixels.
-LABELLED, ANSWERED = ((0, 158, 115), 9), ((213, 94, 0), 4)
+PICTURE_SIDE = 280  # pixels of the longer side of a picture that is drawn
 NO_TOKEN = -1
 
 
@@ -421,29 +418,4 @@ def visuals(question: Question, patch_size: int) -> Iterator[Visual]:
 
 def draw(question: Question, text: str, encoder: Encoder) -> Image.Image | None:
     """The picture of an answer, or several of them side by side; None without images or video."""
-    seen = list(visuals(question, encoder.visual.patch_size))
-    if not seen:
-        return None
-    labelled, answered = (read_answer(words, seen) for words in (question.label, text))
-    marked = sorted({mark.visual for mark in [*labelled.marks, *answered.marks]})
-    others = [number for number in range(len(seen)) if number not in marked]
-    room = max(0, MAX_PICTURES - len(marked))
-    shown = [*evenly(marked, MAX_PICTURES), *evenly(others, room)]
-    drawn = []
-    for number in sorted(shown):
-        picture = seen[number].crops[0]
-        for marks, (colour, radius) in ((labelled, LABELLED), (answered, ANSWERED)):
-            picture = np.asarray(draw_marks(picture, marks, number, colour, radius))
-        drawn.append(picture)
-    # Two in a row, each in a cell of the largest one's size.
-    width, height = (max(picture.shape[axis] for picture in drawn) + 4 for axis in (1, 0))
-    columns = min(2, len(drawn))
-    whole = Image.new("RGB", (columns * width - 4, -(-len(drawn) // columns) * height - 4), "white")
-    for number, picture in enumerate(drawn):
-        whole.paste(Image.fromarray(picture), (number % columns * width, number // columns * height))
-    return whole
-
-
-def evenly(items: list[int], count: int) -> list[int]:
-    """At most so many of them, at equal distances."""
-    return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
+    return draw_both(list(visuals(question, encoder.visual.patch_size)), question.label, text)

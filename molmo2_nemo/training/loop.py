@@ -399,7 +399,8 @@ def answer_questions(run: Run) -> dict[str, float]:
         else:
             run.log.write("answers", step, {**figures, "seconds": seconds})
             run.log.show_answers(step, folder)
-            run.log.say(f"step {step} answers | {line}, {seconds:.1f} s")
+            rate = int((tokens != answers.NO_TOKEN).sum()) / max(seconds, 1e-9)
+            run.log.say(f"step {step} answers | {line}, {seconds:.1f} s, {rate:.1f} tokens/s")
             scores = [{metric: values["all"] for metric, values in figures.items()}]
     dist.broadcast_object_list(scores)
     run.log.interval()

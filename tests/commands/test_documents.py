@@ -36,7 +36,7 @@ RUN = (
     r"python tools/download\.py (list|plan|how|doctor) ?.*",
     r"python tools/inspect_data\.py --config-name stage\d data=sample --samples (20|500) .*",
     r"(python|torchrun .*) recipes/.* run_dir=runs/tour/.*",
-    r"python tools/(export_hf|ask)\.py runs/tour/.*",
+    r"python tools/(export_hf|ask|evaluate)\.py runs/tour/.*",
     r"python tools/dev/make_(blends|settings)\.py --check",
 )
 
@@ -79,6 +79,10 @@ NOT_RUN = (
     (r"python tools/prepare\.py .*", "needs raw data; test_prepare.py and test_prepare_stage.py run it"),
     (r"python tools/inspect_data\.py .*", "needs prepared data, or takes long; others of its kind are run"),
     (r"python tools/(import_hf|export_hf|ask|report)\.py .*", "needs weights or a run; test_quickstart.py runs them"),
+    (
+        r"(python|torchrun .*) tools/evaluate\.py .*",
+        "needs a model and its data; test_evaluate.py and training.md's tour run it",
+    ),
     (r"python tools/plan\.py .*", "another of its kind is run; test_planner.py plans every preset"),
     (r"(python|torchrun .*) tools/(bench|check)/.*", "minutes, or a GPU; tests of their own run them at toy sizes"),
     (r"python tools/dev/\w+\.py.*|tools/dev/\w+\.sh.*", "writes files of the repository; its --check is run"),

@@ -15,7 +15,7 @@ from sources import chat, write_blend
 from molmo2_nemo import report
 from molmo2_nemo.config.checks import check
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.data import blend
+from molmo2_nemo.data import blend, marks
 from molmo2_nemo.data.encode import Encoder
 from molmo2_nemo.data.points import Points, format_points, parse
 from molmo2_nemo.data.processor import build_processor
@@ -182,9 +182,9 @@ def test_drawn_points_are_where_the_text_says(data, tmp_path):
         return tuple(picture[round(y * (height - 1)), round(x * (width - 1)) + radius])
 
     # What is said is drawn over what is right: a dot on a ring.
-    assert colour(0.5, 0.5, 0) == answers.ANSWERED[0]
+    assert colour(0.5, 0.5, 0) == marks.ANSWERED[0]
     for x, y in group:
-        assert colour(x, y, -answers.LABELLED[1] + 1) == answers.LABELLED[0]
+        assert colour(x, y, -marks.LABELLED[1] + 1) == marks.LABELLED[0]
     again = answers.choose(config.data, encoder, blend.load_blend(config.data), tmp_path, 12)
     assert [q.key for q in again] == [q.key for q in questions]
 

@@ -5,13 +5,22 @@ CONVERTERS table, too: a function from a row to drafts (common.py). Rows of parq
 nothing else; other files need a reader.
 """
 
-from molmo2_nemo.prepare.converters import captions, image_qa, pointing, text, tracking, video_clips, video_qa
+from molmo2_nemo.prepare.converters import (
+    captions,
+    evaluation,
+    image_qa,
+    pointing,
+    text,
+    tracking,
+    video_clips,
+    video_qa,
+)
 from molmo2_nemo.prepare.converters.common import Converter
 from molmo2_nemo.prepare.converters.forms import converter_by_form
 
 CONVERTERS: dict[str, Converter] = {
     name: converter
-    for module in (captions, image_qa, pointing, text, tracking, video_clips, video_qa)
+    for module in (captions, evaluation, image_qa, pointing, text, tracking, video_clips, video_qa)
     for name, converter in module.CONVERTERS.items()
 }
 

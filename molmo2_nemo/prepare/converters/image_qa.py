@@ -146,13 +146,13 @@ def scienceqa(row: dict) -> Iterator[Draft | Drop]:
     yield Draft([choice(text, row["choices"], row["answer"], "science_qa")], [image_of(row["image"])])
 
 
-def document_question(row: dict, style: str, column: str) -> Iterator[Draft | Drop]:
+def document_question(row: dict, style: str, column: str, split: str = "train") -> Iterator[Draft | Drop]:
     """The Robust Reading Competition's form: a file name, a question, its answers.
 
     The archives of pictures have other folders than the rows name: spdocvqa_images for documents.
     """
-    if row.get("data_split", "train") != "train" or row.get("set_name", "train") != "train":
-        yield Drop("not of the training split")
+    if row.get("data_split", split) != split or row.get("set_name", split) != split:
+        yield Drop("not of the training split" if split == "train" else f"not of the split {split}")
     else:
         names = list(dict.fromkeys([row[column], row[column].rpartition("/")[2]]))
         yield Draft([question(row["question"], row["answers"], style)], [names], tree=None)
@@ -214,12 +214,12 @@ def multi_image_qa(row: dict) -> Iterator[Draft | Drop]:
     yield from drafts_of(tasks, urls)
 
 
-def ai2d_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
-    """A row for each diagram: {image, questions, text}, without those of the test set."""
+def ai2d_rows(raw: RawSource, split: str | None, is_test: bool = False) -> Iterator[dict]:
+    """A row for each diagram: {image, questions, text}, without those of the test set, or of these alone."""
     tested = {row["id"].strip() for path in find_all(raw, "ai2d_test_ids.csv") for row in table(path, names=["id"])}
     for path in find(raw, "questions/0.png.json", "questions/*.json").parent.glob("*.json"):
         name = path.name.removesuffix(".json")
-        if name.removesuffix(".png") not in tested:
+        if (name.removesuffix(".png") in tested) == is_test:
             boxes = path.parent.parent / "annotations" / path.name
             image = f"./{(path.parent.parent / 'images' / name).relative_to(raw.folder)}"
             yield {

@@ -180,6 +180,14 @@ def video_points(label: str, times: list, points: list, span: tuple[float, float
     return pointing(label, groups, VIDEO_MODES, **more)
 
 
+def video_point_names(video: str) -> list[str]:
+    """What a video of Molmo2-VideoPoint and of its evaluations may be called; see molmo2_video_point."""
+    prefix, slash, name = video.rpartition("/")
+    if slash:
+        return [video, f"{prefix}-2fps/{name}_2fps"]
+    return [*of_youtube(name), f"{name}_2fps", *(f"{folder}-2fps/{name}_2fps" for folder in YOUTUBE_FOLDERS)]
+
+
 def molmo2_video_point(row: dict) -> Iterator[Draft | Drop]:
     """Times are those of the whole video at 2 frames a second. A long video comes as windows of MAX_SECONDS.
 
@@ -200,12 +208,7 @@ def molmo2_video_point(row: dict) -> Iterator[Draft | Drop]:
     if isinstance(task, Drop):
         yield task
         return
-    prefix, slash, name = row["video_id"].rpartition("/")
-    if slash:
-        names = [row["video_id"], f"{prefix}-2fps/{name}_2fps"]
-    else:
-        names = [*of_youtube(name), f"{name}_2fps", *(f"{folder}-2fps/{name}_2fps" for folder in YOUTUBE_FOLDERS)]
-    video = clip(names, *(span or ()))
+    video = clip(video_point_names(row["video_id"]), *(span or ()))
     multi_turn = 0.0 if span else MULTI_TURN
     yield Draft([task], video=video, unit="percent", multi_turn=multi_turn, tree=None if span else "")
 

@@ -1,0 +1,104 @@
+"""The files of an evaluation, and going on where it was stopped.
+
+OUT/settings.json            what is evaluated, on which data: a second run must be of the same
+OUT/answers-00000.jsonl      of rank 0: a line for each answer, flushed as soon as it is there
+OUT/predictions.jsonl        all of them in the order of the samples, once the last one is there
+OUT/scores.json, OUT/index.html and OUT/pictures
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from molmo2_nemo.files import write_atomically, write_json
+
+SETTINGS, PREDICTIONS, SCORES = "settings.json", "predictions.jsonl", "scores.json"
+# Bytes that are hashed of the beginning, the middle and the end of a file of weights.
+LOOKED_AT = 2**20
+
+
+def model_identity(folder: Path) -> str:
+    """A hash of what decides a model's answers: its configuration, its tokenizer, and its weights as `sampled_hash`
+    looks at them, since reading all of them would take minutes."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors":
+            digest.update(sampled_hash(file))
+        elif file.suffix in (".json", ".jinja", ".txt") and file.is_file():
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def sampled_hash(file: Path) -> bytes:
+    """Of name, size, and the bytes at the beginning, in the middle and at the end."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(f"{file.name} {size}".encode())
+    with file.open("rb") as content:
+        for place in (0, size // 2, max(0, size - LOOKED_AT)):
+            content.seek(place)
+            digest.update(content.read(LOOKED_AT))
+    return digest.digest()
+
+
+def check_settings(out: Path, settings: dict) -> None:
+    """Write them down, or compare them with those of the run that was stopped. ValueError: they differ.
+
+    What has a hash (model_hash of model) may have another name, as after it was moved.
+    """
+    file = out / SETTINGS
+    if file.is_file():
+        before = json.loads(file.read_text())
+        for key in sorted({*settings, *before}):
+            if f"{key}_hash" not in settings and before.get(key) != settings.get(key):
+                shown = [str(value)[:60] for value in (before.get(key), settings.get(key))]
+                raise ValueError(
+                    f"{out} holds an evaluation with {key}={shown[0]}, and this one has {key}={shown[1]}: name another "
+                    "--out, or remove the folder"
+                )
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} holds other files than an evaluation's: name another --out")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(file, settings)
+
+
+def answers_file(out: Path, rank: int) -> Path:
+    return out / f"answers-{rank:05d}.jsonl"
+
+
+def cut_to_whole_lines(file: Path) -> None:
+    """Take off the line in which a run was stopped."""
+    content = file.read_bytes() if file.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        os.truncate(file, content.rfind(b"\n") + 1)
+
+
+def read_answers(out: Path) -> dict[str, dict]:
+    """Id -> the answer's record, of all ranks that have ever written. A line that was cut is passed over."""
+    found = {}
+    for file in sorted(out.glob("answers-*.jsonl")):
+        for line in read_lines(file):
+            found[line["id"]] = line
+    return found
+
+
+def read_lines(file: Path) -> Iterable[dict]:
+    content = file.read_text(encoding="utf-8")
+    return [json.loads(line) for line in content[: content.rfind("\n") + 1].split("\n") if line]
+
+
+def write_predictions(out: Path, records: Iterable[dict]) -> None:
+    write_atomically(out / PREDICTIONS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_predictions(out: Path) -> list[dict]:
+    """ValueError, one sentence: the folder holds no finished evaluation."""
+    file = out / PREDICTIONS
+    if not file.is_file():
+        raise ValueError(f"{out} holds no finished evaluation (no {PREDICTIONS}): run tools/evaluate.py --out {out}")
+    try:
+        return list(read_lines(file))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): run the evaluation again") from error

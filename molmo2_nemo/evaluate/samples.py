@@ -1,0 +1,116 @@
+"""The samples of a folder of shards, by their index, and which data they are."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from molmo2_nemo.ask.model import Asker, Seen
+from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.data.frames import Shown, subtitle_text
+from molmo2_nemo.data.pictures import read_image
+from molmo2_nemo.data.schema import Example, read_example
+from molmo2_nemo.data.shard_index import read_index
+from molmo2_nemo.data.stored import shard_reader
+from molmo2_nemo.data.video import annotation_times, frame_times, pick_frames
+from molmo2_nemo.evaluate.records import sampled_hash
+
+SPLITS = ("test", "val", "train")  # the first that there is, unless one is named
+
+
+@dataclass
+class Read:
+    """A sample as it is stored. example: None if it cannot be read; `error` says why."""
+
+    name: str  # SOURCE/KEY
+    parts: dict[str, bytes] = field(default_factory=dict)
+    example: Example | None = None
+    error: str = ""
+
+
+class Samples:
+    """The samples of one split of some folders, counted through. ConfigError, one sentence: there are none."""
+
+    def __init__(self, folders: Sequence[Path], split: str | None = None):
+        """split: train, val or test; None: the first of SPLITS that has samples, of each folder."""
+        self.sources: list[tuple[str, Path, str, int]] = []
+        names = [folder.resolve().name for folder in folders]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f"--data names two folders called {twice}: rename one, since predictions go by the name")
+        for name, folder in zip(names, folders):
+            counts = {part: sum(shards.values()) for part, shards in read_index(name, folder).items()}
+            there = [part for part in SPLITS if counts.get(part)]
+            part = split or next(iter(there), "test")
+            if part not in there:
+                known = ", ".join(there) or "none"
+                raise ConfigError(
+                    f"--split {part}: {folder} has no samples of it (there are {known}); prepare it with a split, or "
+                    "name another"
+                )
+            self.sources.append((name, folder, part, counts[part]))
+        self._readers = {}
+
+    def __len__(self) -> int:
+        return sum(count for *_, count in self.sources)
+
+    @property
+    def identity(self) -> str:
+        """A hash of the shards, as `records.sampled_hash` looks at them."""
+        digest = hashlib.sha256()
+        for name, folder, part, _ in self.sources:
+            shards = read_index(name, folder)[part]
+            digest.update(json.dumps([name, part, shards]).encode())
+            for shard in shards:
+                digest.update(sampled_hash(folder / shard))
+        return digest.hexdigest()
+
+    def read(self, index: int) -> Read:
+        """Never raises for what is wrong with a sample."""
+        source = 0
+        while index >= self.sources[source][-1]:
+            index -= self.sources[source][-1]
+            source += 1
+        name, folder, part, _ = self.sources[source]
+        if name not in self._readers:
+            self._readers[name] = shard_reader(name, folder, part)
+        try:
+            stored = self._readers[name][index]
+        except MemoryError:
+            raise
+        except Exception as error:  # tarfile raises errors of many types
+            self._readers.pop(name).close()
+            return Read(f"{name}/number{index}", error=f"it cannot be read ({_reason(error)})")
+        read = Read(f"{name}/{stored['__key__']}")
+        read.parts = {part: data for part, data in stored.items() if not part.startswith("__")}
+        try:
+            read.example = read_example(read.parts["json"])
+        except KeyError:
+            read.error = "it has no part json"
+        except ValueError as error:
+            read.error = _reason(error)
+        return read
+
+
+def see(read: Read, asker: Asker) -> Seen:
+    """Its pictures, or the frames of its video, within the limits of the model's export.
+
+    ValueError, one sentence: a part is missing or cannot be decoded.
+    """
+    example = read.example
+    if missing := [v.part for v in [*example.images, example.video] if v and v.part not in read.parts]:
+        raise ValueError(f"the part {missing[0]} is missing")
+    video = example.video
+    if video is None:
+        return Seen([read_image(read.parts[image.part]) for image in example.images])
+    if video.annotation_fps is None:
+        times = frame_times(video.seconds, asker.max_frames, asker.max_fps)
+    else:
+        times = annotation_times(video.seconds, asker.max_frames, video.annotation_fps, video.fps)
+    frames = pick_frames(read.parts[video.part], times, video.num_frames, start=video.start)
+    subtitles = subtitle_text(video, Shown(times, 0.0, video.seconds))
+    return Seen([], asker.resized(frames, len(times)), times, video.seconds, subtitles)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

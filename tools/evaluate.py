@@ -1,0 +1,244 @@
+"""Ask a model the held-out questions of your data or of a public set, and score its answers. docs/evaluate.md
+
+python tools/evaluate.py runs/mine --data shards/mine --split test
+python tools/evaluate.py HF_DIR --set pixmo-points-eval --root $DATA_ROOT
+torchrun --nproc-per-node 8 tools/evaluate.py HF_DIR --data shards/mine --batch-size 16
+python tools/evaluate.py --compare runs/evaluate/a runs/evaluate/b
+
+The model is a run, a checkpoint (both are exported into a temporary folder first) or a Hugging Face folder. The same
+command goes on where it was stopped.
+"""
+
+import argparse
+import datetime
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+EXIT_STOPPED = 130  # as a shell has it after Ctrl-C
+SHOWN_ERRORS = 5
+
+
+def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="a run, a checkpoint or an export")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", default=[], metavar="SHARDS", help="folders of tools/prepare.py"
+    )
+    parser.add_argument("--split", choices=("train", "val", "test"), help="of --data (default: test, else val)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME", help="public sets, of conf/evaluations.yaml")
+    parser.add_argument("--root", type=Path, help="of --set: holds raw/ (default: $DATA_ROOT)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/evaluate/MODEL-DATA")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="the first N samples alone")
+    parser.add_argument("--batch-size", type=_positive, default=8, help="questions at once (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=_positive, help="of an answer (default: by the kind of question)")
+    parser.add_argument("--max-crops", type=_positive, help="of a picture (default: the export's; 24 in the report)")
+    parser.add_argument("--max-frames", type=_positive, help="of a video (default: the export's)")
+    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--page", type=int, default=200, metavar="N", help="answers on the page (default: %(default)s)")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two folders of --out")
+    args = parser.parse_args(arguments)
+    if args.compare and (args.model or args.data or args.set):
+        parser.error("--compare reads two evaluations that are there: leave out the model, --data and --set")
+    if not args.compare and not (args.model and (args.data or args.set)):
+        parser.error("give a model and --data SHARDS or --set NAME; or --compare A B")
+    if args.data and args.set:
+        parser.error("--data and --set are evaluated one after the other: leave one of them out")
+    if args.split and args.set:
+        parser.error("--split is for --data: a set of --set is one split")
+    return args
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = read_arguments(arguments)
+    try:
+        compare(*args.compare) if args.compare else evaluate(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_STOPPED)
+
+
+def compare(first: Path, second: Path) -> None:
+    from molmo2_nemo.evaluate import table
+    from molmo2_nemo.evaluate.records import read_predictions
+
+    differences, unpaired = table.compare(read_predictions(first), read_predictions(second))
+    print(f"A  {first}\nB  {second}\n")
+    print(table.text_of_differences(differences))
+    if unpaired:
+        print(f"\n{unpaired:,} questions have a score in one of them alone and are left out")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    import torch.distributed as dist
+
+    from molmo2_nemo.evaluate.samples import Samples
+
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if ranks > 1:
+        # Ranks wait for each other at the end, for as long as the slowest one needs.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    samples = Samples(prepare_sets(args, rank), "test") if args.set else Samples(args.data, args.split)
+    out = args.out or Path("runs/evaluate") / "-".join([args.model.name, *(name for name, *_ in samples.sources)])
+    with hugging_face_folder(args.model, out, rank, ranks) as folder:
+        ask(args, samples, folder, out, rank, ranks)
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+def ask(args: argparse.Namespace, samples, folder: Path, out: Path, rank: int, ranks: int) -> None:
+    """Each rank asks about its share of the samples; the first one then makes table and page."""
+    import torch.distributed as dist
+    from tqdm import tqdm
+
+    from molmo2_nemo.ask.model import Asker
+    from molmo2_nemo.evaluate import generate, records
+
+    device = args.device
+    if device is None and "LOCAL_RANK" in os.environ:
+        import torch
+
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
+    asker = Asker(folder, device, lambda text: print(text, file=sys.stderr) if rank == 0 else None)
+    for name in ("max_crops", "max_frames"):
+        if getattr(args, name) is not None:
+            setattr(asker, name, getattr(args, name))
+    number = min(len(samples), args.limit or len(samples))
+    settings = {
+        "model": str(args.model),
+        "model_hash": records.model_identity(folder),
+        "data": ", ".join(f"{path} ({split})" for _, path, split, _ in samples.sources),
+        "data_hash": samples.identity,
+        "samples": number,
+        "max_new_tokens": args.max_new_tokens,
+        "max_crops": asker.max_crops,
+        "max_frames": asker.max_frames,
+        "backend": args.backend,
+    }
+    if rank == 0:
+        records.check_settings(out, settings)
+    if ranks > 1:
+        dist.barrier()
+    if args.backend == "vllm":
+        from molmo2_nemo.evaluate.vllm_backend import answers_of_vllm
+
+        answer = answers_of_vllm(folder, asker)
+    else:
+        answer = asker.answers
+    share = range(rank, number, ranks)
+    left = generate.unanswered(out, share)
+    if rank == 0 and len(left) < len(share):
+        print(
+            f"{out} has answers about {len(share) - len(left):,} of {len(share):,} samples: going on", file=sys.stderr
+        )
+    begin, tokens, done = time.monotonic(), 0, len(share) - len(left)
+    wait = 1 if sys.stderr.isatty() else 30  # seconds between two states of the progress bar
+    with tqdm(total=len(share), initial=done, unit=" samples", mininterval=wait, disable=rank > 0) as bar:
+
+        def progress(count: int, new_tokens: int) -> None:
+            nonlocal tokens
+            tokens += new_tokens
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - begin):.0f} tokens/s", refresh=False)
+            bar.update(count)
+
+        generate.answer_all(samples, left, asker, answer, out, rank, args.batch_size, args.max_new_tokens, progress)
+    if ranks > 1:
+        dist.barrier()
+    if rank == 0:
+        summarise(args, samples, asker, out, settings, number)
+
+
+def summarise(args: argparse.Namespace, samples, asker, out: Path, settings: dict, number: int) -> None:
+    """Print the table, and write predictions, scores and page. Exits with 1 if questions have no answer."""
+    from molmo2_nemo.evaluate import records, table
+    from molmo2_nemo.evaluate.page import write_page
+    from molmo2_nemo.files import write_json
+
+    found = sorted(records.read_answers(out).values(), key=lambda record: (record["index"], record["id"]))
+    if missing := set(range(number)) - {record["index"] for record in found}:
+        raise ValueError(f"{len(missing)} of {number} samples have no line in {out}: run the same command again")
+    records.write_predictions(out, found)
+    lines, counts = table.lines(found), table.counts(found)
+    write_json(
+        out / records.SCORES,
+        {"settings": settings, "scores": [asdict(line) for line in lines], "counts": asdict(counts)},
+    )
+    page = write_page(out, samples, asker, found, lines, counts, settings, max(0, args.page))
+    print(table.text(lines) if lines else "no answer has a score: no metric is known for these questions")
+    print(f"\n{counts.questions:,} questions about {number:,} samples, {counts.scored:,} with a score")
+    for amount, what in (
+        (counts.without_metric, "have no metric: captions, or answers too long for an exact match"),
+        (counts.empty, "have an empty answer, which is scored as it is"),
+        (counts.cut, "have an answer that was cut at the most tokens: allow more with --max-new-tokens"),
+    ):
+        if amount:
+            print(f"{amount:,} {what}")
+    print(f"{out / records.PREDICTIONS}, {page}")
+    if counts.failed:
+        for reason, times in list(counts.errors.items())[:SHOWN_ERRORS]:
+            print(f"{times:,} times: {reason}", file=sys.stderr)
+        sys.exit(f"{counts.failed:,} of {counts.questions:,} questions have no answer, and count for no mean")
+
+
+def prepare_sets(args: argparse.Namespace, rank: int) -> list[Path]:
+    """Folders of the sets' shards, which the first rank makes. ValueError: one of them cannot be had."""
+    import torch.distributed as dist
+
+    from molmo2_nemo.catalogue.commands import default_root
+    from molmo2_nemo.evaluate.public_sets import prepared_set
+
+    root, shared = args.root or default_root(), [None]
+    if rank == 0:
+        shared = [[str(prepared_set(name, root, lambda text: print(text, file=sys.stderr))) for name in args.set]]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    return [Path(folder) for folder in shared[0]]
+
+
+@contextmanager
+def hugging_face_folder(model: Path, out: Path, rank: int, ranks: int):
+    """The model's own folder, if it is one, or an export of the run or checkpoint beside `out`, which the first rank
+    makes and removes again.
+
+    ValueError, one sentence: it cannot be exported.
+    """
+    import torch.distributed as dist
+
+    if (model / "config.json").is_file():
+        yield model
+        return
+    folder, problem = out.with_name(f".{out.name}.export"), [None]
+    try:
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            export = Path(__file__).with_name("export_hf.py")
+            done = subprocess.run([sys.executable, export, model, folder], capture_output=True, text=True)
+            if done.returncode:
+                problem = [done.stderr.strip().rpartition("\n")[2].removeprefix("error: ")]
+        if ranks > 1:
+            dist.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise ValueError(f"{model} cannot be exported: {problem[0]}")
+        yield folder
+    finally:
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
