@@ -157,7 +157,7 @@ class Asker:
             about = {"images": pictures, "max_crops": self.max_crops}
         if videos:
             about |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
-        inputs = self.processor(text=texts, return_tensors="pt", padding=True, padding_side="left", **about)
+        inputs = self.processor(text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left", **about)
         length = inputs["input_ids"].shape[1]
         if length >= self.positions:
             raise ValueError(

@@ -85,8 +85,9 @@ def read_answers(out: Path) -> dict[str, dict]:
 
 
 def read_lines(file: Path) -> Iterable[dict]:
-    content = file.read_text(encoding="utf-8")
-    return [json.loads(line) for line in content[: content.rfind("\n") + 1].split("\n") if line]
+    """The objects of whole lines."""
+    content = file.read_bytes()
+    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].split(b"\n") if line]
 
 
 def write_predictions(out: Path, records: Iterable[dict]) -> None:

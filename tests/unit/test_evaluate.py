@@ -137,7 +137,7 @@ def test_an_evaluation_that_goes_on_where_it_was_stopped(shards, export, said, t
     before = (out / "predictions.jsonl").read_bytes()
     status, _, error = run(capsys, *command)
     Asker.answers = answer
-    assert status == 1 and "already: going on" in error
+    assert status == 1 and "has answers about 1 of 7 samples: going on" in error
     assert (out / "predictions.jsonl").read_bytes() == before
     # Nothing that was there is asked again: of seven questions that can be asked, those of the whole lines are not.
     kept = sum("said" in json.loads(line) for line in lines[:3])
