@@ -40,13 +40,13 @@ from molmo2_nemo.planner.memory import (
     Job,
     count_parameters,
     peak,
-    verdict,
     worst_stage,
 )
 from molmo2_nemo.planner.run_costs import run_costs
 from molmo2_nemo.planner.search import recompute_of, scale, search
 from molmo2_nemo.planner.step_time import Estimate, estimate
 from molmo2_nemo.planner.traffic import FIRST_FORWARD, LAST_BACKWARD, PRODUCTS
+from molmo2_nemo.planner.verdict import verdict
 from molmo2_nemo.planner.work import holds_images
 
 # What a step waits for, by the names of step_time.StepTime.

@@ -14,7 +14,7 @@ from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data import epochs
 from molmo2_nemo.data.blend import Source, check_held_out, load_blend, missing_sources
 from molmo2_nemo.finetune import Machine, choose
-from molmo2_nemo.planner.memory import verdict
+from molmo2_nemo.planner.verdict import verdict
 
 TINY = ["model=tiny", "schedule=quickstart", "optim=from_scratch"]
 

@@ -18,11 +18,12 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import padded_vocab_size
 from molmo2_nemo.paths import CONF_DIR
 from molmo2_nemo.planner.flops import training_flops
-from molmo2_nemo.planner.memory import GIB, Job, count_parameters, in_flight, peak, stage_memory, verdict, worst_stage
+from molmo2_nemo.planner.memory import GIB, Job, count_parameters, in_flight, peak, stage_memory, worst_stage
 from molmo2_nemo.planner.parameters import parameters
 from molmo2_nemo.planner.run_costs import checkpoint_bytes
 from molmo2_nemo.planner.search import RECOMPUTE, search
 from molmo2_nemo.planner.step_time import estimate
+from molmo2_nemo.planner.verdict import verdict
 
 MODELS = ("molmo2_4b", "molmo2_8b", "molmo2_o_7b")
 STAGES = ("stage1", "stage2", "stage3")
