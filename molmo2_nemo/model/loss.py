@@ -72,6 +72,7 @@ class _HeadLosses(torch.autograd.Function):
             grad_hidden[part] = grad @ weight
             if grad_weight is not None:
                 _add_product(grad_weight, grad.t(), hidden[part])
+            del grad  # before the next chunk's logits are made
         if reduce_input_grad and tp_group.size() > 1:
             dist.all_reduce(grad_hidden, group=tp_group)
         return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 5
