@@ -92,6 +92,7 @@ NOT_RUN = (
 STAND_IN = {
     "model=hf model.hf_path=/models/Molmo2-8B": "model=molmo2_8b",
     "model=hf model.hf_path=/models/Molmo2-4B": "model=molmo2_4b",
+    "model=hf model.hf_path=runs/finetune/hf": "model=tiny",
     "stage1|stage2|stage3|all": "stage1",
     "[any override of a recipe]": "",
     "[OVERRIDE...]": "",

@@ -17,9 +17,11 @@ from triton.runtime import interpreter
 
 from molmo2_nemo import compat, parallel
 from molmo2_nemo.command_line import compose
-from molmo2_nemo.config.schema import ParallelConfig
+from molmo2_nemo.config.components import is_adapter
+from molmo2_nemo.config.schema import LoraConfig, ParallelConfig
 from molmo2_nemo.model import fused, fused_vit, loss
 from molmo2_nemo.model.attention import attend
+from molmo2_nemo.model.lora import add_adapters
 from molmo2_nemo.model.molmo2 import Molmo2
 from molmo2_nemo.random_batches import packed_row
 from molmo2_nemo.training.batches import own_part
@@ -257,8 +259,11 @@ def check_dropout(dtype):
     return report
 
 
-def check_model(**changes):
-    """Losses and gradients of a whole model with the kernels and without, float32, relative to the largest."""
+def check_model(lora=None, **changes):
+    """Losses and gradients of a whole model with the kernels and without, float32, relative to the largest.
+
+    lora: adapters that are added, with random weights.
+    """
     model = dataclasses.replace(compose("stage1", ["model=tiny", "data=sample"]).model, num_layers=1, **changes)
     batch = own_part(packed_row(model, 48, 2, seed=1), model)
     found = []
@@ -268,6 +273,12 @@ def check_model(**changes):
             config.fused_kernels = kernels
         parallel.seed_everything(3)
         built = Molmo2(model, configs, parallel.solo_groups(), vision_recompute=recompute).train()
+        if lora is not None:
+            modules = dict(built.named_modules())
+            add_adapters(modules, model, lora, configs["decoder"], built.tp_group, seed=0)
+            for name, parameter in built.named_parameters():
+                if is_adapter(name):
+                    torch.nn.init.normal_(parameter, std=0.05)
         losses = built(**{name: batch[name] for name in (*MODEL_INPUTS, *TARGETS)})
         losses.sum().backward()
         found.append({"losses": losses.detach()} | {n: p.grad for n, p in built.named_parameters()})
@@ -293,4 +304,6 @@ if __name__ == "__main__":
     parallel.initialize(ParallelConfig(), "cpu", timeout_minutes=2, seed=0)
     found["Qwen3 layers"] = check_model()
     found["OLMo 3 layers"] = check_model(qk_norm="full_width", norm_after=True)
+    everywhere = LoraConfig(rank=4, targets=["attention", "mlp", "connector", "vit"])
+    found["layers with adapters"] = check_model(everywhere)
     print(json.dumps(found))

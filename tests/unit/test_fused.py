@@ -47,8 +47,11 @@ def test_kernels_equal_the_plain_formulas():
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     each = {f"{name}, torch.{dtype}" for name in KERNELS for dtype in ("float32", "bfloat16")}
-    assert set(found) == each | {"Qwen3 layers", "OLMo 3 layers"}
-    assert all(len(found[layers]) > 40 for layers in ("Qwen3 layers", "OLMo 3 layers"))
+    models = {"Qwen3 layers", "OLMo 3 layers", "layers with adapters"}
+    assert set(found) == each | models
+    assert all(len(found[layers]) > 40 for layers in models)
+    # Two of each matrix: 4 of the decoder layer, 4 of each of two layers of the vision transformer, 6 of the connector.
+    assert sum(".lora." in name for name in found["layers with adapters"]) == 36
     assert all(error < 1 for errors in found.values() for error in errors.values()), found
 
 
