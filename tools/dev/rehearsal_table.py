@@ -1,16 +1,14 @@
 """The table of docs/rehearsal.md: rank 0 of every shipped model on every hardware preset in every stage.
 
-    python tools/dev/rehearsal_table.py runs/rehearsals --run    # rehearse what the folder lacks, one after the other
-    python tools/dev/rehearsal_table.py runs/rehearsals          # the table of what is there
+    python tools/dev/rehearsal_table.py runs/rehearsals --run               # rehearse what the folder lacks
+    python tools/dev/rehearsal_table.py runs/rehearsals                     # the table of what is there
+    python tools/dev/rehearsal_table.py runs/rehearsals --run --layers 2    # two layers each, of all widths: minutes
 
-The folder has a file for each combination, and --run goes on where it was stopped. Combinations that are equal in all
-that decides about shapes are rehearsed once.
+The folder has a file for each combination, and --run goes on where it was stopped.
 """
 
 import argparse
-import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +17,10 @@ from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check_settings
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.paths import ROOT
+from molmo2_nemo.rehearsal.plan import plan
+
+sys.path.insert(0, str(ROOT / "tools"))
+import rehearse
 
 GIB = 2**30
 STAGES = ("stage2", "stage1", "stage3")
@@ -28,77 +30,55 @@ COLUMNS = (
     *("stage", "model", "GPUs", "peak of the step, GiB", "planned", "peak of building, GiB", "planned"),
     *("sent, GB", "planned", "PFLOP", "planned", "other operations, GB", "waits", "at least, s a step"),
 )
-# What has nothing to do with shapes: names, rates, numbers of steps.
-NAMES = ("name", "run_dir", "optim", "schedule", "hardware")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--run", action="store_true", help="rehearse what is missing")
+    parser.add_argument("--layers", type=int, metavar="N", help="of decoder and vision transformer (default: all)")
     args = parser.parse_args()
     combinations = [(stage, model, gpus) for gpus in GPUS for stage in STAGES for model in MODELS]
     if args.run:
         args.folder.mkdir(parents=True, exist_ok=True)
-        done = {}
         for combination in combinations:
-            rehearse(args.folder, combination, done)
+            file = file_of(args.folder, combination, args.layers)
+            if not file.exists():
+                record = rehearsed(combination, args.layers)
+                file.write_text(json.dumps(record, default=float))
+                print(file.name, record.get("refused") or record["faults"] or "done", flush=True)
         return
     print(f"| {' | '.join(COLUMNS)} |")
     print("|---" * len(COLUMNS) + "|")
     for combination in sorted(combinations, key=lambda each: (each[0], each[1], each[2])):
-        print(line(args.folder, combination))
+        print(line(file_of(args.folder, combination, args.layers), combination))
 
 
-def file_of(folder: Path, combination: tuple) -> Path:
-    return folder / f"{'-'.join(map(str, combination))}.json"
+def file_of(folder: Path, combination: tuple, layers: int | None) -> Path:
+    return folder / f"{'-'.join(map(str, combination))}{f'-{layers}-layers' if layers else ''}.json"
 
 
-def words_of(combination: tuple) -> list[str]:
+def rehearsed(combination: tuple, layers: int | None) -> dict:
+    """What `tools/rehearse.py --json` writes for rank 0, or why the recipe refuses the combination."""
     stage, model, gpus = combination
-    return ["--config-name", stage, f"model={model}", f"hardware=h100_{gpus}", f"gpus={gpus}"]
-
-
-def shapes_of(combination: tuple) -> str:
-    """What two combinations must have in common to be equal for a rehearsal. Raises ConfigError."""
-    stage, model, gpus = combination
-    config = compose(stage, [f"model={model}", f"hardware=h100_{gpus}"])
-    check_settings(config, gpus)
-    fields = dataclasses.asdict(resolve(config, gpus)[0])
-    fields["frozen"] = {key: part["freeze"] for key, part in fields["optim"].items() if isinstance(part, dict)}
-    return json.dumps([gpus, {key: value for key, value in fields.items() if key not in NAMES}], default=str)
-
-
-def rehearse(folder: Path, combination: tuple, done: dict[str, Path]) -> None:
-    """Write the combination's file, if it is not there. done: shapes -> the file of those that are."""
-    file = file_of(folder, combination)
+    words = [f"model={model}", f"hardware=h100_{gpus}"]
+    if layers:
+        words += [f"model.num_layers={layers}", f"model.vit.num_layers={layers}", "model.vit.feature_layers=[-1,-2]"]
     try:
-        shapes = shapes_of(combination)
+        config = compose(stage, words)
+        check_settings(config, gpus)
+        made = plan(resolve(config, gpus)[0], gpus, None, [0])
     except ConfigError as error:
-        file.write_text(json.dumps({"refused": str(error)}))
-        return
-    if not file.exists() and shapes in done:
-        file.write_text(json.dumps({"same_as": done[shapes].name}))
-    if not file.exists():
-        unfinished = file.with_suffix(".part")
-        command = [sys.executable, "tools/rehearse.py", *words_of(combination), "--ranks", "0", "--json", unfinished]
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if unfinished.exists():
-            unfinished.rename(file)
-        else:
-            file.write_text(json.dumps({"refused": found.stderr.strip().splitlines()[-1]}))
-        print(file.name, found.returncode, flush=True)
-    done.setdefault(shapes, file)
+        return {"refused": str(error)}
+    found, failed = rehearse.rehearse_all(made, 1)
+    return rehearse.as_json(made.config, made, found, list(failed.values()))
 
 
-def line(folder: Path, combination: tuple) -> str:
+def line(file: Path, combination: tuple) -> str:
     """A row of the table: figures of rank 0, why there are none, or that it was not rehearsed."""
     stage, model, gpus = combination
-    file = file_of(folder, combination)
     cells = [stage, model, gpus]
     record = json.loads(file.read_text()) if file.exists() else {"refused": "not rehearsed"}
-    if "same_as" in record:
-        record = json.loads((folder / record["same_as"]).read_text())
     if "refused" in record or not record["ranks"]:
         cells += [record.get("refused") or record["faults"][0], *[""] * (len(COLUMNS) - len(cells) - 1)]
         return f"| {' | '.join(map(str, cells))} |"
