@@ -289,7 +289,8 @@ def layer_bytes(job: Job) -> dict[str, float]:
     lora, adapters = job.config.lora, 0.0
     if lora.rank:
         # Between A and B, 7 times the rank; with dropout copies of the inputs, and which of their numbers were kept.
-        dropped = (e + kept_mask) * (2 * own * H + n * (q + F)) if lora.dropout else 0.0
+        # The inputs themselves go then, since frozen weights need none; attention keeps its output.
+        dropped = (e + kept_mask) * (2 * own * H + n * (q + F)) - product * (2 * own * H + n * F) if lora.dropout else 0
         adapters = 7 * lora.rank * n * e + dropped
     if job.device == "cpu":
         # SDPA there keeps the mask as a float tensor of its own.

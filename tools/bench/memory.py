@@ -173,6 +173,7 @@ def predict(config, precision: str, batch: dict) -> dict[str, float]:
     job = Job(config, world_size_from_environment(), device="cpu")
     crops, windows = len(batch["crops"]), len(batch["pooling"])
     job.work = replace(job.work, crops=crops, visual_tokens=windows, pooled_patches=int((batch["pooling"] >= 0).sum()))
+    job.units = batch["vision_units"][:, 0].tolist()
     job.places = batch["pooling"].shape[1]
     parts = stage_memory(job, 0)
     of = {part.name: part.bytes for part in parts}

@@ -1,10 +1,11 @@
-"""The table of docs/rehearsal.md: rank 0 of every shipped model on every hardware preset in every stage.
+"""The table of docs/rehearsal.md: a rank of every shipped model on every hardware preset in every stage.
 
     python tools/dev/rehearsal_table.py runs/rehearsals --run               # rehearse what the folder lacks
     python tools/dev/rehearsal_table.py runs/rehearsals                     # the table of what is there
     python tools/dev/rehearsal_table.py runs/rehearsals --run --layers 2    # two layers each, of all widths: minutes
 
-The folder has a file for each combination, and --run goes on where it was stopped.
+The rank is the one of the first replica that encodes most crops, which the planner plans for. The folder has a file for
+each combination, and --run goes on where it was stopped.
 """
 
 import argparse
@@ -16,7 +17,9 @@ from molmo2_nemo.auto import resolve
 from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.checks import check_settings
 from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.model.vision import split_units
 from molmo2_nemo.paths import ROOT
+from molmo2_nemo.planner.memory import Job
 from molmo2_nemo.rehearsal.plan import plan
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -27,7 +30,7 @@ STAGES = ("stage2", "stage1", "stage3")
 MODELS = ("molmo2_8b", "molmo2_4b", "molmo2_o_7b")
 GPUS = (8, 128, 1, 64, 1024, 512, 256)  # of the presets h100_N
 COLUMNS = (
-    *("stage", "model", "GPUs", "peak of the step, GiB", "planned", "peak of building, GiB", "planned"),
+    *("stage", "model", "GPUs", "rank", "peak of the step, GiB", "planned", "peak of building, GiB", "planned"),
     *("sent, GB", "planned", "PFLOP", "planned", "other operations, GB", "waits", "at least, s a step"),
 )
 
@@ -59,7 +62,7 @@ def file_of(folder: Path, combination: tuple, layers: int | None) -> Path:
 
 
 def rehearsed(combination: tuple, layers: int | None) -> dict:
-    """What `tools/rehearse.py --json` writes for rank 0, or why the recipe refuses the combination."""
+    """What `tools/rehearse.py --json` writes for one rank, or why the recipe refuses the combination."""
     stage, model, gpus = combination
     words = [f"model={model}", f"hardware=h100_{gpus}"]
     if layers:
@@ -67,15 +70,23 @@ def rehearsed(combination: tuple, layers: int | None) -> dict:
     try:
         config = compose(stage, words)
         check_settings(config, gpus)
-        made = plan(resolve(config, gpus)[0], gpus, None, [0])
+        config = resolve(config, gpus)[0]
+        made = plan(config, gpus, None, [0])
+        made = plan(config, gpus, None, [busiest_rank(Job(made.config, gpus))])
     except ConfigError as error:
         return {"refused": str(error)}
     found, failed = rehearse.rehearse_all(made, 1)
     return rehearse.as_json(made.config, made, found, list(failed.values()))
 
 
+def busiest_rank(job: Job) -> int:
+    """The first replica's rank that encodes most crops of full rows. Ranks of tensor and context parallelism share."""
+    crops = [sum(size for size, _ in share) for share in split_units([(size, 0) for size in job.units], job.t * job.c)]
+    return crops.index(max(crops))
+
+
 def line(file: Path, combination: tuple) -> str:
-    """A row of the table: figures of rank 0, why there are none, or that it was not rehearsed."""
+    """A row of the table: figures of the rank, why there are none, or that it was not rehearsed."""
     stage, model, gpus = combination
     cells = [stage, model, gpus]
     record = json.loads(file.read_text()) if file.exists() else {"refused": "not rehearsed"}
@@ -83,6 +94,7 @@ def line(file: Path, combination: tuple) -> str:
         cells += [record.get("refused") or record["faults"][0], *[""] * (len(COLUMNS) - len(cells) - 1)]
         return f"| {' | '.join(map(str, cells))} |"
     (rank,) = record["ranks"]
+    cells.append(rank["rank"])
     of = {row["figure"]: row for row in rank["beside"]}
     sent = [row for name, row in of.items() if name.endswith("traffic")]
     for name in ("peak of the step", "peak of building"):
