@@ -134,6 +134,12 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
     sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
     refuse(sweep, "--multirun: a process trains once; start one recipe for each setting.")
     for argument in arguments:
+        refuse(argument.startswith("="), f"{argument} has no key: settings are written KEY=VALUE.")
+        taken_away = argument.removeprefix("~")
+        refuse(
+            argument.startswith("~") and (CONF_DIR / taken_away).is_dir(),
+            f"{argument} takes away a part that every run needs: choose another with {taken_away}=NAME.",
+        )
         match = re.fullmatch(r"(\+{0,2}|~)([A-Za-z_][\w./]*)(?:@[\w.]+)?(?:=(.*))?", argument, re.DOTALL)
         if argument.startswith("-") or match is None or match[3] is None:
             continue

@@ -15,6 +15,7 @@ molmo2_nemo/planner/efficiency.py; --measured replaces what `tools/bench/gpu.py 
 import argparse
 import difflib
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,6 @@ from molmo2_nemo.environment import quiet_libraries
 from molmo2_nemo.finetune import Machine, choose
 from molmo2_nemo.planner.efficiency import FAST, SLOW
 from molmo2_nemo.planner.flops import PEAK_TFLOPS
-from molmo2_nemo.planner.measured import with_measured
 from molmo2_nemo.planner.memory import (
     GIB,
     H100_GIB,
@@ -97,9 +97,9 @@ def main() -> int:
         gpus, overrides = take_gpus([*args.overrides, *unknown])
         if args.gpu not in PEAK_TFLOPS:
             raise ConfigError(f"--gpu {args.gpu}: its peak is not known; known are {', '.join(PEAK_TFLOPS)}.")
-        if args.gpu_memory <= RESERVE_GIB:
+        if not RESERVE_GIB < args.gpu_memory < math.inf:
             raise ConfigError(
-                f"--gpu-memory {args.gpu_memory:g} must be above the {RESERVE_GIB:g} GiB held in reserve."
+                f"--gpu-memory {args.gpu_memory:g} must be a number above the {RESERVE_GIB:g} GiB held in reserve."
             )
         chosen = []
         if HARDWARE_AUTO in overrides:
@@ -127,6 +127,8 @@ def main() -> int:
         refused = verdict(config, gpus, args.gpu_memory)
         columns, taken = (FAST, SLOW), []
         if args.measured:
+            from molmo2_nemo.planner.measured import with_measured  # brings pydantic
+
             measured = with_measured(args.measured, job, args.gpu, columns)
             columns, taken = measured.columns, measured.taken
         found = search(config, gpus, args.gpu_memory, args.gpu, columns) if args.search else []

@@ -280,6 +280,10 @@ def check_model(m: ModelConfig) -> None:
     )
     bad = [layer for layer in m.vit.feature_layers if not -m.vit.num_layers <= layer < m.vit.num_layers]
     refuse(
+        not m.vit.feature_layers,
+        "model.vit.feature_layers=[] gives the connector nothing: name layers of the vision transformer, as [-3,-9].",
+    )
+    refuse(
         bool(bad),
         f"model.vit.feature_layers={m.vit.feature_layers} names layers outside the {m.vit.num_layers} of "
         "model.vit.num_layers: correct one of the two.",

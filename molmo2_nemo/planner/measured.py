@@ -7,6 +7,9 @@ the table, so that the range narrows to what was not.
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, StrictBool, ValidationError
 
 from molmo2_nemo.command_line import compose
 from molmo2_nemo.config.errors import ConfigError
@@ -20,6 +23,50 @@ FLEX = "flex"
 # in for them here.
 MODEL = ["schedule=report", "model=molmo2_4b", "train.global_batch_size=1", "train.vision_chunk_crops=0"]
 MODEL += ["train.vision_recompute=false", "parallel.context_parallel_size=1"]
+
+
+Spec = Literal["local", "transformer_engine"]
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class AttentionRow(_Line):
+    tokens: PositiveInt
+    kernel: str
+    tflops: PositiveFloat | None = None
+
+
+class VisionRow(_Line):
+    layer_spec: Spec
+    recompute: StrictBool
+    crops: PositiveInt
+    ms: PositiveFloat
+    crops_per_second: PositiveFloat
+
+
+class StepRow(_Line):
+    layer_spec: Spec
+    precision: str
+    recipe: str | None
+    recompute: StrictBool
+    extrapolated: StrictBool
+    layers: PositiveInt
+    tokens: PositiveInt
+    ms: PositiveFloat
+
+
+ROWS = {"attention": AttentionRow, "vision": VisionRow, "step": StepRow}  # those that are taken
+
+
+class Section(_Line):
+    """A line of the file. rows: dictionaries, those of ROWS are checked where they are measured."""
+
+    section: str
+    tiny: StrictBool
+    device: str
+    rows: list[dict]
 
 
 @dataclass
@@ -41,19 +88,28 @@ def read(file: Path, device: str) -> dict[str, list[dict]]:
         raise ConfigError(
             f"--measured {file} is no file of JSON lines: write it with tools/bench/gpu.py --out."
         ) from None
+    if not lines:
+        raise ConfigError(f"--measured {file} is empty: write it with tools/bench/gpu.py --out.")
     for number, line in enumerate(lines, 1):
-        if not isinstance(line, dict) or not {"section", "tiny", "device", "rows"} <= set(line):
+        try:
+            line = Section.model_validate(line)
+            rows = [row for row in line.rows if "not_measured" not in row]
+            if line.section in ROWS:
+                rows = [ROWS[line.section].model_validate(row).model_dump() for row in rows]
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(map(str, problem["loc"])) or "the line"
             raise ConfigError(
-                f"--measured {file}, line {number} is not of tools/bench/gpu.py: write it with its --out."
-            )
-        if line["tiny"]:
+                f"--measured {file}, line {number} is not of tools/bench/gpu.py ({where}: {problem['msg']}): write it "
+                "with its --out."
+            ) from None
+        if line.tiny:
             raise ConfigError(f"--measured {file}, line {number} has toy sizes: run tools/bench/gpu.py without --tiny.")
-        if line["device"] != device:
+        if line.device != device:
             raise ConfigError(
-                f"--measured {file} is of {line['device']}, the plan of {device}: add --gpu '{line['device']}'."
+                f"--measured {file} is of {line.device}, the plan of {device}: add --gpu '{line.device}'."
             )
-        rows = [row for row in line["rows"] if "not_measured" not in row]
-        sections.setdefault(line["section"], []).extend(rows)
+        sections.setdefault(line.section, []).extend(rows)
     return sections
 
 
@@ -68,11 +124,16 @@ def with_measured(file: Path, job: Job, device: str, columns: tuple[Assumptions,
 
 def _attention(sections, job: Job, device: str, columns):
     """Share of the peak of the visible pairs, at the length that is nearest to a row's."""
-    rows = [row for row in sections.get("attention", []) if row["kernel"] == FLEX]
+    rows = [row for row in sections.get("attention", []) if row["kernel"] == FLEX and row["tflops"]]
     if not rows:
         return columns, "attention: assumed, since the file has no row of flex"
     row = min(rows, key=lambda row: abs(row["tokens"] - job.seq_length))
     share = row["tflops"] * 1e12 / peak_flops(device, "bf16")
+    if share > 1:
+        raise ConfigError(
+            f"--measured has {row['tflops']:,} TFLOP/s of attention at {row['tokens']:,} tokens, more than the peak of "
+            f"{device}: measure again, or leave the section attention out of the file."
+        )
     columns = tuple(replace(column, decoder_attention=share) for column in columns)
     return columns, f"attention: {share:.0%} of the peak, measured at {row['tokens']:,} tokens"
 
@@ -114,6 +175,11 @@ def _decoder(sections, job: Job, device: str, columns):
         return columns, f"decoder: assumed, since the file has no steps of two depths in {precision}"
     low, high = sorted(kept, key=lambda row: row["layers"])[:2]
     layer = (high["ms"] - low["ms"]) / 1e3 / (high["layers"] - low["layers"])
+    if layer <= 0:
+        raise ConfigError(
+            f"--measured has {high['ms']} ms for a step of {high['layers']} layers and {low['ms']} for one of "
+            f"{low['layers']}: measure again, or leave the section step out of the file."
+        )
     like = _like(low, f"train.precision={low['precision']}", f"data.seq_length={low['tokens']}")
     found = []
     for column in columns:

@@ -42,7 +42,7 @@ GROUPS = {
 class Collective:
     """One call. bytes: of the larger of what this rank gives and gets; sent: by this rank, with ring algorithms.
 
-    peer: the other rank of a send or a receive.
+    peer: the other rank of a send or a receive. dtype: of the first tensor.
     """
 
     phase: str
@@ -53,11 +53,12 @@ class Collective:
     sent: float
     line: str
     peer: int | None = None
+    dtype: str = ""
 
     @property
     def call(self) -> tuple:
         """What all ranks of the group must have in common."""
-        return self.ranks, self.operation, self.bytes
+        return self.ranks, self.operation, self.bytes, self.dtype
 
 
 def tensors_in(tree) -> list[torch.Tensor]:
@@ -84,7 +85,9 @@ def collective_of(function, args, kwargs, line: str, phase: str) -> tuple[Collec
     if peer is not None:
         # Of two stages Megatron sends one way through the group of all ranks (pipeline_parallel/p2p_communication.py).
         group, ranks = "PP", tuple(sorted((dist.get_rank(), peer)))
-    found = Collective(phase, operation, group, ranks, size, share(len(ranks)) * size, line, peer)
+    tensors = tensors_in(list(named.values()))
+    dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
+    found = Collective(phase, operation, group, ranks, size, share(len(ranks)) * size, line, peer, dtype)
     work = compat.finished_work(dist.group.WORLD)
     returned = [work if "Work" in str(r.type) else args[0] for r in schema.returns]
     return found, returned[0] if len(returned) == 1 else tuple(returned)
@@ -131,7 +134,35 @@ def disagreements(by_rank: dict[int, list[Collective]]) -> list[str]:
             sent = [c for c in by_rank[one] if c.operation == "send" and c.peer == other]
             got = [c for c in by_rank[other] if c.operation == "recv" and c.peer == one]
             sentences += _difference(one, sent, other, got, peers=True)
-    return sentences
+    return sentences or _ring(by_rank)
+
+
+def _ring(by_rank: dict[int, list[Collective]]) -> list[str]:
+    """A sentence if ranks, each pair of which agrees, wait for one another in a ring: A for B, B for C, C for A.
+
+    Every rank takes its next call when all rehearsed ranks of that call's group have come to it. Sends and receives are
+    left out.
+    """
+    left = {
+        rank: [c for c in calls if c.peer is None and sum(other in by_rank for other in c.ranks) > 1]
+        for rank, calls in by_rank.items()
+    }
+    next_of = dict.fromkeys(by_rank, 0)
+    waiting = set(by_rank)
+    while True:
+        at = {rank: left[rank][next_of[rank]] for rank in waiting if next_of[rank] < len(left[rank])}
+        done = set()
+        for call in {c.ranks: c for c in at.values()}.values():
+            members = {rank for rank in call.ranks if rank in by_rank}
+            if all(rank in at and at[rank].ranks == call.ranks for rank in members):
+                done |= members
+        if not done:
+            break
+        for rank in done:
+            next_of[rank] += 1
+    if not at:
+        return []
+    return [f"ranks wait for one another: {'; '.join(f'rank {rank} in {_words(at[rank])}' for rank in sorted(at))}"]
 
 
 def _difference(one: int, first: list, other: int, second: list, peers: bool = False) -> list[str]:
@@ -144,4 +175,8 @@ def _difference(one: int, first: list, other: int, second: list, peers: bool = F
 
 
 def _words(c: Collective | None) -> str:
-    return "nothing" if c is None else f"{c.operation} on {c.group} of {c.bytes:,} bytes ({c.line})"
+    return (
+        "nothing"
+        if c is None
+        else f"{c.operation} on {c.group} of {c.bytes:,} bytes{c.dtype and f' of {c.dtype}'} ({c.line})"
+    )

@@ -19,7 +19,10 @@ PARTS = {
     "megatron/core/distributed/distributed_data_parallel.py": "gradients",
 }
 WHOLE = ("vision", "head", "optimizer")
-LAYERS = ("megatron/core/transformer/transformer_layer.py", f"{PACKAGE.name}/model/fused_vit.py")
+LAYERS = (
+    "megatron/core/transformer/transformer_layer.py",
+    *(f"{PACKAGE.name}/model/{name}.py" for name in ("fused_vit", "layers")),
+)
 ENGINE = "torch/autograd/graph.py"  # calls the backward pass
 # Wrappers around calls of others.
 TRANSPARENT = (f"{PACKAGE.name}/cpu.py", f"{PACKAGE.name}/compat.py")

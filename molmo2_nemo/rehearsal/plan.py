@@ -131,9 +131,10 @@ def widths(m: ModelConfig, t: int) -> set[int]:
 
 
 def choose_ranks(job: Job) -> list[int]:
-    """Rank 0, one that differs from it in each kind of parallelism, and one without pictures.
+    """Rank 0, one that differs from it in each kind of parallelism, one of each stage, and one without pictures.
 
-    Each shares a group with rank 0, so that their collectives can be compared. Megatron numbers ranks by tensor,
+    Each but those of later stages shares a group with rank 0, so that their collectives can be compared; a stage is
+    compared with its neighbours. Megatron numbers ranks by tensor,
     context, data, pipeline.
     """
     t, c, d, p = job.t, job.c, job.d, job.p
@@ -142,7 +143,7 @@ def choose_ranks(job: Job) -> list[int]:
     found |= {t} if c > 1 else set()
     found |= {t * c * (d - 1)} if d > 1 else set()
     found |= {t * c} if d > 2 else set()
-    found |= {t * c * d * (p - 1)} if p > 1 else set()
+    found |= {t * c * d * stage for stage in range(p)}
     return sorted(found)
 
 

@@ -69,6 +69,11 @@ class Recorder(compat.dispatch_mode()):
             return args[0].device
         if function.namespace == "c10d":
             return self._collective(function, args, kwargs)
+        if function.namespace == "_c10d_functional":
+            line = self.places.here(self.phase)[1]
+            self.faults[f"{line} calls {compat.schema_of(function).name}: functional collectives are not counted"] = (
+                None
+            )
         if compat.schema_of(function).name == compat.TO_NUMBER:
             return self._number(function, args[0])
         if function is aten.nonzero.default and self.is_here(args[0]):

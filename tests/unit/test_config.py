@@ -308,6 +308,8 @@ def test_impossible_settings_are_refused(stage, overrides, world_size, expected)
         ("train.report=maybe", "train.report=maybe: Value 'maybe' is not a valid bool"),
         ("optim.llm.lr=low", "optim.llm.lr=low: Value 'low' of type 'str' could not be converted to Float"),
         ("train.precision=[", "train.precision=[: no viable alternative"),
+        ("=3", "=3 has no key: settings are written KEY=VALUE."),
+        ("~model", "~model takes away a part that every run needs: choose another with model=NAME."),
     ],
 )
 def test_unknown_keys_and_options_are_named(argument, expected):

@@ -292,6 +292,8 @@ def test_command_says_what_fits_and_what_does_not(capsys, monkeypatch):
         (["gpus=8", "transformer.no_such=1"], "no field no_such"),
         (["gpus=8", "--serach"], "--serach is no option"),
         (["gpus=8", "--gpu-memory", "3"], "--gpu-memory 3"),
+        (["gpus=8", "--gpu-memory", "nan"], "must be a number above the 4 GiB"),
+        (["gpus=8", "model.vit.feature_layers=[]"], "name layers of the vision transformer"),
     ):
         status, out, err = run_plan("--config-name", "stage2", *words)
         assert status == 2 and reason in err and err.startswith("error: ") and err.count("\n") == 1 and not out, (

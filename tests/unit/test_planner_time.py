@@ -260,12 +260,35 @@ def test_measured_figures_replace_assumed_ones(written):
     assert nothing.columns == (FAST, SLOW) and all("assumed" in sentence for sentence in nothing.taken)
 
 
+@pytest.mark.parametrize(
+    "section, row, reason",
+    [
+        ("attention", {"kernel": "flex", "tflops": 200.0}, "tokens: Field required"),
+        ("attention", {"tokens": 4096, "kernel": "flex", "tflops": "fast"}, "tflops"),
+        ("attention", {"tokens": 4096, "kernel": "flex", "tflops": 0}, "greater than 0"),
+        ("attention", {"tokens": 4096, "kernel": "flex", "tflops": float("nan")}, "finite"),
+        ("attention", {"tokens": 4096, "kernel": "flex", "tflops": 9999.0}, "more than the peak"),
+        ("vision", dict(LINES["vision"][2], layer_spec="bogus"), "layer_spec"),
+        ("step", dict(CASE, layers=12, extrapolated=False, tokens=16384, ms=1000.0), "measure again"),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(written, section, row, reason):
+    lines = LINES | {section: [*LINES[section][:1], row] if section == "step" else [row]}
+    with pytest.raises(ConfigError, match=reason):
+        with_measured(written(lines=lines), job_of("stage2", ["hardware=h100_8"], 8), H100, (FAST, SLOW))
+
+
 def test_files_of_other_devices_and_sizes_are_refused(written, tmp_path):
     job = job_of("stage2", ["hardware=h100_8"], 8)
     for changes, reason in (({"tiny": True}, "toy sizes"), ({"device": "NVIDIA H200"}, "--gpu 'NVIDIA H200'")):
         with pytest.raises(ConfigError, match=reason):
             with_measured(written(changes), job, H100, (FAST, SLOW))
-    for text, reason in (("decoder: 5\n", "no file of JSON lines"), (json.dumps({"ms": 5}), "line 1 is not of")):
+    for text, reason in (
+        ("decoder: 5\n", "no file of JSON lines"),
+        ("", "is empty"),
+        ("[]", "line 1 is not of"),
+        (json.dumps({"ms": 5}), "line 1 is not of"),
+    ):
         (tmp_path / "other").write_text(text)
         with pytest.raises(ConfigError, match=reason):
             with_measured(tmp_path / "other", job, H100, (FAST, SLOW))

@@ -1,5 +1,7 @@
 """Whether ranks agree on their collectives: molmo2_nemo/rehearsal/collectives.py."""
 
+import dataclasses
+
 from molmo2_nemo.rehearsal.collectives import Collective, disagreements, totals
 
 TP, DP, ALL = (0, 1), (0, 2), (0, 1, 2, 3)
@@ -25,6 +27,18 @@ def test_what_differs_is_named():
     ):
         (sentence,) = disagreements({0: calls, 1: other})
         assert sentence.startswith("ranks 0 and 1 ") and words in sentence
+
+
+def test_types_are_compared_and_a_ring_is_found():
+    sums, counts = (dataclasses.replace(call("all_reduce", TP), dtype=dtype) for dtype in ("float32", "int32"))
+    (sentence,) = disagreements({0: [sums], 1: [counts]})
+    assert "8 bytes of float32 (file.py:1) and all_reduce on G of 8 bytes of int32" in sentence
+    # TP groups (0, 1) and (2, 3), CP groups (0, 2) and (1, 3): each pair shares one call alone.
+    rows, columns = ((0, 1), (2, 3)), ((0, 2), (1, 3))
+    in_order = {r: [call("all_reduce", rows[r // 2]), call("all_reduce", columns[r % 2])] for r in range(4)}
+    assert disagreements(in_order) == []
+    (sentence,) = disagreements({r: calls[:: -1 if r in (1, 2) else 1] for r, calls in in_order.items()})
+    assert sentence.startswith("ranks wait for one another: rank 0 in all_reduce") and "; rank 3 in " in sentence
 
 
 def test_two_groups_in_another_order():
