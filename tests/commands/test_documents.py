@@ -43,7 +43,7 @@ RUN = (
 # Documents whose blocks after `<!-- tested -->` are run by another test.
 ELSEWHERE = {
     "own_data.md": "tests/commands/test_prepare.py",
-    "finetune.md": "tests/commands/test_finetune.py",
+    "finetune.md": "tests/commands/test_finetune_page.py",
     "datasets.md": "tests/ranks/test_stage_pass.py",
 }
 
