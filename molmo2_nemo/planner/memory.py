@@ -275,6 +275,8 @@ def layer_bytes(job: Job) -> dict[str, float]:
     if job.fused:
         # One kernel makes three parts out of the projection; norms over all heads copy their inputs.
         qk = 2 * e * (q + 2 * k) + (e * q if m.qk_norm != "per_head" else 0)
+        if m.qk_norm != "per_head" and t > 1:
+            qk += 4 * (q + k)  # their mean is one over ranks, so that no kernel makes it: inputs in float32
         if job.c > 1:
             # What is kept of the values is exchanged or gathered, below; no view of the projection is, either.
             qk -= e * k if m.qk_norm == "per_head" else e * (q + 2 * k)

@@ -1,4 +1,4 @@
-"""Adapters in files: in and out of PEFT's folders, merged, and what is refused. Layouts: tests/ranks/test_lora_layouts.py."""
+"""Adapters in files: into and out of PEFT, merged, and what is refused. Layouts: tests/ranks/test_lora_layouts.py."""
 
 import json
 import shutil
