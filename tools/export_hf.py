@@ -1,7 +1,8 @@
 """Turn a checkpoint of any layout into a Hugging Face folder, which plain transformers loads as a native Molmo2.
 
-Writes sharded safetensors, configuration, generation configuration, tokenizer, processor and chat template under a
-temporary name, and renames the folder when it is complete. Memory stays near the size of a shard. It needs no GPU.
+Writes sharded safetensors, configuration, generation configuration, tokenizer, processor, chat template and a model
+card under a temporary name, and renames the folder when it is complete. Memory stays near the size of a shard. It needs
+no GPU. docs/serving.md says who reads the folder.
 
     python tools/export_hf.py runs/molmo2/stage2 OUT                  # newest complete checkpoint of a run
     python tools/export_hf.py runs/molmo2/stage2/checkpoints/step_00000500 OUT --dtype bfloat16 --max-shard-gib 4
@@ -17,6 +18,7 @@ from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.command_line import tokenizer_location
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.hf.convert import export_hf
+from molmo2_nemo.hf.layouts import LAYOUTS
 
 
 def main() -> None:
@@ -24,6 +26,14 @@ def main() -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a step_* directory, or a run directory")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as in the checkpoint")
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default=LAYOUTS[0],
+        help="names in config.json: released (default), as on the Hub, for vLLM and transformers; native, for "
+        "transformers alone, without a file of code",
+    )
+    parser.add_argument("--license", help="of the exported model, for its card, by the Hub's names: apache-2.0, ...")
     parser.add_argument("--max-shard-gib", type=float, default=4.0, help="size of a safetensors file at most")
     parser.add_argument("--no-checksums", action="store_true", help="do not compare the checkpoint with its checksums")
     parser.add_argument("--tokenizer", help="folder of the tokenizer; default: the checkpoint's model")
@@ -46,6 +56,8 @@ def main() -> None:
             max_crops=args.max_crops or trained.get("max_crops_per_image", 8),
             max_frames=args.max_frames or trained.get("max_frames", 384),
             max_fps=trained.get("max_fps", 2.0),
+            layout=args.layout,
+            license=args.license,
         )
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")

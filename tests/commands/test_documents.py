@@ -52,6 +52,7 @@ NOT_RUN = (
     (r"wandb .*", "needs an account at Weights & Biases"),
     (r"(ruff|pytest) .*", "other programs of the environment"),
     (r"python3\.12 -m pip .*|pip install .*", "needs the network"),
+    (r"vllm serve .*", "needs vLLM and a GPU; test_serving.py compares what it reads"),
     (r"tools/install_gpu\.sh", "needs the network; test_install.py runs it with a stand-in for pip"),
     (r"for .*", "a loop of the shell around a command that stands in the document, too"),
     (
