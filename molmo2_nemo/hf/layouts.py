@@ -2,7 +2,7 @@
 
 - `released`: the names of the checkpoints on the Hub (allenai/molmo2 at f3cb108, olmo/hf_model/configuration_molmo2.py,
   convert_molmo2_to_hf.py), which vLLM's own Molmo2 and transformers read. The folder also holds configuration_molmo2.py
-  (served_config.py), which transformers runs only when it is told to trust it.
+  of this folder, which transformers runs only when it is told to trust it.
 - `native`: what transformers' Molmo2Config writes. No file of code, and no server of the two reads it.
 """
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from molmo2_nemo.config.schema import EXTRA_TOKENS, ModelConfig, vision_token_ids
-from molmo2_nemo.hf import served_config
+from molmo2_nemo.hf import configuration_molmo2
 from molmo2_nemo.hf.architecture import hf_config
 from molmo2_nemo.hf.folder import CONFIG_FILE
 
 LAYOUTS = ("released", "native")
-CODE_FILE = "configuration_molmo2.py"
+CODE_FILE = Path(configuration_molmo2.__file__).name
 # Tokens that transformers' configuration has no name for, and the released one has.
 _OTHER_TOKENS = {"image_col_id": "<im_col>", "image_low_res_id": "<im_low>"}
 
@@ -32,7 +32,7 @@ def write_config(folder: Path, model: ModelConfig, dtype: str, layout: str, toke
         hf_config(model, dtype).save_pretrained(folder)
         return
     (folder / CONFIG_FILE).write_text(json.dumps(released_config(model, dtype, tokenizer), indent=2) + "\n")
-    shutil.copyfile(served_config.__file__, folder / CODE_FILE)
+    shutil.copyfile(configuration_molmo2.__file__, folder / CODE_FILE)
 
 
 def released_config(model: ModelConfig, dtype: str = "float32", tokenizer=None) -> dict[str, Any]:

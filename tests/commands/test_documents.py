@@ -281,6 +281,7 @@ def test_options_named_in_the_documents_exist():
     """Between backticks: options of our programs, or of the others that are named here."""
     others = "--nproc-per-node --config-name --cfg --nodes --time --gpus-per-node --exclude --array --signal --output"
     others = {*others.split(), "--check", "--no-deps", "--no-build-isolation", "--local-dir", "--config-dir"}
+    others |= {"--trust-remote-code", "--max-num-batched-tokens", "--media-io-kwargs"}  # vLLM's
     code = [*PROGRAMS, *SCRIPTS, *(REPOSITORY / "molmo2_nemo").glob("**/*.py")]
     known = {option for path in code for option in re.findall(r"--[a-z][a-z-]*[a-z]", path.read_text())} | others
     # Of other trainers: what our recipes answer with the setting to write.

@@ -5,6 +5,7 @@ TextConfig, `_get_prompt_updates`, the modules and their `hf_to_vllm_mapper`) an
 """
 
 import json
+import pickle
 import re
 
 import pytest
@@ -228,6 +229,7 @@ def checkpoint_of(folder, step, data, config=None, **info):
     """A complete checkpoint without tensors, which is all that a card reads."""
     path = folder / "checkpoints" / checkpoint_dir.step_name(step)
     temporary = checkpoint_dir.aside(path)
+    (temporary / checkpoint_dir.INDEX).write_bytes(pickle.dumps({}))
     if config is not None:
         (temporary / "config.yaml").write_text(yaml.safe_dump(config))
     counts = {name: {"examples": examples} for name, examples in data.items()}
