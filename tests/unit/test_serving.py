@@ -105,6 +105,10 @@ def test_what_vllm_asks_of_the_configuration_is_there(folders, trusted, export):
     # It is what transformers itself builds from, and plain transformers does not run the file.
     assert isinstance(trusted, Molmo2Config)
     assert type(AutoConfig.from_pretrained(folders["released"])) is Molmo2Config
+    with pytest.raises(
+        AttributeError, match="'Molmo2Config' object has no attribute 'vit_config'"
+    ):  # troubleshooting.md
+        _ = AutoConfig.from_pretrained(folders["native"]).vit_config
 
 
 def test_a_scaled_rope_reaches_vllm(hf_models, tmp_path, monkeypatch):
