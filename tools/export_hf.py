@@ -1,8 +1,9 @@
 """Turn a checkpoint of any layout into a Hugging Face folder, which plain transformers loads as a native Molmo2.
 
-Writes sharded safetensors, configuration, generation configuration, tokenizer, processor and chat template under a
-temporary name, and renames the folder when it is complete. Memory stays near the size of a shard. It needs no GPU.
-Adapters of LoRA are merged with the weights that they were trained beside, or written alone, as PEFT's.
+Writes sharded safetensors, configuration, generation configuration, tokenizer, processor, chat template and a model
+card under a temporary name, and renames the folder when it is complete. Memory stays near the size of a shard. It needs
+no GPU. Adapters of LoRA are merged with the weights that they were trained beside, or written alone, as PEFT's.
+docs/serving.md says who reads the folder.
 
     python tools/export_hf.py runs/molmo2/stage2 OUT                  # newest complete checkpoint of a run
     python tools/export_hf.py runs/mine OUT --best                    # the best by train.save_best
@@ -20,6 +21,7 @@ from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.command_line import tokenizer_location
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.hf.convert import export_hf
+from molmo2_nemo.hf.layouts import LAYOUTS
 from molmo2_nemo.hf.peft import export_adapter
 
 
@@ -29,6 +31,14 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder to write")
     parser.add_argument("--best", action="store_true", help="the best checkpoint of a run, not the newest")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as in the checkpoint")
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default=LAYOUTS[0],
+        help="names in config.json: released (default), as on the Hub, for vLLM and transformers; native, for "
+        "transformers alone, without a file of code",
+    )
+    parser.add_argument("--license", help="of the exported model, for its card, by the Hub's names: apache-2.0, ...")
     parser.add_argument("--max-shard-gib", type=float, default=4.0, help="size of a safetensors file at most")
     parser.add_argument("--no-checksums", action="store_true", help="do not compare the checkpoint with its checksums")
     parser.add_argument("--adapter", action="store_true", help="write the adapters of LoRA alone, as PEFT loads them")
@@ -59,6 +69,8 @@ def main() -> None:
             max_frames=args.max_frames or trained.get("max_frames", 384),
             max_fps=trained.get("max_fps", 2.0),
             base=args.base,
+            layout=args.layout,
+            license=args.license,
         )
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -26,8 +26,9 @@ from molmo2_nemo.config.lora import scale
 from molmo2_nemo.config.schema import ModelConfig
 from molmo2_nemo.files import disk_errors_told, missing_room, readable_size
 from molmo2_nemo.hf.adapters import Adapted, adapted, merge
-from molmo2_nemo.hf.architecture import hf_config, model_config_from_hf
+from molmo2_nemo.hf.architecture import model_config_from_hf
 from molmo2_nemo.hf.folder import INDEX_FILE, MODEL_FILE, HuggingFaceWeights, has_weights, is_there
+from molmo2_nemo.hf.layouts import LAYOUTS, write_config
 from molmo2_nemo.hf.names import EMBEDDING_PARTS, NATIVE_EMBEDDING, Entry, WrongShape, read_released, tensor_table
 
 _HEAD = "lm_head.weight"
@@ -375,10 +376,13 @@ def export_hf(
     max_fps: float = 2.0,
     progress: Callable[[str], None] = print,
     base: Path | None = None,
+    layout: str = LAYOUTS[0],
+    license: str | None = None,
 ) -> None:
     """Write a Hugging Face folder under a temporary name and rename it when it is whole.
 
-    Adapters of LoRA are merged with their weights. dtype: None keeps the checkpoint's. base: see `released_tensors`.
+    Adapters of LoRA are merged with their weights. base: see `released_tensors`. layout: of layouts.LAYOUTS, whose
+    names config.json has. license: the Hub's name of one, for the model card. dtype: None keeps the checkpoint's.
     tokenizer: folder whose tokenizer and chat template are written along with the
     processor; None writes weights and configuration only. Memory stays near `max_shard_bytes` plus READ_AT_ONCE, or one
     tensor that is larger. Raises ConfigError when `folder` exists, for a folder without a tokenizer, and when the disk
@@ -394,12 +398,19 @@ def export_hf(
         processor = build_processor(tokenizer, model.vision, max_crops, setting="--tokenizer")
         processor.video_processor.num_frames = max_frames
         processor.video_processor.max_fps = max_fps
+        # What vLLM asks it; transformers does not.
+        processor.video_processor.frame_sample_mode, processor.video_processor.sampling_fps = "uniform_last_frame", 2
+    from molmo2_nemo.hf.model_card import model_card  # needs matplotlib, which no start of a training run waits for
+
+    card = model_card(checkpoint, folder.resolve().name, layout, license)
     size = _export_bytes(merged_reader(checkpoint, base)[0], model, dtype)
     with new_folder(folder, size, "an export") as temporary:
         written = Progress(size, progress)
         tensors = released_tensors(checkpoint, model, dtype, base)
         stored = _write_weights(tensors, temporary, max_shard_bytes, written)
-        hf_config(model, str(stored).removeprefix("torch.")).save_pretrained(temporary)
+        tokens = None if processor is None else processor.tokenizer
+        write_config(temporary, model, str(stored).removeprefix("torch."), layout, tokens)
+        (temporary / "README.md").write_text(card)
         if processor is not None:
             processor.save_pretrained(temporary)
             _write_generation_config(temporary, processor.tokenizer)

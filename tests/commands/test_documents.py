@@ -56,6 +56,7 @@ NOT_RUN = (
     (r"wandb .*", "needs an account at Weights & Biases"),
     (r"(ruff|pytest) .*", "other programs of the environment"),
     (r"python3\.12 -m pip .*|pip install .*", "needs the network"),
+    (r"vllm serve .*", "needs vLLM and a GPU; test_serving.py compares what it reads"),
     (r"tools/install_gpu\.sh", "needs the network; test_install.py runs it with a stand-in for pip"),
     (r"for .*", "a loop of the shell around a command that stands in the document, too"),
     (
@@ -289,6 +290,7 @@ def test_options_named_in_the_documents_exist():
     """Between backticks: options of our programs, or of the others that are named here."""
     others = "--nproc-per-node --config-name --cfg --nodes --time --gpus-per-node --exclude --array --signal --output"
     others = {*others.split(), "--check", "--no-deps", "--no-build-isolation", "--local-dir", "--config-dir"}
+    others |= {"--trust-remote-code", "--max-num-batched-tokens", "--media-io-kwargs"}  # vLLM's
     code = [*PROGRAMS, *SCRIPTS, *(REPOSITORY / "molmo2_nemo").glob("**/*.py")]
     known = {option for path in code for option in re.findall(r"--[a-z][a-z-]*[a-z]", path.read_text())} | others
     # Of other trainers: what our recipes answer with the setting to write.
@@ -319,9 +321,9 @@ def sentences() -> str:
 
 
 def test_messages_in_troubleshooting_are_those_of_the_code():
-    """A part in backticks in the first column is a message of ours, but for those of Slurm and Python."""
+    """A part in backticks in the first column is a message of ours, but for those of Slurm, Python and vLLM."""
     of_others = ("Requested node configuration", "Invalid account or partition", "ModuleNotFoundError")
-    of_others += ("JobLaunchFailure", "launch failed requeued held")
+    of_others += ("JobLaunchFailure", "launch failed requeued held", "'Molmo2Config' object has no attribute")
     code, checked = sentences(), 0
     for line in (REPOSITORY / "docs" / "troubleshooting.md").read_text().splitlines():
         if not re.match(r"\| .*`", line):

@@ -23,6 +23,7 @@ from molmo2_nemo.config.schema import Config, ModelConfig
 from molmo2_nemo.files import sha256_of
 from molmo2_nemo.hf import base_models, convert
 from molmo2_nemo.hf.architecture import model_config_from_hf
+from molmo2_nemo.hf.layouts import LAYOUTS
 from molmo2_nemo.training import start
 
 
@@ -134,13 +135,15 @@ def test_the_embedding_may_be_cut_anywhere(cut, hf_models, tmp_path):
     assert_same(dict(convert.released_tensors(tmp_path / "ckpt", model)), as_released(hf_models["qwen3_gqa"]))
 
 
-def test_transformers_loads_an_export_and_gives_the_same_logits(hf_models, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transformers_loads_an_export_and_gives_the_same_logits(layout, hf_models, tmp_path):
     from transformers import Molmo2ForConditionalGeneration
 
     ids = torch.randint(0, V, (1, 20), generator=torch.Generator().manual_seed(0))
     for name in ("qwen3_gqa", "olmo3_yarn"):
         convert.import_hf(hf_models[name], tmp_path / f"{name}-ckpt", progress=lambda line: None)
-        convert.export_hf(tmp_path / f"{name}-ckpt", tmp_path / name, progress=lambda line: None)
+        convert.export_hf(tmp_path / f"{name}-ckpt", tmp_path / name, progress=lambda line: None, layout=layout)
+        assert ("vit_config" in json.loads((tmp_path / name / "config.json").read_text())) == (layout == "released")
         logits = [
             Molmo2ForConditionalGeneration.from_pretrained(path, dtype=torch.float32)(input_ids=ids).logits
             for path in (hf_models[name], tmp_path / name)
