@@ -26,11 +26,10 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
-from molmo2_nemo import checkpoint_dir, compat
+from molmo2_nemo import checkpoint_dir, compat, lora_base
 from molmo2_nemo.config.components import is_adapter
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.files import missing_room, sha256_of, write_json
-from molmo2_nemo.model.lora import has_adapters
 from molmo2_nemo.training.optimizer import load_optimizer_state
 from molmo2_nemo.training.optimizer_shards import PREFIX
 from molmo2_nemo.training.step import load_model_state, refuse_other_architecture, sharded_model_state
@@ -39,15 +38,16 @@ from molmo2_nemo.training.step import load_model_state, refuse_other_architectur
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def _state(model, optimizer, is_loading: bool) -> dict:
+def _state(model, optimizer, marker: dict, is_loading: bool) -> dict:
+    """Sharded state dict of the model and its optimizer. marker: of the checkpoint; it says whether adapters are all
+    that it holds, which this rank's modules do not: a pipeline stage may have none."""
     for chunk in model:
         if chunk.ddp_config.overlap_param_gather:
             # The last update's weights are not gathered before the next forward pass asks for them.
             with torch.no_grad():
                 chunk.start_param_sync(force_sync=True)
     # Beside adapters, the weights are frozen and stay where they are (lora_base.py).
-    lora = any(has_adapters(chunk) for chunk in model)
-    model_state = sharded_model_state(model, is_adapter if lora else lambda name: True)
+    model_state = sharded_model_state(model, is_adapter if lora_base.KEY in marker else lambda name: True)
     state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=METADATA)
     return {**model_state, "optimizer": state}
 
@@ -216,12 +216,13 @@ class Saver:
     ) -> None:
         """Begin to save; `poll` or `finish` gives the result. The previous save must be finished.
 
-        loader_state: this data-parallel replica's, on the rank that has the loader, else None. is_best: it takes the
-        place of the best checkpoint (checkpoint_dir.BEST), which is never removed.
+        loader_state: this data-parallel replica's, on the rank that has the loader, else None. info: for the marker;
+        with lora_base.KEY only adapters are saved. is_best: it takes the place of the best checkpoint
+        (checkpoint_dir.BEST), which is never removed.
         """
         assert self.pending is None
         self.pending = now = _Pending(step, self.folder / checkpoint_dir.step_name(step), time.monotonic())
-        state = _state(model, optimizer, is_loading=False)
+        state = _state(model, optimizer, info, is_loading=False)
         now.needed = _bytes_of(state)
         now.failure = _no_room(self.folder, now.needed)
         if now.failure is None:
@@ -357,7 +358,7 @@ def load(checkpoint: Path, model, optimizer) -> tuple[dict, list[str]]:
     try:
         with checkpoint_dir.nothing_executed(checkpoint):
             keys = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
-            state = _state(model, optimizer, is_loading=True)
+            state = _state(model, optimizer, marker, is_loading=True)
             if not any(key.startswith(PREFIX) for key in keys):
                 raise ValueError("it has no optimizer state")
             fresh = _fill_in(state["optimizer"], set(keys))

@@ -26,6 +26,9 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, OptimConfig
 from molmo2_nemo.training.optimizer_shards import save_shards
 
+# The key of the step count in the state of a torch Adam that has no parameter.
+NOTHING = "no parameter"
+
 
 def build_optimizer(cfg: Config, model: list[DistributedDataParallel], precision: str) -> MegatronOptimizer:
     """Adam over one parameter group per component. Collective. Raises ConfigError on a refused combination."""
@@ -70,10 +73,15 @@ def build_optimizer(cfg: Config, model: list[DistributedDataParallel], precision
 
 def _start_torch_adam(optimizer: MegatronOptimizer) -> None:
     """Give torch's Adam inside a distributed optimizer its state before the first step: Megatron can neither save nor
-    load it without. Transformer Engine's and apex's need nothing."""
+    load it without. Transformer Engine's and apex's need nothing.
+
+    That of a rank without a trained parameter, as a pipeline stage of frozen weights is, gets a step count alone.
+    """
     for part in _parts(optimizer):
         if not _is_torch_adam(part):
             continue
+        if not any(group["params"] for group in part.optimizer.param_groups):
+            part.optimizer.state[NOTHING] = {"step": torch.zeros(())}
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 device = parameter.device if group["fused"] or group["capturable"] else None
@@ -189,7 +197,11 @@ def clip_and_step(
         for component in COMPONENTS:
             if max_norm > 0 and _parameters(part, component):
                 clip_grad_by_total_norm_fp32(_parameters(part, component), max_norm, norms[component], decoupled)
-    return optimizer.step_with_ready_grads(), norms
+    updated = optimizer.step_with_ready_grads()
+    for part in parts:
+        if updated and _is_torch_adam(part) and NOTHING in part.optimizer.state:
+            part.optimizer.state[NOTHING]["step"] += 1
+    return updated, norms
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -173,7 +173,8 @@ def sharded_model_state(model: list[DistributedDataParallel], keep: Callable[[st
 def load_model_state(model: list[DistributedDataParallel], state: dict) -> None:
     """Copy what was loaded into a `sharded_model_state` into the model."""
     for number, chunk in enumerate(unwrap_model(model)):
-        chunk.load_state_dict(state[f"model{number}"], strict=False)
+        # Megatron leaves out what is empty, as a piece without adapters is.
+        chunk.load_state_dict(state.get(f"model{number}", {}), strict=False)
 
 
 def load_weights(model: list[DistributedDataParallel], checkpoint: Path) -> None:

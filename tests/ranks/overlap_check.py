@@ -52,7 +52,7 @@ def run(*overrides: str) -> tuple[list, dict, int]:
         set_learning_rates(optimizer, config, 50)
         assert clip_and_step(optimizer, 0.0)[0]  # clipped, they would differ by the rounding of the norm
         if step > 1:  # without a save in between the weights must be there in time, too
-            state = checkpoint._state(model, optimizer, is_loading=False)["model0"]
+            state = checkpoint._state(model, optimizer, {}, is_loading=False)["model0"]
             weights.update(
                 {
                     (step, n): e.data.clone()
