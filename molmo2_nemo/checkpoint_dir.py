@@ -296,6 +296,22 @@ def best(folder: Path) -> Path | None:
         return None
 
 
+def resolve_best(path: str) -> Path:
+    """The best checkpoint of a run directory or of its checkpoints folder. ConfigError: there is none."""
+    given = Path(path)
+    if (given / MARKER).exists() or is_name(given.name):
+        raise ConfigError(f"--best chooses a checkpoint of a run, and {given} is one: leave out --best.")
+    if not given.is_dir():
+        raise ConfigError(f"--best: {given} is no folder: name a run, such as runs/mine.")
+    found = best(given / "checkpoints") or best(given)
+    if found is None:
+        raise ConfigError(
+            f"--best: {given} has no best checkpoint, which train.save_best=loss would keep: without --best the newest"
+            " is taken, and a checkpoint by its path."
+        )
+    return found
+
+
 def mark_damaged(path: Path, damage: str) -> None:
     """Leave a note in a checkpoint that it is not to be used; without one where nothing can be written."""
     with contextlib.suppress(OSError):

@@ -50,12 +50,12 @@ def main() -> None:
     if not 0 < args.max_shard_gib < float("inf"):
         parser.error(f"--max-shard-gib {args.max_shard_gib} is no positive number")
     try:
-        checkpoint = best_of(args.checkpoint) if args.best else checkpoint_dir.resolve(args.checkpoint)
+        checkpoint = (checkpoint_dir.resolve_best if args.best else checkpoint_dir.resolve)(args.checkpoint)
         if not args.no_checksums:
             checkpoint_dir.verify(checkpoint)
         dtype = getattr(torch, args.dtype) if args.dtype else None
         if args.adapter:
-            layers = export_adapter(checkpoint, args.out, dtype)
+            layers = export_adapter(checkpoint, args.out, dtype, args.base)
             print(f"{args.out} holds the adapters of {layers} linear layers; load it with PeftModel.from_pretrained")
             return
         trained = training_data_settings(checkpoint)
@@ -75,18 +75,6 @@ def main() -> None:
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{args.out} holds {checkpoint}; load it with transformers' AutoModelForImageTextToText and AutoProcessor")
-
-
-def best_of(run: str) -> Path:
-    """The best checkpoint of a run. ConfigError: it has none."""
-    folder = Path(run) / "checkpoints"
-    found = checkpoint_dir.best(folder)
-    if found is None:
-        raise ConfigError(
-            f"--best: {folder} has no best checkpoint, which train.save_best=loss would keep: without --best the newest"
-            " is taken, and a checkpoint by its path."
-        )
-    return found
 
 
 def training_data_settings(checkpoint: Path) -> dict:

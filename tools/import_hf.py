@@ -46,7 +46,7 @@ def main() -> None:
         if is_there(args.checkpoint):
             raise ConfigError(f"{args.checkpoint} exists: remove it or name another folder.")
         if args.adapter is not None:
-            lora = import_adapter(args.adapter, checkpoint_dir.resolve(str(args.base)), args.checkpoint, say)
+            lora = import_adapter(args.adapter, checkpoint_dir.resolve(str(args.base)), args.checkpoint, say, args.seed)
             settings = f"lora.rank={lora.rank} lora.alpha={lora.alpha:g} lora.rslora={str(lora.rslora).lower()}"
             print(f"{args.checkpoint}: adapters of {', '.join(lora.targets)}, rank {lora.rank}")
             print(

@@ -7,7 +7,7 @@ of the Bs as W has its rows, [out, rank].
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from molmo2_nemo.config.errors import refuse
 from molmo2_nemo.config.schema import LORA_TARGETS, LoraConfig, ModelConfig, OptimConfig
@@ -100,7 +100,8 @@ def check_lora(lora: LoraConfig, m: ModelConfig, optim: OptimConfig) -> None:
             f"lora.targets names {target}, but optim.{component}.freeze=true: take one of them back (with LoRA all "
             "weights but the adapters are frozen in any case).",
         )
-    for matrix in adapted_matrices(m, lora):
+    # Layers are alike, so that the first ones tell.
+    for matrix in adapted_matrices(replace(m, num_layers=1, vit=replace(m.vit, num_layers=1)), lora):
         widest = min(matrix.columns, *(width * matrix.repeats for width in matrix.parts))
         refuse(
             lora.rank > widest,

@@ -4,6 +4,7 @@ Our checkpoints join the parts of a matrix (config/lora.py): here they are taken
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,13 +32,14 @@ class Adapted:
         """Of A and B in a checkpoint."""
         return (len(self.matrix.parts) * rank, self.matrix.columns), (self.matrix.rows, rank)
 
+    @cached_property
     def layers(self) -> dict[str, int]:
         """Native names of the linear layers, and which part of the matrix each of them is."""
         names = [name.removesuffix(".weight") for released in self.entry.released for name in native_parts(released)]
         return {name: _PART.get(name.rsplit(".", 1)[-1], 0) if len(names) > 1 else 0 for name in names}
 
     def rows(self, layer: str) -> int:
-        return self.matrix.parts[self.layers()[layer]] * self.matrix.repeats
+        return self.matrix.parts[self.layers[layer]] * self.matrix.repeats
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
         """[rows, n] in the order of our matrix -> those of each linear layer."""
@@ -64,7 +66,7 @@ def adapted(model: ModelConfig, lora: LoraConfig) -> list[Adapted]:
 def of_layers(one: Adapted, a: Tensor, b: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Native layer -> its (A [rank, in], B [out, rank]), of an adapter as our checkpoints have it."""
     parts = a.chunk(len(one.matrix.parts))
-    return {layer: (parts[one.layers()[layer]], rows) for layer, rows in one.split(b).items()}
+    return {layer: (parts[one.layers[layer]], rows) for layer, rows in one.split(b).items()}
 
 
 def merge(one: Adapted, weight: Tensor, a: Tensor, b: Tensor, factor: float) -> Tensor:

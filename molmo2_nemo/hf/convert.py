@@ -20,7 +20,6 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from molmo2_nemo import checkpoint_dir, lora_base
-from molmo2_nemo.config.components import is_adapter
 from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.lora import scale
 from molmo2_nemo.config.schema import ModelConfig
@@ -312,12 +311,12 @@ def merged_reader(checkpoint: Path, base: Path | None) -> tuple[Path, Callable[[
     """(the checkpoint that holds all weights, what makes the weights of an entry of its own ones).
 
     Of a checkpoint without adapters: itself, and what it holds. base: where the weights are, if they were moved.
-    Adapters are read whole: they are small.
+    Adapters are read whole: they are small. Raises ConfigError.
     """
-    if not any(is_adapter(key) for key in checkpoint_dtypes(checkpoint)):
+    lora = lora_base.lora_of(checkpoint_dir.read_marker(checkpoint))
+    if lora is None:
         refuse(base is not None, f"checkpoint {checkpoint} holds all weights: leave out --base.")
         return checkpoint, lambda entry, tensor: tensor
-    lora = lora_base.lora_of(checkpoint_dir.read_marker(checkpoint))
     weights, model = lora_base.find_base(checkpoint, base), checkpoint_dir.read_model(checkpoint)
     matrices = {one.entry.key: one for one in adapted(model, lora)}
     adapters = read_adapters(checkpoint, list(matrices.values()), lora.rank)
@@ -331,13 +330,17 @@ def merged_reader(checkpoint: Path, base: Path | None) -> tuple[Path, Callable[[
     return weights, merged
 
 
-def released_tensors(checkpoint: Path, model: ModelConfig, dtype: torch.dtype | None = None, base: Path | None = None):
-    """Yield (released name, tensor) of a checkpoint; READ_AT_ONCE bytes or one entry of the table are in memory.
+def released_tensors(
+    checkpoint: Path,
+    model: ModelConfig,
+    dtype: torch.dtype | None = None,
+    merged: Callable[[Entry, Tensor], Tensor] = lambda entry, tensor: tensor,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (released name, tensor) of all weights; READ_AT_ONCE bytes or one entry of the table are in memory.
 
-    dtype: None keeps the checkpoint's. Adapters of LoRA are merged with the weights that they belong to, in float32.
-    base: where those are, if they were moved.
+    checkpoint, merged: as merged_reader gives them, for the adapters of LoRA, which are added in float32. dtype: None
+    keeps the checkpoint's.
     """
-    checkpoint, merged = merged_reader(checkpoint, base)
     dtypes, table = checkpoint_dtypes(checkpoint), tensor_table(model)
     for entry in table:
         if entry.key not in dtypes:
@@ -381,7 +384,7 @@ def export_hf(
 ) -> None:
     """Write a Hugging Face folder under a temporary name and rename it when it is whole.
 
-    Adapters of LoRA are merged with their weights. base: see `released_tensors`. layout: of layouts.LAYOUTS, whose
+    Adapters of LoRA are merged with their weights. base: see `merged_reader`. layout: of layouts.LAYOUTS, whose
     names config.json has. license: the Hub's name of one, for the model card. dtype: None keeps the checkpoint's.
     tokenizer: folder whose tokenizer and chat template are written along with the
     processor; None writes weights and configuration only. Memory stays near `max_shard_bytes` plus READ_AT_ONCE, or one
@@ -403,10 +406,11 @@ def export_hf(
     from molmo2_nemo.hf.model_card import model_card  # needs matplotlib, which no start of a training run waits for
 
     card = model_card(checkpoint, folder.resolve().name, layout, license)
-    size = _export_bytes(merged_reader(checkpoint, base)[0], model, dtype)
+    weights, merged = merged_reader(checkpoint, base)
+    size = _export_bytes(weights, model, dtype)
     with new_folder(folder, size, "an export") as temporary:
         written = Progress(size, progress)
-        tensors = released_tensors(checkpoint, model, dtype, base)
+        tensors = released_tensors(weights, model, dtype, merged)
         stored = _write_weights(tensors, temporary, max_shard_bytes, written)
         tokens = None if processor is None else processor.tokenizer
         write_config(temporary, model, str(stored).removeprefix("torch."), layout, tokens)

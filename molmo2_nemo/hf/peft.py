@@ -18,34 +18,36 @@ from torch import Tensor
 from molmo2_nemo import checkpoint_dir, lora_base
 from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.lora import check_lora
-from molmo2_nemo.config.schema import LORA_TARGETS, LoraConfig, OptimConfig
+from molmo2_nemo.config.schema import LORA_TARGETS, LoraConfig, OptimConfig, TrainConfig
 from molmo2_nemo.hf.adapters import Adapted, adapted, of_layers
 from molmo2_nemo.hf.convert import new_folder, read_adapters, write_checkpoint
 from molmo2_nemo.hf.folder import is_there
+from molmo2_nemo.model.new_adapters import random_a
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of all names in PEFT's file
-# Fields of adapter_config.json with which an adapter is more than W + scale B A, and the values without it.
-_PLAIN = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "lora_bias": (False,),
-    "modules_to_save": ([],),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
-    "layer_replication": ([],),
-    "target_parameters": ([],),
-    "trainable_token_indices": ([],),
-}
+# Fields of adapter_config.json with which an adapter is more than W + scale B A, unless they are false, empty or none.
+_MORE = (
+    "bias",
+    "fan_in_fan_out",
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
 
 
-def export_adapter(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None) -> int:
+def export_adapter(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, base: Path | None = None) -> int:
     """Write the adapters of a checkpoint as a folder that PEFT loads. Returns how many linear layers have one.
 
-    dtype: None keeps the checkpoint's. Raises ConfigError for a checkpoint without adapters, when `folder` exists, and
-    when the disk lacks room or fails; then nothing is left of it.
+    dtype: None keeps the checkpoint's. base: the weights that they belong to, if those were moved; PEFT's configuration
+    names the folder that they were imported from. Raises ConfigError for a checkpoint without adapters, when `folder`
+    exists, and when the disk lacks room or fails; then nothing is left of it.
     """
     marker, model = checkpoint_dir.read_marker(checkpoint), checkpoint_dir.read_model(checkpoint)
     lora = lora_base.lora_of(marker)
@@ -53,25 +55,31 @@ def export_adapter(checkpoint: Path, folder: Path, dtype: torch.dtype | None = N
         raise ConfigError(f"checkpoint {checkpoint} holds all weights and no adapters: export it without --adapter.")
     if is_there(folder):
         raise ConfigError(f"{folder} exists: remove it or export to another folder.")
+    name = base_name(checkpoint, base)
     matrices, tensors = adapted(model, lora), {}
     found = read_adapters(checkpoint, matrices, lora.rank)
     for one in matrices:
         for layer, both in of_layers(one, *(found[key] for key in one.keys())).items():
-            for name, tensor in zip(("lora_A", "lora_B"), both):
-                tensors[f"{PREFIX}{layer}.{name}.weight"] = tensor.to(dtype or tensor.dtype).contiguous().clone()
+            for which, tensor in zip(("lora_A", "lora_B"), both):
+                tensors[f"{PREFIX}{layer}.{which}.weight"] = tensor.to(dtype or tensor.dtype).contiguous().clone()
     with new_folder(folder, sum(tensor.nbytes for tensor in tensors.values()), "an adapter") as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        config = peft_config(lora, [layer for one in matrices for layer in one.layers()], base_name(marker))
+        config = peft_config(lora, [layer for one in matrices for layer in one.layers], name)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         temporary.rename(folder)
     return len(tensors) // 2
 
 
-def base_name(marker: dict) -> str | None:
-    """The folder that the weights beside the adapters were imported from; None: it is not known."""
+def base_name(checkpoint: Path, base: Path | None = None) -> str | None:
+    """The folder that the weights beside the adapters were imported from; None: they are not there to say so.
+
+    Raises ConfigError where `base` is not what they are.
+    """
     try:
-        return checkpoint_dir.read_marker(Path(marker[lora_base.KEY]["base"]["path"])).get("source")
+        return checkpoint_dir.read_marker(lora_base.find_base(checkpoint, base)).get("source")
     except ConfigError:
+        if base is not None:
+            raise
         return None
 
 
@@ -109,10 +117,10 @@ def read_peft(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         ) from None
     kind = config.get("peft_type")
     refuse(kind != "LORA", f"{folder}/{CONFIG} has peft_type={kind}, not LORA: other adapters cannot be imported.")
-    for field, plain in _PLAIN.items():
+    for field in _MORE:
         value = config.get(field)
         refuse(
-            bool(value) and value not in plain,
+            bool(value) and value != "none",
             f"{folder}/{CONFIG} has {field}={value}, which is more than an A and a B of one rank for each layer: merge "
             "the adapter with PEFT (merge_and_unload) and import the model.",
         )
@@ -126,11 +134,14 @@ def read_peft(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     return lora, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def import_adapter(folder: Path, base: Path, checkpoint: Path, say: Callable[[str], None] = print) -> LoraConfig:
+def import_adapter(
+    folder: Path, base: Path, checkpoint: Path, say: Callable[[str], None] = print, seed: int = TrainConfig.seed
+) -> LoraConfig:
     """Write a checkpoint of the adapters in a PEFT folder, which belong to the weights of the checkpoint `base`.
 
-    Linear layers of a target that PEFT has not adapted get an adapter that begins at zero, and are counted. Raises
-    ConfigError for what is no plain LoRA, and for adapters of another model.
+    Linear layers of a target that PEFT has not adapted get an adapter that begins at zero, with an A drawn as that of a
+    new run with this seed, and are counted. Raises ConfigError for what is no plain LoRA, and for adapters of another
+    model.
     """
     model = checkpoint_dir.read_model(base)
     refuse(
@@ -141,10 +152,10 @@ def import_adapter(folder: Path, base: Path, checkpoint: Path, say: Callable[[st
     names = {name.rsplit(".lora_", 1)[0] for name in tensors}
     for target in LORA_TARGETS:
         one_target = LoraConfig(rank=max(1, lora.rank), targets=[target])
-        if any(not names.isdisjoint(one.layers()) for one in adapted(model, one_target)):
+        if any(not names.isdisjoint(one.layers) for one in adapted(model, one_target)):
             lora.targets.append(target)
     matrices = adapted(model, lora)
-    unknown = sorted(names - {layer for one in matrices for layer in one.layers()})
+    unknown = sorted(names - {layer for one in matrices for layer in one.layers})
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ConfigError(
@@ -154,7 +165,7 @@ def import_adapter(folder: Path, base: Path, checkpoint: Path, say: Callable[[st
     check_lora(lora, model, OptimConfig())
     state, missing = {}, Counter()
     for one in matrices:
-        a, b = _from_peft(one, lora.rank, tensors, folder, missing)
+        a, b = _from_peft(one, lora.rank, tensors, folder, missing, seed)
         state.update(zip(one.keys(), (a, b)))
     if missing:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in missing.items())
@@ -164,15 +175,15 @@ def import_adapter(folder: Path, base: Path, checkpoint: Path, say: Callable[[st
     return lora
 
 
-def _from_peft(one: Adapted, rank: int, tensors: dict[str, Tensor], folder: Path, missing: Counter):
+def _from_peft(one: Adapted, rank: int, tensors: dict[str, Tensor], folder: Path, missing: Counter, seed: int):
     """(A, B) of a matrix as our checkpoints have them. Raises ConfigError for one of another size."""
     parts, rows = [None] * len(one.matrix.parts), {}
-    for layer, part in one.layers().items():
+    new = random_a(one.matrix, rank, seed).chunk(len(parts))
+    for layer, part in one.layers.items():
         found = [tensors.get(f"{layer}.lora_{which}.weight") for which in "AB"]
         if None in (x if x is None else 0 for x in found):
             missing[re.sub(r"\.\d+\.", ".*.", layer)] += 1
-            bound = one.matrix.columns**-0.5  # as model/lora.py draws them
-            found = [torch.empty(rank, one.matrix.columns).uniform_(-bound, bound), torch.zeros(one.rows(layer), rank)]
+            found = [new[part], torch.zeros(one.rows(layer), rank)]
         wanted = [(rank, one.matrix.columns), (one.rows(layer), rank)]
         for which, tensor, shape in zip("AB", found, wanted):
             refuse(

@@ -5,8 +5,6 @@ is: where tensor parallel ranks hold rows of the matrix, they hold the rows of B
 those of A and a whole B. What crosses ranks is rank numbers for each token, not the hidden state.
 """
 
-import zlib
-
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -25,6 +23,7 @@ from molmo2_nemo.config.errors import refuse
 from molmo2_nemo.config.lora import Matrix, adapted_matrices, scale
 from molmo2_nemo.config.schema import LoraConfig, ModelConfig
 from molmo2_nemo.model.layers import ColumnWeights, RowWeights
+from molmo2_nemo.model.new_adapters import random_a
 
 
 class Adapter(nn.Module):
@@ -54,12 +53,9 @@ class Adapter(nn.Module):
             mask = (part == torch.arange(parts).view(-1, 1)).to(dtype)
             self.register_buffer("part_of_row", mask, persistent=False)  # 1 where a row is of a part, [rows, parts, 1]
 
-    def draw(self, name: str, seed: int) -> None:
-        """Give A random values, the same at any layout; B is zero. The distribution is that of PEFT (and of a linear
-        layer in torch): uniform, up to 1 / sqrt(columns). name: of the matrix."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        bound = self.matrix.columns**-0.5
-        whole = torch.empty(len(self.a), self.matrix.columns, device="cpu").uniform_(-bound, bound, generator=generator)
+    def draw(self, seed: int) -> None:
+        """Give A its first values, the same at any layout; B is zero."""
+        whole = random_a(self.matrix, self.rank, seed)
         width = self.a.shape[1]
         first = self.group.rank() * width if self.matrix.split == "columns" and self.ranks > 1 else 0
         with torch.no_grad():
@@ -77,16 +73,16 @@ class Adapter(nn.Module):
             reduce = reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else None
             reduce = reduce or reduce_from_tensor_model_parallel_region
             inner = reduce(inner, group=self.group)
-        b = self.b
-        if len(self.matrix.parts) > 1:
-            b = (b.unsqueeze(1) * self.part_of_row).flatten(1)  # a row takes from the A of its own part alone
         # Product and sum are one operation: the output is read and written once.
-        return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), b.t()).view_as(output)
+        return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), self._b_of_parts().t()).view_as(output)
 
     def product(self) -> Tensor:
         """scale x B A, this rank's part of what is added to the matrix, [rows, columns]."""
-        b = self.b if len(self.matrix.parts) == 1 else (self.b.unsqueeze(1) * self.part_of_row).flatten(1)
-        return (b @ self.a) * self.scale
+        return (self._b_of_parts() @ self.a) * self.scale
+
+    def _b_of_parts(self) -> Tensor:
+        """B [rows, parts x rank], in which a row takes from the A of its own part alone."""
+        return self.b if len(self.matrix.parts) == 1 else (self.b.unsqueeze(1) * self.part_of_row).flatten(1)
 
     def _dropped(self, x: Tensor) -> Tensor:
         if not self.training or self.dropout == 0:
@@ -118,7 +114,7 @@ def add_adapters(modules: dict[str, nn.Module], m: ModelConfig, lora: LoraConfig
     """Give the linear layers that this rank has their adapters. The vision tower's are not split.
 
     modules: by their names, with the layer's number in the whole model. config: the decoder's TransformerConfig.
-    group: the tensor parallel ranks. seed: of the random values, see `Adapter.draw`. Raises ConfigError for dropout
+    group: the tensor parallel ranks. seed: of the random values, see `random_a`. Raises ConfigError for dropout
     where a layer gives its weight and is not called with its input.
     """
     for matrix in adapted_matrices(m, lora):
@@ -133,7 +129,7 @@ def add_adapters(modules: dict[str, nn.Module], m: ModelConfig, lora: LoraConfig
         in_vision = matrix.split is None
         shared_by = None if in_vision else group
         adapter = Adapter(matrix, lora, config.params_dtype, shared_by, config.sequence_parallel)
-        adapter.draw(matrix.name, seed)
+        adapter.draw(seed)
         for parameter in adapter.parameters():
             parameter.vision_data_parallel = in_vision
         linear.lora = adapter
@@ -147,10 +143,6 @@ def _add(linear: nn.Module, inputs: tuple, output):
     if isinstance(output, tuple):
         return (linear.lora(inputs[0], output[0]), *output[1:])
     return linear.lora(inputs[0], output)
-
-
-def has_adapters(model: nn.Module) -> bool:
-    return any(isinstance(module, Adapter) for module in model.modules())
 
 
 def has_dropout(model: nn.Module) -> bool:

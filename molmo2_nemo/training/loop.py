@@ -91,7 +91,7 @@ class Run:
     saver: checkpoint.Saver
     best: Best
     alarm: SpikeAlarm
-    base: Path | None = None  # with LoRA, the checkpoint of the weights that the adapters belong to
+    adapters: dict | None = None  # what the checkpoints say of those of LoRA (lora_base.record)
     skipped_steps: int = 0  # since this start
     skipped_in_a_row: int = 0
     went_back: int = 0  # to the newest checkpoint, since it was saved
@@ -428,9 +428,8 @@ def save(run: Run, is_last: bool, is_best: bool = False) -> None:
         "best": dataclasses.asdict(run.best),
         "losses": list(run.alarm.losses),
     }
-    if run.base is not None:
-        final = run.saver.folder / checkpoint_dir.step_name(step)
-        marker[lora_base.KEY] = lora_base.record(run.config.lora, run.base, final)
+    if run.adapters is not None:
+        marker[lora_base.KEY] = run.adapters
     run.saver.begin(step, run.model, run.optimizer, loader_state, marker, run.config_yaml, is_best)
     if is_last or not run.saver.asynchronous:
         saved = run.saver.finish()

@@ -179,9 +179,11 @@ def set_up(
     model, optimizer = build(config, device, precision)
     for line in what_is_trained(model):
         log.say(line)
-    loader_states, marker = [], {}
+    loader_states, marker, adapters = [], {}, None
     base = init_from if config.lora.rank else None
     if base is not None:
+        # The same for all of the run's checkpoints, since they lie in one folder.
+        adapters = lora_base.record(config.lora, base, run_dir / "checkpoints" / checkpoint_dir.step_name(0))
         load_weights(model, base)
         log.say(f"weights beside the adapters, which stay as they are: {base}")
     if start.resume is not None:
@@ -230,7 +232,7 @@ def set_up(
         data=DataReport(names, device, marker.get("data", {})),
         best=best_so_far(marker, settings.save_best),
         alarm=SpikeAlarm(marker.get("losses", ())),
-        base=base,
+        adapters=adapters,
         log=log,
         stacks=stacks,
         request=request,
@@ -304,7 +306,7 @@ def weights_to_start_from(config: Config, start: Start, log: RunLog) -> Path | N
         return start.init_from
     converted_to, failure = converted(start.hugging_face, config, log.say)
     if failure is not None:
-        message = f"train.init_from={config.train.init_from}: {failure}"
+        message = f"the weights of {' and '.join(map(str, start.hugging_face))} cannot be used: {failure}"
         shutdown.end_all_ranks(Path(config.run_dir), message, 0, reason="config error")
     return converted_to
 

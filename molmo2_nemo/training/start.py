@@ -30,7 +30,8 @@ _CONVERSION_HOURS = 12
 class Start:
     """What a run starts from. At most one of the first three is set; without any, weights are random.
 
-    With LoRA, init_from or hugging_face is set in any case: the weights that the adapters belong to.
+    With LoRA, init_from or hugging_face is set in any case: the weights that the adapters belong to. Of a run that goes
+    on they are those that its checkpoint names, and what is given only where these are gone.
     """
 
     resume: Path | None = None  # a checkpoint of this run, to be continued
@@ -58,6 +59,10 @@ def find_start(config: Config) -> Start:
                 f"run_dir={config.run_dir} has saved step {saved} (metrics.jsonl), but {folder} holds no checkpoint: "
                 "restore the folder, or set train.start_over=true to begin again at step 1."
             )
+    if resume is not None:
+        base = own_base(resume)
+        if base is not None or config.lora.rank == 0:
+            return Start(resume=resume, init_from=base, ignored=ignored)
     given = given_weights(config)
     if given is None:
         refuse(
@@ -65,9 +70,7 @@ def find_start(config: Config) -> Start:
             f"lora.rank={config.lora.rank} trains adapters of weights that are there: name them, as in "
             "train.init_from=/models/Molmo2-8B.",
         )
-        return Start(resume=resume, ignored=ignored)
-    if resume is not None and config.lora.rank == 0:
-        return Start(resume=resume, ignored=ignored)
+        return Start(ignored=ignored)
     try:
         start = _start_from_weights(config, ignored)
         return start if resume is None else replace(start, resume=resume, adapters=None)
@@ -76,6 +79,16 @@ def find_start(config: Config) -> Start:
             f"train.init_from={given} cannot be read ({error.strerror}: {error.filename}): look at its rights and its "
             "disk."
         ) from error
+
+
+def own_base(checkpoint: Path) -> Path | None:
+    """The weights that a run's adapters were trained beside; None: it holds all weights, or those are not there."""
+    if lora_base.lora_of(checkpoint_dir.read_marker(checkpoint)) is None:
+        return None
+    try:
+        return lora_base.find_base(checkpoint)
+    except ConfigError:
+        return None
 
 
 def given_weights(config: Config) -> str | list[str] | None:
@@ -155,11 +168,7 @@ def agree(config: Config, start: Start) -> tuple[Start, str | None]:
         return start, unseen
     start.resume, ignored = newest_verified(folder, start.resume, config.train.verify_checkpoints)
     start.ignored += ignored
-    if start.resume is not None:
-        # With LoRA, the weights beside the adapters are read, too.
-        weights = start.init_from if config.train.verify_checkpoints else None
-        return start, None if weights is None else verified(weights)
-    if start.ignored:
+    if start.resume is None and start.ignored:
         if not config.train.start_over:
             return start, none_usable(folder, start.ignored)
         failure = [None]

@@ -103,5 +103,20 @@ def test_a_run_of_adapters_resumes_exactly_changes_its_layout_and_exports(sample
     other = shutil.copytree(export, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     save_file({name: x + 1 for name, x in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(whole / "start")  # else it would go on with the weights that it has
     result = train(1, 2, whole, sample, *ADAPTERS, f"train.init_from={other}", "train.max_steps=4")
     assert result.returncode == 2 and "holds adapters of other weights than those of" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_pipeline_stage_without_adapters_goes_on_beside_one_with_some(sample, export, tmp_path):
+    """Those of the vision tower are on the first stage alone; the checkpoint still holds adapters and nothing else."""
+    given = ["lora.rank=4", "lora.targets=[connector,vit]", f"train.init_from={export}"]
+    run = tmp_path / "run"
+    succeeded(train(1, 1, run, sample, *given, "train.max_steps=1"))
+    two_stages = ["parallel=pp2", "parallel.num_layers_in_first_pipeline_stage=1"]
+    result = succeeded(train(2, 1, run, sample, *given, *two_stages, "train.max_steps=2"))
+    assert "resumed step 1" in result.stdout
+    first, second = (tensors(run / "checkpoints" / f"step_0000000{step}") for step in (1, 2))
+    assert set(second) == set(first) and all(".lora." in key for key in second)
+    assert any(not torch.equal(first[key], second[key]) for key in second)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from molmo2_nemo import checkpoint_dir, lora_base
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.lora import adapted_matrices
-from molmo2_nemo.config.schema import LORA_TARGETS, Config, LoraConfig
+from molmo2_nemo.config.schema import LORA_TARGETS, Config, LoraConfig, TrainConfig
 from molmo2_nemo.hf import convert, peft
 from molmo2_nemo.hf.adapters import adapted
 from molmo2_nemo.hf.architecture import model_config_from_hf
@@ -69,7 +69,7 @@ def test_an_adapter_of_peft_merges_to_the_same_bits(imported, tmp_path):
     assert_same(released_file(tmp_path / "half"), {name: tensor.bfloat16() for name, tensor in merged.items()})
 
 
-def test_an_adapter_comes_in_and_goes_out_bit_for_bit(imported, tmp_path):
+def test_an_adapter_comes_in_and_goes_out_bit_for_bit(imported, base, tmp_path):
     folder, checkpoint, _, said = imported
     layers = peft.export_adapter(checkpoint, tmp_path / "out")
     before, after = (load_file(path / peft.WEIGHTS) for path in (folder, tmp_path / "out"))
@@ -77,7 +77,13 @@ def test_an_adapter_comes_in_and_goes_out_bit_for_bit(imported, tmp_path):
     assert_same({name: after[name] for name in before}, before)
     added = {name: tensor for name, tensor in after.items() if name not in before}
     assert all(not tensor.any() for name, tensor in added.items() if "lora_B" in name)
-    assert all(tensor.any() for name, tensor in added.items() if "lora_A" in name)  # they can be trained
+    # Those that were missing can be trained, from values that the seed decides.
+    for seed, same in ((TrainConfig.seed, True), (7, False)):
+        peft.import_adapter(folder, base, tmp_path / f"seed{seed}", lambda line: None, seed=seed)
+        peft.export_adapter(tmp_path / f"seed{seed}", tmp_path / f"seed{seed}_out")
+        again = load_file(tmp_path / f"seed{seed}_out" / peft.WEIGHTS)
+        assert all(tensor.any() and torch.equal(again[name], tensor) == same
+                   for name, tensor in added.items() if "lora_A" in name)  # fmt: skip
     [line] = said
     assert line.startswith(f"{len(added) // 2} linear layers had no adapter")
     assert "4 x model.language_model.layers.*.self_attn.k_proj" in line
@@ -98,7 +104,7 @@ def test_peft_loads_what_is_exported_on_the_layers_that_are_adapted_alone(import
     loaded = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
     architecture = checkpoint_dir.read_model(checkpoint)
     lora = LoraConfig(rank=3, targets=list(LORA_TARGETS))
-    expected = {layer for one in adapted(architecture, lora) for layer in one.layers()}
+    expected = {layer for one in adapted(architecture, lora) for layer in one.layers}
     assert loaded == {f"base_model.model.{layer}" for layer in expected}
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     assert_same(as_released(tmp_path / "merged"), merged)
@@ -128,6 +134,16 @@ def test_the_tools_say_what_they_did_and_their_advice_is_followed(imported, base
     assert "holds the adapters of" in capsys.readouterr().out and (tmp_path / "out" / peft.WEIGHTS).is_file()
     with pytest.raises(SystemExit, match="exists: remove it or export to another folder"):
         export_hf.main()
+    for given, said in (
+        (tmp_path / "run" / "step_00000000", "chooses a checkpoint of a run, and .*step_00000000 is one: leave out --"),
+        (tmp_path / "nowhere", "nowhere is no folder: name a run, such as runs/mine"),
+        (tmp_path / "run", "run has no best checkpoint, which train.save_best=loss would keep"),
+    ):
+        monkeypatch.setattr("sys.argv", ["export_hf.py", str(given), str(tmp_path / "more"), "--best"])
+        with pytest.raises(SystemExit, match=said):
+            export_hf.main()
+    (tmp_path / "run" / checkpoint_dir.BEST).write_text('{"step": 0}')
+    assert checkpoint_dir.resolve_best(str(tmp_path / "run")) == tmp_path / "run" / "step_00000000"
 
 
 @pytest.mark.parametrize(
@@ -183,6 +199,13 @@ def test_the_weights_beside_adapters_are_found_where_they_are_and_are_compared(i
         convert.export_hf(checkpoint, tmp_path / "out")
     convert.export_hf(checkpoint, tmp_path / "out", progress=lambda line: None, base=away)
     assert_same(released_file(tmp_path / "out"), imported[2])
+    # Adapters alone need no weights; with them it is known what they were imported from.
+    source = checkpoint_dir.read_marker(away)["source"]
+    for name, given, expected in (("without", None, None), ("with", away, source)):
+        peft.export_adapter(checkpoint, tmp_path / name, base=given)
+        assert json.loads((tmp_path / name / peft.CONFIG).read_text())["base_model_name_or_path"] == expected
+    with pytest.raises(ConfigError, match="holds adapters of other weights than those of"):
+        peft.export_adapter(checkpoint, tmp_path / "again", base=moved / "other")
     with pytest.raises(ConfigError, match="holds adapters of other weights than those of"):
         convert.export_hf(checkpoint, tmp_path / "again", base=moved / "other")
 
@@ -222,3 +245,10 @@ def test_a_run_of_adapters_starts_from_weights_that_are_there(imported, base, hf
     config.lora.rank = 0
     with pytest.raises(ConfigError, match="holds adapters alone, but lora.rank=0: set lora.rank=3"):
         start.find_start(config)
+    # A run that goes on has its weights from its own checkpoint, and what is given where these are gone.
+    own, resume, config.lora.rank = tmp_path / "start", tmp_path / "checkpoints" / "step_00000000", 3
+    shutil.copytree(base, own)
+    peft.import_adapter(imported[0], own, resume, lambda line: None)
+    assert start.find_start(config) == start.Start(resume=resume, init_from=own)
+    shutil.rmtree(own)
+    assert start.find_start(config) == start.Start(resume=resume, init_from=base)
