@@ -43,14 +43,26 @@ def resolve(config: Config, gpus: int, memory_gib: float = H100_GIB, device: str
         for of_tower in towers:
             choose = functools.partial(choice, tower=of_tower)
             found += [(*one, of_tower) for one in _tried(choose, more, wanted == AUTO, chunks, gpus, limit)]
-        *_, chunk, more, needed, tower = min(found, key=lambda one: one[:3])
-        chunk = -chunk
+        _, chunk, more, needed, tower = min(found, key=lambda one: one[0])
     said = [f"transformer.recompute=auto takes {name_of(more)}"] if wanted == AUTO else []
     said += [f"train.vision_chunk_crops=auto takes {chunk}"] if train.vision_chunk_crops == AUTO else []
     said += [f"train.vision_recompute=auto takes {str(tower).lower()}"] if train.vision_recompute == AUTO else []
     by = f"{needed / GIB:.1f} of {memory_gib:.1f} GiB by the plan, {RESERVE_GIB:g} of them kept free"
     lines.append(f"{', '.join(said)} ({by if device == 'cuda' else 'on a CPU'})")
     return choice(more, chunk, tower), lines
+
+
+def least(config: Config, gpus: int) -> Config:
+    """The configuration without `auto`, with what needs the least memory; nothing that `resolve` chooses needs less."""
+    train, fields = config.train, config.transformer
+    crops, tower = train.vision_chunk_crops, train.vision_recompute
+    train = replace(
+        train,
+        vision_chunk_crops=SMALL_CHUNKS[-1] if crops == AUTO else crops,
+        vision_recompute=True if tower == AUTO else tower,
+    )
+    fields = fields | ({"recompute": "full"} if fields.get("recompute") == AUTO else {})
+    return resolve(replace(config, train=train, transformer=fields), gpus)[0]
 
 
 def name_of(recompute: dict) -> str:
@@ -60,10 +72,10 @@ def name_of(recompute: dict) -> str:
 
 
 def _tried(choice, fixed: dict, is_open: bool, chunks: tuple, gpus: int, limit: float) -> list[tuple]:
-    """(what to sort by, in two, crops of a chunk times -1, recomputation, peak bytes) of each choice that is allowed.
+    """(what to sort by, crops of a chunk, recomputation, peak bytes) of each choice that is allowed.
 
-    First are those within the limit, by time, last the others, by memory. fixed: the recomputation, unless it
-    `is_open`.
+    First are those within the limit, by time, last the others, by memory; of equals the largest chunk. fixed: the
+    recomputation, unless it `is_open`.
     """
     small = SMALL_CHUNKS if chunks == CHUNKS else ()
     one = Job(choice({}, chunks[0]), gpus)
@@ -81,7 +93,7 @@ def _tried(choice, fixed: dict, is_open: bool, chunks: tuple, gpus: int, limit: 
         job.counts = counts
         needed = peak(worst_stage(job)[1])[0]
         order = (chunk in small, estimate(job).seconds) if needed <= limit else (2, needed)
-        found.append((*order, -chunk, more, needed))
+        found.append(((*order, -chunk), chunk, more, needed))
         return needed <= limit
 
     for chunk in (*chunks, *small):

@@ -28,11 +28,6 @@ def prepare(arguments: list[str]) -> None:
     try:
         refuse_flags(arguments)
         refuse_unknown_overrides(arguments)
-        refuse(
-            HARDWARE_AUTO in arguments,
-            f"{HARDWARE_AUTO} is for recipes/finetune.py: name a preset, such as hardware=h100_8, or see"
-            " tools/plan.py --search.",
-        )
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     register()
@@ -129,8 +124,14 @@ def take_gpus(words: list[str]) -> tuple[int, list[str]]:
 def refuse_unknown_overrides(arguments: list[str]) -> None:
     """Raise ConfigError for the first `key=value` whose key is not in the schema or whose option has no file.
 
-    Also for a sweep of several settings, of which only the first would be trained.
+    Also for a sweep of several settings, of which only the first would be trained, and for hardware=auto, which
+    finetune.py has replaced where it is possible.
     """
+    refuse(
+        HARDWARE_AUTO in arguments,
+        f"{HARDWARE_AUTO} is for recipes/finetune.py, and for tools/plan.py --config-name finetune: name a preset, such"
+        " as hardware=h100_8, or see tools/plan.py --search.",
+    )
     sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
     refuse(sweep, "--multirun: a process trains once; start one recipe for each setting.")
     for argument in arguments:

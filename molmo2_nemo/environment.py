@@ -33,13 +33,17 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
+def is_launched() -> bool:
+    """Whether torchrun or srun has started this process as one of its ranks; alone inside of salloc it is not."""
+    return "WORLD_SIZE" in os.environ or {"SLURM_STEP_ID", "SLURM_PROCID"} <= os.environ.keys()
+
+
 def world_size_from_environment() -> int:
     """The number of ranks of this job: torchrun's WORLD_SIZE, else srun's SLURM_NTASKS inside a step, else 1."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
-        return int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
-    return 1
+    if not is_launched():
+        return 1
+    names = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
 
 def local_rank() -> int:

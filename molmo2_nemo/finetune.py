@@ -12,13 +12,14 @@ from pathlib import Path
 
 import yaml
 
-from molmo2_nemo.auto import CHUNKS, SMALL_CHUNKS
+from molmo2_nemo.auto import least, resolve
 from molmo2_nemo.command_line import HARDWARE_AUTO, compose, finetune_words
 from molmo2_nemo.config.checks import check_settings
 from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.flags import refuse_flags
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.environment import (
+    is_launched,
     quiet_libraries,
     rank_from_environment,
     set_gpu_environment,
@@ -26,10 +27,11 @@ from molmo2_nemo.environment import (
 )
 from molmo2_nemo.paths import CONF_DIR
 from molmo2_nemo.planner.flops import PEAK_TFLOPS
-from molmo2_nemo.planner.memory import GIB, RESERVE_GIB
-from molmo2_nemo.planner.search import Found, search
-from molmo2_nemo.planner.step_time import H100
+from molmo2_nemo.planner.memory import GIB, RESERVE_GIB, Job, peak, worst_stage
+from molmo2_nemo.planner.search import Found, layouts
+from molmo2_nemo.planner.step_time import H100, estimate
 from molmo2_nemo.recipe import SHOWING
+from molmo2_nemo.text import dotted
 
 # What is trained, in the order of preference: files of conf/tune/.
 TUNES = {"full": "full fine-tuning", "lora": "LoRA"}
@@ -67,8 +69,7 @@ def ready(argv: list[str]) -> list[str]:
         refuse_flags(words)
         options = [word for word in words if word.startswith("-") or "=" not in word]
         machine = this_machine()
-        is_started = bool({"WORLD_SIZE", "SLURM_STEP_ID"} & os.environ.keys())  # by torchrun or srun
-        ranks = world_size_from_environment() if is_started else None
+        ranks = world_size_from_environment() if is_launched() else None
         settings = [word for word in words if word not in options]
         words, used, lines = choose(settings, replace(machine, gpus=ranks if ranks and machine.gpus else machine.gpus))
         if ranks is not None and machine.gpus:
@@ -100,32 +101,50 @@ def this_machine() -> Machine:
 def choose(words: list[str], machine: Machine) -> tuple[list[str], int, list[str]]:
     """The words with settings in the place of hardware=auto, the number of ranks, and lines that say what and why.
 
-    The fastest layout for all weights if one fits, else for LoRA; of a run that goes on, what it was begun with. Fewer
-    GPUs than there are where not all of them can share the rows of a step. ConfigError: nothing fits; the sentence says
-    what would.
+    The fastest layout for all weights if one fits, else for LoRA; of a run that goes on, what it was begun with. What
+    the words say of recomputation, chunks and rows of a micro-batch stays. Fewer GPUs than there are where not all of
+    them can share the rows of a step. ConfigError: nothing fits; the sentence says what would.
     """
     given = next((word for word in words if word.startswith(("parallel.", "parallel="))), None)
     refuse(given is not None, f"{given}: {HARDWARE_AUTO} chooses the layout itself; leave one of the two out.")
     others = [word for word in words if word != HARDWARE_AUTO]
     tunes = tunes_of(others)
+    others = [word for word in others if not word.startswith("tune=")]
     if not machine.gpus:
         # The ranks that there are, one unless a launcher started more; their memory is not planned.
         tune, ranks = tunes[0], world_size_from_environment()
         line = f"{HARDWARE_AUTO}: no GPU is here; {ranks} rank(s) on the CPU, {TUNES.get(tune, tune)}"
-        return [*_without_tune(others), f"tune={tune}"], ranks, [line]
-    why = []
+        return [*others, f"tune={tune}"], ranks, [line]
+    rows_are_given = "train.micro_batch_size" in keys_of(others)
+    others += auto_settings(others)
+    why, configs = [], {}
     for tune in tunes:
-        config = compose("finetune", [*_without_tune(others), f"tune={tune}"])
+        config = configs[tune] = compose("finetune", [*others, f"tune={tune}"])
         check_settings(config, 1)  # what is wrong at any layout
         for gpus in range(machine.gpus, 0, -1):
-            found = fastest(config, replace(machine, gpus=gpus))
+            found = fastest(config, replace(machine, gpus=gpus), rows_are_given)
             if found is not None:
-                return _words(others, tune, found), gpus, [*why, *_lines(tune, found, machine)]
+                words = [*others, f"tune={tune}", *_layout(found, rows_are_given)]
+                return words, gpus, [*why, *_lines(tune, found, machine)]
         why.append(f"{HARDWARE_AUTO}: {TUNES.get(tune, tune)} does not fit {_spelt(machine)}")
     raise ConfigError(
         f"{HARDWARE_AUTO}: {' or '.join(TUNES.get(tune, tune) for tune in tunes)} does not fit {_spelt(machine)} with"
-        f" data.seq_length={config.data.seq_length}; {least_that_fits(others, tunes, machine)}."
+        f" data.seq_length={config.data.seq_length}{_own_of_memory(others)};"
+        f" {least_that_fits(configs, machine, rows_are_given)}."
     )
+
+
+def keys_of(words: list[str]) -> set[str]:
+    return {word.lstrip("+").partition("=")[0] for word in words}
+
+
+def auto_settings(words: list[str]) -> list[str]:
+    """Those of conf/hardware/auto.yaml, but for what the words say themselves."""
+    given = keys_of(words)
+    if any(key.startswith("transformer.recompute") for key in given):
+        given.add("transformer.recompute")
+    settings = dotted(yaml.safe_load((CONF_DIR / "hardware" / "auto.yaml").read_text()))
+    return [f"{key}={value}" for key, value in settings.items() if key not in given]
 
 
 def tunes_of(words: list[str]) -> list[str]:
@@ -133,55 +152,60 @@ def tunes_of(words: list[str]) -> list[str]:
     given = next((word.removeprefix("tune=") for word in words if word.startswith("tune=")), None)
     if given is not None:
         return [given]
-    there = [tune for tune in TUNES if (CONF_DIR / "tune" / f"{tune}.yaml").is_file()]
     try:
         begun = yaml.safe_load((Path(compose("finetune", words).run_dir) / "config.yaml").read_text())
         return ["lora" if begun.get("lora", {}).get("rank", 0) else "full"]
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        return there
+        return list(TUNES)
 
 
-def fastest(config: Config, machine: Machine) -> Found | None:
-    """(job, estimate, peak bytes) of the fastest layout that fits; None: none does. The one question to the planner."""
+def fastest(config: Config, machine: Machine, rows_are_given: bool = False) -> Found | None:
+    """(job, estimate, peak bytes) of the fastest layout that fits; None: none does.
+
+    What says `auto` is what the run itself will make of it (auto.resolve). rows_are_given: micro-batches have
+    train.micro_batch_size rows and no other number.
+    """
     device = machine.name if machine.name in PEAK_TFLOPS else H100  # for the order alone
-    chunks = (*CHUNKS, *SMALL_CHUNKS)
-    # The smallest first: where that does not fit, which is asked at many numbers of GPUs, nothing does.
-    for chunk in (chunks[-1], *chunks):
-        candidate = replace(config, train=replace(config.train, vision_chunk_crops=chunk))
-        found = search(candidate, machine.gpus, machine.gib, device)
-        if not found and chunk == chunks[-1]:
-            return None
-        if found and chunk != chunks[-1]:
-            return found[0]
-    return found[0]
+    limit, found = (machine.gib - RESERVE_GIB) * GIB, []
+    for layout in layouts(config, machine.gpus, rows_are_given):
+        if _peak(least(layout, machine.gpus), machine.gpus) > limit:
+            continue
+        job = Job(resolve(layout, machine.gpus, machine.gib)[0], machine.gpus)
+        needed = peak(worst_stage(job)[1])[0]
+        if needed <= limit:
+            found.append((job, estimate(job, device), needed))
+    return min(found, key=lambda item: item[1].seconds, default=None)
 
 
-def least_that_fits(words: list[str], tunes: list[str], machine: Machine) -> str:
-    """Half a sentence: the smallest number of GPUs of this memory on which something fits."""
-    for gpus in ENOUGH:
-        for tune in tunes:
-            config = compose("finetune", [*_without_tune(words), f"tune={tune}"])
-            if fastest(config, replace(machine, gpus=gpus)) is not None:
+def _peak(config: Config, gpus: int) -> float:
+    return peak(worst_stage(Job(config, gpus))[1])[0]
+
+
+def least_that_fits(configs: dict[str, Config], machine: Machine, rows_are_given: bool) -> str:
+    """Half a sentence: the smallest number of GPUs of this memory on which something fits; more than there are."""
+    for gpus in (number for number in ENOUGH if number > machine.gpus):
+        for tune, config in configs.items():
+            if fastest(config, replace(machine, gpus=gpus), rows_are_given) is not None:
                 return f"the smallest that fits is {TUNES.get(tune, tune)} on {_spelt(replace(machine, gpus=gpus))}"
     return f"nothing fits up to {ENOUGH[-1]} GPUs of this memory: use a smaller model or data.seq_length"
 
 
-def _words(words: list[str], tune: str, found: Found) -> list[str]:
-    p, train = found[0].config.parallel, found[0].config.train
-    layout = [f"parallel.{key}={getattr(p, key)}" for key in SIZES]
-    layout.append(f"parallel.sequence_parallel={str(p.sequence_parallel).lower()}")
-    # auto.py chooses among them with the memory of the GPU that the rank has.
-    chosen = [f"train.micro_batch_size={train.micro_batch_size}", "train.vision_chunk_crops=auto"]
-    given = {word.lstrip("+").partition("=")[0] for word in words}
-    chosen = [word for word in chosen if word.partition("=")[0] not in given]
-    if not any(key.startswith("transformer.recompute") for key in given):
-        chosen.append("transformer.recompute=auto")
-    return [*_without_tune(words), f"tune={tune}", *layout, *chosen]
+def _own_of_memory(words: list[str]) -> str:
+    """Half a sentence on what the words themselves say of memory, in the place of what would be chosen."""
+    chosen = ("train.micro_batch_size", "train.vision_chunk_crops", "train.vision_recompute", "transformer.recompute")
+    own = [word for word in words if word.lstrip("+").startswith(chosen) and not word.endswith("=auto")]
+    return f" and {' '.join(own)}, which would be chosen if left out" if own else ""
+
+
+def _layout(found: Found, rows_are_given: bool) -> list[str]:
+    p, rows = found[0].config.parallel, found[0].config.train.micro_batch_size
+    words = [f"parallel.{key}={getattr(p, key)}" for key in SIZES]
+    words.append(f"parallel.sequence_parallel={str(p.sequence_parallel).lower()}")
+    return words if rows_are_given else [*words, f"train.micro_batch_size={rows}"]
 
 
 def _lines(tune: str, found: Found, machine: Machine) -> list[str]:
     job, cost, needed = found
-    layout = f"TP {job.t}, PP {job.p}, CP {job.c}, DP {job.d}"
     idle = f", {machine.gpus - job.gpus} of {machine.gpus} GPUs idle" if job.gpus < machine.gpus else ""
     time = (
         f"{cost.fast.seconds:.1f} to {cost.slow.seconds:.1f} s a step"
@@ -189,14 +213,10 @@ def _lines(tune: str, found: Found, machine: Machine) -> list[str]:
         else f"time not known for {machine.name}"
     )
     return [
-        f"{HARDWARE_AUTO}: {TUNES.get(tune, tune)} on {_spelt(replace(machine, gpus=job.gpus))}{idle}: {layout}, the"
-        f" fastest that fits by the plan ({needed / GIB + RESERVE_GIB:.0f} GiB, {RESERVE_GIB:g} of them in reserve;"
+        f"{HARDWARE_AUTO}: {TUNES.get(tune, tune)} on {_spelt(replace(machine, gpus=job.gpus))}{idle}: {job.layout},"
+        f" the fastest that fits by the plan ({needed / GIB + RESERVE_GIB:.0f} GiB, {RESERVE_GIB:g} of them in reserve;"
         f" {time})"
     ]
-
-
-def _without_tune(words: list[str]) -> list[str]:
-    return [word for word in words if not word.startswith("tune=")]
 
 
 def _spelt(machine: Machine) -> str:

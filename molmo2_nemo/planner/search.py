@@ -24,7 +24,7 @@ def search(
     All keep the rows of a step. memory: GiB of a GPU.
     """
     found, counts = [], {}
-    for candidate in _layouts(config, gpus):
+    for candidate in layouts(config, gpus):
         for recompute in RECOMPUTE.values():
             others = {k: v for k, v in config.transformer.items() if not k.startswith("recompute")}
             job = Job(replace(candidate, transformer={**others, **recompute}), gpus)
@@ -37,8 +37,12 @@ def search(
     return sorted(found, key=lambda item: item[1].seconds)
 
 
-def _layouts(config: Config, gpus: int) -> Iterator[Config]:
-    """With a row at a time where the replicas cannot share a step's rows otherwise."""
+def layouts(config: Config, gpus: int, rows_are_given: bool = False) -> Iterator[Config]:
+    """The configuration at each tensor x pipeline x context parallel layout that its model and rows allow.
+
+    With a row at a time where the replicas cannot share a step's rows otherwise, unless rows_are_given.
+    """
+    numbers = {config.train.micro_batch_size} | (set() if rows_are_given else {1})
     for tp, pp, cp in itertools.product((1, 2, 4, 8), repeat=3):
         if tp * pp * cp > gpus:
             continue
@@ -52,7 +56,7 @@ def _layouts(config: Config, gpus: int) -> Iterator[Config]:
             num_layers_in_first_pipeline_stage=None,
             num_layers_in_last_pipeline_stage=None,
         )
-        for rows in sorted({config.train.micro_batch_size, 1}, reverse=True):
+        for rows in sorted(numbers, reverse=True):
             candidate = replace(config, parallel=layout, train=replace(config.train, micro_batch_size=rows))
             try:
                 check_settings(candidate, gpus)

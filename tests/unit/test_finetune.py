@@ -14,6 +14,7 @@ from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data import epochs
 from molmo2_nemo.data.blend import Source, check_held_out, load_blend, missing_sources
 from molmo2_nemo.finetune import Machine, choose
+from molmo2_nemo.planner.memory import GIB, RESERVE_GIB, Job, peak, worst_stage
 from molmo2_nemo.planner.verdict import verdict
 
 TINY = ["model=tiny", "schedule=quickstart", "optim=from_scratch"]
@@ -133,6 +134,24 @@ def finetune_resolved(words, machine):
     return resolve(compose("finetune", words), machine.gpus, machine.gib)
 
 
+def test_what_the_user_says_of_memory_is_kept_and_planned_with():
+    machine = Machine(2, 139.8, "NVIDIA H200")
+    own = ["transformer.recompute=mlp", "train.vision_chunk_crops=16", "train.micro_batch_size=2"]
+    words, gpus, lines = choose(finetune_words(["model=molmo2_8b", "tune=lora", *own, *AUTO]), machine)
+    assert all(words.count(word) == 1 for word in own) and "train.vision_recompute=auto" in words
+    assert not any(word.startswith(("transformer.recompute=auto", "train.micro_batch_size=1")) for word in words)
+    config, _ = finetune_resolved(words, replace(machine, gpus=gpus))
+    job = Job(config, gpus)
+    assert (job.rows, job.transformer("recompute_modules")) == (2, ["mlp"])
+    assert f"({peak(worst_stage(job)[1])[0] / GIB + RESERVE_GIB:.0f} GiB, 4 of them in reserve" in lines[-1]
+    # Everything kept of eight rows does not fit, and leaving that out, as is said, does.
+    own = ["transformer.recompute=none", "train.micro_batch_size=8"]
+    words, machine = finetune_words(["model=molmo2_8b", "tune=lora", *AUTO]), Machine(1, 79.6)
+    with pytest.raises(ConfigError, match=rf"and {' '.join(own)}, which would be chosen if left out; the smallest"):
+        choose([*words, *own], machine)
+    assert "LoRA on 1 GPU" in choose(words, machine)[2][-1]
+
+
 def test_gpus_that_cannot_share_the_rows_are_left_out():
     words, ranks, lines = choose(finetune_words(["model=molmo2_4b", "tune=lora", *AUTO]), Machine(3, 79.6))
     assert ranks == 2 and "LoRA on 2 GPUs of 79.6 GiB, 1 of 3 GPUs idle" in lines[-1]
@@ -160,8 +179,9 @@ def test_the_recipe_starts_a_rank_for_each_gpu(monkeypatch, capsys):
     started = []
     monkeypatch.setattr(finetune, "this_machine", lambda: Machine(2, 79.6))
     monkeypatch.setattr(finetune.os, "execv", lambda program, words: started.append(words[1:]))
-    for name in ("WORLD_SIZE", "RANK", "SLURM_STEP_ID"):
+    for name in ("WORLD_SIZE", "RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")  # inside of an allocation, of which this process is no rank
     finetune.ready(["recipes/finetune.py", "model=molmo2_4b", "tune=lora", *AUTO])
     [words] = started
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "recipes/finetune.py"]
@@ -177,6 +197,9 @@ def test_the_recipe_starts_a_rank_for_each_gpu(monkeypatch, capsys):
         finetune.ready(["recipes/finetune.py", "model=tiny", "gpus=8"])
     with pytest.raises(SystemExit, match="hardware=auto is for recipes/finetune.py"):
         prepare(["model=tiny", "hardware=auto"])  # of another recipe
+    for stage in ("stage2", "finetune"):  # tools that plan nothing themselves
+        with pytest.raises(ConfigError, match="hardware=auto is for recipes/finetune.py, and for tools/plan.py"):
+            compose(stage, ["model=tiny", *AUTO])
 
 
 # -- the blend --------------------------------------------------------------------------------------------------------
