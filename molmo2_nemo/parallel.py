@@ -186,8 +186,11 @@ def uses_fused_kernels(parallel: ParallelConfig, device: str) -> bool:
 
 def attention_kernel(parallel: ParallelConfig, device: str) -> str:
     """FlexAttention's back end. Raises ConfigError when `flash` is asked for and cannot be."""
+    if parallel.attention_kernel != "flash":
+        return parallel.attention_kernel
+    # To look for flash_attn.cute is to import flash_attn.
     has_flash = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
-    if parallel.attention_kernel == "flash" and not (device == "cuda" and has_flash):
+    if not (device == "cuda" and has_flash):
         raise ConfigError(
             "parallel.attention_kernel=flash needs a GPU and FlashAttention 4 (flash_attn.cute) installed: use"
             " parallel.attention_kernel=triton."
