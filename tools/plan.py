@@ -23,7 +23,7 @@ from pathlib import Path
 from molmo2_nemo.auto import resolve
 from molmo2_nemo.command_line import HARDWARE_AUTO, compose, finetune_words, take_gpus
 from molmo2_nemo.config.checks import check
-from molmo2_nemo.config.errors import ConfigError, refuse
+from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.flags import refuse_flags
 from molmo2_nemo.config.schema import STAGES
 from molmo2_nemo.data import epochs
@@ -32,6 +32,7 @@ from molmo2_nemo.environment import quiet_libraries
 from molmo2_nemo.finetune import Machine, choose
 from molmo2_nemo.planner.efficiency import FAST, SLOW
 from molmo2_nemo.planner.flops import PEAK_TFLOPS
+from molmo2_nemo.planner.measured import with_measured
 from molmo2_nemo.planner.memory import (
     GIB,
     H100_GIB,
@@ -102,11 +103,7 @@ def main() -> int:
                 f"--gpu-memory {args.gpu_memory:g} must be a number above the {RESERVE_GIB:g} GiB held in reserve."
             )
         chosen = []
-        if HARDWARE_AUTO in overrides:
-            refuse(
-                args.config_name != "finetune",
-                f"{HARDWARE_AUTO} is for --config-name finetune: use --search, which lists the layouts that fit.",
-            )
+        if HARDWARE_AUTO in overrides and args.config_name == "finetune":
             machine = Machine(gpus, args.gpu_memory, args.gpu)
             overrides, gpus, chosen = choose(finetune_words(overrides), machine)
         config = compose(args.config_name, overrides)
@@ -127,8 +124,6 @@ def main() -> int:
         refused = verdict(config, gpus, args.gpu_memory)
         columns, taken = (FAST, SLOW), []
         if args.measured:
-            from molmo2_nemo.planner.measured import with_measured  # brings pydantic
-
             measured = with_measured(args.measured, job, args.gpu, columns)
             columns, taken = measured.columns, measured.taken
         found = search(config, gpus, args.gpu_memory, args.gpu, columns) if args.search else []
@@ -157,11 +152,6 @@ def main() -> int:
     return 1 if refused else 0
 
 
-def layout_of(job: Job) -> str:
-    sp = " + SP" if job.sequence > 1 else ""
-    return f"TP {job.t}{sp}, PP {job.p}, CP {job.c}, DP {job.d}"
-
-
 def show(job: Job, args) -> None:
     config = job.config
     by_component, by_stage = count_parameters(job)
@@ -169,7 +159,7 @@ def show(job: Job, args) -> None:
     needed, phase = peak(parts)
     total = sum(counts.total for counts in by_component.values())
     print(
-        f"{config.stage} of {config.model.name} on {job.gpus} GPU(s): {layout_of(job)}, {job.precision}, "
+        f"{config.stage} of {config.model.name} on {job.gpus} GPU(s): {job.layout}, {job.precision}, "
         f"{job.micro_batches} micro-batch(es) of {job.rows} row(s) x {job.seq_length:,} tokens"
     )
     print(f"\nparameters: {total / 1e6:,.0f} million")

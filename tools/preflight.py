@@ -37,6 +37,7 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.environment import rank_from_environment, world_size_from_environment
 from molmo2_nemo.paths import CHECKOUT, ROOT
+from molmo2_nemo.planner.parameters import adapter_parameters, parameters
 
 PACKAGES = (
     "molmo2-nemo",
@@ -233,13 +234,9 @@ def judge_clocks(offsets: dict[str, tuple[float, float]], limit: float) -> float
 
 
 def checkpoint_bytes(config: Config) -> int:
-    from molmo2_nemo.hf.adapters import adapted
-    from molmo2_nemo.hf.names import tensor_table
-
-    if config.lora.rank:  # the adapters alone
-        shapes = (shape for one in adapted(config.model, config.lora) for shape in one.shapes(config.lora.rank))
-        return CHECKPOINT_BYTES * sum(map(math.prod, shapes))
-    return CHECKPOINT_BYTES * sum(math.prod(entry.shape) for entry in tensor_table(config.model))
+    # With LoRA the adapters alone.
+    saved = adapter_parameters(config.model, config.lora) if config.lora.rank else parameters(config.model)
+    return CHECKPOINT_BYTES * sum(size for _, size, _ in saved)
 
 
 def room(config: Config) -> str:

@@ -25,6 +25,7 @@ from molmo2_nemo.command_line import compose, take_gpus
 from molmo2_nemo.config.checks import check_settings
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.environment import quiet_libraries
+from molmo2_nemo.planner.memory import Job
 from molmo2_nemo.rehearsal.plan import NotRehearsed, Plan, beside, plan, roofline
 
 GIB = 2**30
@@ -103,11 +104,9 @@ def rehearse_one(made: Plan, rank: int):
 
 
 def show(config, made: Plan, found: list, seconds: float) -> None:
-    p = config.parallel
     print(
-        f"{config.stage} of {config.model.name} on {made.gpus} GPU(s): TP {p.tensor_model_parallel_size}"
-        f"{' + SP' if p.sequence_parallel else ''}, PP {p.pipeline_model_parallel_size}, CP "
-        f"{p.context_parallel_size}; {len(found)} rank(s) rehearsed in {seconds:.0f} s"
+        f"{config.stage} of {config.model.name} on {made.gpus} GPU(s): {Job(made.config, made.gpus).layout};"
+        f" {len(found)} rank(s) rehearsed in {seconds:.0f} s"
     )
     for note in made.notes:
         print(f"  {note}")

@@ -201,9 +201,8 @@ def check_length(cfg: Config) -> None:
     )
     for key in ("max_steps", "epochs"):
         value = getattr(train, key)
-        least = 0 if key == "epochs" else 1
         refuse(
-            value is not None and not (value >= least and value > 0),
+            value is not None and not value > 0,
             f"train.{key}={value} must be {'above 0' if key == 'epochs' else 'at least 1'}.",
         )
     for key in ("save_every", "validate_every", "generate_every"):
@@ -473,6 +472,25 @@ def check_engine(cfg: Config) -> None:
         refuse(
             bool(cfg.ddp.get("overlap_param_gather")) and cfg.ddp.get(key) is False,
             f"ddp.overlap_param_gather=true needs ddp.{key}, which is false: leave that out, it is then switched on.",
+        )
+    check_recompute(transformer)
+
+
+def check_recompute(transformer: dict) -> None:
+    """Refuse what Megatron would refuse later. Raises ConfigError."""
+    granularity, method = transformer.get("recompute_granularity"), transformer.get("recompute_method")
+    count = transformer.get("recompute_num_layers")
+    if granularity not in (None, "full", "selective"):
+        raise ConfigError(f"transformer.recompute_granularity={granularity} is unknown: choose full or selective.")
+    if granularity == "full" and (method not in ("uniform", "block") or not isinstance(count, int) or count < 1):
+        raise ConfigError(
+            f"transformer.recompute_granularity=full with recompute_method={method} and recompute_num_layers={count}:"
+            " set transformer.recompute_method to uniform or block and transformer.recompute_num_layers to 1 or more."
+        )
+    if granularity == "selective" and (method is not None or count is not None):
+        raise ConfigError(
+            "transformer.recompute_granularity=selective takes transformer.recompute_modules, not recompute_method or "
+            "recompute_num_layers."
         )
 
 

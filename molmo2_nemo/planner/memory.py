@@ -15,7 +15,7 @@ from molmo2_nemo.config.components import component_of, is_adapter, is_frozen
 from molmo2_nemo.config.lora import COMPONENT_OF_TARGET
 from molmo2_nemo.config.schema import LAYERS, Config, padded_vocab_size, positions_per_chunk
 from molmo2_nemo.planner.parameters import adapter_parameters, parameters
-from molmo2_nemo.planner.work import check_recompute, holds_images, most_crops, row_work, units_of
+from molmo2_nemo.planner.work import holds_images, most_crops, row_work, units_of
 
 GIB = 2**30
 H100_GIB = 79.6  # of an H100 80GB HBM3, as nvidia-smi shows it
@@ -71,7 +71,11 @@ class Job:
         self.units = [crops for crops, _, _ in units_of(self.config)] * self.rows
         self.dropout = getattr(self.config.schedule, self.config.stage).hidden_dropout > 0
         self.counts: tuple | None = None  # of count_parameters, once they are counted
-        check_recompute(self.config.transformer)
+
+    @property
+    def layout(self) -> str:
+        """For people to read."""
+        return f"TP {self.t}{' + SP' if self.sequence > 1 else ''}, PP {self.p}, CP {self.c}, DP {self.d}"
 
     @property
     def busiest_crops(self) -> int:

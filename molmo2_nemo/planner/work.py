@@ -1,11 +1,7 @@
-"""What a packed row is assumed to hold before any data is read, and settings that Megatron would refuse later.
-
-Imports no torch.
-"""
+"""What a packed row is assumed to hold before any data is read. Imports no torch."""
 
 from dataclasses import dataclass
 
-from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, VisionConfig
 
 # arXiv 2601.10611, section 3: about 3.8 examples are packed into a row of 16,384 tokens.
@@ -103,21 +99,3 @@ def image_of(vision: VisionConfig, max_crops: int) -> tuple[int, int, int]:
     high, wide = (new * n + 2 * vision.overlap_margin for n in (rows, columns))
     windows = -(-side // pooling) * -(-side // pooling) + -(-high // pooling) * -(-wide // pooling)
     return 1 + rows * columns, windows, side**2 + high * wide
-
-
-def check_recompute(transformer: dict) -> None:
-    """Refuse what Megatron would refuse later. Raises ConfigError."""
-    granularity, method = transformer.get("recompute_granularity"), transformer.get("recompute_method")
-    count = transformer.get("recompute_num_layers")
-    if granularity not in (None, "full", "selective"):
-        raise ConfigError(f"transformer.recompute_granularity={granularity} is unknown: choose full or selective.")
-    if granularity == "full" and (method not in ("uniform", "block") or not isinstance(count, int) or count < 1):
-        raise ConfigError(
-            f"transformer.recompute_granularity=full with recompute_method={method} and recompute_num_layers={count}:"
-            " set transformer.recompute_method to uniform or block and transformer.recompute_num_layers to 1 or more."
-        )
-    if granularity == "selective" and (method is not None or count is not None):
-        raise ConfigError(
-            "transformer.recompute_granularity=selective takes transformer.recompute_modules, not recompute_method or "
-            "recompute_num_layers."
-        )

@@ -106,10 +106,15 @@ def row_lengths(config: Config, length: int) -> set[int]:
     return parts | {rows * part for part in parts}
 
 
+def pairs_of(lengths: set[int]) -> set[int]:
+    """How many pairs of tokens rows of these lengths have with each other."""
+    return {a * b for a in lengths for b in lengths}
+
+
 def _looks_like_a_width(lengths: set[int], widths: set[int]) -> bool:
     """Whether a length is a width, or the product of two that of one and a width: 8,192 ^ 2 is 16,384 x 4,096."""
-    products = {a * b for a in lengths for b in lengths}
-    return not lengths.isdisjoint(widths) or not products.isdisjoint({a * b for a in lengths for b in widths})
+    pairs = pairs_of(lengths)
+    return not lengths.isdisjoint(widths) or not pairs.isdisjoint({a * b for a in lengths for b in widths})
 
 
 def widths(m: ModelConfig, t: int) -> set[int]:
@@ -134,8 +139,7 @@ def choose_ranks(job: Job) -> list[int]:
     """Rank 0, one that differs from it in each kind of parallelism, one of each stage, and one without pictures.
 
     Each but those of later stages shares a group with rank 0, so that their collectives can be compared; a stage is
-    compared with its neighbours. Megatron numbers ranks by tensor,
-    context, data, pipeline.
+    compared with its neighbours. Megatron numbers ranks by tensor, context, data, pipeline.
     """
     t, c, d, p = job.t, job.c, job.d, job.p
     found = {0}

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from molmo2_nemo import compat
 from molmo2_nemo.rehearsal.collectives import Collective, collective_of, name_and_ranks, tensors_in
 from molmo2_nemo.rehearsal.places import Places
+from molmo2_nemo.rehearsal.plan import pairs_of
 
 aten = torch.ops.aten
 BLOCK = 512  # CUDA's caching allocator rounds every tensor up to a multiple of this many bytes
@@ -44,7 +45,7 @@ class Recorder(compat.dispatch_mode()):
     def __init__(self, lengths: set[int]):
         super().__init__()
         self.lengths = lengths
-        self.pairs = {a * b for a in lengths for b in lengths}
+        self.pairs = pairs_of(lengths)
         self.phase = "build"
         self.places = Places()
         self.alive: dict[int, tuple[int, str, str]] = {}  # storage -> bytes, part, line

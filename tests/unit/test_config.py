@@ -465,10 +465,11 @@ def test_known_overrides_pass():
 
 
 def test_megatron_fields_are_set_from_the_command_line():
-    cfg = build("stage2", "transformer.recompute_granularity=full", "optimizer.adam_eps=1e-8", "ddp.bucket_size=1000")
+    words = ["transformer.recompute_granularity=selective", "optimizer.adam_eps=1e-8", "ddp.bucket_size=1000"]
+    cfg = build("stage2", *words)
     checks.check(cfg, 1)
     assert (cfg.transformer, cfg.optimizer, cfg.ddp) == (
-        {"recompute_granularity": "full"},
+        {"recompute_granularity": "selective"},
         {"adam_eps": 1e-8},
         {"bucket_size": 1000},
     )

@@ -337,6 +337,10 @@ def test_sources_on_this_machine_are_looked_at(tmp_path, capsys, monkeypatch):
 
 def test_wrong_settings_are_sentences():
     with pytest.raises(ConfigError, match="recompute_num_layers"):
-        Job(compose("stage1", ["transformer.recompute_granularity=full", "transformer.recompute_method=uniform"]), 1)
+        check_settings(
+            compose("stage1", ["transformer.recompute_granularity=full", "transformer.recompute_method=uniform"]), 1
+        )
     with pytest.raises(ConfigError, match="selective"):
-        Job(compose("stage1", ["transformer.recompute_granularity=selective", "transformer.recompute_num_layers=1"]), 1)
+        check_settings(
+            compose("stage1", ["transformer.recompute_granularity=selective", "transformer.recompute_num_layers=1"]), 1
+        )
