@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 
-import jinja2
 import matplotlib
 import numpy as np
 import yaml
@@ -28,6 +27,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 
 from molmo2_nemo.data.counters import BROKEN
 from molmo2_nemo.files import write_atomically
+from molmo2_nemo.templates import template
 from molmo2_nemo.text import dotted, duration
 
 COLOURS = ["#1f6fb4", "#d9641e", "#2a9d5c", "#8a56b8", "#c23b4b", "#7a5a3a", "#d05fa5", "#555555", "#a8a32a", "#20a5b5"]
@@ -116,15 +116,8 @@ def write_report(runs: list[Path], out: Path) -> None:
     """
     found = [read_run(folder) for folder in dict.fromkeys(Path(run).resolve() for run in runs)]
     name_runs(found)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     pictures = Pictures()
-    page = environment.get_template("report.html").render(
+    page = template(Path(__file__).parent / "report.html").render(
         title=", ".join(run.label for run in found) if len(found) < 4 else f"{len(found)} runs",
         colours=colours(found),
         facts=facts(found),

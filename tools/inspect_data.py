@@ -30,6 +30,7 @@ from molmo2_nemo.command_line import compose, prepare, to_dataclass
 from molmo2_nemo.config.checks import check_data, check_model
 from molmo2_nemo.config.schema import Config
 from molmo2_nemo.paths import CONF_DIR
+from molmo2_nemo.templates import template
 
 TEMPLATES = Path(__file__).parent / "inspect_pages"
 MAX_ERRORS = 20  # broken samples that --stats names
@@ -251,7 +252,7 @@ class Pages:
             "answer": next((answer["text"] for answer in answers), "")[:MAX_TEXT],
             "thumbnail": media.thumbnail(visuals),
         }
-        page = template("sample.html").render(
+        page = template(TEMPLATES / "sample.html").render(
             about,
             root="../",
             start=example.start,
@@ -298,7 +299,7 @@ class Pages:
         heads, lines = statistics.table()
         self.folder.mkdir(parents=True, exist_ok=True)
         pages = sorted(self.samples, key=lambda sample: sample["number"])
-        page = template("index.html").render(
+        page = template(TEMPLATES / "index.html").render(
             root="",
             config=self.config,
             chosen=self.chosen,
@@ -419,20 +420,6 @@ def chips(example, segment, encoder) -> list[dict]:
                 }
             result.append(chip)
     return result
-
-
-def template(name: str):
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    # What is in a data set may look like HTML.
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name)
 
 
 def print_table(statistics, seconds: float, waiting: int | None) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from PIL import Image
 
@@ -12,6 +11,7 @@ from molmo2_nemo.data.marks import Visual, draw_both
 from molmo2_nemo.evaluate.samples import Read, Samples, see
 from molmo2_nemo.evaluate.table import Counts, Line
 from molmo2_nemo.files import write_atomically
+from molmo2_nemo.templates import template
 
 PAGE, PICTURES = "index.html", "pictures"
 PICTURE_SIDE = 420  # pixels of the longer side of a picture
@@ -45,14 +45,7 @@ def write_page(
         if picture is not None:
             picture.save(out / PICTURES / f"{number:04d}.jpg", quality=90)
         shown.append(record | {"picture": f"{PICTURES}/{number:04d}.jpg" if picture is not None else None})
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("page.html").render(
+    page = template(Path(__file__).parent / "page.html").render(
         settings=settings, table=table, counts=counts, records=shown, number=len(records)
     )
     write_atomically(out / PAGE, page.encode(errors="replace"))

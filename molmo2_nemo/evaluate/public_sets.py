@@ -13,7 +13,7 @@ from molmo2_nemo.files import LockHeld, locked, published, sha256_of_text
 from molmo2_nemo.paths import CONF_DIR
 from molmo2_nemo.prepare.converters import converter_of
 from molmo2_nemo.prepare.converters.common import Draft, Drop
-from molmo2_nemo.prepare.draft_to_sample import Dropped, join, pack
+from molmo2_nemo.prepare.dataset_shards import packed
 from molmo2_nemo.prepare.spool import about_of, converted, reason_of
 from molmo2_nemo.prepare.webdataset import write_shards
 
@@ -68,12 +68,5 @@ def _samples(entry: DataSet, raw: RawSource, dropped: Counter) -> Iterator[tuple
     for name in sorted(about):
         drafts: list[Draft] = about.pop(name)
         numbers = count()
-        for draft, left_out in join(drafts, converter):
-            dropped.update(left_out)
-            try:
-                parts, _, unfit = pack(draft, raw)
-            except Dropped as error:
-                dropped[reason_of(dropped, str(error))] += len(draft.branches)
-                continue
-            dropped.update(unfit)
+        for _, parts, *_ in packed(drafts, converter, raw, dropped):
             yield f"{name[:20]}_{next(numbers)}", parts

@@ -17,12 +17,14 @@ import shutil
 import tarfile
 import uuid
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
 
 from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.files import LockHeld, locked, publish, sha256_of, sync
 from molmo2_nemo.prepare.converters import converter_of
+from molmo2_nemo.prepare.converters.common import Converter, Draft
 from molmo2_nemo.prepare.draft_to_sample import Dropped, join, pack
 from molmo2_nemo.prepare.records import Provenance, RowCounts, ShardCounts, ShardRecord
 from molmo2_nemo.prepare.shard_plan import VAL, ShardPlan, source_of
@@ -30,6 +32,23 @@ from molmo2_nemo.prepare.spool import read_spool, reason_of
 from molmo2_nemo.prepare.webdataset import add_sample, write_index
 
 PROVENANCE = "provenance.json"
+
+
+def packed(
+    drafts: Iterable[Draft], converter: Converter, raw: RawSource, dropped: Counter
+) -> Iterator[tuple[Draft, dict[str, bytes], int, Counter]]:
+    """(draft, the files of its sample, points moved, annotations that do not fit) of each sample made of the drafts of
+    one picture or video. dropped: counts all that is left out, by reason."""
+    for draft, left_out in join(drafts, converter):
+        dropped.update(left_out)
+        try:
+            parts, moved, unfit = pack(draft, raw)
+        except Dropped as error:
+            dropped[reason_of(dropped, str(error))] += len(draft.branches)
+            continue
+        for reason, number in unfit.items():
+            dropped[reason_of(dropped, reason)] += number
+        yield draft, parts, moved, unfit
 
 
 def write_shard(plan: ShardPlan, folder: Path, shard: str) -> ShardRecord:
@@ -43,15 +62,7 @@ def write_shard(plan: ShardPlan, folder: Path, shard: str) -> ShardRecord:
                 if bucket == VAL and int(about[32:40], 16) % plan.num_val != int(shard.rsplit("-", 1)[1]):
                     continue
                 numbers = count()
-                for draft, left_out in join(drafts, converter):
-                    dropped.update(left_out)
-                    try:
-                        parts, moved, unfit = pack(draft, raw)
-                    except Dropped as error:
-                        dropped[reason_of(dropped, str(error))] += len(draft.branches)
-                        continue
-                    for reason, number in unfit.items():
-                        dropped[reason_of(dropped, reason)] += number
+                for draft, parts, moved, unfit in packed(drafts, converter, raw, dropped):
                     add_sample(tar, f"{about[:20]}_{next(numbers)}", parts)
                     record.samples += 1
                     record.branches += len(draft.branches) - sum(unfit.values())
