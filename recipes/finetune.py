@@ -2,7 +2,7 @@
 
 python recipes/finetune.py model=hf model.hf_path=/models/Molmo2-8B data.mine=shards/mine hardware=auto
 python recipes/finetune.py model=tiny data.mine=shards/mine schedule=quickstart optim=from_scratch
-torchrun --nproc-per-node 8 recipes/finetune.py model=molmo2_8b data.mine=shards/mine parallel=tp2
+torchrun --nproc-per-node 8 recipes/finetune.py model=hf model.hf_path=/models/Molmo2-8B data.mine=shards parallel=tp2
 """
 
 import sys

@@ -18,10 +18,11 @@ import runpy
 import sys
 from pathlib import Path
 
-from molmo2_nemo.command_line import compose
+from molmo2_nemo.command_line import HARDWARE_AUTO, compose
 from molmo2_nemo.config.checks import check
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
+from molmo2_nemo.finetune import auto_settings
 from molmo2_nemo.paths import ROOT
 
 OVERRIDE = re.compile(r"[~+]{0,2}[A-Za-z_][\w.]*=.*", re.DOTALL)
@@ -69,7 +70,11 @@ def refused_by_program(script: str, arguments: list[str]) -> str | None:
 
 @functools.cache
 def settings(stage: str, overrides: tuple[str, ...]) -> Config:
-    return compose(stage, list(overrides))
+    words = list(overrides)
+    if stage == "finetune" and HARDWARE_AUTO in words:  # the layout is chosen for GPUs that are not here
+        words.remove(HARDWARE_AUTO)
+        words += auto_settings(words)
+    return compose(stage, words)
 
 
 def refused_settings(stage: str, overrides: list[str], ranks: int | None) -> str | None:
