@@ -154,7 +154,12 @@ def tunes_of(words: list[str]) -> list[str]:
         return [given]
     try:
         begun = yaml.safe_load((Path(compose("finetune", words).run_dir) / "config.yaml").read_text())
-        return ["lora" if begun.get("lora", {}).get("rank", 0) else "full"]
+        if begun.get("lora", {}).get("rank", 0):
+            return ["lora"]
+        frozen = {
+            name for name, part in begun.get("optim", {}).items() if isinstance(part, dict) and part.get("freeze")
+        }
+        return ["connector" if {"vit", "llm"} <= frozen else "full"]
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return list(TUNES)
 

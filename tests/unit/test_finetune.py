@@ -1,9 +1,10 @@
 """Fine-tuning: the words of its command line, hardware=auto, the blend of one's own data, and epochs as steps."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+import yaml
 from test_blend import make_source
 
 from molmo2_nemo import finetune
@@ -166,8 +167,9 @@ def test_where_nothing_fits_the_smallest_that_does_is_named_and_does():
 
 def test_a_run_goes_on_with_what_it_was_begun_with_and_a_layout_of_ones_own_is_refused(tmp_path):
     words = finetune_words(["model=molmo2_4b", *AUTO, f"run_dir={tmp_path}"])
-    for rank, tune in ((16, "lora"), (0, "full")):
-        (tmp_path / "config.yaml").write_text(f"lora: {{rank: {rank}}}\n")
+    for tune in ("lora", "connector", "full"):
+        begun = asdict(compose("finetune", ["model=molmo2_4b", "data.mine=x", f"tune={tune}"]))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(begun))
         assert f"tune={tune}" in choose(words, Machine(1, 139.8))[0]
     with pytest.raises(ConfigError, match="parallel=tp2: hardware=auto chooses the layout itself"):
         choose([*words, "parallel=tp2"], Machine(2, 79.6))
