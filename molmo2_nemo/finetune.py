@@ -156,10 +156,8 @@ def tunes_of(words: list[str]) -> list[str]:
         begun = yaml.safe_load((Path(compose("finetune", words).run_dir) / "config.yaml").read_text())
         if begun.get("lora", {}).get("rank", 0):
             return ["lora"]
-        frozen = {
-            name for name, part in begun.get("optim", {}).items() if isinstance(part, dict) and part.get("freeze")
-        }
-        return ["connector" if {"vit", "llm"} <= frozen else "full"]
+        optim = begun.get("optim", {})
+        return ["connector" if all(optim.get(name, {}).get("freeze") for name in ("vit", "llm")) else "full"]
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return list(TUNES)
 
