@@ -102,6 +102,7 @@ class PackedAttention(MegatronModule):
         pg_collection=None,
     ):
         super().__init__(config)
+        self.layer_number = layer_number
         self.cp_group = pg_collection.cp
         self.cp_comm_type = cp_comm_type
         self.backend = config.attention_kernel
@@ -110,7 +111,11 @@ class PackedAttention(MegatronModule):
     def forward(
         self, query, key, value, attention_mask, /, *, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
-        """query [s, B, N, D], key and value [s, B, G, D] with s = S / context parallel size -> [s, B, N*D]."""
+        """query [s, B, N, D], key and value [s, B, G, D] with s = S / context parallel size -> [s, B, N*D].
+
+        attention_bias: (mask, None), or (mask, the KeyValueCache that keys and values are put into and taken from).
+        """
+        mask, cache = attention_bias
         ranks = self.cp_group.size()
         ulysses = ranks > 1 and self.cp_comm_type == "a2a"
         if ulysses:
@@ -120,8 +125,10 @@ class PackedAttention(MegatronModule):
             query, key, value = (sequence_to_heads(x, self.cp_group) for x in (query, key, value))
         elif ranks > 1:
             key, value = all_gather(torch.stack((key, value), dim=1), self.cp_group).unbind(dim=1)
+        if cache is not None:
+            key, value = cache.extended(self.layer_number, key, value)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = attend(q, k, v, attention_bias, self.scale, self.backend).permute(2, 0, 1, 3)
+        out = attend(q, k, v, mask, self.scale, self.backend).permute(2, 0, 1, 3)
         if ulysses:
             out = heads_to_sequence(out.contiguous(), self.cp_group)
         return out.reshape(*out.shape[:2], -1)

@@ -153,7 +153,8 @@ class DecoderLayer(TransformerLayer):
 
     `rotary_pos_emb` is what RotaryTables makes, [2, ...]: table 0 unscaled, table 1 scaled; or [1, ...] when all layers
     agree.
-    `attention_bias` is (mask, bool [s, B, 1] where residuals are dropped out, or None for everywhere).
+    `attention_bias` is (mask, bool [s, B, 1] where residuals are dropped out, or None for everywhere, and a
+    KeyValueCache or None).
     """
 
     rope_table = 0
@@ -165,7 +166,8 @@ class DecoderLayer(TransformerLayer):
     def forward(self, *args, **kwargs):
         kwargs["rotary_pos_emb"] = kwargs["rotary_pos_emb"][self.rope_table]
         # Set again when the layer is recomputed, from that micro-batch's own arguments.
-        kwargs["attention_bias"], self.dropout_positions = kwargs["attention_bias"]
+        mask, self.dropout_positions, cache = kwargs["attention_bias"]
+        kwargs["attention_bias"] = (mask, cache)
         return super().forward(*args, **kwargs)
 
     def _dropout_add(self, norm: nn.Module | None = None):

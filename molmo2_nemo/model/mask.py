@@ -52,6 +52,14 @@ def dense_mask(
     return mask_mod(segment_ids, vision_mask, query_offset)(b, 0, q, k).unsqueeze(1)
 
 
+def mask_at(segment_ids: torch.Tensor, vision_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The same rule for the queries at some positions of each row, int64 [B, Q]; bool [B, 1, Q, S]."""
+    B, S = segment_ids.shape
+    b = torch.arange(B, device=segment_ids.device).view(B, 1, 1)
+    k = torch.arange(S, device=segment_ids.device).view(1, 1, S)
+    return mask_mod(segment_ids, vision_mask)(b, 0, positions.unsqueeze(-1), k).unsqueeze(1)
+
+
 def block_mask(
     segment_ids: torch.Tensor, vision_mask: torch.Tensor, query_offset: int = 0, num_queries: int | None = None
 ) -> BlockMask:

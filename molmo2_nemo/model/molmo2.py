@@ -10,15 +10,17 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from molmo2_nemo import compat
 from molmo2_nemo.config.schema import ModelConfig, padded_vocab_size
 from molmo2_nemo.hf.architecture import rope_tables
+from molmo2_nemo.model.cache import KeyValueCache
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.layers import decoder_block_spec
 from molmo2_nemo.model.lora import put_adapters
 from molmo2_nemo.model.loss import head_losses
-from molmo2_nemo.model.mask import make_mask
+from molmo2_nemo.model.mask import make_mask, mask_at
 from molmo2_nemo.model.vision import VisionTower
 
 
@@ -100,37 +102,37 @@ class Molmo2(LanguageModule):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        segment_ids: Tensor,
-        vision_mask: Tensor,
+        segment_ids: Tensor | None,
+        vision_mask: Tensor | None,
         crops: Tensor | None = None,
         pooling: Tensor | None = None,
         vision_units: Tensor | None = None,
         labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
         logit_positions: Tensor | None = None,
-        visual_tokens: Tensor | None = None,
         patch_index: Tensor | None = None,
         loss_index: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Token losses, logits, or the hidden states for the next stage.
 
         All [B, S] inputs are whole rows on every rank; crops, pooling and vision_units (see VisionTower) matter on
-        the first stage only, as does what the tower made of them before, `visual_tokens`, in their place, and
-        `patch_index`, which says where they go. With s = S / context parallel size this returns, on the last stage,
-        when `labels` (int64), `loss_weights` (float32, both [B, S]) and `loss_index` are given, float32 [2, B, s]:
-        cross entropy and squared log-partition of this rank's part of the rows, 0 where the weight is 0. Both indices
-        are those of this rank's part (training/batches.indices_of). Without labels, this tensor-parallel rank's slice
-        of the logits, [B, s, padded V / tensor parallel size]; with `logit_positions` (int64 [N, 2], rows and positions
-        in them) only of these, float32 [N, padded V / tensor parallel size], all N on every context parallel rank. On
-        other stages [s, B, H].
+        the first stage only, as does `patch_index`, which says where what the tower makes of them goes; None: there are
+        no pictures. With s = S / context parallel size this returns, on the last stage, when `labels` (int64),
+        `loss_weights` (float32, both [B, S]) and `loss_index` are given, float32 [2, B, s]: cross entropy and squared
+        log-partition of this rank's part of the rows, 0 where the weight is 0. Both indices are those of this rank's
+        part (training/batches.indices_of). Without labels, this tensor-parallel rank's slice of the logits,
+        [B, s, padded V / tensor parallel size]; with `logit_positions` (int64 [N, 2], rows and positions in them) only
+        of these, float32 [N, padded V / tensor parallel size], all N on every context parallel rank. On other stages
+        [s, B, H].
+
+        With a `cache` that has positions, the inputs are what stands at these positions of its rows, S of each; segment
+        ids and vision mask are the cache's. With one that has none they are whole rows, which fill it.
         """
-        S = input_ids.shape[1]
-        cp_size = self.cp_group.size()
-        local = context_slice(S, self.cp_group)
+        local = context_slice(input_ids.shape[1], self.cp_group)
         hidden = None
         if self.pre_process:
-            if visual_tokens is None:
-                visual_tokens = self.vision(crops, pooling, vision_units)
+            visual_tokens = None if patch_index is None else self.vision(crops, pooling, vision_units)
             hidden = self.embedding(input_ids, visual_tokens, patch_index, local)
             if torch.is_grad_enabled() and self.config.recompute_granularity is not None and not hidden.requires_grad:
                 # All before the decoder is frozen: Megatron makes no gradients of a layer that is computed again
@@ -138,12 +140,11 @@ class Molmo2(LanguageModule):
                 hidden = hidden.detach().requires_grad_()
             if self.config.sequence_parallel:
                 hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
-        gathers_keys = cp_size > 1 and self.config.cp_comm_type == "all_gather"
-        mask = make_mask(segment_ids, vision_mask, *((local.start, S // cp_size) if gathers_keys else (0, S)))
+        mask = self._mask(segment_ids, vision_mask, cache, local)
         hidden = self.decoder(
             hidden,
             attention_mask=None,
-            attention_bias=(mask, self._dropout_positions(loss_weights, local)),
+            attention_bias=(mask, self._dropout_positions(loss_weights, local), cache),
             rotary_pos_emb=self.rope(position_ids[:, local]),
         )
         if not self.post_process:
@@ -171,6 +172,17 @@ class Molmo2(LanguageModule):
         result = torch.zeros(2, hidden.shape[0] * hidden.shape[1], dtype=torch.float32, device=hidden.device)
         result = result.index_copy(1, loss_index, torch.stack(losses))
         return result.view(2, *hidden.shape[:2]).transpose(1, 2)
+
+    def _mask(
+        self, segment_ids: Tensor | None, vision_mask: Tensor | None, cache: KeyValueCache | None, local: slice
+    ) -> Tensor | BlockMask:
+        """What this rank's queries see: those of its part of the rows if it gathers keys, otherwise all."""
+        gathers_keys = self.cp_group.size() > 1 and self.config.cp_comm_type == "all_gather"
+        if cache is not None and cache.positions is not None:
+            asked = cache.positions[:, local] if gathers_keys else cache.positions
+            return mask_at(cache.segment_ids, cache.vision_mask, asked)
+        own = (local.start, local.stop - local.start) if gathers_keys else (0, segment_ids.shape[1])
+        return make_mask(segment_ids, vision_mask, *own)
 
     def _chosen(self, hidden: Tensor, positions: Tensor, local: slice) -> Tensor:
         """Hidden states at (row, position), [N, 2] -> [N, H], out of those of all ranks that share the rows."""
@@ -234,16 +246,20 @@ class Embedding(nn.Module):
         )
         nn.init.normal_(self.extra_embedding, std=model.init_std)
 
-    def forward(self, input_ids: Tensor, visual_tokens: Tensor, patch_index: Tensor, local: slice) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, visual_tokens: Tensor | None, patch_index: Tensor | None, local: slice
+    ) -> Tensor:
         """input_ids [B, S], visual_tokens [T, H] for the row-major <im_patch> of all rows -> [s, B, H] of `local`.
 
-        patch_index: int64 [2, t], places in [s, B] and the visual token of each.
+        patch_index: int64 [2, t], places in [s, B] and the visual token of each; None: there are none.
         """
         ids = input_ids[:, local]
         extra = ids >= self.vocab_size
         base = self.word_embeddings(ids.masked_fill(extra, 0))
         rows = self.extra_embedding[(ids - self.vocab_size).clamp(min=0)]
         hidden = torch.where(extra.unsqueeze(-1), rows, base).transpose(0, 1).contiguous()
+        if patch_index is None:
+            return hidden
         places, tokens = patch_index
         # Added to the placeholder's embedding, not put in its place.
         added = visual_tokens.index_select(0, tokens).to(hidden.dtype)

@@ -1,9 +1,9 @@
 """Answers to held-out questions while a model is trained: greedy decoding at the layout of the run, scores, pictures.
 
 Questions are chosen once (`choose`), the same at every layout, so that the steps of a run can be compared. Several of
-them share a packed row of the training length, each with free positions behind it, and every new token costs one
-forward pass of these rows, as in training and without a cache of keys and values: it is right wherever training is.
-Each data-parallel replica answers some of the rows. What `write` leaves in the run's folder:
+them share a packed row of the training length, each with free positions behind it. A forward pass of these rows, as in
+training, fills a cache of keys and values; then each pass has the newest token of every question of the row. Each
+data-parallel replica answers some of the rows. What `write` leaves in the run's folder:
 
     samples/step_XXXXXXXX/answers.json    a list in the order of the questions: source, key, style, question, label,
                                           answer, scores; picture where there is one, correct where it has a score
@@ -25,8 +25,9 @@ from megatron.core.utils import unwrap_model
 from PIL import Image
 from torch import Tensor
 
+from molmo2_nemo.config.checks import row_multiple
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import Config, DataConfig
+from molmo2_nemo.config.schema import FP8_RECIPE, Config, DataConfig
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.encode import Encoder, SamplePlan
 from molmo2_nemo.data.inspection import pixels_of
@@ -35,6 +36,7 @@ from molmo2_nemo.data.marks import Visual, draw_both
 from molmo2_nemo.data.packing import Batch, Row, collate, make_row
 from molmo2_nemo.data.points import render_content
 from molmo2_nemo.data.schema import read_example
+from molmo2_nemo.model.cache import KeyValueCache
 from molmo2_nemo.training import score
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.step import iterators, model_inputs
@@ -70,6 +72,7 @@ class Exam:
     places: np.ndarray  # int64 [this replica's questions, 4]: question, micro-batch, row, position the answer begins at
     count: int  # of the questions of all replicas
     eos_id: int
+    multiple: int  # of the tokens of a row that a pass is given
 
 
 def prepare(config: Config, sources: list[Source], group: dist.ProcessGroup, run_dir: Path) -> Exam:
@@ -101,7 +104,9 @@ def prepare(config: Config, sources: list[Source], group: dist.ProcessGroup, run
             f"hold out no question that fits into data.seq_length={config.data.seq_length} together with "
             f"train.generate_max_tokens={config.train.generate_max_tokens}: change these or set train.generate_every=0."
         )
-    return Exam(questions, encoder, batches, places, count, eos_id)
+    fp8_recipe = config.transformer.get("fp8_recipe", FP8_RECIPE)
+    multiple, _ = row_multiple(config.parallel, config.train.precision, fp8_recipe)
+    return Exam(questions, encoder, batches, places, count, eos_id, multiple)
 
 
 # Questions
@@ -255,23 +260,27 @@ def answer(
     """
     architecture = unwrap_model(model)[0].model
     batches_from = BatchSource(iter(exam.batches) if exam.batches is not None else None, group, device, architecture)
-    batches = [batch | {"input_ids": batch["input_ids"].clone()} for batch in iter(batches_from.next, None)]
+    batches = list(iter(batches_from.next, None))
     places = torch.from_numpy(exam.places).to(device)
     tokens = torch.full((exam.count, max_tokens), NO_TOKEN, dtype=torch.int64, device=device)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    stopped = False
     for chunk in model:
         chunk.eval()
     with torch.no_grad():
-        # Once, and not for every token: they do not depend on what is answered.
-        for first in (chunk for chunk in unwrap_model(model) if chunk.pre_process):
-            for batch in batches:
-                inputs = model_inputs(batch)
-                batch["visual_tokens"] = first.vision(inputs["crops"], inputs["pooling"], inputs["vision_units"])
-        own = generate(model, batches, places[:, 1:], max_tokens, exam.eos_id, group, stop)
+        # As many micro-batches at once as training has in a pipeline: their keys and values need less memory than the
+        # activations that it keeps. All replicas have as many.
+        for first in range(0, len(batches), stages):
+            own = places[(places[:, 1] >= first) & (places[:, 1] < first + stages)]
+            asked = own[:, 1:] - torch.tensor([first, 0, 0], device=device)
+            said = generate(model, batches[first : first + stages], asked, max_tokens, exam, group, stop)
+            if stopped := said is None:
+                break
+            tokens[own[:, 0]] = said
     for chunk in model:
         chunk.train()
-    if own is None:
+    if stopped:
         return None
-    tokens[places[:, 0]] = own
     dist.all_reduce(tokens, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
     return tokens
 
@@ -281,48 +290,83 @@ def generate(
     batches: list[dict],
     places: Tensor,
     max_tokens: int,
-    eos_id: int,
+    exam: Exam,
     group: dist.ProcessGroup,
     stop: Callable[[], bool],
 ) -> Tensor | None:
-    """Fill in the rows of `batches` from `places`, int64 [N, 3] (micro-batch, row, position), micro-batches in order.
+    """Answers from `places`, int64 [N, 3] (micro-batch, row, position), in the rows of micro-batches, in their order.
 
     Returns int64 [N, max_tokens], EOS included, NO_TOKEN behind it; None if `stop` said so. All ranks of all replicas
     run as many passes, on as many micro-batches.
     """
     ranks, stages = dist.get_process_group_ranks(group), parallel_state.get_pipeline_model_parallel_world_size()
     decides = ranks[-(len(ranks) // stages)]  # the first rank of the last pipeline stage: its ranks are the last ones
-    is_last = parallel_state.is_pipeline_last_stage()  # whatever piece of it
-    multiple = stages if len(model) > 1 else 1  # of the interleaved schedule's micro-batches
     tokens = torch.full((len(places), max_tokens), NO_TOKEN, dtype=torch.int64, device=places.device)
     goes_on = torch.ones(len(places), dtype=torch.bool, device=places.device)
-    running = list(range(len(batches)))
+    own = [places[places[:, 0] == number, 1:] for number in range(len(batches))]
+    width = max((int(torch.bincount(rows[:, 0]).max()) for rows in own if len(rows)), default=1)
+    newest = [NewTokens.of(batch, at, -(-width // exam.multiple) * exam.multiple) for batch, at in zip(batches, own)]
+    last = torch.tensor([0, -1], device=places.device)  # of the prompt: it predicts the answer's first token
+    passes = [
+        batch | {"logit_positions": at + last, "cache": now.cache} for batch, at, now in zip(batches, own, newest)
+    ]
     for step in range(max_tokens):
         if stop():
             return None
-        for number in running:
-            own = places[places[:, 0] == number, 1:]
-            batches[number]["logit_positions"] = own + torch.tensor([0, step - 1], device=own.device)
-        asked = torch.isin(places[:, 0], torch.tensor(running, device=places.device))
-        chosen = next_tokens(model, [batches[number] for number in running])
-        if not is_last:
-            chosen = torch.empty(int(asked.sum()), dtype=torch.int64, device=places.device)
+        chosen = next_tokens(model, passes)
+        if not parallel_state.is_pipeline_last_stage():  # whatever piece of it
+            chosen = torch.empty(len(places), dtype=torch.int64, device=places.device)
         if group.size() > 1:
             dist.broadcast(chosen, decides, group=group)
-        for number in running:
-            rows, at = batches[number]["logit_positions"].unbind(1)
-            batches[number]["input_ids"][rows, at + 1] = chosen[places[asked, 0] == number]
-        tokens[asked & goes_on, step] = chosen[goes_on[asked]]
-        goes_on[asked] &= chosen != eos_id
-        # Micro-batches in which the answers of all replicas have ended are left out.
-        unfinished = torch.zeros(len(batches), dtype=torch.int32, device=places.device)
-        unfinished[places[goes_on, 0]] = 1
+        tokens[goes_on, step] = chosen[goes_on]
+        goes_on &= chosen != exam.eos_id
+        unfinished = goes_on.any().int()
         dist.all_reduce(unfinished, op=dist.ReduceOp.MAX)
-        order = unfinished.argsort(descending=True, stable=True).tolist()
-        running = sorted(order[: -(-int(unfinished.sum()) // multiple) * multiple])
-        if not running:
+        if not unfinished:
             break
+        passes = [now.inputs(said, step) for now, said in zip(newest, chosen.split([len(at) for at in own]))]
     return tokens
+
+
+@dataclass
+class NewTokens:
+    """The newest token of each of a micro-batch's N questions as the model takes them: q places in each of its B rows.
+
+    Places that no question needs repeat their row's first question, or, in a row that has none, position 0.
+    """
+
+    question: Tensor  # int64 [B, q]: which of the questions; N: none
+    begins: Tensor  # int64 [B, q]: where its answer begins in the row
+    logit_positions: Tensor  # int64 [N, 2]: row and place of each question
+    position_ids: Tensor  # int64 [B, S], of the whole rows
+    cache: KeyValueCache
+
+    @staticmethod
+    def of(batch: dict, places: Tensor, width: int) -> "NewTokens":
+        """places: int64 [N, 2], row and position of each question's answer; width: q."""
+        rows = len(batch["input_ids"])
+        question, begins = (torch.zeros(rows, width, dtype=torch.int64, device=places.device) for _ in range(2))
+        question += len(places)
+        logit_positions = places * 0
+        for row in range(rows):
+            asked = (places[:, 0] == row).nonzero()[:, 0]
+            if not len(asked):
+                continue
+            question[row], begins[row] = asked[0], places[asked[0], 1]
+            question[row, : len(asked)], begins[row, : len(asked)] = asked, places[asked, 1]
+            logit_positions[asked, 0], logit_positions[asked, 1] = row, torch.arange(len(asked), device=asked.device)
+        cache = KeyValueCache(batch["segment_ids"], batch["vision_mask"])
+        return NewTokens(question, begins, logit_positions, batch["position_ids"], cache)
+
+    def inputs(self, chosen: Tensor, step: int) -> dict[str, Tensor]:
+        """The next pass. chosen: int64 [N], the tokens number `step` of the answers."""
+        self.cache.positions = self.begins + step
+        return {
+            "input_ids": torch.cat((chosen, chosen.new_zeros(1)))[self.question],
+            "position_ids": self.position_ids.gather(1, self.cache.positions),
+            "logit_positions": self.logit_positions,
+            "cache": self.cache,
+        }
 
 
 def next_tokens(model, batches: list[dict]) -> Tensor | None:
@@ -330,9 +374,8 @@ def next_tokens(model, batches: list[dict]) -> Tensor | None:
 
     def forward_step(iterator, model):
         batch = next(iterator)
-        own = {name: batch.get(name) for name in ("logit_positions", "visual_tokens")}
-        inputs = {**model_inputs(batch), **own}
-        return model(**inputs), lambda output, non_loss_data: likeliest(output)
+        own = {name: batch.get(name) for name in ("logit_positions", "cache")}
+        return model(**model_inputs(batch), **own), lambda output, non_loss_data: likeliest(output)
 
     rows, seq_length = batches[0]["input_ids"].shape
     chosen = get_forward_backward_func()(

@@ -397,9 +397,9 @@ def answer_questions(run: Run) -> dict[str, float]:
             reason = f"{type(error).__name__}: {error}"
             run.log.say(f"step {step}: the answers could not be written ({reason}); the run goes on")
         else:
-            run.log.write("answers", step, {**figures, "seconds": seconds})
-            run.log.show_answers(step, folder)
             rate = int((tokens != answers.NO_TOKEN).sum()) / max(seconds, 1e-9)
+            run.log.write("answers", step, {**figures, "seconds": seconds, "tokens_per_second": rate})
+            run.log.show_answers(step, folder)
             run.log.say(f"step {step} answers | {line}, {seconds:.1f} s, {rate:.1f} tokens/s")
             scores = [{metric: values["all"] for metric, values in figures.items()}]
     dist.broadcast_object_list(scores)

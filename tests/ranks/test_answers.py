@@ -156,6 +156,8 @@ def test_answering_does_not_change_the_training_and_leaves_what_the_report_shows
     for entries, record in zip(by_step, records):
         means = score.means([entry["scores"] for entry in entries], [entry["source"] for entry in entries])
         assert means == {key: record[key] for key in means} and "exact_match" in means and "point_f1" in means
+        said = record["tokens_per_second"] * record["seconds"]
+        assert said == pytest.approx(round(said)) and 9 <= round(said) <= 9 * 12
     for entry in by_step[1]:
         if entry["source"] == "text":
             assert "picture" not in entry
@@ -167,6 +169,16 @@ def test_answering_does_not_change_the_training_and_leaves_what_the_report_shows
     assert page.count("data:image/png;base64") >= 8
     shown = report.answers(report.read_run(run_dir), report.Pictures())
     assert [step for step, _ in shown] == [4, 2] and {a["verdict"] for a in shown[0][1]} <= {"", "right", "wrong"}
+
+
+@pytest.mark.slow
+def test_the_benchmark_counts_the_tokens_of_all_answers(data):
+    done = python(
+        *("tools/bench/answers.py", "--tokens", 5, "--questions", 3, "--seq-length", 256, "--times", 1),
+        *("--set", f"data.root={data[0]}", f"data.blend={data[1]}"),
+    )
+    found = figures(done)
+    assert found["tokens"] == 3 * 5 and found["tokens_per_second"] == pytest.approx(15 / found["seconds"])
 
 
 def test_drawn_points_are_where_the_text_says(data, tmp_path):
