@@ -54,6 +54,8 @@ SECTIONS = (
             "patches_per_second": ("vision patches per second", 0),
             "fill": ("share of the rows that is filled", 0),
             "imbalance": ("work of the busiest data-parallel rank over the mean", 1),
+            "step_seconds": ("seconds of a step, by part, on rank 0", 0),
+            "compute_seconds": ("seconds of a rank's own in a step: the median and the slowest rank", 0),
             "data_wait_share": ("share of the time spent waiting for data", 0),
             "memory_gib": ("peak memory of rank 0, GiB", 0),
             "checkpoint_seconds": ("seconds for checkpoints", 0),
