@@ -158,11 +158,11 @@ def table(parts: dict[int, dict[str, float]]) -> str:
     totals = {rank: sum(seconds.values()) for rank, seconds in parts.items()}
     words = {name: WORDS.get(name, name) for name in names}
     width = max(map(len, words.values()))
-    lines = [" " * width + "".join(f"{f'rank {rank}':>19}" for rank in parts)]
+    lines = [" " * width + "".join(f"{f'rank {rank}':>20}" for rank in parts)]
     for name in names:
         line = words[name].ljust(width)
         for rank, seconds in parts.items():
-            line += f"{seconds.get(name, 0):9.4f} s {seconds.get(name, 0) / totals[rank]:7.1%}"
+            line += f"{seconds.get(name, 0):10.4f} s {seconds.get(name, 0) / totals[rank]:7.1%}"
         lines.append(line)
-    lines.append("a step".ljust(width) + "".join(f"{total:9.4f} s{'':>8}" for total in totals.values()))
+    lines.append("a step".ljust(width) + "".join(f"{total:10.4f} s{'':>8}" for total in totals.values()))
     return "\n".join(map(str.rstrip, lines))

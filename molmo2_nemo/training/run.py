@@ -27,7 +27,7 @@ from molmo2_nemo.data import blend, epochs
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.loader import Loader, TrainLoader, ValidationLoader, WorkerDied, train_loader, validation_loader
 from molmo2_nemo.environment import rank_from_environment, world_size_from_environment
-from molmo2_nemo.training import agreement, answers, checkpoint, loop, owner, shutdown, slow_rank
+from molmo2_nemo.training import agreement, answers, checkpoint, loop, owner, shutdown, slow_rank, step_times
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.loop import Best, Interval, Position, Run
 from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog
@@ -36,7 +36,6 @@ from molmo2_nemo.training.profile import Profile
 from molmo2_nemo.training.speed import Speed
 from molmo2_nemo.training.start import Start, agree, converted, find_start
 from molmo2_nemo.training.step import build_model, global_names, load_weights
-from molmo2_nemo.training.step_times import StepTimes
 from molmo2_nemo.training.trained import what_is_trained
 from molmo2_nemo.training.trouble import SpikeAlarm
 
@@ -203,16 +202,11 @@ def set_up(
     else:
         log.say("weights: random (train.init_from=CHECKPOINT starts from trained ones)")
 
-    times = StepTimes(device)
-    times.watch(model, optimizer)
-    if times.unseen is not None:
-        log.say(times.unseen)
+    times = step_times.of(model, optimizer, device, log.say)
     replica = parallel.model_replica_group(settings.timeout_minutes)
     loader, validation = make_loaders(config, sources, replica, run_dir, loader_states)
-    if loader is not None and loader.note:
-        log.say(loader.note)
-    if loader is not None and loader.position.note:
-        log.say(loader.position.note)
+    for note in () if loader is None else filter(None, (loader.note, loader.position.note)):
+        log.say(note)
     exam = answers.prepare(config, sources, replica, run_dir) if settings.generate_every else None
     log.begin(position.step + 1, config.name, config_yaml, settings.wandb_project)
     if start.resume is not None:

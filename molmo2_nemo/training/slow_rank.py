@@ -95,8 +95,7 @@ class SlowRank:
         place = self.places[slow.rank]
         return {
             "rank": slow.rank,
-            "host": place.host,
-            "gpu": place.gpu,
+            "place": str(place),
             "seconds": slow.seconds,
             "above_median": slow.above,
             "advice": self.advice(place),

@@ -8,7 +8,7 @@ and at hooks of torch's process groups.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -118,7 +118,9 @@ class StepTimes:
 
     def begin(self, step: int) -> None:
         """A step begins. One that has begun and not ended is forgotten."""
-        self._close_ranges()
+        if self.open:
+            self._close_ranges()
+            self.marks = []
         self._settle()
         self.open, self.marks = [("other", self._range(f"step {step}"))], []
         self._mark()
@@ -203,6 +205,17 @@ class StepTimes:
             _, range_ = self.open.pop()
             if range_ is not None:
                 range_.__exit__(None, None, None)
+
+
+def of(
+    model: list[DistributedDataParallel], optimizer: MegatronOptimizer, device: str, say: Callable[[str], None]
+) -> StepTimes:
+    """The times of a run's steps. say: writes to the run's log, where something cannot be measured."""
+    times = StepTimes(device)
+    times.watch(model, optimizer)
+    if times.unseen is not None:
+        say(times.unseen)
+    return times
 
 
 class _Timer:
