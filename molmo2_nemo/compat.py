@@ -364,6 +364,23 @@ def ptxas() -> str:
     return knobs.nvidia.ptxas.path
 
 
+def record_cuda_memory(entries: int | None) -> None:
+    """Remember the last so many allocations and frees on the GPU, with their Python stacks; None: no more of them."""
+    import torch
+
+    if entries is None:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    else:
+        torch.cuda.memory._record_memory_history(max_entries=entries)
+
+
+def save_cuda_memory(path) -> None:
+    """Write the GPU's memory, and what `record_cuda_memory` remembers, for https://pytorch.org/memory_viz."""
+    import torch
+
+    torch.cuda.memory._dump_snapshot(str(path))
+
+
 def loader_processes(loader) -> list:
     """The worker processes of a DataLoader with persistent workers; none before its first batch or without workers."""
     return getattr(loader._iterator, "_workers", [])

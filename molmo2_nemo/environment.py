@@ -69,6 +69,8 @@ def set_cpu_environment() -> None:
         ctypes.CDLL("libcuda.so.1")  # NVIDIA's driver
     except OSError:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # torch's profiler writes an error to the terminal when it looks for GPUs.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def quiet_libraries() -> None:

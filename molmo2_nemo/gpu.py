@@ -47,6 +47,7 @@ def check_device(config: Config, device: str) -> None:
             f"transformer.fp8_recipe={recipe}",
             f"{words}; this GPU has compute capability {here[0]}.{here[1]} and torch CUDA {torch.version.cuda}",
         )
+    _need(train.profile_with != "nsys" or device == "cuda", "train.profile_with=nsys", "a GPU")
     for key in ("cpu_offloading", "tp_comm_overlap"):
         _need(
             spec == "transformer_engine" or not transformer.get(key),

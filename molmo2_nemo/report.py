@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -54,9 +55,10 @@ SECTIONS = (
             "patches_per_second": ("vision patches per second", 0),
             "fill": ("share of the rows that is filled", 0),
             "imbalance": ("work of the busiest data-parallel rank over the mean", 1),
+            "step_seconds": ("seconds of a step, by part, on rank 0", 0),
+            "compute_seconds": ("seconds of a rank's own in a step: the median and the slowest rank", 0),
             "data_wait_share": ("share of the time spent waiting for data", 0),
             "memory_gib": ("peak memory of rank 0, GiB", 0),
-            "checkpoint_seconds": ("seconds for checkpoints", 0),
         },
     ),
 )
@@ -470,11 +472,19 @@ def run_facts(run: Run) -> dict[str, str | None]:
         "tokens": shown(last(train, "tokens_seen")),
         "tokens per second, median": shown(round(float(np.median(rates)))) if len(rates) else None,
         "time in training steps (h:m:s)": duration(run.seconds) + repeated,
+        "slow ranks": slow_ranks(train),
         "resumed": ", ".join(f"before step {step:,}" for step in run.resumes) or None,
         "skipped steps": shown(last(train, "skipped_steps")) if last(train, "skipped_steps") else None,
         "ended": ended[:MAX_TEXT],
         "unreadable lines of metrics.jsonl": run.unreadable or None,
     }
+
+
+def slow_ranks(train: list[dict]) -> str | None:
+    """Which ranks held up the others (training/slow_rank.py), and in how many of the logged intervals."""
+    slow = [record["slow_rank"] for record in train if isinstance(record.get("slow_rank"), dict)]
+    found = Counter(f"rank {one.get('rank')} on {one.get('place')}" for one in slow)
+    return "; ".join(f"{name}, in {n} of {len(train)} intervals" for name, n in found.items())[:MAX_TEXT] or None
 
 
 def layout(run: Run) -> str | None:

@@ -251,6 +251,7 @@ def stage_status(folder: Path, job: str | None, blocked: str | None, stop: str |
         "why": why,
         "excluded_nodes": last.get("excluded") or [],
         "failed_nodes": failures(starts),
+        "slow_rank": slow_rank(records) if state in ("running", "ended or running") else None,
         "strange_lines": strange,
         "ends": [
             {k: start.get(k) for k in ("time", "kind", "message", "step", "action")}
@@ -269,6 +270,15 @@ def read_stage(folder: Path, *about) -> dict:
             f"{folder}/ended.json or slurm/starts.jsonl was changed: it holds another kind of value than a run writes "
             f"({type(error).__name__}: {error}); move that file away to see the rest"
         ) from error
+
+
+def slow_rank(records: list[dict]) -> str | None:
+    """The rank that held up the others in the last training record, and what to do about it; None: none did."""
+    slow = records[-1].get("slow_rank") if records else None
+    if not isinstance(slow, dict) or not is_number(slow.get("above_median")):
+        return None
+    above = f"{slow['above_median'] or 0:.0%} above the median"
+    return f"rank {slow.get('rank')} on {slow.get('place')} is slow, {above}; {slow.get('advice')}"
 
 
 def failures(starts: list[dict]) -> dict[str, int]:
@@ -354,6 +364,8 @@ def table(found: dict) -> str:
             counts = ", ".join(f"{node} {count} time(s)" for node, count in row["failed_nodes"].items())
             out = f"; left out: {', '.join(row['excluded_nodes'])}" if row["excluded_nodes"] else ""
             lines.append(f"{row['stage']}: nodes that failed: {counts}{out}")
+        if row["slow_rank"]:
+            lines.append(f"{row['stage']}: {row['slow_rank']}")
         # The last of each message.
         for end in list({end["message"]: end for end in row["ends"]}.values())[-3:]:
             told = end["kind"] in ("finished", "stopped") or (end["message"] or "") in (row["why"] or "")

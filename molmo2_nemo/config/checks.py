@@ -109,6 +109,7 @@ def check_settings(cfg: Config, world_size: int) -> None:
         f"train.wandb_project={train.wandb_project}, but wandb is not installed: pip install wandb, or leave the key "
         "out.",
     )
+    check_profile(train, world_size)
     check_lora(cfg.lora, cfg.model, cfg.optim)
     check_batch(cfg, world_size)
     refuse(
@@ -188,6 +189,34 @@ def check_best(train: TrainConfig) -> None:
     refuse(
         getattr(train, needed) == 0,
         f"train.save_best={train.save_best} is measured by train.{needed}, which is 0: make it 1 or more.",
+    )
+
+
+def check_profile(train: TrainConfig, world_size: int) -> None:
+    """Refuse steps that are never taken, and ranks that are not there. Raises ConfigError.
+
+    Where train.max_steps is not known yet (train.epochs), it is called again when it is.
+    """
+    check_choice("train.profile_with", train.profile_with, ("torch", "nsys"))
+    ranks, most = train.profile_ranks, world_size - 1
+    refuse(
+        not ranks or len(set(ranks)) != len(ranks) or not all(0 <= rank <= most for rank in ranks),
+        f"train.profile_ranks={ranks} must name ranks of this run, from 0 to {most}, each once: [0] is the first one.",
+    )
+    if train.profile_steps is None:
+        return
+    said = f"train.profile_steps={train.profile_steps}"
+    refuse(len(train.profile_steps) != 2, f"{said} must be the first and the last step of the profile, as in [20,22].")
+    first, last = train.profile_steps
+    refuse(first < 1, f"{said} begins before step 1, the first one: use [1,{max(1, last)}].")
+    refuse(last < first, f"{said} ends before it begins: use [{first},{first}] for one step.")
+    refuse(
+        train.max_steps is not None and last > train.max_steps,
+        f"{said} ends after train.max_steps={train.max_steps}: name earlier steps, or raise train.max_steps.",
+    )
+    refuse(
+        train.profile_with == "nsys" and train.device == "cpu",
+        "train.profile_with=nsys needs a GPU, and train.device=cpu: use train.profile_with=torch.",
     )
 
 

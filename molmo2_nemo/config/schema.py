@@ -476,6 +476,14 @@ class TrainConfig:
     """Tokens of an answer at most."""
     wandb_project: str | None = None
     """Project of Weights & Biases to log to as well; null: none."""
+    profile_steps: list[int] | None = None
+    """First and last step of a profile, `[20,22]`: a trace of each of `profile_ranks` in the run's folder profile/, and
+    a table in the log; null: none."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that are profiled."""
+    profile_with: str = "torch"
+    """`torch` writes traces by torch.profiler; `nsys` leaves the steps to NVIDIA's Nsight Systems, under which the run
+    was started."""
     timeout_minutes: float = 20.0
     """Minutes that a collective operation may take before the job ends; before that, ranks write their stacks."""
     vision_chunk_crops: Any = 32

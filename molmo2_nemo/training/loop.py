@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +19,15 @@ from molmo2_nemo.config.schema import Config
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.epochs import Epoch
 from molmo2_nemo.data.loader import TrainLoader, ValidationLoader, save_state
-from molmo2_nemo.training import answers, checkpoint, shutdown
+from molmo2_nemo.training import answers, checkpoint, shutdown, slow_rank
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog, memory_gib, train_line
 from molmo2_nemo.training.optimizer import clip_and_step, set_learning_rates
+from molmo2_nemo.training.profile import Profile
 from molmo2_nemo.training.speed import Speed, impossible_mfu
 from molmo2_nemo.training.start import newest_verified, verified
 from molmo2_nemo.training.step import forward_backward, global_weight
+from molmo2_nemo.training.step_times import StepTimes, mean_step
 from molmo2_nemo.training.trouble import SpikeAlarm, all_finite, finite, first_not_finite, loss_of_step, save_batches
 from molmo2_nemo.training.validate import validate, validation_line
 
@@ -56,8 +59,6 @@ class Interval:
 
     losses: LossBySource
     speed: Speed
-    steps: int = 0
-    data_wait: float = 0.0  # seconds spent waiting for batches
     grad_norms: list[dict[str, float]] = field(default_factory=list)  # of each updated step, by component
 
 
@@ -83,6 +84,9 @@ class Run:
     exam: answers.Exam | None  # None: train.generate_every=0
 
     interval: Interval
+    times: StepTimes
+    slow_rank: slow_rank.SlowRank
+    profile: Profile
     epoch: Epoch | None  # None: nothing depends on it
     data: DataReport
     log: RunLog
@@ -111,15 +115,19 @@ def train(run: Run) -> tuple[str, str]:
         run.log.say(
             f"train.max_steps={settings.max_steps} lies before step {position.step} of the checkpoint: nothing to do"
         )
-    run.log.interval()
+    run.profile.resumed(position.step)
     while position.step < settings.max_steps and reason is None and not why:
         position.step += 1
+        run.profile.before(position.step)
+        run.times.begin(position.step)
         rates = train_step(run)
         if rates is None:  # it went back to a checkpoint: nothing of that step is logged, measured or saved again
             continue
         report_save(run, run.saver.poll())
         reason = run.request.reason(run.device)
+        run.times.end()
         step = position.step
+        run.profile.after(step)
         is_last = step == settings.max_steps or reason is not None
         if is_last or step == 1 or step % settings.log_every == 0:
             log_interval(run, rates)
@@ -132,6 +140,7 @@ def train(run: Run) -> tuple[str, str]:
             why = no_better(run)
         if is_last or why or is_best or step % settings.save_every == 0:
             save(run, bool(is_last or why), is_best)
+    run.profile.finish()
     if reason is None:
         check_finished(run)
     return reason or "finished", why
@@ -205,13 +214,13 @@ def train_step(run: Run) -> dict[str, float] | None:
     if not total_weight > 0:
         end_for_lack_of_loss(run)
     weighted_losses = forward_backward(run.model, batches, total_weight, z_loss=optim.z_loss)
-    run.interval.steps += 1
     is_finite = all_finite(weighted_losses)
     loss = loss_of_step(weighted_losses, total_weight)
     if math.isfinite(loss) and run.config.train.on_loss_jump != "ignore" and run.alarm.is_jump(loss):
         if report_jump(run, batches, loss):
             return None
-    updated, norms = clip_and_step(run.optimizer, optim.clip_grad, is_finite)
+    with run.times.part("optimizer"):
+        updated, norms = clip_and_step(run.optimizer, optim.clip_grad, is_finite)
     if updated:
         run.skipped_in_a_row = 0
         run.interval.losses.add(batches, weighted_losses)
@@ -261,9 +270,8 @@ def report_jump(run: Run, batches: list[dict], loss: float) -> bool:
 
 def read_batches(run: Run) -> list[dict]:
     """The micro-batches of a step. Ends the run if too many samples of a source are broken. Collective."""
-    started = time.monotonic()
-    batches = [run.batches.next() for _ in range(run.micro_batches)]
-    run.interval.data_wait += time.monotonic() - started
+    with run.times.part("data"):
+        batches = [run.batches.next() for _ in range(run.micro_batches)]
     run.interval.speed.add(batches)
     for line in run.data.add(batches):
         run.log.say(f"broken sample: {line}")
@@ -327,7 +335,9 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
     """Write the figures since the last such line, and start to count again. Collective."""
     interval, step = run.interval, run.position.step
     figures = interval.losses.reduce()
-    seconds = run.log.interval()
+    steps = run.times.take()
+    parts = mean_step(steps)
+    seconds = sum(parts.values()) * len(steps)
     run.position.tokens_seen += figures["tokens"]
     figures.update(
         tokens_seen=run.position.tokens_seen,
@@ -339,8 +349,9 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
         fill=figures["tokens"] / max(1, figures["rows"] * run.config.data.seq_length),
         seconds=seconds,
         elapsed=run.log.elapsed(),
-        left=(run.config.train.max_steps - step) * seconds / max(1, interval.steps),
-        data_wait_share=interval.data_wait / seconds,
+        left=(run.config.train.max_steps - step) * seconds / len(steps),
+        step_seconds=parts,
+        data_wait_share=parts["data"] * len(steps) / seconds,
         memory_gib=memory_gib(run.device),
         data=run.data.by_source(),
         **interval.speed.reduce(seconds, figures["rows"]),
@@ -350,9 +361,27 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
     impossible = impossible_mfu(figures)
     if impossible:
         run.log.say(impossible)
-    interval.steps, interval.data_wait, interval.grad_norms = 0, 0.0, []
+    slow = report_slow_rank(run, steps, figures)
+    interval.grad_norms = []
     run.log.write("train", step, figures)
     run.log.say(train_line(step, run.config.train.max_steps, figures) + run.data.note())
+    if slow:
+        run.log.say(f"step {step}: {slow}")
+
+
+def report_slow_rank(run: Run, steps: list[dict[str, float]], figures: dict) -> str | None:
+    """Compare the ranks, and put what is found into the figures. Returns a line for the log if it is news. Collective.
+
+    steps: seconds by part of those of the interval, on this rank.
+    """
+    own = mean([slow_rank.compute(step) for step in steps])
+    seconds = slow_rank.by_rank(own, run.device)
+    flops = slow_rank.flops_by_rank(run.config, run.slow_rank.places, run.interval.speed.work)
+    figures["compute_seconds"] = {"median": statistics.median(seconds), "slowest": max(seconds)}
+    found, line = run.slow_rank.judge(seconds, flops)
+    if found is not None:
+        figures["slow_rank"] = run.slow_rank.record(found)
+    return line
 
 
 def mean(values: list[float]) -> float:
@@ -372,7 +401,6 @@ def run_validation(run: Run) -> float | None:
     too_broken = data.too_broken(run.config.data.max_error_rate, run.config.data.said)
     if too_broken:
         end(run, f"held-out data: {too_broken}")
-    run.log.interval()
     return figures["loss"]
 
 
@@ -382,12 +410,12 @@ def answer_questions(run: Run) -> dict[str, float]:
     A signal in the meantime ends it without a result. If the files cannot be written, the run goes on. Returns the mean
     scores by metric, the same on all ranks.
     """
-    step = run.position.step
+    step, started = run.position.step, time.monotonic()
     max_tokens = run.config.train.generate_max_tokens
     tokens = answers.answer(
         run.model, run.exam, run.replica, run.device, max_tokens, lambda: run.request.reason(run.device) is not None
     )
-    seconds = run.log.interval()
+    seconds = time.monotonic() - started
     scores = [{}]
     if tokens is not None and run.log.main:
         folder = run.run_dir / "samples" / step_name(step)
@@ -403,7 +431,6 @@ def answer_questions(run: Run) -> dict[str, float]:
             run.log.say(f"step {step} answers | {line}, {seconds:.1f} s, {rate:.1f} tokens/s")
             scores = [{metric: values["all"] for metric, values in figures.items()}]
     dist.broadcast_object_list(scores)
-    run.log.interval()
     return scores[0]
 
 
@@ -438,7 +465,6 @@ def save(run: Run, is_last: bool, is_best: bool = False) -> None:
             message = f"step {step} could not be saved: {saved.failure.rstrip('.')}. {left}"
             shutdown.end_all_ranks(run.run_dir, message, step)
         report_save(run, saved)
-    run.log.interval()
 
 
 def what_is_left(folder: Path) -> str:
@@ -464,4 +490,5 @@ def report_save(run: Run, saved: checkpoint.Saved | None) -> None:
 def end(run: Run, message: str) -> NoReturn:
     """End the run for a reason that all ranks have found alike; a save that was begun is finished. Collective."""
     report_save(run, run.saver.finish())
+    run.profile.finish()
     shutdown.end_all_ranks(run.run_dir, message, run.position.step)

@@ -230,7 +230,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path):
         self.main = dist.get_rank() == 0
-        self.started = self.last = time.monotonic()
+        self.started = time.monotonic()
         self.run_dir, self.lost, self.board, self.file, self.wandb = run_dir, 0, None, None, None
 
     def begin(self, first_step: int, name: str, config_yaml: str, wandb_project: str | None = None) -> None:
@@ -334,12 +334,6 @@ class RunLog:
     def elapsed(self) -> float:
         """Seconds since this start of the run."""
         return time.monotonic() - self.started
-
-    def interval(self) -> float:
-        """Seconds since the last call."""
-        now = time.monotonic()
-        elapsed, self.last = now - self.last, now
-        return elapsed
 
     def close(self) -> None:
         if self.file is None:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from molmo2_nemo import auto, checkpoint_dir, gpu, lora_base, parallel
 from molmo2_nemo.command_line import to_dataclass
-from molmo2_nemo.config.checks import check
+from molmo2_nemo.config.checks import check, check_profile
 from molmo2_nemo.config.components import COMPONENTS, is_frozen
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, LoraConfig
@@ -27,11 +27,12 @@ from molmo2_nemo.data import blend, epochs
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.loader import Loader, TrainLoader, ValidationLoader, WorkerDied, train_loader, validation_loader
 from molmo2_nemo.environment import rank_from_environment, world_size_from_environment
-from molmo2_nemo.training import agreement, answers, checkpoint, loop, owner, shutdown
+from molmo2_nemo.training import agreement, answers, checkpoint, loop, owner, shutdown, slow_rank, step_times
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.loop import Best, Interval, Position, Run
 from molmo2_nemo.training.metrics import DataReport, LossBySource, RunLog
 from molmo2_nemo.training.optimizer import build_optimizer, check_frozen
+from molmo2_nemo.training.profile import Profile
 from molmo2_nemo.training.speed import Speed
 from molmo2_nemo.training.start import Start, agree, converted, find_start
 from molmo2_nemo.training.step import build_model, global_names, load_weights
@@ -127,6 +128,7 @@ def length_of_run(config: Config, sources: list[Source], device: str) -> tuple[C
         return replace(config, optim=epochs.with_warmup(config.optim, config.train.max_steps)), None, []
     epoch = epochs.measured(config, sources)
     config = epochs.in_steps(config, epoch)
+    check_profile(config.train, world_size_from_environment())
     seconds = gpu.seconds_of_a_step(config, world_size_from_environment()) if device == "cuda" else None
     return config, epoch, epochs.described(config, epoch, seconds)
 
@@ -200,12 +202,11 @@ def set_up(
     else:
         log.say("weights: random (train.init_from=CHECKPOINT starts from trained ones)")
 
+    times = step_times.of(model, optimizer, device, log.say)
     replica = parallel.model_replica_group(settings.timeout_minutes)
     loader, validation = make_loaders(config, sources, replica, run_dir, loader_states)
-    if loader is not None and loader.note:
-        log.say(loader.note)
-    if loader is not None and loader.position.note:
-        log.say(loader.position.note)
+    for note in () if loader is None else filter(None, (loader.note, loader.position.note)):
+        log.say(note)
     exam = answers.prepare(config, sources, replica, run_dir) if settings.generate_every else None
     log.begin(position.step + 1, config.name, config_yaml, settings.wandb_project)
     if start.resume is not None:
@@ -228,6 +229,9 @@ def set_up(
         micro_batches=steps_micro_batches(config),
         exam=exam,
         interval=Interval(LossBySource(names, device), Speed(config, device, precision)),
+        times=times,
+        slow_rank=slow_rank.make(config, device, replica),
+        profile=Profile(settings, run_dir, times, model, device, log.say),
         epoch=epoch,
         data=DataReport(names, device, marker.get("data", {})),
         best=best_so_far(marker, settings.save_best),

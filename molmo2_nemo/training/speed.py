@@ -20,6 +20,7 @@ class Speed:
         self.config, self.device, self.peak = config, device, peak_flops(name, precision)
         self.frozen = frozen_parts(config.optim, config.model.tie_embeddings, config.lora)
         self.steps: list[torch.Tensor] = []
+        self.work: torch.Tensor | None = None  # of the last interval, [ranks, counts]; 0 where no loader is
 
     def add(self, batches: list[dict]) -> None:
         """Count the micro-batches of a step; they have `work` on one rank of each data-parallel replica."""
@@ -37,6 +38,7 @@ class Speed:
         dist.all_gather(everybodys, own)
         # [ranks, steps, counts], of the ranks that hold a loader: a micro-batch is never without tokens.
         by_rank = torch.stack(everybodys).cpu()
+        self.work = by_rank.sum(1)
         by_rank = by_rank[by_rank[:, :, WORK.index("tokens")].sum(1) > 0]
         counts = dict(zip(WORK, by_rank.sum((0, 1)).tolist()))
         flops = training_flops(self.config.model, self.frozen, self.config.lora, **counts)
