@@ -56,6 +56,14 @@ class Missing(StorageError, FileNotFoundError):
     """There is no such object."""
 
 
+def is_for_all(error: BaseException) -> bool:
+    """Whether an error of reading ends the work: the storage cannot be used, or a shard was replaced.
+
+    That one object is not there concerns its samples alone, as on a disk.
+    """
+    return isinstance(error, StorageError) and not isinstance(error, Missing)
+
+
 @dataclass(frozen=True)
 class Object:
     """size: bytes. version: changes when the object is replaced (its ETag, or the time it was written)."""
