@@ -21,7 +21,8 @@ import posixpath
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ LOCAL = "__filesystem__"  # multi-storage-client's own name of a profile for loc
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 # Seconds after its first failure in which an operation is tried again; a storm of 503 lasts a minute or two.
 PATIENCE = 120.0
+_PATIENCE: ContextVar[float] = ContextVar("patience")
 # Seconds before the second attempt, doubled for each one after it up to LONGEST_PAUSE, each by half more or less.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
 # Seconds without a byte or an answer after which an attempt has failed. Only where the profile sets nothing itself.
@@ -129,6 +131,16 @@ def forget_clients() -> None:
     """Read the configuration and the credentials anew at the next operation."""
     _client_of.cache_clear()
     _path_mapping.cache_clear()
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Inside of this, operations are tried again for so long after their first failure, in the place of PATIENCE."""
+    token = _PATIENCE.set(seconds)
+    try:
+        yield
+    finally:
+        _PATIENCE.reset(token)
 
 
 # -- operations -------------------------------------------------------------------------------------------------------
@@ -327,7 +339,7 @@ def _object(found, address: str) -> Object:
 
 def _tried[T](verb: str, address: str, ask: Callable[[], T], to_disk: bool = False) -> T:
     """What `ask` returns, tried again while that may help. to_disk: it writes to this machine's disk, too."""
-    first, pause = None, FIRST_PAUSE
+    first, pause, patience = None, FIRST_PAUSE, _PATIENCE.get(PATIENCE)
     while True:
         try:
             return ask()
@@ -339,7 +351,7 @@ def _tried[T](verb: str, address: str, ask: Callable[[], T], to_disk: bool = Fal
             cause, lasting = _cause(error, address)
             now = time.monotonic()
             first = now if first is None else first
-            if lasting or now + pause > first + PATIENCE:
+            if lasting or now + pause > first + patience:
                 kind = Missing if lasting and isinstance(error, FileNotFoundError) else StorageError
                 tried = "" if lasting else f" for {now - first:.0f} s"
                 raise kind(f"cannot {verb} {shown(address)}{tried}: {cause}.") from None

@@ -4,6 +4,7 @@ Energon reads, shuffles and resumes as it does from a disk: only the two places 
 other ones. What comes next is known exactly: a copy of the source's stream runs ahead of it (compat.upcoming_samples).
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -12,6 +13,7 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -99,6 +101,19 @@ def read_through_cache(reader: ShardInfosITarReader, source: CachedSource) -> No
     tars = {str(shard.path): CachedTar(source, shard.name, shard.count) for shard in reader.shard_infos}
     reader.tar_filepaths = [tars[str(path)] for path in reader.tar_filepaths]
     reader.cached_offset_reader = CachedOffsets(tars)
+
+
+def fetch_samples(reader: ShardInfosITarReader, source: CachedSource, indices: list[int]) -> None:
+    """Bring samples into the cache, side by side. Those of a shard that is not there are left out. StorageError."""
+
+    def fetch(index: int) -> None:
+        number = bisect_right(reader.shard_count_cumsum, index) - 1
+        sample = index - reader.shard_count_cumsum[number]
+        with contextlib.suppress(Missing):
+            source.load(reader.shard_infos[number].name, sample, sample + 1)
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(fetch, indices))
 
 
 @dataclass(eq=False)

@@ -30,6 +30,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +102,7 @@ class NodeCache:
         with locked(self.folder / "meta.lock", wait=True), ThreadPoolExecutor(REQUESTS) as threads:
             found = {source: source.handed_on(launch) for source in sources}
             asked = {
-                source: [threads.submit(source.fetch_metadata, file) for file in (*META, LISTING)]
+                source: [threads.submit(copy_context().run, source.fetch_metadata, file) for file in (*META, LISTING)]
                 for source, there in found.items()
                 if there is None
             }
@@ -200,6 +201,21 @@ def open_cache(cache_dir: str | None, cache_size: str | None) -> NodeCache:
         raise ConfigError(f"data.cache_size={cache_size}: {error}; write it like 500GB.") from None
 
 
+# Bytes that must be free for a cache to be of use: some slices of every worker.
+LEAST_ROOM = 10**9
+
+
+def check_room(cache: NodeCache) -> None:
+    """Refuse a disk that has no room for the cache. ConfigError, one sentence."""
+    wanted = min(cache.size, LEAST_ROOM)
+    free = free_bytes(cache.folder) + cache.counted()
+    if free < wanted:
+        raise ConfigError(
+            f"the cache {cache.folder} has {readable_size(free)} of disk, and at least {readable_size(wanted)} are"
+            " wanted: make room, or set data.cache_dir to a folder on another disk."
+        )
+
+
 def is_cached(path: str, cache_dir: str | None) -> bool:
     """Whether a source, at a local path or an address, is read through the cache."""
     return storage.is_remote(path) or bool(cache_dir)
@@ -230,6 +246,21 @@ def located(path: str, cache_dir: str | None, cache_size: str | None) -> "tuple[
         return Path(path), None
     source = open_cache(cache_dir, cache_size).source(path)
     return source.folder, source
+
+
+def cached_sources(paths: list[str], cache_dir: str | None) -> "dict[str, CachedSource]":
+    """Those of these paths and addresses that are read through the cache, with their .nv-meta brought here.
+
+    ConfigError, StorageError: an address cannot be used, or there is no source.
+    """
+    cached = [path for path in paths if is_cached(path, cache_dir)]
+    if not cached:
+        return {}
+    cache = open_cache(cache_dir, None)
+    for path, there in zip(cached, cache.prepare(cached)):
+        if not there:
+            raise ConfigError(f"{storage.shown(path)} has no .nv-meta/{META[0]}: correct the address, or upload it.")
+    return {path: cache.source(path) for path in cached}
 
 
 class CachedSource:
@@ -415,7 +446,7 @@ class CachedSource:
                 return
             address = storage.join(self.address, shard)
             with ThreadPoolExecutor(1) as beside:
-                asked = beside.submit(storage.info, address)
+                asked = beside.submit(copy_context().run, storage.info, address)
                 index = storage.read(f"{address}.idx")
                 found = asked.result()
             offsets = np.frombuffer(index, "<u8") if len(index) % 8 == 0 else np.zeros(0, "<u8")

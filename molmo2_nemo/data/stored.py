@@ -12,7 +12,7 @@ from megatron.energon.flavors.webdataset.structs import ShardInfo
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data import progress
 from molmo2_nemo.data.blend import Source
-from molmo2_nemo.data.cached_reader import read_through_cache
+from molmo2_nemo.data.cached_reader import fetch_samples, read_through_cache
 from molmo2_nemo.data.encode import Encoder
 from molmo2_nemo.data.loader import Molmo2TaskEncoder, stored_samples
 from molmo2_nemo.data.node_cache import CachedSource
@@ -90,6 +90,14 @@ class StoredSamples:
                 raise
             reader.close()
         return stored
+
+    def fetch(self, source: str, indices: list[int], part: str = "train") -> None:
+        """Where a source is read through the node's cache, bring these samples into it, side by side.
+
+        StorageError: the storage cannot be used.
+        """
+        if self.sources[source].cached:
+            fetch_samples(self._reader(source, part), self.sources[source].cached, indices)
 
     def _reader(self, source: str, part: str) -> ShardInfosITarReader:
         if (source, part) not in self._readers:
