@@ -10,6 +10,7 @@ functions of torch and Megatron at run time, takes their names from here.
 """
 
 import contextlib
+import copy
 import types
 from collections.abc import Callable, Iterable, Iterator
 
@@ -471,6 +472,41 @@ def use_results_queue(queue) -> None:
 def passes_made(stream) -> int:
     """How often this worker has read its part of a source to the end (stream: a WebdatasetSampleLoaderDataset)."""
     return stream._epoch_count
+
+
+def upcoming_samples(stream, now: int | None = None) -> Iterator[int] | None:
+    """Endless: the indices that a stream (a WebdatasetSampleLoaderDataset) reads next, `now` first, by a copy of it.
+
+    now: the index that the stream reads at this moment; None: it is about to begin, or to go on from a restored state.
+    None: `now` is no index that it may read; a buffer is restored sample by sample, for example.
+    """
+    from megatron.energon.rng import WorkerRng
+
+    class Indices:
+        def __getitem__(self, index):
+            return (index,)  # not None, which would be a sample that is skipped
+
+    twin = copy.copy(stream)
+    twin.ensure_slice_offsets()
+    twin.join_readers = [Indices()]
+    twin._worker_rng = WorkerRng(stream.worker_config)
+    twin._worker_rng.restore_state(stream._worker_rng.save_state())
+    twin._active_slice_state = [copy.copy(state) for state in stream._active_slice_state]
+    twin._pending_slice_indexes = copy.copy(stream._pending_slice_indexes)
+    if now is not None:
+        slots = [slot for slot, state in enumerate(twin._active_slice_state) if state and state.current == now]
+        if not slots:
+            return None
+        # The stream has drawn already from which of its slices `now` is.
+        draw, drawn = twin._worker_rng.choice_idx, slots[:1]
+        twin._worker_rng.choice_idx = lambda probabilities: drawn.pop() if drawn else draw(probabilities)
+
+    def read():
+        while len(twin.slice_offsets) > 1:
+            for sample in twin._slices_iter():
+                yield sample.data[0][0]
+
+    return read()
 
 
 def wrapped_dataset(dataset, kind: type):

@@ -44,6 +44,21 @@ def readable_size(size: int) -> str:
     return f"{size / 2 ** (10 * power):,.1f} {units[power]}" if power else f"{size} bytes"
 
 
+def bytes_of(text: str) -> int:
+    """The number of bytes that a text such as 500GB, 1.5 TB or 64MiB says. ValueError: it says none, or not above 0.
+
+    As users mean it, KiB and KB are both 1,000 bytes.
+    """
+    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)I?B?", str(text).strip().upper())
+    try:
+        value = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{text} is not a size like 500GB or 1TB") from None
+    if value <= 0:
+        raise ValueError(f"{text} is not above 0")
+    return value
+
+
 def free_bytes(folder: Path) -> int:
     """Free on the disk that holds the folder, or will hold it once it is made. Raises OSError."""
     folder = Path(folder).absolute()

@@ -115,6 +115,8 @@ def faults(stage, run, arguments, facts):
     script = Path("slurm", stage + ".sbatch").read_text()
     kind, _, image = os.environ.get("RUNTIME", "venv").partition(":")
     data = facts.get("data_root") or value_of("data.root", arguments) or os.environ.get("DATA_ROOT")
+    if data and "://" in data:  # object storage, which the recipe's own checks look at
+        data = None
     start = value_of("train.init_from", arguments)
     log = value_of("output", arguments, "--")
     is_file = kind in ("pyxis", "apptainer") and image.startswith(("/", "./", "../", "~"))

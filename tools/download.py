@@ -26,9 +26,8 @@ from pathlib import Path
 from molmo2_nemo.catalogue.commands import default_root, download_command
 from molmo2_nemo.catalogue.datasets import CATEGORIES, CONF_FILE, load_catalogue
 from molmo2_nemo.fetch.rules import Rules
+from molmo2_nemo.files import bytes_of
 from molmo2_nemo.limits import MAX_DROPPED
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -169,15 +168,10 @@ def add_fetch_options(fetching: argparse.ArgumentParser) -> None:
 
 
 def size(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?I?B?)(/S)?", text.strip().upper())
-    unit = match[2].replace("I", "").rstrip("B") + "B" if match and match[2] else ""
     try:
-        value = int(float(match[1]) * UNITS[unit])
-    except (TypeError, ValueError, KeyError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text} is not a size like 500GB or 1TB") from None
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+        return bytes_of(text.strip().upper().removesuffix("/S"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:

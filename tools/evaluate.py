@@ -29,8 +29,9 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="a run, a checkpoint or an export")
     parser.add_argument(
-        "--data", type=Path, nargs="+", default=[], metavar="SHARDS", help="folders of tools/prepare.py"
+        "--data", nargs="+", default=[], metavar="SHARDS", help="folders of tools/prepare.py, or their addresses"
     )
+    parser.add_argument("--cache-dir", metavar="DIR", help="as data.cache_dir (docs/storage.md)")
     parser.add_argument("--split", choices=("train", "val", "test"), help="of --data (default: test, else val)")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME", help="public sets, of conf/evaluations.yaml")
     parser.add_argument("--root", type=Path, help="of --set: holds raw/ (default: $DATA_ROOT)")
@@ -92,7 +93,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if ranks > 1:
         # Ranks wait for each other at the end, for as long as the slowest one needs.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    samples = Samples(prepare_sets(args, rank), "test") if args.set else Samples(args.data, args.split)
+    samples = Samples(prepare_sets(args, rank), "test") if args.set else Samples(args.data, args.split, args.cache_dir)
     out = args.out or Path("runs/evaluate") / "-".join([args.model.name, *(name for name, *_ in samples.sources)])
     with hugging_face_folder(args.model, out, rank, ranks) as folder:
         ask(args, samples, folder, out, rank, ranks)
@@ -121,7 +122,7 @@ def ask(args: argparse.Namespace, samples, folder: Path, out: Path, rank: int, r
     settings = {
         "model": str(args.model),
         "model_hash": records.model_identity(folder),
-        "data": ", ".join(f"{path} ({split})" for _, path, split, _ in samples.sources),
+        "data": ", ".join(f"{path} ({split})" for path, split in samples.places),
         "data_hash": samples.identity,
         "samples": number,
         "max_new_tokens": args.max_new_tokens,

@@ -28,9 +28,10 @@ from molmo2_nemo.config.flags import refuse_flags
 from molmo2_nemo.config.schema import STAGES
 from molmo2_nemo.data import epochs
 from molmo2_nemo.data.blend import check_held_out, check_present, load_blend
+from molmo2_nemo.data.node_cache import is_cached
 from molmo2_nemo.environment import quiet_libraries
 from molmo2_nemo.finetune import Machine, choose
-from molmo2_nemo.planner.efficiency import FAST, SLOW
+from molmo2_nemo.planner.efficiency import FAST, GPUS_PER_NODE, SLOW
 from molmo2_nemo.planner.flops import PEAK_TFLOPS
 from molmo2_nemo.planner.measured import with_measured
 from molmo2_nemo.planner.memory import (
@@ -49,6 +50,7 @@ from molmo2_nemo.planner.step_time import Estimate, estimate
 from molmo2_nemo.planner.traffic import FIRST_FORWARD, LAST_BACKWARD, PRODUCTS
 from molmo2_nemo.planner.verdict import verdict
 from molmo2_nemo.planner.work import holds_images
+from molmo2_nemo.storage import is_remote
 
 # What a step waits for, by the names of step_time.StepTime.
 LIMITS = {
@@ -140,8 +142,9 @@ def main() -> int:
         show_step(job, estimate(job, args.gpu, columns), columns, args.gpu, taken)
         show_run(job, estimate(job, args.gpu, columns), columns)
         data, (present, number) = config.data, sources
+        where = "there" if is_remote(data.root) else "on this machine"
         print(
-            f"\ndata: {present} of the {number} sources of {data.said} are on this machine, under"
+            f"\ndata: {present} of the {number} sources of {data.said} are {where}, under"
             f" data.root={data.root}{'; each has training samples' if present else ', so that none is checked'}"
         )
         print(f"\n{'does not fit: ' + refused if refused else 'fits'}")
@@ -254,6 +257,21 @@ def show_run(job: Job, cost: Estimate, columns) -> None:
         f"  data: {span(*(value / 1e6 for value in found.read_bytes), 1)} MB/s read by a node,"
         f" {span(*found.loader_cores)} cores of loaders for each GPU; not to wait for them takes"
         f" data.num_workers={max(found.workers)} ({job.config.data.num_workers} set)"
+    )
+    if is_cached(job.config.data.root, job.config.data.cache_dir):
+        show_storage(job, found)
+
+
+def show_storage(job: Job, found) -> None:
+    """What reading through the nodes' cache takes (docs/storage.md)."""
+    data, nodes = job.config.data, math.ceil(job.gpus / GPUS_PER_NODE)
+    rates = [nodes * value / 1e6 for value in found.read_bytes]
+    print(
+        f"  storage: {span(*rates, 1)} MB/s to {nodes} node(s), {span(*(2 * rate for rate in rates), 0)} requests/s"
+        " if each brings 1 MB (assumed; two for 16 samples),"
+        f" {span(*(value / 1e12 for value in found.moved_bytes))} TB over the run with no second use of what was"
+        f" cached; the cache of a node: {data.cache_size or '80 % of what is free'} in"
+        f" {data.cache_dir or 'SLURM_TMPDIR or the temporary folder'}"
     )
 
 

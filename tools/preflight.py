@@ -4,8 +4,9 @@
     python tools/preflight.py --settings RANKS stage1 [OVERRIDE...]      # the settings alone, anywhere
 
 Every node: GPUs (there, of one kind, not in use, as many as Slurm counts), driver and package versions (equal on all
-nodes), data.root with the whole blend, a run directory that can be written, the clock. Then an all-reduce over all
-ranks, timed, and on GPUs the memory plan of tools/plan.py.
+nodes), data.root with the whole blend (in object storage: the address, the rights, one sample, room for the cache),
+a run directory that can be written, the clock. Then an all-reduce over all ranks, timed, and on GPUs the memory plan of
+tools/plan.py.
 
 Exit status: 0 go on; 2 a setting cannot work or something is missing everywhere; 3 a node is at fault.
 RUN_DIR/slurm/preflight.json has the verdict: {"kind": "ok" | "config" | "node", "message": ..., "nodes": [...]}.
@@ -31,6 +32,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from molmo2_nemo import storage
 from molmo2_nemo.command_line import compose, prepare
 from molmo2_nemo.config.checks import check
 from molmo2_nemo.config.errors import ConfigError
@@ -55,6 +57,7 @@ CHECKPOINT_BYTES = 16
 # GB/s of the all-reduce below which the network is not what the job needs. A GPU job whose NCCL found no InfiniBand or
 # NVLink and fell back to TCP has about 1. Not measured on GPUs: put half of what healthy nodes show into MIN_BANDWIDTH.
 FLOORS = {"cpu": 0.005, "cuda": 5.0}
+STORAGE_SECONDS = 10.0  # for which a request to object storage is tried again
 BUSY_GIB = 2.0  # of a GPU's memory in use before the job starts
 
 
@@ -127,10 +130,28 @@ def data_fault(config: Config) -> str | None:
     from molmo2_nemo.data import blend
 
     try:
-        blend.check_shards(blend.load_blend(config.data), config.data.max_error_rate)
+        with storage.patience(STORAGE_SECONDS):
+            sources = blend.load_blend(config.data)
+            blend.check_shards(sources, config.data.max_error_rate)
+            read_one_sample(sources)
     except (ValueError, OSError) as error:
         return str(error).rstrip(".")
     return None
+
+
+def read_one_sample(sources: list) -> None:
+    """Where data come through the node's cache, read one sample, from the storage to the cache's disk.
+
+    ConfigError, StorageError: no right to, no room, another shard than its index says.
+    """
+    from molmo2_nemo.data.node_cache import check_room
+    from molmo2_nemo.data.shard_index import read_index
+
+    cached = next((source for source in sources if source.cached), None)
+    if cached:
+        check_room(cached.cached.cache)
+        shard = next(iter(read_index(cached.name, Path(cached.path), cached.cached.address)["train"]))
+        cached.cached.sample(shard, 0)
 
 
 def run_dir_fault(config: Config) -> str | None:

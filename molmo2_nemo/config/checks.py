@@ -6,6 +6,7 @@ import re
 import signal
 from dataclasses import replace
 
+from molmo2_nemo import storage
 from molmo2_nemo.config.components import COMPONENTS
 from molmo2_nemo.config.errors import ConfigError, check_choice, refuse
 from molmo2_nemo.config.lora import check_lora
@@ -27,6 +28,7 @@ from molmo2_nemo.config.schema import (
     TrainConfig,
     VisionConfig,
 )
+from molmo2_nemo.files import bytes_of
 
 
 def check(cfg: Config, world_size: int) -> None:
@@ -410,6 +412,14 @@ def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig, multiple: tupl
     check_choice("data.style_prefix", d.style_prefix, ("length", "demo"))
     check_choice("data.prompts", d.prompts, ("templates", "none"))
     refuse(not 0 <= d.max_error_rate <= 1, f"data.max_error_rate={d.max_error_rate} is not between 0 and 1.")
+    for key, path in {"root": d.root, **d.own}.items():
+        if storage.is_remote(path):
+            storage.check(path, f"data.{key}")
+    if d.cache_size is not None:
+        try:
+            bytes_of(d.cache_size)
+        except ValueError as error:
+            raise ConfigError(f"data.cache_size={d.cache_size}: {error}; write it like 500GB.") from None
     multiple, reason = multiple or row_multiple(p)
     refuse(
         d.seq_length < 1 or d.seq_length % multiple != 0,

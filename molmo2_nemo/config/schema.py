@@ -230,7 +230,8 @@ class DataConfig:
     """Share of general data among the samples beside your own, such as `pixmo:0.3`, or a list of several: a source of
     `blend`, the beginning of the names of several, or `all`. Those that are not on disk are left out, and named."""
     root: str = MISSING
-    """Folder that holds the blend's sources; the environment variable DATA_ROOT, else data/shards."""
+    """Folder that holds the blend's sources, or its address in object storage, such as `s3://bucket/shards`; the
+    environment variable DATA_ROOT, else data/shards."""
     tokenizer: str = MISSING
     """Tokenizer of the data; that of the model unless set."""
     seq_length: int = MISSING
@@ -274,6 +275,11 @@ class DataConfig:
     """Leave out sources of the blend that are not on disk, and give their share to the rest of their group."""
     max_error_rate: float = 0.01
     """Share of a source's samples that may be broken; above it the run stops and names the source."""
+    cache_dir: str | None = None
+    """Folder on each node's own disk where shards are cached. Unless set, data in object storage are cached in
+    SLURM_TMPDIR or the system's temporary folder, and data on a file system are not; docs/storage.md."""
+    cache_size: str | None = None
+    """Bytes that the cache may take on a node, such as 500GB. Unless set, 80 % of what is free there."""
 
     @property
     def said(self) -> str:

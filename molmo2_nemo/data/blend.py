@@ -32,7 +32,7 @@ starts nothing.
 import math
 import os
 from collections import defaultdict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,8 +44,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, DataConfig
 from molmo2_nemo.data import own_blend
+from molmo2_nemo.data.node_cache import CachedSource, are_there, located
 from molmo2_nemo.data.shard_index import read_index
 from molmo2_nemo.paths import CONF_DIR
+from molmo2_nemo.storage import is_remote, join
 
 # Times that each sample of a source may come round in a run before the start warns of it: by then a model has learned
 # small sources by heart. Stage 1 has one such, pixmo-count with 36,916 pictures.
@@ -71,20 +73,21 @@ class Source:
     """One data set of a blend; its index in the list is what Batch.source_ids hold."""
 
     name: str
-    path: str  # absolute
+    path: str  # absolute; the folder that has .nv-meta, and the shards unless they are cached
     weight: float  # share of the samples; those of a blend sum to 1
     num_samples: int  # of the split part "train"
     num_validation_samples: int = 0  # of the split part "val"
     group: str | None = None
     options: SourceOptions = SourceOptions()
+    cached: CachedSource | None = field(default=None, compare=False)  # the shards, where the node's cache has them
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A source of the blend's file, whether or not it is on disk."""
+    """A source of the blend's file, whether or not it is there."""
 
     name: str
-    path: Path  # absolute
+    path: str  # absolute, or an address
     group: str | None
     rate: float  # of the group
     weighting: str
@@ -160,14 +163,19 @@ def load_blend(cfg: DataConfig) -> list[Source]:
     sense, a source is empty or not prepared, or two of them are the same folder.
     """
     where, entries = _read(cfg)
-    present = [entry for entry in entries if entry.path.is_dir()]
-    if len(present) < len(entries) and not (cfg.skip_missing and present):
-        missing = [entry.name for entry in entries if not entry.path.is_dir()]
+    present, absent = _present(cfg, entries)
+    if absent and not (cfg.skip_missing and present):
+        missing = [entry.name for entry in absent]
         raise ConfigError(
-            f"{len(missing)} of the {len(entries)} sources of {where} are not on disk under data.root={cfg.root} "
+            f"{len(missing)} of the {len(entries)} sources of {where} are not"
+            f" {'there' if is_remote(cfg.root) else 'on disk'} under data.root={cfg.root} "
             f"({', '.join(missing)}): {_remedy(cfg, missing, some_present=bool(present))}."
         )
-    counts = [[sum(shards.values()) for shards in read_index(entry.name, entry.path).values()] for entry in present]
+    places = [located(entry.path, cfg.cache_dir, cfg.cache_size) for entry in present]
+    counts = [
+        [sum(shards.values()) for shards in read_index(entry.name, folder, cached and cached.address).values()]
+        for entry, (folder, cached) in zip(present, places)
+    ]
     totals, rates = defaultdict(float), {}
     for entry, (train, *_) in zip(present, counts):
         if train == 0:
@@ -179,15 +187,16 @@ def load_blend(cfg: DataConfig) -> list[Source]:
     return [
         Source(
             entry.name,
-            str(entry.path),
+            str(folder),
             entry.weight_in_group(train) / totals[entry.group] * entry.rate / sum(rates.values()),
             train,
             # What is kept of general data is not measured: the best checkpoint is the best for one's own.
             val if not cfg.own or entry.group == own_blend.OWN else 0,
             entry.group,
             entry.options,
+            cached,
         )
-        for entry, (train, val, _) in zip(present, counts)
+        for entry, (train, val, _), (folder, cached) in zip(present, counts, places)
     ]
 
 
@@ -215,7 +224,7 @@ def missing_sources(cfg: DataConfig) -> list[str]:
     is wrong, as for `load_blend`."""
     if cfg.own:
         return own_blend.left_out(cfg, lambda: _read_file(cfg)[1])
-    return [entry.name for entry in _read(cfg)[1] if not entry.path.is_dir()]
+    return [entry.name for entry in _present(cfg, _read(cfg)[1])[1]]
 
 
 def check_present(cfg: DataConfig) -> tuple[int, int]:
@@ -224,10 +233,10 @@ def check_present(cfg: DataConfig) -> tuple[int, int]:
     ConfigError as for `load_blend` and `check_shards`, but not because a source is missing.
     """
     _, entries = _read(cfg)
-    present = sum(entry.path.is_dir() for entry in entries)
+    present, _ = _present(cfg, entries)
     if present:
         check_shards(load_blend(replace(cfg, skip_missing=True)), cfg.max_error_rate)
-    return present, len(entries)
+    return len(present), len(entries)
 
 
 def check_shards(sources: list[Source], max_error_rate: float) -> None:
@@ -239,14 +248,16 @@ def check_shards(sources: list[Source], max_error_rate: float) -> None:
         folder = Path(source.path)
         parts = read_index(source.name, folder)
         for shards in (parts["train"], parts["val"]):
-            found = _files(folder, {os.path.dirname(shard) for shard in shards})
+            cached = source.cached
+            found = cached.files() if cached else _files(folder, {os.path.dirname(shard) for shard in shards})
             lost = {shard: {shard, f"{shard}.idx"} - found for shard in shards}
             lost = {shard: min(files) for shard, files in lost.items() if files}
             share = sum(shards[shard] for shard in lost) / max(1, sum(shards.values()))
             if share > max_error_rate:
                 raise ConfigError(
                     f"the source {source.name} lacks {len(lost)} of {len(shards)} shards with {share:.1%} of their "
-                    f"samples, the first of them {folder / min(lost.values())}, which is more than "
+                    f"samples, the first of them {join(cached.address if cached else str(folder), min(lost.values()))},"
+                    " which is more than "
                     f"data.max_error_rate={max_error_rate} allows: fetch or prepare it again."
                 )
 
@@ -279,6 +290,12 @@ def write_metadataset(sources: list[Source], path: Path) -> None:
     partial.replace(path)
 
 
+def _present(cfg: DataConfig, entries: list[_Entry]) -> tuple[list[_Entry], list[_Entry]]:
+    """Those that are there, and those that are not."""
+    there = are_there(cfg, [entry.path for entry in entries])
+    return [e for e, found in zip(entries, there) if found], [e for e, found in zip(entries, there) if not found]
+
+
 def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
     """What to call the blend in messages, and its sources, checked as far as possible without looking at them."""
     if cfg.own:
@@ -299,7 +316,8 @@ def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
             raise ConfigError(f"{where} has the source {entry.name} in two groups: rename one.")
         names.add(entry.name)
         # Energon would read the same folder twice in the identical order.
-        twin = folders.setdefault(os.path.realpath(entry.path), entry.name)
+        place = entry.path if is_remote(entry.path) else os.path.realpath(entry.path)
+        twin = folders.setdefault(place, entry.name)
         if twin != entry.name:
             raise ConfigError(
                 f"{where} lists {entry.path} twice, as {twin} and {entry.name}: keep one, with the sum of their weights"
@@ -328,8 +346,9 @@ def _read_sources(cfg: DataConfig, group: _SourcesDocument, where: str, name: st
         typed = _typed(kind, document, within, f"{where}, source {source} of weighting={group.weighting},")
         options = SourceOptions(**{field.name: getattr(typed, field.name) for field in fields(SourceOptions)})
         numbers = (getattr(typed, key, None) for key in ("weight", "size", "factor"))
-        folder = Path(os.path.abspath(Path(cfg.root).expanduser() / Path(typed.path).expanduser()))
-        entries.append(_Entry(str(source), folder, name, rate, group.weighting, *numbers, options))
+        path = join(os.path.expanduser(cfg.root), typed.path)
+        path = path.rstrip("/") if is_remote(path) else os.path.abspath(path)
+        entries.append(_Entry(str(source), path, name, rate, group.weighting, *numbers, options))
     return entries
 
 

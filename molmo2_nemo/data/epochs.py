@@ -137,7 +137,9 @@ def _sizes(config: Config, source: Source) -> list[tuple[int, int]]:
 
     encoder, stored = Encoder(config.data, config.model.vision), StoredSamples([source])
     number, found = min(MOST_PLANNED, source.num_samples), []
-    for index in (i * source.num_samples // number for i in range(number)):
+    indices = [i * source.num_samples // number for i in range(number)]
+    stored.fetch(source.name, indices)
+    for index in indices:
         sample = stored.read(source.name, index, f"number {index}")
         if sample.example is None:
             continue

@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -40,7 +39,6 @@ from megatron.energon import (
 )
 from megatron.energon.errors import reraise_exception
 from megatron.energon.flavors.base_dataset import add_sample_restore_key
-from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
 from megatron.energon.savable_loader import SavableDataLoader, SavableDataLoaderState
 from megatron.energon.wrappers.base import BaseWrapperDataset
@@ -50,11 +48,14 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data import progress
 from molmo2_nemo.data.blend import Source, write_metadataset
+from molmo2_nemo.data.cached_reader import Ahead, Stream, read_through_cache
 from molmo2_nemo.data.encode import Encoder, dropped
 from molmo2_nemo.data.packing import Batch, PackedRows, Row, WaitingSample, collate, make_row
 from molmo2_nemo.data.progress import StreamPosition
 from molmo2_nemo.data.resources import allow_open_files, batches_per_worker
 from molmo2_nemo.data.schema import Example, read_example
+from molmo2_nemo.data.shard_reader import ShardReader
+from molmo2_nemo.storage import StorageError
 
 # Shards of one source that a worker reads at a time. Each takes two open files, and a blend has a hundred sources.
 PARALLEL_SHARDS = 4
@@ -90,44 +91,6 @@ def cook(sample: dict) -> RawSample:
     """Energon's crude sample -> RawSample. Parts are the keys without Energon's own."""
     parts = {name: data for name, data in sample.items() if not name.startswith("__")}
     return RawSample(**basic_sample_keys(sample), parts=parts, error=sample.get(ShardReader.ERROR, ""))
-
-
-class ShardReader:
-    """Samples of one source by index. It replaces Energon's reader, which ends the stream at an unreadable sample.
-
-    What cannot be read becomes a sample without parts whose `error` says why, so that it keeps its place in the stream.
-    Samples that are ahead (see progress.py) are skipped unread in the first passes of the stream. Where all of
-    `workers` workers read the same samples, each of them skips its part of these appearances.
-    """
-
-    ERROR = "__error__"
-
-    def __init__(self, reader: ShardInfosITarReader, stream: WebdatasetSampleLoaderDataset, ahead: np.ndarray, workers):
-        self.reader, self.stream, self.ahead, self.workers = reader, stream, ahead, workers
-
-    def __getitem__(self, index: int) -> dict | None:
-        config = self.stream.worker_config
-        worker = config.rank * max(1, config.num_workers) + config.rank_worker_id()
-        if compat.passes_made(self.stream) < (int(self.ahead[index]) + (worker + index) % self.workers) // self.workers:
-            return None
-        try:
-            sample = self.reader[index]
-        except MemoryError:
-            raise
-        except Exception as error:  # tarfile and the file system raise errors of many types
-            self.reader.close()  # or the file would stay unreadable after it is back
-            number = bisect_right(self.reader.shard_count_cumsum, index) - 1
-            shard, first = self.reader.shard_infos[number].name, self.reader.shard_count_cumsum[number]
-            sample = {
-                "__key__": f"{shard}[{index - first}]",
-                "__shard__": shard,
-                "__restore_key__": ("Webdataset", index),
-                "__sources__": (),
-                self.ERROR: f"{type(error).__name__}: {error}",
-            }
-        for tar in self.reader.itar_files_cache.values():
-            tar.members.clear()  # tarfile would keep the header of every file that it has read
-        return sample
 
 
 class RoundRobin(BaseWrapperDataset):
@@ -176,6 +139,7 @@ class Molmo2TaskEncoder(TaskEncoder):
         self.data, self.encoder, self.sources, self.position = data, encoder, sources, position
         self.source_index = {source.name: index for index, source in enumerate(sources)}
         self.shard, self.micro_batch_size = shard, micro_batch_size
+        self.ahead = Ahead(data.packing_buffer_size + (data.shuffle_buffer_size if position else 0))
 
     def _load_dataset(self, dataset, worker_rotation_offset, worker_config):
         """One source, read through a ShardReader."""
@@ -190,7 +154,13 @@ class Molmo2TaskEncoder(TaskEncoder):
                 stream.workers_slice_offsets = [range(number + 1)] * on_rank
         else:
             ahead = np.zeros(number, dtype=np.uint16)
-        stream.join_readers = [ShardReader(reader, stream, ahead, together) for reader in stream.join_readers]
+        (reader,), before = stream.join_readers, None
+        source = self.sources[self.source_index[dataset.dataset.subflavors["source"]]]
+        if source.cached:
+            read_through_cache(reader, source.cached)
+            weight = source.weight if self.position else 1 / len(self.sources)
+            before = self.ahead.add(Stream(stream, reader, source.cached, weight))
+        stream.join_readers = [ShardReader(reader, stream, ahead, together, before)]
         return samples
 
     @stateless
@@ -340,13 +310,20 @@ class TrainLoader(Loader):
         if self._batches is None:
             # Not before the first batch is asked for: Energon's save_state_rank would hang between iter() and next().
             self._batches = iter(self._loader)
-            batch = next(self._batches)
+            batch = self._next()
             # What is registered last is called first: before torch and multiprocessing wait for the workers.
             atexit.register(self.close)
         else:
-            batch = next(self._batches)
+            batch = self._next()
         self.position.add(batch.examples)
         return batch
+
+    def _next(self) -> Batch:
+        try:
+            return next(self._batches)
+        except StorageError as error:
+            # torch has put the traceback of the worker before the sentence, at whose end it is.
+            raise StorageError(str(error).rpartition("Error: ")[2].strip()) from None
 
     def can_restore_sample(self) -> bool:
         """Whether the state can be restored: every step between shard and pool is repeatable."""
@@ -515,6 +492,7 @@ def _manifest(
 ) -> dict:
     """Everything that decides the stream. Folders may move, so that paths are left out."""
     free = ("root", "blend", "own", "own_weights", "keep", "tokenizer", "skip_missing", "max_error_rate")
+    free += ("cache_dir", "cache_size")
     return {
         **{f"data.{key}": value for key, value in asdict(data).items() if key not in free},
         **{f"source {source.name}": progress.source_entry(source) for source in sources},

@@ -4,11 +4,13 @@ Made as a document in the form of a blend's file (blend.py), so that both are re
 """
 
 import math
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.schema import DataConfig
+from molmo2_nemo.data.node_cache import are_there
+from molmo2_nemo.storage import is_remote, join
 
 OWN = "own"  # the group of one's own data
 ALL = "all"  # for data.keep: every source of the blend
@@ -27,14 +29,19 @@ def document(cfg: DataConfig, general: Callable[[], dict]) -> dict:
         " none.",
     )
     sources = {}
-    for name, folder in cfg.own.items():
-        path = Path(folder).expanduser().absolute()
+    paths = [f if is_remote(f) else os.path.abspath(os.path.expanduser(f)) for f in cfg.own.values()]
+    for (name, folder), path, there in zip(cfg.own.items(), paths, are_there(cfg, paths)):
         refuse(
-            not path.is_dir(),
+            not there and is_remote(folder),
+            f"data.{name}={folder} is not there: upload the folder that tools/prepare.py has made of your labels, with"
+            " its .nv-meta, or correct the address.",
+        )
+        refuse(
+            not there,
             f"data.{name}={folder} is no folder: make it with python tools/prepare.py LABELS --out {folder} --split"
             " 90/5/5.",
         )
-        sources[name] = {"path": str(path)} | ({"weight": weights[name]} if weights else {})
+        sources[name] = {"path": path} | ({"weight": weights[name]} if weights else {})
     shares = keep_shares(cfg.keep)
     own = {"rate": 1 - sum(shares.values()), "weighting": "fixed" if weights else "size", "sources": sources}
     groups, known = {OWN: own}, general() if shares else {}
@@ -97,7 +104,8 @@ def chosen(cfg: DataConfig, general: dict, name: str) -> tuple[dict[str, dict], 
     )
     kept, missing = {}, []
     for label, sources in wanted.items():
-        present = {s: of for s, of in sources.items() if (Path(cfg.root).expanduser() / of["path"]).is_dir()}
+        paths = [join(os.path.expanduser(cfg.root), of["path"]) for of in sources.values()]
+        present = {s: of for (s, of), there in zip(sources.items(), are_there(cfg, paths)) if there}
         missing += [str(source) for source in sources if source not in present]
         if present:
             kept[str(label)] = groups[label] | {"sources": present}

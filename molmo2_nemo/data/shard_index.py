@@ -21,6 +21,7 @@ import yaml
 from braceexpand import braceexpand
 
 from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.storage import shown
 
 DATASET = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 # Bytes of a file at most: the names and counts of a million shards take 40 MB.
@@ -34,27 +35,35 @@ UUID = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\s*")
 SQLITE = b"SQLite format 3\0"
 
 
-def read_index(name: str, folder: Path) -> dict[str, dict[str, int]]:
-    """Split part (train, val, test) -> shard -> number of its samples. `name`: of the source, for messages.
+def read_index(name: str, folder: Path, address: str | None = None) -> dict[str, dict[str, int]]:
+    """Split part (train, val, test) -> shard -> number of its samples.
+
+    name: of the source, and address: where `folder`, with a copy of its .nv-meta, comes from; both are for messages.
 
     ConfigError, one sentence: the folder is not prepared, or a file holds anything else than what belongs there.
     """
     meta = folder / ".nv-meta"
     for file in (".info.json", "split.yaml", "dataset.yaml"):
         if not (meta / file).is_file():  # a pipe or a device would be read for ever
-            raise ConfigError(f"the source {name} is not prepared ({meta / file} is no file): {_prepare(folder)}.")
+            where = f"{shown(address)}/.nv-meta/{file} is not there" if address else f"{meta / file} is no file"
+            raise ConfigError(f"the source {name} is not prepared ({where}): {_prepare(folder, address)}.")
     try:
         _check_dataset(meta / "dataset.yaml")
         _check_database(meta)
         counts = _read_counts(meta / ".info.json")
         return _read_parts(meta / "split.yaml", counts)
     except _Unexpected as error:
-        raise ConfigError(f"the source {name} is not accepted: {error}: {error.fix or _prepare(folder)}.") from error
+        problem, fix = str(error), error.fix or _prepare(folder, address)
+        if address:
+            problem, fix = problem.replace(str(folder), shown(address)), f"{fix}, and upload it again"
+        raise ConfigError(f"the source {name} is not accepted: {problem}: {fix}.") from error
     except OSError as error:
         raise ConfigError(f"the source {name} cannot be read ({error}): correct its permissions.") from error
 
 
-def _prepare(folder: Path) -> str:
+def _prepare(folder: Path, address: str | None) -> str:
+    if address:
+        return "prepare the folder that was uploaded, and upload its .nv-meta"
     return (
         f"run energon prepare {folder} --non-interactive --force-overwrite --split-ratio 99,1,0"
         " --sample-type CrudeWebdataset"

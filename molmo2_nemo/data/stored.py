@@ -12,11 +12,14 @@ from megatron.energon.flavors.webdataset.structs import ShardInfo
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data import progress
 from molmo2_nemo.data.blend import Source
+from molmo2_nemo.data.cached_reader import fetch_samples, read_through_cache
 from molmo2_nemo.data.encode import Encoder
 from molmo2_nemo.data.loader import Molmo2TaskEncoder, stored_samples
+from molmo2_nemo.data.node_cache import CachedSource
 from molmo2_nemo.data.packing import Batch
 from molmo2_nemo.data.schema import Example, read_example
 from molmo2_nemo.data.shard_index import read_index
+from molmo2_nemo.storage import is_for_all
 
 
 @dataclass
@@ -70,7 +73,9 @@ class StoredSamples:
             reader = self._reader(source, part)
             number = bisect_right(reader.shard_count_cumsum, index) - 1
             stored = Stored(reader.shard_infos[number].name, index - reader.shard_count_cumsum[number] + 1)
-        except (KeyError, IndexError, OSError, ValueError):  # no such source any more, or other shards
+        except (KeyError, IndexError, OSError, ValueError) as error:  # no such source any more, or other shards
+            if is_for_all(error):
+                raise
             return Stored()
         try:
             parts = reader[index]
@@ -80,18 +85,34 @@ class StoredSamples:
             stored.example = read_example(stored.parts["json"])
         except MemoryError:
             raise
-        except Exception:  # tarfile raises errors of many types; what is wrong with a sample the batch's errors say
+        except Exception as error:  # tarfile's are of many types; the batch's errors say what is wrong
+            if is_for_all(error):
+                raise
             reader.close()
         return stored
 
+    def fetch(self, source: str, indices: list[int], part: str = "train") -> None:
+        """Where a source is read through the node's cache, bring these samples into it, side by side.
+
+        StorageError: the storage cannot be used.
+        """
+        if self.sources[source].cached:
+            fetch_samples(self._reader(source, part), self.sources[source].cached, indices)
+
     def _reader(self, source: str, part: str) -> ShardInfosITarReader:
         if (source, part) not in self._readers:
-            self._readers[source, part] = shard_reader(source, Path(self.sources[source].path), part)
+            found = self.sources[source]
+            self._readers[source, part] = shard_reader(source, Path(found.path), part, found.cached)
         return self._readers[source, part]
 
 
-def shard_reader(name: str, folder: Path, part: str) -> ShardInfosITarReader:
-    """Reads the samples of a split part by index. ConfigError: as of read_index."""
-    shards = read_index(name, folder)[part]
+def shard_reader(name: str, folder: Path, part: str, cached: CachedSource | None = None) -> ShardInfosITarReader:
+    """Reads the samples of a split part by index, through the node's cache if they are `cached`.
+
+    ConfigError: as of read_index."""
+    shards = read_index(name, folder, cached and cached.address)[part]
     infos = [ShardInfo(name=name, path=EPath(folder / name), count=count) for name, count in shards.items()]
-    return ShardInfosITarReader(EPath(folder), infos)
+    reader = ShardInfosITarReader(EPath(folder), infos)
+    if cached:
+        read_through_cache(reader, cached)
+    return reader

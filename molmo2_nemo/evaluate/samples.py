@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from molmo2_nemo import storage
 from molmo2_nemo.ask.model import Asker, Seen
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.data.frames import Shown, subtitle_text
+from molmo2_nemo.data.node_cache import cached_sources
 from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.schema import Example, read_example
 from molmo2_nemo.data.shard_index import read_index
@@ -32,23 +34,33 @@ class Read:
 class Samples:
     """The samples of one split of some folders, counted through. ConfigError, one sentence: there are none."""
 
-    def __init__(self, folders: Sequence[Path], split: str | None = None):
-        """split: train, val or test; None: the first of SPLITS that has samples, of each folder."""
+    def __init__(self, folders: Sequence[Path | str], split: str | None = None, cache_dir: str | None = None):
+        """folders: local ones, or addresses. cache_dir: data.cache_dir, for addresses.
+
+        split: train, val or test; None: the first of SPLITS that has samples, of each folder.
+        """
         self.sources: list[tuple[str, Path, str, int]] = []
-        names = [folder.resolve().name for folder in folders]
+        paths = [str(folder) for folder in folders]
+        self.cached = cached_sources(paths, cache_dir)
+        names = [storage.name(p) if storage.is_remote(p) else Path(p).resolve().name for p in paths]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ConfigError(f"--data names two folders called {twice}: rename one, since predictions go by the name")
-        for name, folder in zip(names, folders):
-            counts = {part: sum(shards.values()) for part, shards in read_index(name, folder).items()}
+        self.places: list[tuple[str, str]] = []  # (folder or address, split part)
+        for name, path in zip(names, paths):
+            cached = self.cached.get(path)
+            folder = cached.folder if cached else Path(path)
+            index = read_index(name, folder, cached and cached.address)
+            counts = {part: sum(shards.values()) for part, shards in index.items()}
             there = [part for part in SPLITS if counts.get(part)]
             part = split or next(iter(there), "test")
             if part not in there:
                 known = ", ".join(there) or "none"
                 raise ConfigError(
-                    f"--split {part}: {folder} has no samples of it (there are {known}); prepare it with a split, or "
+                    f"--split {part}: {path} has no samples of it (there are {known}); prepare it with a split, or "
                     "name another"
                 )
             self.sources.append((name, folder, part, counts[part]))
+            self.places.append((path, part))
         self._readers = {}
 
     def __len__(self) -> int:
@@ -58,27 +70,33 @@ class Samples:
     def identity(self) -> str:
         """A hash of the shards, as `records.sampled_hash` looks at them."""
         digest = hashlib.sha256()
-        for name, folder, part, _ in self.sources:
+        for (name, folder, part, _), (path, _) in zip(self.sources, self.places):
             shards = read_index(name, folder)[part]
             digest.update(json.dumps([name, part, shards]).encode())
             for shard in shards:
-                digest.update(sampled_hash(folder / shard))
+                if path in self.cached:
+                    found = storage.info(storage.join(path, shard))
+                    digest.update(f"{shard} {found.size} {found.version}".encode())
+                else:
+                    digest.update(sampled_hash(folder / shard))
         return digest.hexdigest()
 
     def read(self, index: int) -> Read:
-        """Never raises for what is wrong with a sample."""
+        """Never raises for what is wrong with a sample. StorageError: the storage cannot be used."""
         source = 0
         while index >= self.sources[source][-1]:
             index -= self.sources[source][-1]
             source += 1
         name, folder, part, _ = self.sources[source]
         if name not in self._readers:
-            self._readers[name] = shard_reader(name, folder, part)
+            self._readers[name] = shard_reader(name, folder, part, self.cached.get(self.places[source][0]))
         try:
             stored = self._readers[name][index]
         except MemoryError:
             raise
         except Exception as error:  # tarfile raises errors of many types
+            if storage.is_for_all(error):
+                raise
             self._readers.pop(name).close()
             return Read(f"{name}/number{index}", error=f"it cannot be read ({_reason(error)})")
         read = Read(f"{name}/{stored['__key__']}")

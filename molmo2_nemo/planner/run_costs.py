@@ -26,6 +26,7 @@ class RunCosts:
     save_seconds: tuple[float, float]
     restore_seconds: tuple[float, float]
     read_bytes: tuple[float, float]  # a second and node
+    moved_bytes: tuple[float, float]  # from the storage to all nodes over the run, if no cache kept anything
     loader_cores: tuple[float, float]  # of a GPU, so that it need not wait
     workers: tuple[int, int]  # data.num_workers for that
 
@@ -59,6 +60,7 @@ def run_costs(job: Job, cost: Estimate, columns: tuple[Assumptions, Assumptions]
         save_seconds=tuple(save),
         restore_seconds=tuple(seconds + compared for seconds in read),
         read_bytes=tuple(rows * job.work.crops * of_crop[i] / steps[i] for i in (0, 1)),
+        moved_bytes=tuple(train.max_steps * train.global_batch_size * job.work.crops * of_crop[i] for i in (0, 1)),
         loader_cores=tuple(cores[i] / computing[i] for i in (0, 1)),
         workers=tuple(math.ceil(cores[i] * job.gpus / job.d / computing[i]) for i in (0, 1)),
     )

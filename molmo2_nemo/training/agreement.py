@@ -15,7 +15,7 @@ from molmo2_nemo.text import dotted
 from molmo2_nemo.training.metrics import package_versions
 
 # Settings that may differ: each node may have its own copy of the data.
-FREE = ("data.root",)
+FREE = ("data.root", "data.cache_dir", "data.cache_size")
 
 
 def what_this_rank_has(config: Config, sources: list[Source]) -> dict[str, str]:

@@ -26,7 +26,6 @@ from molmo2_nemo.data.encode import Encoder
 from molmo2_nemo.data.loader import (
     Molmo2TaskEncoder,
     RawSample,
-    ShardReader,
     WorkerDied,
     save_state,
     train_loader,
@@ -34,6 +33,7 @@ from molmo2_nemo.data.loader import (
 )
 from molmo2_nemo.data.progress import beginning
 from molmo2_nemo.data.resources import batches_per_worker
+from molmo2_nemo.data.shard_reader import ShardReader
 
 
 @pytest.fixture

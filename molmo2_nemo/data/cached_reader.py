@@ -1,0 +1,250 @@
+"""Energon's reader of a source, over the node's cache, and the fetching of what it will be asked for next.
+
+Energon reads, shuffles and resumes as it does from a disk: only the two places where its reader opens a file are
+other ones. What comes next is known exactly: a copy of the source's stream runs ahead of it (compat.upcoming_samples).
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import queue
+import threading
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
+from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
+
+from molmo2_nemo import compat
+from molmo2_nemo.data.node_cache import CachedSource, Replaced
+from molmo2_nemo.storage import Missing, StorageError, join, shown
+
+# Requests of a loader worker at a time.
+THREADS = 16
+# Samples of all sources together that are being fetched ahead, at about: a source's part is its weight.
+SAMPLES_AHEAD = 256
+MOST_OF_A_SOURCE = 64
+# Samples that are fetched by one request at most; a slice of the training stream has as many (loader.py).
+PIECE = 16
+# What is fetched first: the samples that a batch needs soon, one by one; then whole slices.
+SOON, LATER = 0, 1
+
+
+class CachedTar:
+    """In the place of the path of a shard: opens it in the cache."""
+
+    def __init__(self, source: CachedSource, shard: str, samples: int):
+        self.source, self.shard, self.samples = source, shard, samples
+
+    def index(self) -> Sequence[int]:
+        """Where samples begin. Missing, StorageError; Replaced: there are not as many as .nv-meta says."""
+        index = self.source.index(self.shard)
+        if len(index) != self.samples + 1:
+            raise Replaced(
+                f"{shown(join(self.source.address, self.shard))} has {len(index) - 1:,} samples and .nv-meta says"
+                f" {self.samples:,}: prepare the source again, or upload all of it again."
+            )
+        return index
+
+    def open(self, mode: str = "rb") -> "CachedTarFile":
+        return CachedTarFile(self)
+
+
+class CachedTarFile:
+    """A file open for reading, with what tarfile asks of one. It holds one sample in memory."""
+
+    def __init__(self, tar: CachedTar):
+        self.tar, self.position, self.begin, self.sample = tar, 0, 0, b""
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, position: int) -> int:
+        self.position = position
+        return position
+
+    def read(self, size: int) -> bytes:
+        """At most to the end of the sample at this place. Missing, StorageError."""
+        if not self.begin <= self.position < self.begin + len(self.sample):
+            index = self.tar.index()
+            number = bisect_right(index, self.position) - 1
+            if number + 1 >= len(index):
+                return b""
+            self.begin, self.sample = int(index[number]), self.tar.source.sample(self.tar.shard, number)
+        found = self.sample[self.position - self.begin :][:size]
+        self.position += len(found)
+        return found
+
+    def close(self) -> None:
+        self.sample = b""
+
+
+class CachedOffsets:
+    """In the place of Energon's reader of index files."""
+
+    def __init__(self, tars: dict[str, CachedTar]):
+        self.tars = tars
+
+    def get_itar_byte_offset(self, path, sample_offset: int = 0) -> tuple[int, int]:
+        """(first byte, bytes) of a sample of the shard with this path."""
+        index = self.tars[str(path)].index()
+        return int(index[sample_offset]), int(index[sample_offset + 1] - index[sample_offset])
+
+
+def read_through_cache(reader: ShardInfosITarReader, source: CachedSource) -> None:
+    """Have Energon's reader of this source's shards read them through the cache."""
+    tars = {str(shard.path): CachedTar(source, shard.name, shard.count) for shard in reader.shard_infos}
+    reader.tar_filepaths = [tars[str(path)] for path in reader.tar_filepaths]
+    reader.cached_offset_reader = CachedOffsets(tars)
+
+
+def fetch_samples(reader: ShardInfosITarReader, source: CachedSource, indices: list[int]) -> None:
+    """Bring samples into the cache, side by side. Those of a shard that is not there are left out. StorageError."""
+
+    def fetch(index: int) -> None:
+        number = bisect_right(reader.shard_count_cumsum, index) - 1
+        sample = index - reader.shard_count_cumsum[number]
+        with contextlib.suppress(Missing):
+            source.load(reader.shard_infos[number].name, sample, sample + 1)
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(fetch, indices))
+
+
+@dataclass(eq=False)
+class Job:
+    """Samples of a shard to be fetched. error: why they could not be."""
+
+    source: CachedSource
+    shard: str
+    first: int
+    end: int
+    started: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
+    error: StorageError | None = None
+
+    def run(self) -> None:
+        self.started = True
+        try:
+            self.source.load(self.shard, self.first, self.end)
+        except Missing:
+            pass  # whoever reads the sample counts it
+        except StorageError as error:
+            self.error = error
+        finally:
+            self.done.set()
+
+
+class Stream:
+    """A source as one worker reads it, and what it will read next."""
+
+    def __init__(self, stream: WebdatasetSampleLoaderDataset, reader: ShardInfosITarReader, source, weight: float):
+        self.stream, self.reader, self.source, self.weight = stream, reader, source, weight
+        self.coming: deque[int] = deque()  # indices
+        self.upcoming = None
+        self.asked: set[int] = set()  # slices of which a job was made
+        self.jobs: dict[tuple[str, int], Job] = {}  # by shard and number of a sample
+
+    def look(self, now: int | None, wanted: int) -> bool:
+        """Know the next `wanted` indices, while `now` is read (None: before the first). False: it is no next one."""
+        if now is not None and self.coming and self.coming[0] == now:
+            self.coming.popleft()
+        elif now is not None or self.upcoming is None:
+            self.stream.ensure_slice_offsets()
+            self.coming.clear()
+            self.asked.clear()
+            self.upcoming = compat.upcoming_samples(self.stream, now)
+            if self.upcoming is None:
+                return False
+            if now is not None:
+                next(self.upcoming)  # now itself
+        self.coming.extend(itertools.islice(self.upcoming, max(0, wanted - len(self.coming))))
+        return True
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The shard that has the sample, and its number there."""
+        number = bisect_right(self.reader.shard_count_cumsum, index) - 1
+        return self.reader.shard_infos[number].name, index - self.reader.shard_count_cumsum[number]
+
+    def piece(self, index: int) -> tuple[int, int]:
+        """The samples that are fetched together with this one (first index, end): a slice, or part of a long one."""
+        slices = self.stream.slice_offsets
+        number = bisect_right(slices, index) - 1
+        first = slices[number] + (index - slices[number]) // PIECE * PIECE
+        return first, min(first + PIECE, slices[number + 1])
+
+    def job(self, index: int, whole: bool) -> Job | None:
+        """What is to be done to have the sample, and the rest of its piece; None: it was asked for already."""
+        (first, end), (shard, number) = self.piece(index), self.place(index)
+        if first in self.asked or (not whole and (shard, number) in self.jobs):
+            return None
+        if whole:
+            self.asked.add(first)
+        job = Job(self.source, shard, number, number + (end - index if whole else 1))
+        for sample in range(job.first, job.end):
+            self.jobs.setdefault((shard, sample), job)
+        return job
+
+    def forget(self, index: int) -> Job | None:
+        """The job of a sample that is read now, if there was one."""
+        if self.stream.slice_offsets is not None:
+            first, end = self.piece(index)
+            if index + 1 == end:
+                self.asked.discard(first)
+        return self.jobs.pop(self.place(index), None)
+
+
+class Ahead:
+    """Fetches into the cache what the sources of a loader worker are asked for next. soon: samples of a first batch."""
+
+    def __init__(self, soon: int):
+        self.soon, self.streams, self.process = soon, [], None
+        self.jobs, self.numbers = None, None
+
+    def add(self, stream: Stream) -> Callable[[int], None]:
+        """What has to be called with the index of every sample of this source before it is read."""
+        self.streams.append(stream)
+        return partial(self.before, stream)
+
+    def before(self, stream: Stream, index: int) -> None:
+        """Call it before a sample is read. StorageError: it was fetched ahead, and that went wrong for good."""
+        if self.process != os.getpid():  # the first sample of a worker
+            self._start()
+            self._prime(stream)
+        if stream.look(index, min(MOST_OF_A_SOURCE, math.ceil(SAMPLES_AHEAD * stream.weight) + 1)):
+            for coming in (index, *stream.coming):
+                self._do(stream.job(coming, whole=True), LATER)
+        job = stream.forget(index)
+        if job is not None and job.started:
+            job.done.wait()
+            if job.error is not None:
+                raise job.error
+
+    def _prime(self, first: Stream) -> None:
+        """Open all sources at the same time: the samples of a first batch, before any whole slice."""
+        wanted = {stream: math.ceil(self.soon * stream.weight) for stream in self.streams if stream is not first}
+        for stream, number in wanted.items():
+            stream.look(None, number)
+        for turn in range(max(wanted.values(), default=0)):
+            for stream, number in wanted.items():
+                if turn < min(number, len(stream.coming)):
+                    self._do(stream.job(stream.coming[turn], whole=False), SOON)
+
+    def _do(self, job: Job | None, urgency: int) -> None:
+        if job is not None:
+            self.jobs.put((urgency, next(self.numbers), job))
+
+    def _start(self) -> None:
+        self.process, self.jobs, self.numbers = os.getpid(), queue.PriorityQueue(), itertools.count()
+        for _ in range(THREADS):
+            threading.Thread(target=self._work, args=(self.jobs,), daemon=True).start()
+
+    @staticmethod
+    def _work(jobs: queue.PriorityQueue) -> None:
+        while True:
+            jobs.get()[-1].run()
