@@ -27,8 +27,7 @@ from molmo2_nemo.catalogue.commands import default_root, download_command
 from molmo2_nemo.catalogue.datasets import CATEGORIES, CONF_FILE, load_catalogue
 from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.limits import MAX_DROPPED
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+from molmo2_nemo.option_types import positive, side, size
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -168,36 +167,10 @@ def add_fetch_options(fetching: argparse.ArgumentParser) -> None:
     fetching.add_argument("--quiet", action="store_true", help="print no progress, only one line for each set")
 
 
-def size(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?I?B?)(/S)?", text.strip().upper())
-    unit = match[2].replace("I", "").rstrip("B") + "B" if match and match[2] else ""
-    try:
-        value = int(float(match[1]) * UNITS[unit])
-    except (TypeError, ValueError, KeyError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text} is not a size like 500GB or 1TB") from None
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def positive(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
 def share(text: str) -> float:
     if not re.fullmatch(r"[01](\.\d*)?|\.\d+", text) or float(text) > 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
     return float(text)
-
-
-def side(text: str) -> int:
-    from molmo2_nemo.catalogue.resized import LEAST_SIDE
-
-    if positive(text) < LEAST_SIDE:
-        raise argparse.ArgumentTypeError(f"{text} is below {LEAST_SIDE} pixels")
-    return int(text)
 
 
 def seconds(text: str) -> float:
