@@ -26,8 +26,8 @@ from pathlib import Path
 from molmo2_nemo.catalogue.commands import default_root, download_command
 from molmo2_nemo.catalogue.datasets import CATEGORIES, CONF_FILE, load_catalogue
 from molmo2_nemo.fetch.rules import Rules
-from molmo2_nemo.files import bytes_of
 from molmo2_nemo.limits import MAX_DROPPED
+from molmo2_nemo.option_types import positive, side, size
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -167,31 +167,10 @@ def add_fetch_options(fetching: argparse.ArgumentParser) -> None:
     fetching.add_argument("--quiet", action="store_true", help="print no progress, only one line for each set")
 
 
-def size(text: str) -> int:
-    try:
-        return bytes_of(text.strip().upper().removesuffix("/S"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def positive(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
 def share(text: str) -> float:
     if not re.fullmatch(r"[01](\.\d*)?|\.\d+", text) or float(text) > 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
     return float(text)
-
-
-def side(text: str) -> int:
-    from molmo2_nemo.catalogue.resized import LEAST_SIDE
-
-    if positive(text) < LEAST_SIDE:
-        raise argparse.ArgumentTypeError(f"{text} is below {LEAST_SIDE} pixels")
-    return int(text)
 
 
 def seconds(text: str) -> float:

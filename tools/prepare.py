@@ -26,15 +26,18 @@ from pathlib import Path
 
 import yaml
 
+from molmo2_nemo import storage
 from molmo2_nemo.catalogue.commands import download_command
 from molmo2_nemo.catalogue.datasets import CONF_FILE
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.schema import UNITS
 from molmo2_nemo.files import disk_errors_told, missing_room, published
 from molmo2_nemo.limits import MAX_DROPPED
+from molmo2_nemo.option_types import positive, side, size
 from molmo2_nemo.prepare import splits
 from molmo2_nemo.prepare.formats.line import FORMATS
 from molmo2_nemo.prepare.formats.table import KEYS
+from molmo2_nemo.prepare.in_parts import Scratch, prepare_in_parts
 from molmo2_nemo.prepare.mistakes import kind_of
 from molmo2_nemo.prepare.own_data import Outcome, OwnSample, Reading, read_files, samples
 from molmo2_nemo.prepare.stage_datasets import PreparedStage, StageOptions, prepare_stage, result_of
@@ -183,6 +186,8 @@ def check_options(arguments: argparse.Namespace) -> None:
             f"--split {arguments.split} has a part for the test, and so has --test {arguments.test[0]}: leave out the"
             " file, or the last number"
         )
+    if storage.is_remote(arguments.out):
+        raise ValueError(f"--out {arguments.out} is an address: own annotations are prepared in a folder, name one")
     for name in ("repeat", "shard_size", "workers"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is below 1")
@@ -318,7 +323,12 @@ def main_stage(arguments: list[str]) -> None:
     )
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
     parser.add_argument("names", nargs="*", metavar="NAME", help="data sets (default: all of the stage)")
-    parser.add_argument("--out", type=Path, required=True, help="where the data sets' folders appear: data.root")
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="where the data sets' folders appear: data.root, a folder or an address (--scratch)",
+    )
+    add_scratch_options(parser)
     parser.add_argument("--root", type=Path, help="holds raw/ (default: --out)")
     parser.add_argument("--catalogue", type=Path, default=CONF_FILE, help="another than conf/datasets.yaml")
     parser.add_argument("--partial", action="store_true", help="take what is there of sets that are fetched in part")
@@ -349,8 +359,14 @@ def main_stage(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     try:
         values = {field.name: getattr(given, field.name) for field in fields(StageOptions)}
-        options = StageOptions(**values | {"quiet": given.quiet or given.json})
-        prepared = prepare_stage(options)
+        values |= {"quiet": given.quiet or given.json, "out": Path(given.out)}
+        if scratch := scratch_of(given):
+            scratch.folder.mkdir(parents=True, exist_ok=True)
+            options = StageOptions(**values | {"out": scratch.folder})
+            prepared = prepare_in_parts(options, given.out, scratch)
+        else:
+            options = StageOptions(**values)
+            prepared = prepare_stage(options)
         if given.json:
             print(json.dumps([result_of(state) for state in prepared.states], indent=1))
         else:
@@ -364,6 +380,36 @@ def main_stage(arguments: list[str]) -> None:
         sys.exit("error: a process was killed: if memory was short, use fewer --jobs; run again to go on")
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command again to go on")
+
+
+def add_scratch_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("fetch, prepare and upload one set after the other, in parts if it must be")
+    group.add_argument("--scratch", type=Path, metavar="DIR", help="a folder of a local disk for what is at work")
+    group.add_argument(
+        "--max-scratch", type=size, metavar="BYTES", help="at most so much of it, as 200GB (default: 90 %% of the room)"
+    )
+    group.add_argument(
+        "--limit", type=positive, metavar="N", help="a sample, as of download.py fetch: the first N rows"
+    )
+    group.add_argument("--max-side", type=side, metavar="PIXELS", help="resize pictures, as of download.py fetch")
+    group.add_argument(
+        "--allow-private", action="store_true", help="fetch from addresses of this machine and its network, too"
+    )
+
+
+def scratch_of(given: argparse.Namespace) -> Scratch | None:
+    """What --scratch and its options say; None: it is not given. ValueError, one sentence."""
+    if storage.is_remote(given.out):
+        storage.check(given.out, "--out")
+    if given.scratch is None:
+        if storage.is_remote(given.out):
+            raise ValueError(f"--out {storage.shown(given.out)} needs --scratch DIR, a folder of a local disk")
+        if given.max_scratch or given.limit or given.max_side or given.allow_private:
+            raise ValueError("--max-scratch, --limit, --max-side and --allow-private go with --scratch DIR: add it")
+        return None
+    if storage.is_remote(given.scratch):
+        raise ValueError(f"--scratch {given.scratch} is an address: name a folder of a local disk")
+    return Scratch(given.scratch, given.max_scratch, given.limit, given.max_side, given.allow_private)
 
 
 def print_stage_report(options: StageOptions, prepared: PreparedStage) -> None:

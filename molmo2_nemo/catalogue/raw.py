@@ -26,6 +26,7 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 
 from molmo2_nemo import limits
 from molmo2_nemo.catalogue.commands import download_command
+from molmo2_nemo.catalogue.parked import Parked
 from molmo2_nemo.files import sha256_of_text
 
 # Suffixes of files in media/; the writer chooses by content.
@@ -129,7 +130,7 @@ class RawSource:
         for path in self.files(split):
             if path.suffix.lower() not in ROW_SUFFIXES:
                 continue
-            for row in read_rows(path):
+            for row in read_rows(self.content(path)):
                 if not matches(row, condition):
                     continue
                 if left is not None:
@@ -137,6 +138,14 @@ class RawSource:
                         return
                     left -= 1
                 yield row
+
+    def content(self, path: Path) -> Path:
+        """A file of the folder, to be read at once: itself, or what is brought back for one that was put away."""
+        return self._parked.content(path) if self._parked else path
+
+    @cached_property
+    def _parked(self) -> Parked | None:
+        return Parked.of(self.folder)
 
     def media(self, key: str) -> Path | None:
         """The file of an address or of a relative name in a row; None: it was lost, held out, or never fetched.

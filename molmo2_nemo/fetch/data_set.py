@@ -6,7 +6,6 @@ raw/.shared.
 """
 
 import asyncio
-import collections
 import contextlib
 import math
 import os
@@ -25,13 +24,11 @@ from molmo2_nemo.catalogue.datasets import Catalogue, DataSet
 from molmo2_nemo.catalogue.raw import (
     ROW_SUFFIXES,
     RawSource,
-    UnreadableFile,
     column_values,
     columns_of,
     matches,
     num_rows,
     read_note,
-    read_rows,
     size_on_disk,
 )
 from molmo2_nemo.fetch import hub
@@ -39,7 +36,7 @@ from molmo2_nemo.fetch.archives import SUFFIXES, BadArchive, Bounds, archive_kin
 from molmo2_nemo.fetch.file_names import direct, file_name, other_name
 from molmo2_nemo.fetch.held_out import held_out_lists
 from molmo2_nemo.fetch.journal import Journal
-from molmo2_nemo.fetch.media_check import BadContent, check_file
+from molmo2_nemo.fetch.media_check import BadContent, begins_as_json, check_file, check_rows
 from molmo2_nemo.fetch.on_disk import (
     NEWER,
     broken_files,
@@ -54,9 +51,10 @@ from molmo2_nemo.fetch.on_disk import (
     shared_homes,
     unpacked_as,
 )
+from molmo2_nemo.fetch.room import NoScratch, Room, in_turn
 from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.fetch.url_list import DownloadProgress, NoNetwork, Wanted, fetch_list, remove_duplicates
-from molmo2_nemo.fetch.web import Lost, OutOfBytes, download, publish, session
+from molmo2_nemo.fetch.web import Lost, OutOfBytes, download, length_of, publish, session
 from molmo2_nemo.fetch.youtube import fetch_videos
 from molmo2_nemo.files import LockHeld, is_disk_error, locked, sha256_of, sha256_of_text, write_json
 
@@ -78,6 +76,7 @@ class FetchOptions:
     remove_archives: bool = False
     max_side: int | None = None  # pixels of the longer side of pictures; larger ones are resized on arrival
     bounds: Bounds = field(default_factory=Bounds)
+    room: Room | None = None  # that it may take on the disk
 
 
 @dataclass
@@ -129,7 +128,7 @@ def fetch_set(
                     result = FetchResult(entry.name, "failed", _sentence(error))
                 else:
                     raise
-            except (ValueError, Lost, NoNetwork, BadArchive, BadContent) as error:
+            except (ValueError, Lost, NoNetwork, NoScratch, BadArchive, BadContent) as error:
                 fetch.note(complete=False, stopped=str(error))
                 result = FetchResult(entry.name, "failed", " ".join(str(error).split()))
             finally:
@@ -255,7 +254,8 @@ class _Fetch:
                 self._check_columns(f"hub/{rows[0]}")
             if self.options.limit is not None:
                 names = self._enough(repository, names, wanted.filter)
-            self._from_hub(repository, names)
+            for some in self._in_turn(repository, names):
+                self._from_hub(repository, some)
             self.splits[split] = [f"hub/{name}" for name in names]
         absent = [name for name in wanted.also if name not in repository.files]
         if absent:
@@ -291,6 +291,17 @@ class _Fetch:
         into, expect = self.folder / "hub", self.progress.expect
         hub.fetch_files(repository, names, into, known, self.rules, self.meter.add, done, expect)
 
+    def _in_turn(self, repository: hub.Repository, names: list[str]) -> Iterator[list[str]]:
+        """The files in groups for each of which there is room."""
+        there = [
+            name
+            for name in names
+            if (record := self.files.records.get(f"hub/{name}"))
+            and (_is_there(self.folder, record) or is_unpacked(self.folder, self.files, record))
+        ]
+        sizes = {name: 0 if name in there else repository.files[name].size or 0 for name in names}
+        return in_turn(sizes, self.options.room, self.entry.name)
+
     def _url_annotations(self) -> None:
         files = []
         for url in self.entry.source.urls:
@@ -319,9 +330,10 @@ class _Fetch:
             repository = hub.open_repository(media.hf, self.options.root, self.rules)
             self.revisions[repository.repo] = repository.revision
             names = [name for names in hub.choose_files(repository, media.hf).values() for name in names]
-            self._from_hub(repository, names)
-            for name in names:
-                self._unpack(self.folder, self.files, f"hub/{name}", only_if_archive=True)
+            for some in self._in_turn(repository, names):
+                self._from_hub(repository, some)
+                for name in some:
+                    self._unpack(self.folder, self.files, f"hub/{name}", only_if_archive=True)
         for url in media.urls:
             self._from_url(url, "media", archive=True if media.kind == "archive" else None)
         if media.kind == "archive" and not media.hf and not media.urls and self.entry.source.kind == "hf":
@@ -475,6 +487,9 @@ class _Fetch:
         part = home / ".part" / sha256_of_text(url)[:16]
         rules = replace(self.rules, max_file_bytes=MAX_ARCHIVE, max_seconds=math.inf)
 
+        if self.options.room and (length := asyncio.run(length_of(direct(url), rules))):
+            self.options.room.need(length * (1 if archive is False else 2), f"{self.entry.name}, {url}")
+
         async def get() -> dict:
             async with session(rules) as client:
                 return await download(client, direct(url), part, rules, self.meter.add)
@@ -489,7 +504,7 @@ class _Fetch:
             if not kind and suffix in (".zip", ".tar", ".tgz"):
                 raise BadContent("no archive")
             if not kind and suffix in ROW_SUFFIXES:
-                _check_rows(part, suffix)
+                check_rows(part, suffix)
         except Lost as error:
             raise ValueError(f"{url} cannot be downloaded: {error.reason}.") from error
         except BadContent as error:
@@ -497,7 +512,7 @@ class _Fetch:
             raise ValueError(
                 f"{url} gave {error} instead of the file: try again later or look at its web page."
             ) from error
-        what = kind or ("json" if _begins_as_json(part) else None)
+        what = kind or ("json" if begins_as_json(part) else None)
         name = f"{'archives' if kind else into}/{file_name(url, reply['file_name'], what)}"
         if files.records.get(name, {}).get("from", url) != url:  # two addresses end with the same name
             name = other_name(name, url)
@@ -522,7 +537,9 @@ class _Fetch:
             unpacked = other_name(unpacked, name)
             files.append(record | {"folder": unpacked})
         try:
-            found = extract(path, home / unpacked, record["sha256"], self.options.bounds)
+            bounds, room = self.options.bounds, self.options.room
+            more = [room.add] if room else []
+            found = extract(path, home / unpacked, record["sha256"], bounds, *more)
         except BadArchive as error:
             raise ValueError(f"the archive {path} is not unpacked: it is {error}.") from error
         files.append({"file": unpacked, "of": name, "archive": record["sha256"], **asdict(found)})
@@ -576,19 +593,6 @@ class _Fetch:
 def note_trial(root: Path, name: str, **found) -> None:
     """Write into fetched.json what FetchNote says of samples and media: works, useless, searched, found."""
     write_json(root / "raw" / name / "fetched.json", {**RawSource(root, name).info, **found}, sort_keys=True)
-
-
-def _check_rows(path: Path, suffix: str) -> None:
-    """Read all rows of a file. BadContent: it is cut off, or something else."""
-    try:
-        collections.deque(read_rows(path, suffix), maxlen=0)
-    except UnreadableFile as error:
-        raise BadContent(f"a broken {suffix} file ({error.reason[:120]})") from error
-
-
-def _begins_as_json(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(64).lstrip()[:1] in (b"{", b"[")
 
 
 def _is_there(home: Path, record: dict) -> bool:

@@ -1,9 +1,11 @@
 """Whether a downloaded file is what it should be. Pictures and videos are decoded: no header or suffix is trusted."""
 
+import collections
 import warnings
 from pathlib import Path
 
 from molmo2_nemo import limits
+from molmo2_nemo.catalogue.raw import UnreadableFile, read_rows
 
 # Pixels; pictures with a shorter side are tracking pixels and placeholders.
 MIN_SIDE = 10
@@ -124,3 +126,16 @@ def instead_of_file(path: Path) -> str | None:
     if head[4:12] in (b"ftypavif", b"ftypavis", b"ftypheic", b"ftypmif1"):
         return f"an {head[8:12].decode()} picture, a format that is not read here"
     return None
+
+
+def check_rows(path: Path, suffix: str) -> None:
+    """Read all rows of a file. BadContent: it is cut off, or something else."""
+    try:
+        collections.deque(read_rows(path, suffix), maxlen=0)
+    except UnreadableFile as error:
+        raise BadContent(f"a broken {suffix} file ({error.reason[:120]})") from error
+
+
+def begins_as_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip()[:1] in (b"{", b"[")

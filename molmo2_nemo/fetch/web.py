@@ -190,6 +190,17 @@ async def download(
     raise lost
 
 
+async def length_of(url: str, rules: Rules) -> int | None:
+    """Bytes of a file, as its server says before it sends them; None: it does not say, or there is no such file."""
+    try:
+        async with session(rules) as client:
+            response = await _open(client, url, {}, rules)
+            response.close()
+            return response.content_length if response.status == 200 else None
+    except (Lost, TimeoutError, aiohttp.ClientError, OSError, ValueError):
+        return None
+
+
 async def _once(client, url: str, part: Path, rules: Rules, count, accept: str) -> dict:
     """One attempt of `download`."""
     have, known = _so_far(part)

@@ -177,14 +177,19 @@ def _image(image, raw: RawSource) -> bytes:
     if isinstance(image, dict) and "clock" in image:
         return _clock(image, raw)
     if isinstance(image, dict):
-        return _drawn(_read(find_media(image["name"], raw)), image["boxes"], image["opacity"])
-    return _read(find_media(image, raw))
+        return _drawn(_read(_found(image["name"], raw)), image["boxes"], image["opacity"])
+    return _read(_found(image, raw))
+
+
+def _found(names: str | list[str], raw: RawSource) -> Path:
+    """The file of one of the names, to be read at once. Dropped: there is none."""
+    return raw.content(find_media(names, raw))
 
 
 def _clock(image: dict, raw: RawSource) -> bytes:
     """The user's own picture of a watch, or else one that is drawn here."""
     try:
-        return _read(find_media(image["name"], raw))
+        return _read(_found(image["name"], raw))
     except Dropped:
         return _try(draw_clock, "clock", image["clock"]["says"], image["clock"]["watch"])
 
@@ -220,7 +225,7 @@ def _video(video: Clip, raw: RawSource) -> tuple[bytes, str, dict]:
     path, whole = None, False
     for names, is_cut in ((video.cut, True), (video.names, False)):
         try:
-            path, whole = find_media(names, raw), is_cut
+            path, whole = _found(names, raw), is_cut
             break
         except Dropped:
             continue
@@ -300,7 +305,7 @@ def _encoded(video: Clip, raw: RawSource, path: Path | None) -> bytes:
         stamps = _try(list_frames, "video", data).seconds[::step][chosen]
         pictures = _try(pick_frames, "video", data, stamps)
     else:
-        pictures = (_try(read_image, "picture", _read(frame)) for frame in frames[::step][chosen])
+        pictures = (_try(read_image, "picture", _read(raw.content(frame))) for frame in frames[::step][chosen])
     data = _try(encode, "video", pictures, fps)
     if not data:
         raise Dropped("a clip outside of its video")

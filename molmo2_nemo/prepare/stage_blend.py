@@ -13,10 +13,12 @@ from molmo2_nemo.prepare.dataset_shards import read_provenance
 BLENDS = {1: ["stage1"], 2: ["stage2", "stage2_report"], 3: ["stage2", "stage2_report"]}
 
 
-def write_blends(stage: int, catalogue: Catalogue, out: Path, allowed: set[str] | None) -> list[Path]:
+def write_blends(
+    stage: int, catalogue: Catalogue, out: Path, allowed: set[str] | None, root: str | None = None
+) -> list[Path]:
     """Write the stage's blends, restricted to the prepared sets of `out`, and their licences; returns the files.
 
-    allowed: names of the sets that may be in the blends; None: all.
+    allowed: names of the sets that may be in the blends; None: all. root: where the sets are, if not in `out`.
     """
     whole = blends(catalogue)
     files, present = [], set()
@@ -26,7 +28,7 @@ def write_blends(stage: int, catalogue: Catalogue, out: Path, allowed: set[str] 
         if not kept:
             continue
         content, sources = kept
-        text = f"# {len(sources)} sources below data.root={out}. {what}\n"
+        text = f"# {len(sources)} sources below data.root={root or out}. {what}\n"
         files.append(_write(out / f"{name}.yaml", text + yaml.safe_dump(content, sort_keys=False)))
         present |= set(sources)
     if present:

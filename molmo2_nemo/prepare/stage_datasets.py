@@ -107,9 +107,9 @@ def choose_entries(
 class PreparedStage:
     """What a run of `prepare_stage` has done."""
 
-    out: Path  # absolute
+    out: Path | str  # absolute, or an address
     states: list[DatasetState]
-    files: list[Path]  # blends and licences that were written
+    files: list[Path] | list[str]  # blends and licences that were written
 
     @property
     def succeeded(self) -> bool:
@@ -332,7 +332,7 @@ def progress_bar(name: str, total: int | None, unit: str, quiet: bool, line: int
         desc=name or None,
         total=total,
         unit=unit,
-        unit_scale=unit == "row",
+        unit_scale=unit in ("row", "B"),
         disable=quiet,
         position=line,
         leave=not line,

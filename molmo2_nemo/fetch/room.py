@@ -1,0 +1,112 @@
+"""A bound of the disk space that a program takes below a folder."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from molmo2_nemo.files import readable_size
+
+# Bytes of a block of most file systems. All files are looked at again once so much of the room was written since.
+BLOCK, LOOKS = 4096, 16  # a sixteenth
+
+
+def as_option(size: int) -> str:
+    """At least so many bytes, as a user types them: 270GB, 12MB."""
+    power = next((power for power in (12, 9, 6, 3) if size >= 10 ** (power + 1)), 0)
+    return f"{-(-size // 10**power)}{ {12: 'TB', 9: 'GB', 6: 'MB', 3: 'KB', 0: 'B'}[power] }"
+
+
+class NoScratch(Exception):
+    """The work does not fit into the room. The message is one sentence."""
+
+
+@dataclass
+class Room:
+    """At most `most` bytes below `folder`, as the disk counts them: a hole in a file takes none."""
+
+    folder: Path
+    most: int
+    put_away: Callable[[], None] = lambda: None  # puts away, or removes, what can be
+    beat: Callable[[], None] = lambda: None  # called now and then
+    peak: int = 0  # the most that was ever taken
+    _used: int = 0
+    _since: int = 0  # bytes that were counted since the files were looked at
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def used(self) -> int:
+        """Bytes that are taken now, by looking at every file."""
+        self.beat()
+        self._used, self._since = blocks_below(self.folder), 0
+        self.peak = max(self.peak, self._used)
+        return self._used
+
+    def left(self) -> int:
+        return self.most - self.used()
+
+    def need(self, size: int, what: str) -> None:
+        """See that `size` bytes can be written. NoScratch: they cannot, even after all is put away that can be."""
+        if self.left() >= size:
+            return
+        self.put_away()
+        if (left := self.left()) < size:
+            raise NoScratch(
+                f"{what} needs {readable_size(size)} of scratch, and of --max-scratch {readable_size(self.most)} only"
+                f" {readable_size(max(0, left))} are left: give --max-scratch {as_option(self.most - left + size)}"
+            )
+
+    def takes(self, count: int) -> bool:
+        """Whether bytes that are about to be written fit; then they count as taken, until the files are looked at."""
+        self.beat()
+        with self._lock:
+            if self._since > self.most // LOOKS:
+                self.used()
+            self._since += count
+            self._used += count
+            self.peak = max(self.peak, self._used)
+            return self._used <= self.most
+
+    def add(self, count: int) -> None:
+        """Count bytes that come out of an archive. NoScratch: they do not fit."""
+        if not self.takes(-(-count // BLOCK) * BLOCK):
+            raise NoScratch(
+                f"what comes out of its archives needs more than --max-scratch {as_option(self.most)}: give "
+                f"--max-scratch {as_option(2 * self.most)}"
+            )
+
+
+def blocks_below(folder: Path) -> int:
+    """Bytes of the disk's blocks below a folder, that of folders included. Links are not followed."""
+    total, seen = 0, set()
+    for directory, _, names in os.walk(folder):
+        for path in (directory, *(os.path.join(directory, name) for name in names)):
+            try:
+                stat = os.lstat(path)
+            except OSError:  # removed in the meantime
+                continue
+            if stat.st_nlink > 1 and path != directory:
+                if (stat.st_dev, stat.st_ino) in seen:
+                    continue
+                seen.add((stat.st_dev, stat.st_ino))
+            total += 512 * stat.st_blocks
+    return total
+
+
+def in_turn(sizes: dict[str, int], room: Room | None, what: str) -> Iterator[list[str]]:
+    """Names of files in groups, each of which there is room for once it is asked for, also while archives are unpacked.
+
+    All at once, if there is no bound. sizes: bytes of each file that are still to come. NoScratch: see Room.need.
+    """
+    if room is None:
+        yield list(sizes)
+        return
+    some, total, largest = [], 0, 0
+    for name in [*sizes, None]:
+        size = sizes.get(name, 0)
+        if some and (name is None or total + size > room.most // 8):
+            room.need(total + largest, f"{what}, {some[0]}")
+            yield some
+            some, total, largest = [], 0, 0
+        some.append(name)
+        total, largest = total + size, max(largest, size)
