@@ -21,6 +21,7 @@ _NOISY_WARNINGS = (
     ".*full scope is deprecated.*",
     ".*argument order of load has been changed.*",
     ".*torch.distributed is disabled.*",
+    r".*`torch\.distributed\.\w+` is deprecated.*",  # Megatron's calls
     ".*pin_memory.*",
     ".*invalid escape sequence.*",  # when Python compiles a library's file for the first time
     # Megatron's distributed optimizer of float32 weights holds views of them.

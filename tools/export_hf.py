@@ -20,6 +20,7 @@ import torch
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.command_line import tokenizer_location
 from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.environment import quiet_libraries
 from molmo2_nemo.hf.convert import export_hf
 from molmo2_nemo.hf.layouts import LAYOUTS
 from molmo2_nemo.hf.peft import export_adapter
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--max-crops", type=int, help="tiles of an image; default: as in training, else 8")
     parser.add_argument("--max-frames", type=int, help="frames of a video; default: as in training, else 384")
     args = parser.parse_args()
+    quiet_libraries()
     if not 0 < args.max_shard_gib < float("inf"):
         parser.error(f"--max-shard-gib {args.max_shard_gib} is no positive number")
     try:

@@ -60,6 +60,7 @@ def find_start(config: Config) -> Start:
                 "restore the folder, or set train.start_over=true to begin again at step 1."
             )
     if resume is not None:
+        lora_base.refuse_other_adapters(resume, config.lora)  # before weights are converted and a model is built
         base = own_base(resume)
         if base is not None or config.lora.rank == 0:
             return Start(resume=resume, init_from=base, ignored=ignored)

@@ -252,3 +252,6 @@ def test_a_run_of_adapters_starts_from_weights_that_are_there(imported, base, hf
     assert start.find_start(config) == start.Start(resume=resume, init_from=own)
     shutil.rmtree(own)
     assert start.find_start(config) == start.Start(resume=resume, init_from=base)
+    config.lora.rank = 0
+    with pytest.raises(ConfigError, match="holds adapters alone, but lora.rank=0: set lora.rank=3"):
+        start.find_start(config)
