@@ -43,12 +43,18 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     parser.add_argument("--page", type=int, default=200, metavar="N", help="answers on the page (default: %(default)s)")
+    parser.add_argument("--sam2", action="store_true", help="write the tracks' points and videos to OUT/sam2")
+    parser.add_argument("--masks", type=Path, metavar="FILE", help="what SAM 2 made of them: score J&F")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two folders of --out")
     args = parser.parse_args(arguments)
     if args.compare and (args.model or args.data or args.set):
         parser.error("--compare reads two evaluations that are there: leave out the model, --data and --set")
     if not args.compare and not (args.model and (args.data or args.set)):
         parser.error("give a model and --data SHARDS or --set NAME; or --compare A B")
+    if args.compare and (args.sam2 or args.masks):
+        parser.error("--sam2 and --masks are of one evaluation: leave out --compare")
+    if args.masks and not args.masks.is_file():
+        parser.error(f"--masks {args.masks} is no file: give the lines that SAM 2's masks were written to")
     if args.data and args.set:
         parser.error("--data and --set are evaluated one after the other: leave one of them out")
     if args.split and args.set:
@@ -164,13 +170,14 @@ def ask(args: argparse.Namespace, samples, folder: Path, out: Path, rank: int, r
 
 def summarise(args: argparse.Namespace, samples, asker, out: Path, settings: dict, number: int) -> None:
     """Print the table, and write predictions, scores and page. Exits with 1 if questions have no answer."""
-    from molmo2_nemo.evaluate import records, table
+    from molmo2_nemo.evaluate import records, segmentation, table
     from molmo2_nemo.evaluate.page import write_page
     from molmo2_nemo.files import write_json
 
     found = sorted(records.read_answers(out).values(), key=lambda record: (record["index"], record["id"]))
     if missing := set(range(number)) - {record["index"] for record in found}:
         raise ValueError(f"{len(missing)} of {number} samples have no line in {out}: run the same command again")
+    about_masks = segmentation.add_scores(args.masks, samples, found) if args.masks else ""
     records.write_predictions(out, found)
     lines, counts = table.lines(found), table.counts(found)
     write_json(
@@ -187,6 +194,11 @@ def summarise(args: argparse.Namespace, samples, asker, out: Path, settings: dic
     ):
         if amount:
             print(f"{amount:,} {what}")
+    if about_masks:
+        print(about_masks)
+    if args.sam2:
+        number = segmentation.write_prompts(out, samples, found)
+        print(f"{out / segmentation.PROMPTS}: the points of {number:,} answers about tracks with masks")
     print(f"{out / records.PREDICTIONS}, {page}")
     if counts.failed:
         for reason, times in list(counts.errors.items())[:SHOWN_ERRORS]:
