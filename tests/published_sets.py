@@ -198,13 +198,13 @@ def archive_of(content: dict) -> bytes:
 # -- fixtures and servers ---------------------------------------------------------------------------------------------
 
 
-def names() -> list[str]:
-    """Data sets that have a file in tests/published."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+def names(folder: Path = FOLDER) -> list[str]:
+    """Data sets that have a file in tests/published, or in another folder."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def load(name: str) -> dict:
-    fixture = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+def load(name: str, folder: Path = FOLDER) -> dict:
+    fixture = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
     assert set(fixture) <= KEYS and {"evidence", "expected"} <= set(fixture), f"keys of {name}.yaml"
     return _with_hashes(fixture, fixture.get("urls", {}))
 

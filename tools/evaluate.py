@@ -44,12 +44,21 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     parser.add_argument("--page", type=int, default=200, metavar="N", help="answers on the page (default: %(default)s)")
+    parser.add_argument("--sam2", action="store_true", help="write the tracks' points and videos to OUT/sam2")
+    parser.add_argument("--masks", type=Path, metavar="FILE", help="what SAM 2 made of them: score J&F")
+    parser.add_argument("--card", action="store_true", help="put the scores into the model card, MODEL/README.md")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two folders of --out")
     args = parser.parse_args(arguments)
     if args.compare and (args.model or args.data or args.set):
         parser.error("--compare reads two evaluations that are there: leave out the model, --data and --set")
     if not args.compare and not (args.model and (args.data or args.set)):
         parser.error("give a model and --data SHARDS or --set NAME; or --compare A B")
+    if args.compare and (args.sam2 or args.masks or args.card):
+        parser.error("--sam2, --masks and --card are of one evaluation: leave out --compare")
+    if args.card and not (args.model / "config.json").is_file():
+        parser.error("--card is for an export: of a run, tools/export_hf.py takes the scores into the card itself")
+    if args.masks and not args.masks.is_file():
+        parser.error(f"--masks {args.masks} is no file: give the lines that SAM 2's masks were written to")
     if args.data and args.set:
         parser.error("--data and --set are evaluated one after the other: leave one of them out")
     if args.split and args.set:
@@ -87,6 +96,7 @@ def compare(first: Path, second: Path) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
+    from molmo2_nemo.evaluate.records import EVALUATIONS
     from molmo2_nemo.evaluate.samples import Samples
 
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -94,7 +104,7 @@ def evaluate(args: argparse.Namespace) -> None:
         # Ranks wait for each other at the end, for as long as the slowest one needs.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     samples = Samples(prepare_sets(args, rank), "test") if args.set else Samples(args.data, args.split, args.cache_dir)
-    out = args.out or Path("runs/evaluate") / "-".join([args.model.name, *(name for name, *_ in samples.sources)])
+    out = args.out or EVALUATIONS / "-".join([args.model.name, *(name for name, *_ in samples.sources)])
     with hugging_face_folder(args.model, out, rank, ranks) as folder:
         ask(args, samples, folder, out, rank, ranks)
     if ranks > 1:
@@ -165,18 +175,25 @@ def ask(args: argparse.Namespace, samples, folder: Path, out: Path, rank: int, r
 
 def summarise(args: argparse.Namespace, samples, asker, out: Path, settings: dict, number: int) -> None:
     """Print the table, and write predictions, scores and page. Exits with 1 if questions have no answer."""
-    from molmo2_nemo.evaluate import records, table
+    from molmo2_nemo.evaluate import card, records, segmentation, table
     from molmo2_nemo.evaluate.page import write_page
     from molmo2_nemo.files import write_json
 
     found = sorted(records.read_answers(out).values(), key=lambda record: (record["index"], record["id"]))
     if missing := set(range(number)) - {record["index"] for record in found}:
         raise ValueError(f"{len(missing)} of {number} samples have no line in {out}: run the same command again")
+    about_masks = segmentation.add_scores(args.masks, samples, found) if args.masks else ""
     records.write_predictions(out, found)
     lines, counts = table.lines(found), table.counts(found)
     write_json(
         out / records.SCORES,
-        {"settings": settings, "scores": [asdict(line) for line in lines], "counts": asdict(counts)},
+        {
+            "settings": settings,
+            "sets": [{"name": name, "split": split, "public": bool(args.set)} for name, _, split, _ in samples.sources],
+            "samples": len(samples),
+            "scores": [asdict(line) for line in lines],
+            "counts": asdict(counts),
+        },
     )
     page = write_page(out, samples, asker, found, lines, counts, settings, max(0, args.page))
     print(table.text(lines) if lines else "no answer has a score: no metric is known for these questions")
@@ -188,6 +205,14 @@ def summarise(args: argparse.Namespace, samples, asker, out: Path, settings: dic
     ):
         if amount:
             print(f"{amount:,} {what}")
+    if about_masks:
+        print(about_masks)
+    if args.card:
+        added = card.add_to_card(args.model, card.evaluations_of(args.model, [out]))
+        print(f"{args.model / card.CARD} has {added:,} means of this evaluation")
+    if args.sam2:
+        number = segmentation.write_prompts(out, samples, found)
+        print(f"{out / segmentation.PROMPTS}: the points of {number:,} answers about tracks with masks")
     print(f"{out / records.PREDICTIONS}, {page}")
     if counts.failed:
         for reason, times in list(counts.errors.items())[:SHOWN_ERRORS]:

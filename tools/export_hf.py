@@ -21,6 +21,8 @@ from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.command_line import tokenizer_location
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.environment import quiet_libraries
+from molmo2_nemo.evaluate import card
+from molmo2_nemo.evaluate.records import EVALUATIONS
 from molmo2_nemo.hf.convert import export_hf
 from molmo2_nemo.hf.layouts import LAYOUTS
 from molmo2_nemo.hf.peft import export_adapter
@@ -40,6 +42,13 @@ def main() -> None:
         "transformers alone, without a file of code",
     )
     parser.add_argument("--license", help="of the exported model, for its card, by the Hub's names: apache-2.0, ...")
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="folders of tools/evaluate.py, for the card (default: all of runs/evaluate that are of these weights)",
+    )
     parser.add_argument("--max-shard-gib", type=float, default=4.0, help="size of a safetensors file at most")
     parser.add_argument("--no-checksums", action="store_true", help="do not compare the checkpoint with its checksums")
     parser.add_argument("--adapter", action="store_true", help="write the adapters of LoRA alone, as PEFT loads them")
@@ -74,8 +83,17 @@ def main() -> None:
             layout=args.layout,
             license=args.license,
         )
+        scored = {out: card.evaluations_of(args.out, [out]) for out in args.scores or sorted(EVALUATIONS.glob("*"))}
+        means = card.add_to_card(args.out, [one for found in scored.values() for one in found])
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
+    for out in args.scores or ():
+        if not scored[out]:
+            print(
+                f"--scores {out}: no finished evaluation of exactly this model, left out of the card", file=sys.stderr
+            )
+    if means:
+        print(f"{args.out / card.CARD} has {means:,} means of evaluations of exactly this model")
     print(f"{args.out} holds {checkpoint}; load it with transformers' AutoModelForImageTextToText and AutoProcessor")
 
 

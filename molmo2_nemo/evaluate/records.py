@@ -15,6 +15,7 @@ from pathlib import Path
 from molmo2_nemo.files import write_atomically, write_json
 
 SETTINGS, PREDICTIONS, SCORES = "settings.json", "predictions.jsonl", "scores.json"
+EVALUATIONS = Path("runs/evaluate")  # where they are, unless --out says otherwise
 # Bytes that are hashed of the beginning, the middle and the end of a file of weights.
 LOOKED_AT = 2**20
 

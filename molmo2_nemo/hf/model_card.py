@@ -38,6 +38,8 @@ _SETTINGS = (
     "lora.rank",
 )
 
+USAGE = "## How to use it"  # the last section
+
 
 @dataclass
 class Stage:
@@ -86,7 +88,7 @@ def model_card(checkpoint: Path, title: str, layout: str, license: str | None = 
         *(stage_text(stage) for stage in reversed(origin.stages)),
         "## Data\n\n" + data_text(origin, names, catalogue),
         "## Scores\n\n" + scores_text(checkpoint),
-        "## How to use it\n\n" + usage_text(layout),
+        f"{USAGE}\n\n" + usage_text(layout),
     ]
     return "\n\n".join(parts) + "\n"
 
