@@ -53,6 +53,7 @@ NOT_RUN = (
     (r"python tools/report_quickstart\.py .*", "part of tools/quickstart.sh, which test_quickstart.py runs"),
     (r"python tools/make_sample_data\.py .*", "a minute; the fixture `sample` runs it at a hundredth of the size"),
     (r"(source|export|cp|hf) .*", "of the shell, or another program's"),
+    (r"nsys .*", "needs NVIDIA's Nsight Systems and GPUs"),
     (r"wandb .*", "needs an account at Weights & Biases"),
     (r"(ruff|pytest) .*", "other programs of the environment"),
     (r"python3\.12 -m pip .*|pip install .*", "needs the network"),
@@ -177,6 +178,8 @@ def to_check(command: str) -> tuple[list[str], int | None] | None:
         words = shlex.split(re.search(r'echo "(?:\[.*\|\| )?(.*?)"', command)[1].replace("$k", "0"))
     if words[0] == "source":
         words = words[words.index("&&") + 1 :] if "&&" in words else words
+    if words[0] == "nsys":
+        words = words[words.index("torchrun") :]
     if words[0] in ("python", "torchrun", "srun", "sbatch"):
         launcher, words = words[0], words[1:]
         words = words[1:] if words[0] == "python" else words
