@@ -127,6 +127,7 @@ class StepTimes:
         """A step begins. One that has begun and not ended is forgotten."""
         if self.open:
             self._close_ranges()
+            self.events += [at for _, at in self.marks] if self.on_gpu else []
             self.marks = []
         self._settle()
         self.open, self.marks = [("other", self._range(f"step {step}"))], []
@@ -193,7 +194,8 @@ class StepTimes:
             return
         times = [at for _, at in self.marks]
         if self.on_gpu:
-            times[-1].synchronize()  # it has passed: see `end`
+            for event in times:
+                event.synchronize()  # it has passed: see `end`
             since = [times[0].elapsed_time(event) / 1000 for event in times]
             self.events += times
         else:

@@ -100,14 +100,13 @@ STAND_IN = {
     "[OVERRIDE...]": "",
     "[MORE...]": "",
     "[NAME ...]": "",
-    "alternate]": "alternate",
     "$DATA_ROOT": "/data/molmo2",
     " ...": "",
     "HF_DIR...": "HF_DIR",
     "RANKS": "8",
-    "[": "",
-    "]": "",
 }
+# What a command may have or not; not a list, `key=[1,2]`.
+LEFT_OUT = re.compile(r"(?<!=)\[([^\[\]]*)\]")
 COMMAND = re.compile(r"(python3?\.?1?2? (-m |tools/|recipes/)|torchrun |srun |sbatch |slurm/\w+\.s|tools/\w+)")
 
 
@@ -150,7 +149,7 @@ def commands() -> dict[str, list[tuple[str, bool]]]:
 
 
 def is_run(command: str) -> bool:
-    return any(re.fullmatch(pattern, command) for pattern in RUN) and "[" not in command
+    return any(re.fullmatch(pattern, command) for pattern in RUN) and not LEFT_OUT.search(command)
 
 
 def reason(command: str) -> str | None:
@@ -173,6 +172,8 @@ def to_check(command: str) -> tuple[list[str], int | None] | None:
     """(the program's path and its arguments, ranks) of a command with a program of ours; None for another's."""
     for words, others in STAND_IN.items():
         command = command.replace(words, others)
+    while command != (command := re.sub(LEFT_OUT, r"\1", command)):
+        pass
     words, ranks = shlex.split(command), None
     if words[0] == "for":  # for x in ...; do echo "COMMAND"; done > FILE
         words = shlex.split(re.search(r'echo "(?:\[.*\|\| )?(.*?)"', command)[1].replace("$k", "0"))
