@@ -11,6 +11,7 @@ from megatron.core.utils import configure_nvtx_profiling, unwrap_model
 from molmo2_nemo import compat
 from molmo2_nemo.config.schema import TrainConfig
 from molmo2_nemo.model.molmo2 import Molmo2
+from molmo2_nemo.training.step import global_name
 from molmo2_nemo.training.step_times import StepTimes, mean_step
 
 FOLDER = "profile"
@@ -147,7 +148,7 @@ def _name_modules(model: Molmo2):
 
     for name, module in model.named_modules():
         if name not in ("", "vision", "vision.connector", "decoder") and any(True for _ in module.children()):
-            handles.append(module.register_forward_pre_hook(begin(name)))
+            handles.append(module.register_forward_pre_hook(begin(global_name(name, model))))
             handles.append(module.register_forward_hook(end, always_call=True))
     return lambda: [handle.remove() for handle in handles]
 

@@ -450,6 +450,7 @@ def finish(run: Run, reason: str, why: str) -> None:
         run.log.say(f"data of {line}")
     run.log.close()
     run.stacks.close()
+    run.times.close()
     dist.barrier()
     dist.destroy_process_group()
     if run.log.main and run.config.train.report:

@@ -52,6 +52,7 @@ class StepTimes:
         self.events: list[torch.cuda.Event] = []  # that can be used again
         self.timers = {name: _Timer(self, part) for name, part in MEGATRON_TIMERS.items()}
         self.names = list(PARTS)
+        self.watched: list[dist.ProcessGroup] = []
         self.unseen = None  # a sentence, where collectives cannot be seen
 
     def __call__(self, name: str, log_level: int | None = None) -> "_Timer":
@@ -71,10 +72,8 @@ class StepTimes:
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             self.timers["forward-backward"] = _Timer(self, "other")
         groups = _groups() + [("all ranks", part.get_grad_stats_parallel_group()) for part in parts]
-        seen = []
         for name, group in groups:
-            if group.size() > 1 and not any(group is other for other in seen):
-                seen.append(group)
+            if group.size() > 1 and not any(group is other for other in self.watched):
                 self._watch_group(group, f"{COMMUNICATION} {name}")
         pipeline = parallel_state.get_pipeline_model_parallel_world_size() > 1
         names = [name for name, group in groups if group.size() > 1] + ["pipeline"] * pipeline + ["data"]
@@ -115,11 +114,20 @@ class StepTimes:
 
         group.register_pre_hook(HOOK, begin)
         group.register_post_hook(HOOK, end)
+        self.watched.append(group)
+
+    def close(self) -> None:
+        """Leave the process groups alone, before they are destroyed."""
+        for group in self.watched:
+            group.unregister_pre_hook(HOOK)
+            group.unregister_post_hook(HOOK)
+        self.watched = []
 
     def begin(self, step: int) -> None:
         """A step begins. One that has begun and not ended is forgotten."""
         if self.open:
             self._close_ranges()
+            self.events += [at for _, at in self.marks] if self.on_gpu else []
             self.marks = []
         self._settle()
         self.open, self.marks = [("other", self._range(f"step {step}"))], []
@@ -186,7 +194,8 @@ class StepTimes:
             return
         times = [at for _, at in self.marks]
         if self.on_gpu:
-            times[-1].synchronize()  # it has passed: see `end`
+            for event in times:
+                event.synchronize()  # it has passed: see `end`
             since = [times[0].elapsed_time(event) / 1000 for event in times]
             self.events += times
         else:

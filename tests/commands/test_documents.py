@@ -53,6 +53,7 @@ NOT_RUN = (
     (r"python tools/report_quickstart\.py .*", "part of tools/quickstart.sh, which test_quickstart.py runs"),
     (r"python tools/make_sample_data\.py .*", "a minute; the fixture `sample` runs it at a hundredth of the size"),
     (r"(source|export|cp|hf) .*", "of the shell, or another program's"),
+    (r"nsys .*", "needs NVIDIA's Nsight Systems and GPUs"),
     (r"wandb .*", "needs an account at Weights & Biases"),
     (r"(ruff|pytest) .*", "other programs of the environment"),
     (r"python3\.12 -m pip .*|pip install .*", "needs the network"),
@@ -99,14 +100,13 @@ STAND_IN = {
     "[OVERRIDE...]": "",
     "[MORE...]": "",
     "[NAME ...]": "",
-    "alternate]": "alternate",
     "$DATA_ROOT": "/data/molmo2",
     " ...": "",
     "HF_DIR...": "HF_DIR",
     "RANKS": "8",
-    "[": "",
-    "]": "",
 }
+# What a command may have or not; not a list, `key=[1,2]`.
+LEFT_OUT = re.compile(r"(?<!=)\[([^\[\]]*)\]")
 COMMAND = re.compile(r"(python3?\.?1?2? (-m |tools/|recipes/)|torchrun |srun |sbatch |slurm/\w+\.s|tools/\w+)")
 
 
@@ -149,7 +149,7 @@ def commands() -> dict[str, list[tuple[str, bool]]]:
 
 
 def is_run(command: str) -> bool:
-    return any(re.fullmatch(pattern, command) for pattern in RUN) and "[" not in command
+    return any(re.fullmatch(pattern, command) for pattern in RUN) and not LEFT_OUT.search(command)
 
 
 def reason(command: str) -> str | None:
@@ -172,11 +172,15 @@ def to_check(command: str) -> tuple[list[str], int | None] | None:
     """(the program's path and its arguments, ranks) of a command with a program of ours; None for another's."""
     for words, others in STAND_IN.items():
         command = command.replace(words, others)
+    while command != (command := re.sub(LEFT_OUT, r"\1", command)):
+        pass
     words, ranks = shlex.split(command), None
     if words[0] == "for":  # for x in ...; do echo "COMMAND"; done > FILE
         words = shlex.split(re.search(r'echo "(?:\[.*\|\| )?(.*?)"', command)[1].replace("$k", "0"))
     if words[0] == "source":
         words = words[words.index("&&") + 1 :] if "&&" in words else words
+    if words[0] == "nsys":
+        words = words[words.index("torchrun") :]
     if words[0] in ("python", "torchrun", "srun", "sbatch"):
         launcher, words = words[0], words[1:]
         words = words[1:] if words[0] == "python" else words

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from programs import TINY_SETTINGS, python, run_ranks, succeeded
+from programs import TINY_SETTINGS, figures, python, run_ranks, succeeded
 
 from molmo2_nemo.training.step_times import PARTS
 
@@ -100,3 +100,10 @@ def test_no_rank_of_a_healthy_run_is_named(sample, tmp_path):
     found = records(tmp_path)
     assert " is slow" not in said and len(found) == 8 and not any("slow_rank" in record for record in found.values())
     assert all(record["compute_seconds"]["median"] > 5 for record in found.values())
+
+
+@pytest.mark.slow
+def test_the_benchmark_counts_marks():
+    """At a toy size; a tensor parallel rank has those of its collectives, too."""
+    found = figures(run_ranks(2, "tools/bench/step_times.py", "--steps", "1", "parallel=tp2"))
+    assert found["marks of a step"] > 40 and found["µs of a mark"] > 0 and found["% of a step"] > 0

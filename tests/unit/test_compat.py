@@ -26,6 +26,23 @@ def test_optimizer_health_check():
     assert parameters(getattr(torch.optim.Optimizer, compat.OPTIMIZER_HEALTH_CHECK)) == ["self"]
 
 
+def test_cuda_memory(monkeypatch):
+    """Without a GPU: which of torch's functions are called, and that they take what they are given."""
+    calls = []
+    for name in ("_record_memory_history", "_dump_snapshot"):
+        real = inspect.signature(getattr(torch.cuda.memory, name))  # fails when there is no such name
+
+        def stand_in(*args, real=real, **kwargs):
+            real.bind(*args, **kwargs)
+            calls.append((args, kwargs))
+
+        monkeypatch.setattr(torch.cuda.memory, name, stand_in)
+    compat.record_cuda_memory(7)
+    compat.save_cuda_memory("file")
+    compat.record_cuda_memory(None)
+    assert calls == [((), {"max_entries": 7}), (("file",), {}), ((), {"enabled": None})]
+
+
 def test_extra_state():
     class Layer(torch.nn.Module):
         def get_extra_state(self):

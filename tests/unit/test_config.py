@@ -66,6 +66,40 @@ def test_the_quickstart_is_accepted(stage):
     checks.check(build(stage, *settings), 2)
 
 
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (["train.profile_steps=[0,2]"], "begins before step 1, the first one: use [1,2]"),
+        (["train.profile_steps=[5,3]"], "ends before it begins: use [5,5] for one step"),
+        (["train.profile_steps=[5]"], "must be the first and the last step of the profile, as in [20,22]"),
+        (["train.profile_steps=[9,11]", "train.max_steps=10"], "ends after train.max_steps=10: name earlier steps"),
+        (["train.profile_ranks=[2]"], "train.profile_ranks=[2] must name ranks of this run, from 0 to 1, each once"),
+        (["train.profile_ranks=[-1]"], "from 0 to 1"),
+        (["train.profile_ranks=[]"], "from 0 to 1"),
+        (["train.profile_ranks=[1,1]"], "each once: [0] is the first one"),
+        (["train.profile_with=nvprof"], "train.profile_with=nvprof is unknown: choose one of torch, nsys"),
+        (["train.profile_steps=[1,2]", "train.profile_with=nsys", "train.device=cpu"], "use train.profile_with=torch"),
+    ],
+)
+def test_a_profile_that_cannot_be_made_is_refused(overrides, sentence):
+    tiny = ["model=tiny", "data=sample", "schedule=quickstart", "optim=from_scratch", "parallel=tp2"]
+    assert sentence in refusal("stage2", *tiny, *overrides, world_size=2)
+    # What the sentences name instead is accepted.
+    advised = ["train.profile_steps=[1,2]", "train.profile_ranks=[0]", "train.profile_with=torch"]
+    checks.check(build("stage2", *tiny, *advised), 2)
+    for steps in ("[5,5]", "[20,22]"):
+        checks.check(build("stage2", *tiny, f"train.profile_steps={steps}"), 2)
+
+
+def test_a_profile_behind_the_end_is_refused_when_epochs_are_counted():
+    config = build("stage2", "model=tiny", "data=sample", "schedule=quickstart", "train.profile_steps=[9,11]")
+    config.train.max_steps = None  # until the data are looked at
+    checks.check_profile(config.train, 1)
+    config.train.max_steps = 10
+    with pytest.raises(ConfigError, match="ends after train.max_steps=10"):
+        checks.check_profile(config.train, 1)
+
+
 def test_no_option_is_left_untested():
     assert options("schedule") == ["finetune", "quickstart", "report", "seed"]
     assert options("data") == ["sample", "stage1", "stage2", "stage2_report"]
