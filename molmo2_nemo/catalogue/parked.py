@@ -85,8 +85,8 @@ class Parked:
     def held_at_once(self) -> int:
         """Bytes that one reader of pictures and videos may hold."""
         media = "SELECT max(bytes) FROM files WHERE name NOT LIKE '%.parquet'"
-        largest = self._database.execute(media).fetchone()[0] or 0
-        return max(largest, 2 * self._settings[1])
+        largest = self._database.execute(media).fetchone()[0]
+        return max(largest, 2 * self._settings[1]) if largest else 0
 
     def next_pack(self) -> int:
         return (self._database.execute("SELECT max(pack) FROM files").fetchone()[0] or 0) + 1
