@@ -536,11 +536,8 @@ class _Fetch:
             unpacked = other_name(unpacked, name)
             files.append(record | {"folder": unpacked})
         try:
-            room, more = self.options.room, []
-            if room:
-                room.need(path.stat().st_size, f"{self.entry.name}, {name}")
-                more = [room.add]
-            found = extract(path, home / unpacked, record["sha256"], self.options.bounds, *more)
+            count = self.options.room.for_archive(path) if self.options.room else lambda count: None
+            found = extract(path, home / unpacked, record["sha256"], self.options.bounds, count)
         except BadArchive as error:
             raise ValueError(f"the archive {path} is not unpacked: it is {error}.") from error
         files.append({"file": unpacked, "of": name, "archive": record["sha256"], **asdict(found)})

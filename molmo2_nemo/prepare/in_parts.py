@@ -55,8 +55,6 @@ from molmo2_nemo.prepare.stage_datasets import (
 SPOOL_SHARE, SPOOL_GROWTH = 4, 1.3
 # By how much shards differ in size.
 SHARD_SPREAD = 1.2
-# Share of the scratch that is kept for what is not counted: folders, and blocks that are not full.
-RESERVE = 0.03
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class _Run:
     def __init__(self, options: StageOptions, scratch: Scratch, place: Place, most: int):
         self.options, self.scratch, self.place, self.home = options, scratch, place, place.home
         self.shards = self.home / "shards"
-        self.room = Room(self.home, int(most * (1 - RESERVE)), beat=place.beat)
+        self.room = Room(self.home, most, beat=place.beat)
         self.rules = Rules(allow_private=scratch.allow_private)
         self.catalogue = load_catalogue(options.catalogue)
         self.bar = progress_bar("", None, "B", options.quiet)
@@ -218,7 +216,7 @@ class _Run:
                 + ("" if self.options.root else "; --root is the folder that holds raw/")
             )
         need = needs_of(entry, self.home, self.rules, self.options.shards, self.scratch.max_side)
-        if need.least > self.room.most:
+        if need.least > self.room.bound:
             raise ValueError(
                 f"{entry.name} cannot be done in parts of --max-scratch {as_option(self.room.most)}, it needs about "
                 f"{readable_size(need.least)} ({need.why}): give --max-scratch {as_option(need.least * 5 // 4)}"
@@ -315,6 +313,8 @@ class _Run:
         parquet = entry.media.kind == "in-parquet" and converter_of(entry.model_dump()).rows is None
 
         def put_away() -> None:
+            if not folder.is_dir():
+                return
             shutil.rmtree(folder / HELD, ignore_errors=True)
             park(folder, address, self.room.most, parquet, lambda count: self.place.beat())
 

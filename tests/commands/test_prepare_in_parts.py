@@ -293,7 +293,7 @@ def test_what_cannot_be_done_in_parts_is_said_before_the_first_byte(world, here,
     assert run(world, here, names=["fetched"], bound=600_000) == 1
     said = capsys.readouterr().err
     assert "fetched cannot be done in parts of --max-scratch 600KB, it needs about 9" in said
-    assert "https://pictures.example/all.zip has 461.6 KiB, and what comes out of it is as large again" in said
+    assert "https://pictures.example/all.zip has 461.7 KiB, and what comes out of it is as large again" in said
     assert asked(world[1]) == before and not (here / "disk" / "shards" / "fetched").exists()
     advice = re.search(r"give --max-scratch (\w+)", said)[1]
     assert run(world, here, "--max-scratch", advice, names=["fetched"]) == 0
