@@ -8,11 +8,13 @@ molmo2_nemo/prepare/parking.py makes. So whatever looks for files finds what it 
 reads one asks `RawSource.content` for it.
 """
 
+import errno
 import os
 import sqlite3
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,9 +62,18 @@ class Parked:
         (self.folder / HELD).mkdir(exist_ok=True)
         return tempfile.TemporaryDirectory(dir=self.folder / HELD)
 
+    @contextmanager
+    def _written(self) -> Iterator[sqlite3.Connection]:
+        """The database, for changes that are on the disk afterwards. OSError: they are not."""
+        try:
+            with self._database as database:
+                yield database
+        except sqlite3.Error as error:
+            raise OSError(errno.EIO, f"it cannot be written ({error})", str(self.folder / FILE)) from error
+
     def begin(self, address: str, window: int) -> None:
         """Make the file, for objects below an address."""
-        with self._database as database:
+        with self._written() as database:
             database.execute("CREATE TABLE IF NOT EXISTS settings (address TEXT, window INTEGER)")
             database.execute(
                 "CREATE TABLE IF NOT EXISTS files"
@@ -75,7 +86,7 @@ class Parked:
     def add(self, files: Iterable[ParkedFile]) -> None:
         """Note files whose object is written and checked; they are on the disk once this returns."""
         rows = [(file.name, file.pack, file.offset, file.bytes, file.crc) for file in files]
-        with self._database as database:
+        with self._written() as database:
             database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows)
 
     def find(self, name: str) -> ParkedFile | None:
@@ -85,8 +96,8 @@ class Parked:
     def held_at_once(self) -> int:
         """Bytes that one reader of pictures and videos may hold."""
         media = "SELECT max(bytes) FROM files WHERE name NOT LIKE '%.parquet'"
-        largest = self._database.execute(media).fetchone()[0] or 0
-        return max(largest, 2 * self._settings[1])
+        largest = self._database.execute(media).fetchone()[0]
+        return max(largest, 2 * self._settings[1]) if largest else 0
 
     def next_pack(self) -> int:
         return (self._database.execute("SELECT max(pack) FROM files").fetchone()[0] or 0) + 1

@@ -293,14 +293,13 @@ class _Fetch:
 
     def _in_turn(self, repository: hub.Repository, names: list[str]) -> Iterator[list[str]]:
         """The files in groups for each of which there is room."""
-        there = [
-            name
-            for name in names
-            if (record := self.files.records.get(f"hub/{name}"))
-            and (_is_there(self.folder, record) or is_unpacked(self.folder, self.files, record))
-        ]
+        known = {name: self.files.records.get(f"hub/{name}") for name in names}
+        there = {n for n, r in known.items() if r and self._has(r)}
         sizes = {name: 0 if name in there else repository.files[name].size or 0 for name in names}
         return in_turn(sizes, self.options.room, self.entry.name)
+
+    def _has(self, record: dict) -> bool:
+        return _is_there(self.folder, record) or is_unpacked(self.folder, self.files, record)
 
     def _url_annotations(self) -> None:
         files = []
@@ -537,9 +536,8 @@ class _Fetch:
             unpacked = other_name(unpacked, name)
             files.append(record | {"folder": unpacked})
         try:
-            bounds, room = self.options.bounds, self.options.room
-            more = [room.add] if room else []
-            found = extract(path, home / unpacked, record["sha256"], bounds, *more)
+            count = self.options.room.for_archive(path) if self.options.room else lambda count: None
+            found = extract(path, home / unpacked, record["sha256"], self.options.bounds, count)
         except BadArchive as error:
             raise ValueError(f"the archive {path} is not unpacked: it is {error}.") from error
         files.append({"file": unpacked, "of": name, "archive": record["sha256"], **asdict(found)})

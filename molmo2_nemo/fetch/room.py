@@ -10,6 +10,8 @@ from molmo2_nemo.files import readable_size
 
 # Bytes of a block of most file systems. All files are looked at again once so much of the room was written since.
 BLOCK, LOOKS = 4096, 16  # a sixteenth
+# Share of the room that is kept for what is not counted at once: folders, and blocks that are not full.
+RESERVE = 0.03
 
 
 def as_option(size: int) -> str:
@@ -42,8 +44,13 @@ class Room:
         self.peak = max(self.peak, self._used)
         return self._used
 
+    @property
+    def bound(self) -> int:
+        """What is used of `most`."""
+        return int(self.most * (1 - RESERVE))
+
     def left(self) -> int:
-        return self.most - self.used()
+        return self.bound - self.used()
 
     def need(self, size: int, what: str) -> None:
         """See that `size` bytes can be written. NoScratch: they cannot, even after all is put away that can be."""
@@ -51,9 +58,10 @@ class Room:
             return
         self.put_away()
         if (left := self.left()) < size:
+            enough = as_option(int((self.bound - left + size) / (1 - RESERVE)) + 1)
             raise NoScratch(
-                f"{what} needs {readable_size(size)} of scratch, and of --max-scratch {readable_size(self.most)} only"
-                f" {readable_size(max(0, left))} are left: give --max-scratch {as_option(self.most - left + size)}"
+                f"{what} needs {readable_size(size)} of scratch, and of --max-scratch {as_option(self.most)} only "
+                f"{readable_size(max(0, left))} are left: give --max-scratch {enough}"
             )
 
     def takes(self, count: int) -> bool:
@@ -65,7 +73,12 @@ class Room:
             self._since += count
             self._used += count
             self.peak = max(self.peak, self._used)
-            return self._used <= self.most
+            return self._used <= self.bound
+
+    def for_archive(self, archive: Path) -> Callable[[int], None]:
+        """See that an archive can be unpacked, and return the function that counts what comes out. NoScratch."""
+        self.need(archive.stat().st_size, f"what comes out of {archive.name}")
+        return self.add
 
     def add(self, count: int) -> None:
         """Count bytes that come out of an archive. NoScratch: they do not fit."""

@@ -25,7 +25,7 @@ from molmo2_nemo.catalogue.parked import HELD, Parked
 from molmo2_nemo.catalogue.raw import RawSource, read_note, size_on_disk
 from molmo2_nemo.fetch.data_set import FetchOptions, FetchResult, Meter, fetch_set
 from molmo2_nemo.fetch.on_disk import missing_layout, shared_homes
-from molmo2_nemo.fetch.room import NoScratch, Room, as_option
+from molmo2_nemo.fetch.room import BLOCK, NoScratch, Room, as_option
 from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.fetch.url_list import DownloadProgress
 from molmo2_nemo.fetch.web import OutOfBytes
@@ -33,7 +33,7 @@ from molmo2_nemo.files import free_bytes, readable_size, sha256_of, sha256_of_te
 from molmo2_nemo.prepare.converters import converter_of
 from molmo2_nemo.prepare.dataset_shards import PROVENANCE, finish, read_provenance, write_shard
 from molmo2_nemo.prepare.needs import needs_of
-from molmo2_nemo.prepare.parking import hollow_shard, park, upload
+from molmo2_nemo.prepare.parking import from_heads, keep_heads, park, upload
 from molmo2_nemo.prepare.place import MARKER, META, Place
 from molmo2_nemo.prepare.records import Provenance, RowCounts, ShardRecord
 from molmo2_nemo.prepare.shard_plan import VAL, ShardPlan, make_plan
@@ -55,8 +55,6 @@ from molmo2_nemo.prepare.stage_datasets import (
 SPOOL_SHARE, SPOOL_GROWTH = 4, 1.3
 # By how much shards differ in size.
 SHARD_SPREAD = 1.2
-# Share of the scratch that is kept for what is not counted: folders, and blocks that are not full.
-RESERVE = 0.03
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class _Run:
     def __init__(self, options: StageOptions, scratch: Scratch, place: Place, most: int):
         self.options, self.scratch, self.place, self.home = options, scratch, place, place.home
         self.shards = self.home / "shards"
-        self.room = Room(self.home, int(most * (1 - RESERVE)), beat=place.beat)
+        self.room = Room(self.home, most, beat=place.beat)
         self.rules = Rules(allow_private=scratch.allow_private)
         self.catalogue = load_catalogue(options.catalogue)
         self.bar = progress_bar("", None, "B", options.quiet)
@@ -218,7 +216,7 @@ class _Run:
                 + ("" if self.options.root else "; --root is the folder that holds raw/")
             )
         need = needs_of(entry, self.home, self.rules, self.options.shards, self.scratch.max_side)
-        if need.least > self.room.most:
+        if need.least > self.room.bound:
             raise ValueError(
                 f"{entry.name} cannot be done in parts of --max-scratch {as_option(self.room.most)}, it needs about "
                 f"{readable_size(need.least)} ({need.why}): give --max-scratch {as_option(need.least * 5 // 4)}"
@@ -250,6 +248,7 @@ class _Run:
                 if why := refused(plan, self.options):
                     raise ValueError(why)
             self._write_shards(plan)
+            self._restore_shards(plan)
             if not finish(plan):
                 raise ValueError(f"another tools/prepare.py is at work on {plan.name} in {plan.work}")
             made = read_provenance(plan.final)
@@ -314,6 +313,8 @@ class _Run:
         parquet = entry.media.kind == "in-parquet" and converter_of(entry.model_dump()).rows is None
 
         def put_away() -> None:
+            if not folder.is_dir():
+                return
             shutil.rmtree(folder / HELD, ignore_errors=True)
             park(folder, address, self.room.most, parquet, lambda count: self.place.beat())
 
@@ -346,7 +347,7 @@ class _Run:
             for old in plan.work.glob("spool-*"):
                 if old != folder:
                     shutil.rmtree(old)
-            todo = [shard for shard in group if not _is_uploaded(plan, shard)]
+            todo = [shard for shard in group if not _uploaded(plan, shard)]
             if not todo:
                 continue
             folder.mkdir(exist_ok=True)
@@ -396,6 +397,15 @@ class _Run:
                 for process in multiprocessing.active_children():
                     process.kill()
                 raise
+
+    def _restore_shards(self, plan: ShardPlan) -> None:
+        """Put hollow shards in place, of which the index is made."""
+        records = [_uploaded(plan, shard) for shard in plan.shards]
+        members = sum(record.samples + record.images + record.videos for record in records)
+        self.room.need(2 * BLOCK * members, f"{plan.name}, its index")
+        for shard, record in zip(plan.shards, records):
+            if record.samples:
+                from_heads(plan.work / "uploaded" / f"{shard}.heads", plan.work / "shards" / record.shard)
 
     # -- afterwards
 
@@ -490,7 +500,10 @@ def _expected_size(plan: ShardPlan, folder: Path, shard: str) -> int:
 
 
 def write_and_upload(plan: ShardPlan, folder: Path, shard: str, target: str) -> ShardRecord:
-    """Write one shard, upload it below `target`, read it back, and leave a hole of it. Runs in a process of its own."""
+    """Write one shard, upload it below `target`, read it back, and keep the heads of its members alone.
+
+    Runs in a process of its own.
+    """
     record = ShardRecord.read(plan.work / "records" / f"{shard}.json")
     file = plan.work / "shards" / f"{shard}.tar"
     if not (
@@ -501,21 +514,16 @@ def write_and_upload(plan: ShardPlan, folder: Path, shard: str, target: str) -> 
         record = write_shard(plan, folder, shard)
     if record.samples:
         upload(file, storage.join(target, record.shard), record.sha256)
+        keep_heads(file, plan.work / "uploaded" / f"{shard}.heads")
     record.write(plan.work / "uploaded" / f"{shard}.json")
-    if record.samples:
-        hollow_shard(file, plan.work / "uploaded" / ".hole")
+    file.unlink(missing_ok=True)
     return record
 
 
-def _is_uploaded(plan: ShardPlan, shard: str) -> bool:
-    """Whether a shard is noted as uploaded; then it is a hole."""
+def _uploaded(plan: ShardPlan, shard: str) -> ShardRecord | None:
+    """The record of a shard that was uploaded; None: it was not."""
     record = ShardRecord.read(plan.work / "uploaded" / f"{shard}.json")
     if record is None or record.fingerprint != plan.fingerprint:
-        return False
-    file = plan.work / "shards" / record.shard
-    if not record.samples:
-        return True
-    if not file.exists() or file.stat().st_size != record.bytes:
-        return False
-    hollow_shard(file, plan.work / "uploaded" / ".hole")  # it is one already, unless a kill came before
-    return True
+        return None
+    (plan.work / "shards" / record.shard).unlink(missing_ok=True)  # a kill came before it was removed, or a hole
+    return record

@@ -2,11 +2,12 @@
 
 A hole has the name, the size and the time of the file, and takes no room on the disk. What counts files, compares
 their sizes or looks for them by name does not see a difference; what reads them goes through `RawSource.content`, which
-brings them back. Of a parquet file its end stays, where its columns and the number of its rows are; of a shard the
-heads of its members stay, which is all that Energon's index is made of.
+brings them back. Of a parquet file its end stays, where its columns and the number of its rows are. Of a shard that was
+uploaded the heads of its members stay, which is all that Energon's index is made of.
 """
 
 import hashlib
+import json
 import os
 import struct
 import tarfile
@@ -18,7 +19,7 @@ from molmo2_nemo import storage
 from molmo2_nemo.catalogue.parked import Parked, ParkedFile
 from molmo2_nemo.catalogue.raw import MEDIA_SUFFIXES
 from molmo2_nemo.fetch.journal import Journal
-from molmo2_nemo.files import sha256_of, sync
+from molmo2_nemo.files import sha256_of, sync, write_atomically
 from molmo2_nemo.limits import VIDEO_SUFFIXES
 
 # Suffixes of files that are read through `RawSource.content` alone. Others, such as annotations, stay on the disk.
@@ -75,18 +76,35 @@ def hollow(path: Path, aside: Path, keep: Iterable[tuple[int, int]] = ()) -> Non
     with path.open("rb") as old, partial.open("wb") as new:
         new.truncate(stat.st_size)
         for start, end in keep:
-            old.seek(start)
             new.seek(start)
-            new.write(old.read(end - start))
+            new.write(_read(old, start, end))
     os.utime(partial, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     partial.replace(path)
 
 
-def hollow_shard(path: Path, aside: Path) -> None:
-    """A shard of which the heads of its members are left."""
-    with tarfile.open(path) as tar:
-        heads = [(member.offset, member.offset_data) for member in tar]
-    hollow(path, aside, heads)
+def keep_heads(shard: Path, file: Path) -> None:
+    """Write the heads of a shard's members, and where they are, to a small file."""
+    with tarfile.open(shard) as tar:
+        ranges = [(member.offset, member.offset_data) for member in tar]
+    with shard.open("rb") as data:
+        heads = b"".join(_read(data, start, end) for start, end in ranges)
+    line = json.dumps({"bytes": shard.stat().st_size, "ranges": ranges}).encode()
+    write_atomically(file, line + b"\n" + heads)
+
+
+def from_heads(file: Path, shard: Path) -> None:
+    """Make a shard of the size that it had, of which the heads are there and the rest is a hole."""
+    with file.open("rb") as heads, shard.open("wb") as data:
+        said = json.loads(heads.readline())
+        data.truncate(said["bytes"])
+        for start, end in said["ranges"]:
+            data.seek(start)
+            data.write(heads.read(end - start))
+
+
+def _read(file, start: int, end: int) -> bytes:
+    file.seek(start)
+    return file.read(end - start)
 
 
 def _end_of_parquet(path: Path) -> list[tuple[int, int]]:
