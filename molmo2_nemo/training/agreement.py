@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from molmo2_nemo.config.schema import Config
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.paths import PACKAGE
 from molmo2_nemo.text import dotted
+from molmo2_nemo.training import owner
 from molmo2_nemo.training.metrics import package_versions
 
 # Settings that may differ: each node may have its own copy of the data.
@@ -77,3 +79,22 @@ def visible(path: Path) -> str | None:
         f"{path} is there for rank 0, but not for {', '.join(blind[:4])}{' and others' if len(blind) > 4 else ''}: "
         "run_dir must be on a file system that all nodes share."
     )
+
+
+def first_ranks(run_dir: Path) -> list[int]:
+    """The lowest rank of each group of ranks that see the same folder of the run: [0] on a shared file system.
+
+    The folder is made where it is not there. Collective.
+    """
+    token = [(owner.read(run_dir / owner.OWNER) or {}).get("token") if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(token)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    os.listdir(run_dir)  # so that a network file system asks its server
+    if (owner.read(run_dir / owner.OWNER) or {}).get("token") == token[0]:
+        mine = "that of rank 0"
+    else:
+        found = run_dir.stat()
+        mine = f"{socket.gethostname()} {found.st_dev} {found.st_ino}"
+    everybodys = [None] * dist.get_world_size()
+    dist.all_gather_object(everybodys, mine)
+    return [rank for rank, place in enumerate(everybodys) if everybodys.index(place) == rank]

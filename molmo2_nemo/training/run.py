@@ -17,7 +17,7 @@ from megatron.core.utils import unwrap_model
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from molmo2_nemo import auto, checkpoint_dir, gpu, lora_base, parallel
+from molmo2_nemo import auto, checkpoint_dir, gpu, lora_base, parallel, remote_checkpoints, storage
 from molmo2_nemo.command_line import to_dataclass
 from molmo2_nemo.config.checks import check, check_profile
 from molmo2_nemo.config.components import COMPONENTS, is_frozen
@@ -38,6 +38,7 @@ from molmo2_nemo.training.start import Start, agree, converted, find_start
 from molmo2_nemo.training.step import build_model, global_names, load_weights
 from molmo2_nemo.training.trained import what_is_trained
 from molmo2_nemo.training.trouble import SpikeAlarm
+from molmo2_nemo.training.uploads import Uploads
 
 # A launcher ends the other ranks this soon after rank 0 has ended.
 SECONDS_FOR_RANK_0 = 5
@@ -172,7 +173,7 @@ def set_up(
     log = RunLog(run_dir)
     for line in before_the_start(config, device, precision, sources, chosen, epoch):
         log.say(line)
-    for line in start.ignored:
+    for line in start.ignored + start.halves:
         log.say(f"ignored: {line}")
     if start.resume is not None and settings.start_over:
         log.say(f"train.start_over=true is not used: {start.resume} can be continued")
@@ -212,6 +213,12 @@ def set_up(
     if start.resume is not None:
         log.write("resume", position.step, {})
     names = [source.name for source in sources]
+    uploads, address = None, remote_checkpoints.folder_of(config)
+    if address is not None:
+        log.say(f"checkpoints are copied to {storage.shown(address)}")
+        uploads = Uploads(run_dir / "checkpoints", address, settings) if log.main else None
+    if uploads is not None and start.resume is not None:
+        uploads.wake()  # an upload may have been interrupted
     asynchronous = device == "cuda" if settings.async_checkpoint == "auto" else settings.async_checkpoint == "true"
     return Run(
         config=config,
@@ -240,7 +247,14 @@ def set_up(
         log=log,
         stacks=stacks,
         request=request,
-        saver=checkpoint.Saver(run_dir / "checkpoints", settings.keep_last, settings.keep_every, asynchronous),
+        uploads=uploads,
+        saver=checkpoint.Saver(
+            run_dir / "checkpoints",
+            settings.keep_last,
+            settings.keep_every,
+            asynchronous,
+            uploads.uses if uploads is not None else lambda checkpoint: False,
+        ),
     )
 
 
@@ -452,6 +466,8 @@ def finish(run: Run, reason: str, why: str) -> None:
     run.stacks.close()
     dist.barrier()
     dist.destroy_process_group()
+    if run.uploads is not None:  # the other ranks need not wait
+        run.uploads.finish(run.log.say)
     if run.log.main and run.config.train.report:
         from molmo2_nemo.report import write_report  # matplotlib is needed here alone
 
