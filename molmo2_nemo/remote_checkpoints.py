@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -99,14 +100,14 @@ def newest(folder: str, below: int | None = None) -> tuple[Remote | None, list[s
 
 
 def resolve(address: str) -> Remote | None:
-    """A checkpoint given by address: a step_* folder, a run or its folder of checkpoints (the newest one there).
+    """A checkpoint given by address: its folder, or a run or its folder of checkpoints (the newest one there).
 
     None: there is no checkpoint. StorageError; ConfigError where the one that was asked for is not whole.
     """
-    if checkpoint_dir.is_name(storage.name(address)):
-        address = address.rstrip("/")
-        files = storage.list_files(address)
-        return _whole(address, files) if files else None
+    address = address.rstrip("/")
+    files = storage.list_files(address)
+    if files and (MARKER in files or checkpoint_dir.is_name(storage.name(address))):
+        return _whole(address, files)
     for folder in (join(address, "checkpoints"), address):
         found, damaged, halves = newest(folder)
         ignored = damaged + halves
@@ -116,6 +117,15 @@ def resolve(address: str) -> Remote | None:
         if found is not None:
             return found
     return None
+
+
+def resolve_best(address: str) -> Remote:
+    """The best checkpoint of a run, or of its folder of checkpoints, by address. StorageError, ConfigError."""
+    for folder in (join(address, "checkpoints"), address):
+        step = best(folder)
+        if step is not None and (found := resolve(join(folder, step_name(step)))) is not None:
+            return found
+    raise ConfigError(f"--best: {shown(address)} has no best checkpoint: without --best the newest one is taken.")
 
 
 def _whole(address: str, files: dict[str, storage.Object]) -> Remote:
@@ -148,8 +158,8 @@ def upload(path: Path, address: str, compare: bool = True, sent: Callable[[int],
     """Copy a whole checkpoint to an address; it is whole there when this returns.
 
     Files that an interrupted upload has left and that are right are kept. compare: read each file back for its SHA-256,
-    else its size is compared alone. sent: gets the bytes of each file that has arrived. Raises StorageError; ConfigError
-    and OSError where the checkpoint on disk is not whole, or not any more.
+    else its size is compared alone. sent: gets the bytes of each file that has arrived. Raises StorageError;
+    ConfigError and OSError where the checkpoint on disk is not whole, or not any more.
     """
     marker, text = checkpoint_dir.read_marker(path), (path / MARKER).read_bytes()
     sums, there = marker.get("sha256", {}), storage.list_files(address)
@@ -197,7 +207,8 @@ def upload_folder(folder: Path, address: str, last: str, say: Callable[[str], No
         progress.add(sizes[name])
 
     _at_once(copy, [name for name in files if name != last])
-    copy(last)
+    if last in files:
+        copy(last)
 
 
 def prune(folder: str, newest_step: int, keep_last: int, keep_every: int, best_step: int | None) -> None:
@@ -225,7 +236,7 @@ def best(folder: str) -> int | None:
 
 def try_address(address: str) -> None:
     """Write a small object there, read it back and remove it. Raises StorageError."""
-    probe, content = join(address, f".probe_{time.time_ns()}"), b"of molmo2-nemo, to see whether it can be written"
+    probe, content = join(address, f".probe_{uuid.uuid4().hex}"), b"of molmo2-nemo, to see whether it can be written"
     try:
         storage.write(probe, content)
         if storage.read(probe) != content:
@@ -279,12 +290,15 @@ def fetch(remote: Remote, target: Path, say: Callable[[str], None] = lambda line
         partial.rename(target)
 
 
-def fetch_folder(address: str, target: Path, say: Callable[[str], None] = lambda line: None) -> None:
+def fetch_folder(
+    address: str, target: Path, say: Callable[[str], None] = lambda line: None, without: tuple[str, ...] = ()
+) -> None:
     """Copy the files right below an address, as of a Hugging Face model, to a folder. ConfigError, StorageError.
 
-    A copy that is there is taken if no object has another size or version since.
+    A copy that is there is taken if no object has another size or version since. without: ends of names to leave out.
     """
-    files = {name: entry for name, entry in storage.list_files(address).items() if "/" not in name}
+    files = storage.list_files(address).items()
+    files = {name: entry for name, entry in files if "/" not in name and not name.endswith(without)}
     if not files:
         raise ConfigError(f"there is nothing at {shown(address)}: name a checkpoint, a run, or a Hugging Face folder.")
     contents = {name: [entry.size, entry.version] for name, entry in sorted(files.items())}

@@ -1,10 +1,12 @@
 """Whether all ranks of a run were started alike: settings, sources of the data, code, versions of packages."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import socket
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,6 +20,8 @@ from molmo2_nemo.training.metrics import package_versions
 
 # Settings that may differ: each node may have its own copy of the data.
 FREE = ("data.root", "data.cache_dir", "data.cache_size")
+# After which a file that rank 0 has made before the ranks were joined is taken for missing.
+SECONDS_TO_SEE_A_FILE = 30
 
 
 def what_this_rank_has(config: Config, sources: list[Source]) -> dict[str, str]:
@@ -81,20 +85,24 @@ def visible(path: Path) -> str | None:
     )
 
 
-def first_ranks(run_dir: Path) -> list[int]:
-    """The lowest rank of each group of ranks that see the same folder of the run: [0] on a shared file system.
+def shared(run_dir: Path) -> str | None:
+    """One sentence about the ranks for which the run's folder is another one than for rank 0. Collective.
 
-    The folder is made where it is not there. Collective.
+    Known by the owner file, which rank 0 has made. A network file system may take a while to show it.
     """
     token = [(owner.read(run_dir / owner.OWNER) or {}).get("token") if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(token)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    os.listdir(run_dir)  # so that a network file system asks its server
-    if (owner.read(run_dir / owner.OWNER) or {}).get("token") == token[0]:
-        mine = "that of rank 0"
-    else:
-        found = run_dir.stat()
-        mine = f"{socket.gethostname()} {found.st_dev} {found.st_ino}"
+    until = time.monotonic() + SECONDS_TO_SEE_A_FILE
+    while not (same := (owner.read(run_dir / owner.OWNER) or {}).get("token") == token[0]) and time.monotonic() < until:
+        time.sleep(1)
+        with contextlib.suppress(OSError):
+            os.listdir(run_dir)  # the client asks its server again when a folder is opened
     everybodys = [None] * dist.get_world_size()
-    dist.all_gather_object(everybodys, mine)
-    return [rank for rank, place in enumerate(everybodys) if everybodys.index(place) == rank]
+    dist.all_gather_object(everybodys, None if same else socket.gethostname())
+    others = [f"rank {rank} on {host}" for rank, host in enumerate(everybodys) if host is not None]
+    if not others:
+        return None
+    return (
+        f"run_dir={run_dir} is another folder for {', '.join(others[:4])}{' and others' if others[4:] else ''} than for"
+        " rank 0: name one on a file system that all nodes share."
+    )

@@ -4,7 +4,7 @@
 import contextlib
 import datetime
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -226,16 +226,18 @@ def agree(config: Config, start: Start) -> tuple[Start, str | None]:
     agreed = [start]
     dist.broadcast_object_list(agreed)
     [start] = agreed
+    if (apart := agreement.shared(Path(config.run_dir))) is not None:
+        return start, apart
     if start.resume is not None and (unseen := agreement.visible(start.resume)) is not None:
         return start, unseen
-    verify, firsts = config.train.verify_checkpoints, agreement.first_ranks(Path(config.run_dir))
+    verify = config.train.verify_checkpoints
     try:
-        start.resume, ignored = newest_verified(folder, start.resume, verify, address, start.remote, firsts)
+        start.resume, ignored = newest_verified(folder, start.resume, verify, address, start.remote)
         start.remote, start.ignored = None, start.ignored + ignored
         if start.resume is None and start.ignored:
             start = _anew(config, start, folder, address)
         if start.is_open:
-            start = _with_fetched_weights(config, start, firsts)
+            start = _with_fetched_weights(config, start)
     except ConfigError as error:  # on all ranks
         return start, str(error)
     # With LoRA, the weights beside the adapters are read, too.
@@ -272,19 +274,18 @@ def newest_verified(
     verify: bool,
     address: str | None = None,
     remote: Remote | None = None,
-    firsts: Sequence[int] = (0,),
 ) -> tuple[Path | None, list[str]]:
     """The checkpoint `path` or `remote`, or else the newest whole one before it, and a sentence for each that is not.
 
     One whose checksums are wrong is marked (checkpoint_dir.DAMAGED). verify: compare them. address: of the run's
-    checkpoints in object storage, from which one is fetched that is newer than those on disk. firsts: the ranks of
-    agreement.first_ranks. Collective; arguments are the same on all ranks. Raises ConfigError on all ranks where one cannot be fetched.
+    checkpoints in object storage, from which one is fetched that is newer than those on disk. Collective; arguments are
+    the same on all ranks. Raises ConfigError on all ranks where one cannot be fetched.
     """
     ignored, here_below, there_below = [], None, None
     while path is not None or remote is not None:
         if remote is not None:
             path, there_below = folder / checkpoint_dir.step_name(remote.step), remote.step
-            damage = _fetched(firsts, lambda: remote_checkpoints.fetch(remote, path, _say))
+            damage = _fetched(lambda: remote_checkpoints.fetch(remote, path, _say))
             where = remote.address
         else:
             damage, here_below = verified(path) if verify else None, checkpoint_dir.step_of(path)
@@ -311,26 +312,28 @@ def _say(line: str) -> None:
         print(line, flush=True)
 
 
-def _fetched(firsts: Sequence[int], fetch: Callable[[], None]) -> str | None:
-    """Let the first rank of each place `fetch`, while the others wait. Collective.
+def _fetched(fetch: Callable[[], None]) -> str | None:
+    """Let rank 0 `fetch`, while the others wait. Collective.
 
     Returns a sentence where what came was damaged, and raises ConfigError, on all ranks, where it could not be fetched.
     """
-    mine = None
-    if dist.get_rank() in firsts:
+    failure = [None]
+    if dist.get_rank() == 0:
         try:
             fetch()
+        except remote_checkpoints.Damaged as error:
+            failure = [(str(error), True)]
         except (ConfigError, OSError) as error:
-            mine = error if isinstance(error, ConfigError) else ConfigError(f"{error}.")
-    patient, everybodys = _patient_group(), [None] * dist.get_world_size()
-    dist.all_gather_object(everybodys, mine and (str(mine), isinstance(mine, remote_checkpoints.Damaged)), patient)
+            failure = [(str(error), False)]
+    patient = _patient_group()
+    dist.broadcast_object_list(failure, group=patient)
     dist.destroy_process_group(patient)
-    failed = [failure for failure in everybodys if failure is not None]
-    for message, is_damage in sorted(failed, key=lambda failure: failure[1]):
-        if not is_damage:
-            raise ConfigError(message)
-        return message
-    return None
+    if failure[0] is None:
+        return None
+    message, is_damage = failure[0]
+    if not is_damage:
+        raise ConfigError(message)
+    return message
 
 
 def _patient_group() -> dist.ProcessGroup:
@@ -338,8 +341,8 @@ def _patient_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=_CONVERSION_HOURS))
 
 
-def _with_fetched_weights(config: Config, start: Start, firsts: Sequence[int]) -> Start:
-    """The start with weights from addresses (train.init_from), of which each place gets a copy. Collective.
+def _with_fetched_weights(config: Config, start: Start) -> Start:
+    """The start with weights from addresses (train.init_from), of which a copy is made. Collective.
 
     Those that a fetched checkpoint of LoRA names are taken where they are still there. Raises ConfigError on all ranks.
     """
@@ -357,7 +360,7 @@ def _with_fetched_weights(config: Config, start: Start, firsts: Sequence[int]) -
     def fetch():
         found.extend(str(remote_checkpoints.local_copy(one, folder, _say)) for one in (given if several else [given]))
 
-    damage = _fetched(firsts, fetch)
+    damage = _fetched(fetch)
     if damage is not None:
         raise ConfigError(f"train.init_from={given}: {damage}")
     if dist.get_rank() == 0:
