@@ -237,12 +237,10 @@ def best(folder: str) -> int | None:
 def try_address(address: str) -> None:
     """Write a small object there, read it back and remove it. Raises StorageError."""
     probe, content = join(address, f".probe_{uuid.uuid4().hex}"), b"of molmo2-nemo, to see whether it can be written"
-    try:
-        storage.write(probe, content)
-        if storage.read(probe) != content:
-            raise StorageError(f"{shown(probe)} does not come back as it was written.")
-    finally:
-        storage.delete(probe)
+    storage.write(probe, content)
+    if storage.read(probe) != content:
+        raise StorageError(f"{shown(probe)} does not come back as it was written.")
+    storage.delete(probe)
 
 
 # -- from there -------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def refuse(cfg: DictConfig, rank: int, before: dict, message: str) -> None:
         run_dir = Path(cfg.run_dir)
         before |= {} if before else shutdown.read_ended(run_dir)
         # Once the ranks are joined, the folder is this run's.
-        is_ours = dist.is_initialized() or not owner.in_use(run_dir)
+        is_ours = dist.is_initialized() or not (storage.is_remote(cfg.run_dir) or owner.in_use(run_dir))
         if is_ours and not checkpoint_dir.is_complete(run_dir):
             shutdown.write_ended(run_dir, "config error", 0, message)
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -213,12 +213,7 @@ def set_up(
     if start.resume is not None:
         log.write("resume", position.step, {})
     names = [source.name for source in sources]
-    uploads, address = None, remote_checkpoints.folder_of(config)
-    if address is not None:
-        log.say(f"checkpoints are copied to {storage.shown(address)}")
-        uploads = Uploads(run_dir / "checkpoints", address, settings) if log.main else None
-    if uploads is not None and start.resume is not None:
-        uploads.wake()  # an upload may have been interrupted
+    uploads = start_uploads(config, log)
     asynchronous = device == "cuda" if settings.async_checkpoint == "auto" else settings.async_checkpoint == "true"
     return Run(
         config=config,
@@ -248,14 +243,19 @@ def set_up(
         stacks=stacks,
         request=request,
         uploads=uploads,
-        saver=checkpoint.Saver(
-            run_dir / "checkpoints",
-            settings.keep_last,
-            settings.keep_every,
-            asynchronous,
-            uploads.uses if uploads is not None else lambda checkpoint: False,
-        ),
+        saver=checkpoint.Saver(run_dir / "checkpoints", settings.keep_last, settings.keep_every, asynchronous, uploads),
     )
+
+
+def start_uploads(config: Config, log: RunLog) -> Uploads | None:
+    """What copies the run's checkpoints to train.upload_to, on rank 0; one may have been left by an earlier start."""
+    address = remote_checkpoints.folder_of(config)
+    if address is None or not log.main:
+        return None
+    log.say(f"checkpoints are copied to {storage.shown(address)}")
+    uploads = Uploads(Path(config.run_dir) / "checkpoints", address, config.train)
+    uploads.wake()
+    return uploads
 
 
 def refuse_checkpoint_as_run(run_dir: str) -> None:

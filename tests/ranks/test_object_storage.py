@@ -7,7 +7,7 @@ from collections import Counter
 
 import object_store
 import pytest
-from programs import succeeded
+from programs import REPOSITORY, succeeded
 from test_training import losses, train
 
 from molmo2_nemo import checkpoint_dir
@@ -86,3 +86,9 @@ def test_a_run_on_an_empty_disk_goes_on_from_the_newest_whole_upload(asked, samp
     written += [one.get()["Body"].read().decode(errors="replace") for one in bucket.objects.all()]
     for secret in (object_store.ACCESS_KEY, object_store.SECRET_KEY):
         assert not [text[:200] for text in written if secret in text]
+
+
+def test_a_run_in_object_storage_is_refused_and_leaves_nothing(sample):
+    result = train(1, 2, "msc://store/runs", sample, "train.max_steps=1")
+    assert result.returncode == 2 and "set train.upload_to=msc://store/runs" in result.stderr
+    assert not (REPOSITORY / "msc:").exists()

@@ -1,5 +1,6 @@
 """Checkpoints in object storage: whole or not taken, pruned as on disk, and uploads that fail stop nothing."""
 
+import errno
 import json
 import shutil
 import threading
@@ -7,6 +8,7 @@ import threading
 import object_store
 import pytest
 import torch
+import torch.distributed as dist
 
 from molmo2_nemo import checkpoint_dir, remote_checkpoints, storage
 from molmo2_nemo.checkpoint_dir import MARKER, step_name
@@ -14,7 +16,7 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, ModelConfig, TrainConfig
 from molmo2_nemo.hf import convert
 from molmo2_nemo.training import uploads
-from molmo2_nemo.training.start import newest
+from molmo2_nemo.training.start import newest, newest_verified
 
 RUNS = "msc://disk/runs/mine/stage2/checkpoints"
 
@@ -290,3 +292,72 @@ def test_a_folder_is_refused_where_an_address_is_and_the_other_way_round(tmp_pat
         upload_to="s3://me:secret@bucket/x"
     )
     assert "train.init_from=ftp://x/y has an unknown scheme" in said(init_from="ftp://x/y")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_a_damaged_one_is_replaced_by_its_copy_or_by_the_one_before(saved, store, tmp_path):
+    if not dist.is_initialized():  # another test of this process may have left its group
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    here, name = tmp_path / "run" / "checkpoints", next(path.name for path in saved(1).glob("*.distcp"))
+    for step in (1, 2, 3):
+        up(saved(step))
+    # On disk the bits of the newest have changed, its copy is right.
+    flip(here / step_name(3) / name)
+    path, ignored = newest_verified(here, here / step_name(3), True, RUNS)
+    assert path == here / step_name(3) and len(ignored) == 1 and f"{name} does not have the SHA-256" in ignored[0]
+    checkpoint_dir.verify(path)
+    # The disk is empty, and the copy of the newest has changed.
+    shutil.rmtree(here)
+    flip(store / step_name(3) / name)
+    found = newest(here, RUNS).there
+    path, ignored = newest_verified(here, None, True, RUNS, found)
+    assert path == here / step_name(2) and f"{RUNS}/step_00000003 is damaged: {name} does not" in ignored[0]
+    assert (store / step_name(3) / checkpoint_dir.DAMAGED).is_file()
+    # None is whole, here or there.
+    shutil.rmtree(here)
+    for step in (1, 2):
+        flip(store / step_name(step) / name)
+    path, ignored = newest_verified(here, None, True, RUNS, remote_checkpoints.newest(RUNS)[0])
+    assert path is None and len(ignored) >= 2 and not list(here.glob("step_*"))
+
+
+def test_a_disk_without_room_is_told_before_anything_is_fetched(saved, store, tmp_path, monkeypatch):
+    up(saved(1))
+    found = remote_checkpoints.newest(RUNS)[0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 100, 0))
+    with pytest.raises(ConfigError, match=f"the copy of {RUNS}/step_00000001 needs .* are missing: make room"):
+        remote_checkpoints.fetch(found, tmp_path / "back" / step_name(1))
+    monkeypatch.undo()
+    store_again = object_store.environment(tmp_path)
+    monkeypatch.setenv("MSC_CONFIG", store_again["MSC_CONFIG"])
+
+    def full(address, local):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "download_file", full)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        remote_checkpoints.fetch(found, tmp_path / "back" / step_name(1))
+    assert not (tmp_path / "back" / step_name(1)).exists()
+
+
+def test_a_server_that_refuses_is_told_without_credentials(saved, tmp_path, monkeypatch):
+    for name, value in object_store.environment(tmp_path, "http://127.0.0.1:9").items():
+        monkeypatch.setenv(name, value)
+    storage.forget_clients()
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)
+    monkeypatch.setattr(uploads, "PAUSE", 0.01)
+    saved(1)
+    lines, folder = [], tmp_path / "run" / "checkpoints"
+    copies = uploads.Uploads(folder, "msc://store/runs", TrainConfig())
+    copies.wake()
+    copies.is_idle.wait(60)
+    assert copies.failed == uploads.TIMES and not copies.finish(lines.append)
+    assert sum("failed (" in line for line in lines) == copies.failed and "NOT UPLOADED: msc://store/runs" in lines[-1]
+    assert "cannot list msc://store/runs" in lines[-1] and "no connection to the server" in lines[-1]
+    assert not any(key in line for line in lines for key in (object_store.ACCESS_KEY, object_store.SECRET_KEY))
+    storage.forget_clients()
