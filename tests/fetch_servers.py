@@ -398,7 +398,7 @@ class Uploads(_Server):
         if repo not in self.repos:
             return request.send(404, b"{}", X_Error_Code="RepoNotFound")
         if what == "/commit":
-            return self._commit(request, self.repos[repo], body)
+            return self._commit(request, repo, body)
         if what == "/preupload":
             files = [
                 {"path": one["path"], "uploadMode": "lfs" if self._is_large(one) else "regular", "shouldIgnore": False}
@@ -426,11 +426,12 @@ class Uploads(_Server):
         self.repos[name] = {"private": is_private, "files": {".gitattributes": b"x"}}
         return self._json(request, {"url": f"{self.url}/{name}", "id": name})
 
-    def _commit(self, request: _Handler, repo: dict, body: bytes) -> None:
+    def _commit(self, request: _Handler, repo: str, body: bytes) -> None:
+        files = self.repos[repo]["files"]
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
-                repo["files"][value["path"]] = base64.b64decode(value["content"])
+                files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                repo["files"][value["path"]] = self.stored[value["oid"]]
-        return self._json(request, {"commitUrl": f"{self.url}/commit/1", "commitOid": "a" * 40})
+                files[value["path"]] = self.stored[value["oid"]]
+        return self._json(request, {"commitUrl": f"{self.url}/{repo}/commit/{'a' * 40}", "commitOid": "a" * 40})

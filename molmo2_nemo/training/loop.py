@@ -29,7 +29,6 @@ from molmo2_nemo.training.start import newest_verified, verified
 from molmo2_nemo.training.step import forward_backward, global_weight
 from molmo2_nemo.training.step_times import StepTimes, mean_step
 from molmo2_nemo.training.trouble import SpikeAlarm, all_finite, finite, first_not_finite, loss_of_step, save_batches
-from molmo2_nemo.training.uploads import Uploads
 from molmo2_nemo.training.validate import validate, validation_line
 
 # How often a run goes back to the same checkpoint.
@@ -97,7 +96,6 @@ class Run:
     best: Best
     alarm: SpikeAlarm
     adapters: dict | None = None  # what the checkpoints say of those of LoRA (lora_base.record)
-    uploads: Uploads | None = None  # on rank 0, with train.upload_to
     skipped_steps: int = 0  # since this start
     skipped_in_a_row: int = 0
     went_back: int = 0  # to the newest checkpoint, since it was saved
@@ -359,8 +357,8 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
         data=run.data.by_source(),
         **interval.speed.reduce(seconds, figures["rows"]),
     )
-    if run.uploads is not None:
-        figures["uploads"] = run.uploads.figures()
+    if run.saver.uploads is not None:
+        figures["uploads"] = run.saver.uploads.figures()
     if run.epoch is not None:
         figures["epoch"] = run.data.samples_of(run.epoch.sources) / run.epoch.samples
     impossible = impossible_mfu(figures)
@@ -369,7 +367,7 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
     slow = report_slow_rank(run, steps, figures)
     interval.grad_norms = []
     run.log.write("train", step, figures)
-    uploads = "" if run.uploads is None else run.uploads.note()
+    uploads = "" if run.saver.uploads is None else run.saver.uploads.note()
     run.log.say(train_line(step, run.config.train.max_steps, figures) + run.data.note() + uploads)
     if slow:
         run.log.say(f"step {step}: {slow}")
@@ -491,13 +489,13 @@ def report_save(run: Run, saved: checkpoint.Saved | None) -> None:
         run.went_back = 0
         waited = f", training waited {saved.held_up:.1f} s" if run.saver.asynchronous else ""
         run.log.say(f"saved {saved.path} in {saved.seconds:.1f} s{waited}")
-        if run.uploads is not None:
-            run.uploads.wake(run.best.step or None)
+        if run.saver.uploads is not None:
+            run.saver.uploads.wake(run.best.step or None)
 
 
 def report_uploads(run: Run) -> None:
     """Write to the log what was uploaded since the last time, and what could not be."""
-    for line in run.uploads.lines() if run.uploads is not None else []:
+    for line in run.saver.uploads.lines() if run.saver.uploads is not None else []:
         run.log.say(line)
 
 

@@ -213,8 +213,6 @@ def set_up(
     if start.resume is not None:
         log.write("resume", position.step, {})
     names = [source.name for source in sources]
-    uploads = start_uploads(config, log)
-    asynchronous = device == "cuda" if settings.async_checkpoint == "auto" else settings.async_checkpoint == "true"
     return Run(
         config=config,
         config_yaml=config_yaml,
@@ -242,20 +240,20 @@ def set_up(
         log=log,
         stacks=stacks,
         request=request,
-        uploads=uploads,
-        saver=checkpoint.Saver(run_dir / "checkpoints", settings.keep_last, settings.keep_every, asynchronous, uploads),
+        saver=make_saver(config, device, log),
     )
 
 
-def start_uploads(config: Config, log: RunLog) -> Uploads | None:
-    """What copies the run's checkpoints to train.upload_to, on rank 0; one may have been left by an earlier start."""
+def make_saver(config: Config, device: str, log: RunLog) -> checkpoint.Saver:
+    """What writes the run's checkpoints and, on rank 0, copies them to train.upload_to."""
+    settings, folder, uploads = config.train, Path(config.run_dir) / "checkpoints", None
     address = remote_checkpoints.folder_of(config)
-    if address is None or not log.main:
-        return None
-    log.say(f"checkpoints are copied to {storage.shown(address)}")
-    uploads = Uploads(Path(config.run_dir) / "checkpoints", address, config.train)
-    uploads.wake()
-    return uploads
+    if address is not None and log.main:
+        log.say(f"checkpoints are copied to {storage.shown(address)}")
+        uploads = Uploads(folder, address, settings)
+        uploads.wake()  # an earlier start may have left something to do
+    asynchronous = device == "cuda" if settings.async_checkpoint == "auto" else settings.async_checkpoint == "true"
+    return checkpoint.Saver(folder, settings.keep_last, settings.keep_every, asynchronous, uploads)
 
 
 def refuse_checkpoint_as_run(run_dir: str) -> None:
@@ -466,8 +464,8 @@ def finish(run: Run, reason: str, why: str) -> None:
     run.stacks.close()
     dist.barrier()
     dist.destroy_process_group()
-    if run.uploads is not None:  # the other ranks need not wait
-        run.uploads.finish(run.log.say)
+    if run.saver.uploads is not None:  # the other ranks need not wait
+        run.saver.uploads.finish(run.log.say)
     if run.log.main and run.config.train.report:
         from molmo2_nemo.report import write_report  # matplotlib is needed here alone
 

@@ -77,11 +77,9 @@ def test_a_hub_that_is_not_there_is_told(hub, folder, monkeypatch):
 def test_the_command_that_is_said_pushes(hub, folder):
     """`hf upload` of huggingface_hub, with the words of the sentence."""
     from huggingface_hub.cli.hf import app
-    from typer.testing import CliRunner
 
     hub.faults["/api/repos/create"] = [500, 500, 500, 500, 500, 500]
     said = told(push, folder, "org/model", False)
     hub.faults.clear()
-    result = CliRunner().invoke(app, shlex.split(said.split("`")[1])[1:])
-    assert result.exit_code == 0, result.output
+    app.main(shlex.split(said.split("`")[1])[1:], standalone_mode=False)
     assert hub.repos["org/model"]["private"] and len(hub.repos["org/model"]["files"]) == 5
