@@ -16,7 +16,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, Required, TypedDict
 
@@ -136,9 +136,25 @@ def read_marker(path: Path) -> dict:
             "restored); use another step_* directory."
         )
     try:
-        marker = json.loads((path / MARKER).read_text())
+        text = (path / MARKER).read_text()
+    except (OSError, ValueError):
+        text = ""
+    marker = parse_marker(text, path)
+    for name, size in marker["files"].items():
+        found = _size(path / name)
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise ConfigError(f"checkpoint {path} is damaged: {name} {state}; use another step_* directory.")
+    _refuse_foreign_index(path / INDEX)
+    return marker
+
+
+def parse_marker(text: str, path: Path | str) -> dict:
+    """The marker with this content of the checkpoint `path`, a folder or the address of one. Raises ConfigError."""
+    try:
+        marker = json.loads(text)
         _MARKER.validate_python(marker)
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         problem = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
         what = f" ({'.'.join(map(str, problem['loc']))}: {problem['msg']})" if problem else ""
         raise ConfigError(
@@ -148,18 +164,12 @@ def read_marker(path: Path) -> dict:
     # Markers of older versions have neither checksums nor a seal.
     if (SEAL in marker or "sha256" in marker) and marker != sealed(marker):
         raise ConfigError(f"checkpoint {path} is damaged: {MARKER} was changed; use another step_* directory.")
-    step = marker["step"]
-    if is_name(path.name) and step != step_of(path):
+    step, name = marker["step"], os.path.basename(path)
+    if is_name(name) and step != step_of(Path(name)):
         raise ConfigError(
             f"checkpoint {path} is damaged or was renamed: {MARKER} says step {step}; give it the name "
             f"{step_name(step)}, or use another step_* directory."
         )
-    for name, size in marker["files"].items():
-        found = _size(path / name)
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise ConfigError(f"checkpoint {path} is damaged: {name} {state}; use another step_* directory.")
-    _refuse_foreign_index(path / INDEX)
     return marker
 
 
@@ -285,6 +295,11 @@ def find_checkpoints(folder: Path) -> list[Path]:
         return []
     named = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in folder.iterdir()]
     return [p for match, p in sorted(((m, p) for m, p in named if m), key=lambda mp: int(mp[0].group(1)))]
+
+
+def surplus(steps: list[int], keep_last: int, keep_every: int, best: Container[int | None]) -> list[int]:
+    """Which of a run's whole checkpoints need not be kept; steps: of all of them, the oldest first."""
+    return [step for step in steps[:-keep_last] if step not in best and (not keep_every or step % keep_every)]
 
 
 def best(folder: Path) -> Path | None:

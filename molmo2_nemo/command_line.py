@@ -11,6 +11,7 @@ from pathlib import Path
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from molmo2_nemo import storage
 from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.flags import refuse_flags
 from molmo2_nemo.config.schema import STAGES, Config, DataConfig
@@ -194,6 +195,11 @@ def to_dataclass(cfg: DictConfig) -> Config:
     if not OmegaConf.is_missing(cfg, "stage") and cfg.stage == "finetune" and cfg.schedule.finetune is None:
         raise ConfigError("this schedule says nothing about fine-tuning: use schedule=finetune or schedule=quickstart.")
     if cfg.model.hf_path is not None:
+        refuse(
+            storage.is_remote(cfg.model.hf_path),
+            f"model.hf_path={storage.shown(cfg.model.hf_path)} is an address, and the architecture is read from a"
+            f" folder: name a local copy, or use model=NAME train.init_from={storage.shown(cfg.model.hf_path)}.",
+        )
         fill_from_hf(cfg)
     elif not OmegaConf.is_missing(cfg.model, "name") and cfg.model.name == "hf":
         raise ConfigError("model.hf_path has no value: name a Hugging Face folder, model.hf_path=DIR.")

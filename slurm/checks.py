@@ -124,7 +124,7 @@ def faults(stage, run, arguments, facts):
         "the folder %s that you submit from" % os.getcwd(): os.getcwd(),
         "the run folder %s (RUN_ROOT), with its logs," % run: run,
         "data.root=%s" % data: data,
-        "train.init_from=%s" % start: start if start and "/" in start and not start.startswith("[") else None,
+        "train.init_from=%s" % start: start if start and re.match(r"(?!\w+://)[^[]*/", start) else None,
         "the image %s of RUNTIME" % image: image if is_file else None,
         "--output=%s" % log: os.path.dirname(os.path.abspath(log)) if log else None,
     }

@@ -203,6 +203,7 @@ run_stage() {
     esac
   done
   run_dir=${run_dir:-$RUN_ROOT/$name/$stage}
+  [[ $run_dir != *://* ]] || die "run_dir=$run_dir is an address: leave it out, and set train.upload_to=$run_dir."
   case $stage in
     stage2) previous=$(dirname "$run_dir")/stage1 ;;
     stage3) previous=$(dirname "$run_dir")/stage2 ;;

@@ -1,10 +1,12 @@
 """Servers on 127.0.0.1: one that speaks the Hub's protocol as huggingface_hub needs it, and one with bad manners."""
 
+import base64
 import contextlib
 import gzip
 import hashlib
 import io
 import json
+import re
 import struct
 import threading
 import time
@@ -55,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):
             self.server.answer(self)
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def send(self, status: int, body: bytes = b"", length: int | None = None, **headers) -> None:
         self.send_response(status)
@@ -357,3 +359,79 @@ class Media(_Server):
             case "broken":
                 return request.send(200, good[:200] + bytes(len(good) - 400) + good[-200:])
         return request.send(404)
+
+
+class Uploads(_Server):
+    """What huggingface_hub asks of a Hub to put files into a model repository, by Git LFS (HF_HUB_DISABLE_XET=1).
+
+    repos: name -> {"private": bool, "files": {name: bytes}}. Only the token hf_right may write, and only to `org`.
+    faults: paths' ends -> statuses that are answered first.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.repos: dict[str, dict] = {}
+        self.faults: dict[str, list[int]] = {}
+        self.stored: dict[str, bytes] = {}  # Git LFS's objects by their SHA-256
+
+    def answer(self, request: _Handler) -> None:
+        path = urllib.parse.unquote(request.path.partition("?")[0])
+        self.count(path)
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        fault = next((faults.pop(0) for end, faults in self.faults.items() if path.endswith(end) and faults), None)
+        if fault is not None:
+            return request.send(fault, b"{}")
+        if path.startswith("/objects/"):
+            self.stored[path.removeprefix("/objects/")] = body
+            return request.send(200)
+        if request.headers.get("Authorization") != "Bearer hf_right":
+            return request.send(401, b"{}")
+        if path == "/api/validate-yaml":
+            return self._json(request, {"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self._create(request, json.loads(body))
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self._json(
+                request, {"transfer": "basic", "objects": [*map(self._place, json.loads(body)["objects"])]}
+            )
+        repo, what = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/\w+)?.*", path).groups()
+        if repo not in self.repos:
+            return request.send(404, b"{}", X_Error_Code="RepoNotFound")
+        if what == "/commit":
+            return self._commit(request, repo, body)
+        if what == "/preupload":
+            files = [
+                {"path": one["path"], "uploadMode": "lfs" if self._is_large(one) else "regular", "shouldIgnore": False}
+                for one in json.loads(body)["files"]
+            ]
+            return self._json(request, {"files": files})
+        files = self.repos[repo]["files"]
+        siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
+        return self._json(request, {"id": repo, "sha": "a" * 40, "siblings": siblings})
+
+    def _is_large(self, file: dict) -> bool:
+        return file["path"].endswith(".safetensors")
+
+    def _json(self, request: _Handler, value: dict) -> None:
+        request.send(200, json.dumps(value).encode(), Content_Type="application/json")
+
+    def _place(self, wanted: dict) -> dict:
+        return {**wanted, "actions": {"upload": {"href": f"{self.url}/objects/{wanted['oid']}"}}}
+
+    def _create(self, request: _Handler, wanted: dict) -> None:
+        name = f"{wanted['organization']}/{wanted['name']}"
+        if wanted["organization"] != "org":
+            return request.send(403, b"{}")
+        is_private = wanted.get("visibility") == "private" or wanted.get("private") is True
+        self.repos[name] = {"private": is_private, "files": {".gitattributes": b"x"}}
+        return self._json(request, {"url": f"{self.url}/{name}", "id": name})
+
+    def _commit(self, request: _Handler, repo: str, body: bytes) -> None:
+        files = self.repos[repo]["files"]
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.stored[value["oid"]]
+        return self._json(request, {"commitUrl": f"{self.url}/{repo}/commit/{'a' * 40}", "commitOid": "a" * 40})

@@ -5,8 +5,8 @@
 
 Every node: GPUs (there, of one kind, not in use, as many as Slurm counts), driver and package versions (equal on all
 nodes), data.root with the whole blend (in object storage: the address, the rights, one sample, room for the cache),
-a run directory that can be written, the clock. Then an all-reduce over all ranks, timed, and on GPUs the memory plan of
-tools/plan.py.
+a run directory that can be written, train.upload_to that can be written, read and cleared, the clock. Then an
+all-reduce over all ranks, timed, and on GPUs the memory plan of tools/plan.py.
 
 Exit status: 0 go on; 2 a setting cannot work or something is missing everywhere; 3 a node is at fault.
 RUN_DIR/slurm/preflight.json has the verdict: {"kind": "ok" | "config" | "node", "message": ..., "nodes": [...]}.
@@ -166,6 +166,20 @@ def run_dir_fault(config: Config) -> str | None:
     return None
 
 
+def upload_fault(config: Config) -> str | None:
+    """What is wrong with the address that checkpoints are copied to; written, read and removed there is a few bytes."""
+    from molmo2_nemo import remote_checkpoints, storage
+
+    address = remote_checkpoints.folder_of(config)
+    try:
+        if address is not None:
+            with storage.patience(STORAGE_SECONDS):
+                remote_checkpoints.try_address(address)
+    except ConfigError as error:
+        return f"train.upload_to={config.train.upload_to}: {str(error).rstrip('.')}"
+    return None
+
+
 def warnings() -> list[str]:
     """Settings of this node that may cause trouble later and are easily changed."""
     import resource
@@ -190,7 +204,7 @@ def look(config: Config) -> dict:
             facts["gpus"] = gpus()
         except ValueError as error:
             facts["faults"].append(str(error))
-    facts["faults"] += [fault for fault in (data_fault(config), run_dir_fault(config)) if fault]
+    facts["faults"] += [fault for fault in (data_fault(config), run_dir_fault(config), upload_fault(config)) if fault]
     return facts
 
 
@@ -524,6 +538,8 @@ def rank_nodes(ranks: int) -> list[str]:
 
 def leave_verdict(config: Config, kind: str, message: str, nodes: list[str]) -> None:
     path = Path(config.run_dir) / "slurm" / "preflight.json"
+    if "://" in config.run_dir:  # what the message is about
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         verdict = {"kind": kind, "message": message, "nodes": nodes}

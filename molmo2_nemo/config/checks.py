@@ -40,6 +40,7 @@ def check(cfg: Config, world_size: int) -> None:
 def check_settings(cfg: Config, world_size: int) -> None:
     """The checks of `check` that do not import Megatron."""
     check_choice("stage", cfg.stage, STAGES)
+    check_addresses(cfg)
     check_model(cfg.model)
     check_layout(cfg, world_size)
     train = cfg.train
@@ -119,6 +120,27 @@ def check_settings(cfg: Config, world_size: int) -> None:
         "optim.vit.freeze, optim.connector.freeze and optim.llm.freeze are all true: nothing would be trained.",
     )
     check_engine(cfg)
+
+
+def check_addresses(cfg: Config) -> None:
+    """Refuse an address of object storage where a folder is needed, and one that cannot be. Raises ConfigError."""
+    run_dir, upload_to = str(cfg.run_dir), cfg.train.upload_to
+    refuse(
+        storage.is_remote(run_dir),
+        f"run_dir={storage.shown(run_dir)} is an address, and a run works in a folder: leave run_dir out, or name a"
+        f" folder, and set train.upload_to={storage.shown(run_dir)}, which copies each checkpoint there.",
+    )
+    if upload_to is not None:
+        refuse(
+            not storage.is_remote(upload_to),
+            f"train.upload_to={upload_to} is no address of object storage: write s3://BUCKET/PATH, gs://BUCKET/PATH or"
+            " msc://PROFILE/PATH.",
+        )
+        storage.check(upload_to, "train.upload_to")
+    given = cfg.train.init_from
+    for address in given if isinstance(given, list) else [given]:
+        if isinstance(address, str) and storage.is_remote(address):
+            storage.check(address, "train.init_from")
 
 
 def check_layout(cfg: Config, world_size: int) -> None:

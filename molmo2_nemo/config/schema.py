@@ -443,6 +443,10 @@ class TrainConfig:
     """Steps between checkpoints, or epochs: `1 epoch`, `0.5 epochs`; one is always written at the end."""
     keep_last: int = 3
     """Checkpoints that are kept; older ones are removed."""
+    upload_to: str | None = None
+    """Address in object storage, `s3://BUCKET/PATH`, `gs://BUCKET/PATH` or `msc://PROFILE/PATH`, below which NAME/STAGE
+    gets a copy of each checkpoint, in the background, kept and removed as those on disk; a run whose disk is empty goes
+    on from there. null: none."""
     keep_every: int = 5000
     """Keep checkpoints of steps that are multiples of this, however old; 0: none of them."""
     report: bool = True

@@ -154,14 +154,17 @@ def import_base_models(
     seed: int = 0,
     progress: Callable[[str], None] = print,
     info: dict | None = None,
+    tokenizer: str | None = None,
 ) -> ModelConfig:
     """Write a checkpoint of both folders' weights and a fresh connector. Returns its architecture.
 
     model: of the checkpoint; None: what the two make. Raises ConfigError when they do not fit, lack a tensor, or hold
-    no safetensors. Rows of the embedding beyond `model.vocab_size` are padding and are left out.
+    no safetensors. Rows of the embedding beyond `model.vocab_size` are padding and are left out. tokenizer: where it
+    will be found, if not in `llm`.
     """
     if model is None:
         model = base_model_config(llm, vision)
+        model.tokenizer = tokenizer or model.tokenizer
     else:
         check_base_models(llm, vision, model)
     family, text, tower = model_type(llm), _Prefixed(llm, "model."), _Prefixed(vision, "vision_model.")

@@ -129,14 +129,20 @@ def _refuse_no_head(folder: Path, tied: bool) -> None:
 
 
 def import_hf(
-    folder: Path, checkpoint: Path, progress: Callable[[str], None] = print, info: dict | None = None
+    folder: Path,
+    checkpoint: Path,
+    progress: Callable[[str], None] = print,
+    info: dict | None = None,
+    tokenizer: str | None = None,
 ) -> ModelConfig:
     """Write a checkpoint of the weights in a Hugging Face folder (released or native names). Returns its architecture.
 
-    A head equal to the base embedding, bit for bit, is stored once and marked tied. info: more for the marker. Raises
-    ConfigError for a folder that is damaged or does not fit its config.json, and for a disk without room.
+    A head equal to the base embedding, bit for bit, is stored once and marked tied. info: more for the marker.
+    tokenizer: where it will be found, if not in `folder`. Raises ConfigError for a folder that is damaged or does not
+    fit its config.json, and for a disk without room.
     """
     model = model_config_from_hf(folder)
+    model.tokenizer = tokenizer or model.tokenizer
     weights = HuggingFaceWeights(folder)
     if _HEAD not in weights:
         _refuse_no_head(folder, model.tie_embeddings)

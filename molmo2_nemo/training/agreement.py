@@ -1,9 +1,12 @@
 """Whether all ranks of a run were started alike: settings, sources of the data, code, versions of packages."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import socket
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,10 +15,13 @@ from molmo2_nemo.config.schema import Config
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.paths import PACKAGE
 from molmo2_nemo.text import dotted
+from molmo2_nemo.training import owner
 from molmo2_nemo.training.metrics import package_versions
 
 # Settings that may differ: each node may have its own copy of the data.
 FREE = ("data.root", "data.cache_dir", "data.cache_size")
+# After which a file that rank 0 has made before the ranks were joined is taken for missing.
+SECONDS_TO_SEE_A_FILE = 30
 
 
 def what_this_rank_has(config: Config, sources: list[Source]) -> dict[str, str]:
@@ -76,4 +82,27 @@ def visible(path: Path) -> str | None:
     return (
         f"{path} is there for rank 0, but not for {', '.join(blind[:4])}{' and others' if len(blind) > 4 else ''}: "
         "run_dir must be on a file system that all nodes share."
+    )
+
+
+def shared(run_dir: Path) -> str | None:
+    """One sentence about the ranks for which the run's folder is another one than for rank 0. Collective.
+
+    Known by the owner file, which rank 0 has made. A network file system may take a while to show it.
+    """
+    token = [(owner.read(run_dir / owner.OWNER) or {}).get("token") if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(token)
+    until = time.monotonic() + SECONDS_TO_SEE_A_FILE
+    while not (same := (owner.read(run_dir / owner.OWNER) or {}).get("token") == token[0]) and time.monotonic() < until:
+        time.sleep(1)
+        with contextlib.suppress(OSError):
+            os.listdir(run_dir)  # the client asks its server again when a folder is opened
+    everybodys = [None] * dist.get_world_size()
+    dist.all_gather_object(everybodys, None if same else socket.gethostname())
+    others = [f"rank {rank} on {host}" for rank, host in enumerate(everybodys) if host is not None]
+    if not others:
+        return None
+    return (
+        f"run_dir={run_dir} is another folder for {', '.join(others[:4])}{' and others' if others[4:] else ''} than for"
+        " rank 0: name one on a file system that all nodes share."
     )

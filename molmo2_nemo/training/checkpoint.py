@@ -33,6 +33,7 @@ from molmo2_nemo.files import missing_room, sha256_of, write_json
 from molmo2_nemo.training.optimizer import load_optimizer_state
 from molmo2_nemo.training.optimizer_shards import PREFIX
 from molmo2_nemo.training.step import load_model_state, refuse_other_architecture, sharded_model_state
+from molmo2_nemo.training.uploads import Uploads
 
 # Tensors of a distributed optimizer have the keys and shapes of the parameters, so that any layout can read them.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -197,11 +198,19 @@ class Saver:
     Once one is complete, older ones are removed: all but the last `keep_last` complete ones and those of steps that are
     multiples of `keep_every`. What is damaged stays, as does what is newer, and neither counts: a run that has passed
     over a damaged checkpoint never removes a good one for it. asynchronous: the tensors are copied to host memory and
-    written while training goes on. All methods are collective.
+    written while training goes on. What `uploads` is reading stays until the next save. All methods are collective.
     """
 
-    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0, asynchronous: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        keep_every: int = 0,
+        asynchronous: bool = False,
+        uploads: Uploads | None = None,
+    ):
         self.folder, self.keep_last, self.keep_every, self.asynchronous = folder, keep_last, keep_every, asynchronous
+        self.uploads = uploads
         self.pending = None
 
     def begin(
@@ -282,12 +291,12 @@ class Saver:
         best_step: of the best one as the run knows it, should best.json be damaged.
         """
         found = [path for path in checkpoint_dir.find_checkpoints(self.folder) if checkpoint_dir.step_of(path) <= step]
+        whole = {checkpoint_dir.step_of(path): path for path in found if checkpoint_dir.is_complete(path)}
         best = checkpoint_dir.best(self.folder)
-        for old in [path for path in found if checkpoint_dir.is_complete(path)][: -self.keep_last]:
-            if old == best or checkpoint_dir.step_of(old) == best_step:
-                continue
-            if not self.keep_every or checkpoint_dir.step_of(old) % self.keep_every:
-                shutil.rmtree(old)
+        kept = {best_step, best and checkpoint_dir.step_of(best)}
+        for old in checkpoint_dir.surplus(list(whole), self.keep_last, self.keep_every, kept):
+            if self.uploads is None or not self.uploads.uses(whole[old]):
+                shutil.rmtree(whole[old])
 
     def _aside(self, final: Path) -> Path:
         """The folder to write to. Removes what interrupted saves have left behind."""

@@ -124,6 +124,7 @@ def train(run: Run) -> tuple[str, str]:
         if rates is None:  # it went back to a checkpoint: nothing of that step is logged, measured or saved again
             continue
         report_save(run, run.saver.poll())
+        report_uploads(run)
         reason = run.request.reason(run.device)
         run.times.end()
         step = position.step
@@ -356,6 +357,8 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
         data=run.data.by_source(),
         **interval.speed.reduce(seconds, figures["rows"]),
     )
+    if run.saver.uploads is not None:
+        figures["uploads"] = run.saver.uploads.figures()
     if run.epoch is not None:
         figures["epoch"] = run.data.samples_of(run.epoch.sources) / run.epoch.samples
     impossible = impossible_mfu(figures)
@@ -364,7 +367,8 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
     slow = report_slow_rank(run, steps, figures)
     interval.grad_norms = []
     run.log.write("train", step, figures)
-    run.log.say(train_line(step, run.config.train.max_steps, figures) + run.data.note())
+    uploads = "" if run.saver.uploads is None else run.saver.uploads.note()
+    run.log.say(train_line(step, run.config.train.max_steps, figures) + run.data.note() + uploads)
     if slow:
         run.log.say(f"step {step}: {slow}")
 
@@ -485,6 +489,14 @@ def report_save(run: Run, saved: checkpoint.Saved | None) -> None:
         run.went_back = 0
         waited = f", training waited {saved.held_up:.1f} s" if run.saver.asynchronous else ""
         run.log.say(f"saved {saved.path} in {saved.seconds:.1f} s{waited}")
+        if run.saver.uploads is not None:
+            run.saver.uploads.wake(run.best.step or None)
+
+
+def report_uploads(run: Run) -> None:
+    """Write to the log what was uploaded since the last time, and what could not be."""
+    for line in run.saver.uploads.lines() if run.saver.uploads is not None else []:
+        run.log.say(line)
 
 
 def end(run: Run, message: str) -> NoReturn:

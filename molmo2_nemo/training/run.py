@@ -17,7 +17,7 @@ from megatron.core.utils import unwrap_model
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from molmo2_nemo import auto, checkpoint_dir, gpu, lora_base, parallel
+from molmo2_nemo import auto, checkpoint_dir, gpu, lora_base, parallel, remote_checkpoints, storage
 from molmo2_nemo.command_line import to_dataclass
 from molmo2_nemo.config.checks import check, check_profile
 from molmo2_nemo.config.components import COMPONENTS, is_frozen
@@ -38,6 +38,7 @@ from molmo2_nemo.training.start import Start, agree, converted, find_start
 from molmo2_nemo.training.step import build_model, global_names, load_weights
 from molmo2_nemo.training.trained import what_is_trained
 from molmo2_nemo.training.trouble import SpikeAlarm
+from molmo2_nemo.training.uploads import Uploads
 
 # A launcher ends the other ranks this soon after rank 0 has ended.
 SECONDS_FOR_RANK_0 = 5
@@ -97,7 +98,7 @@ def refuse(cfg: DictConfig, rank: int, before: dict, message: str) -> None:
         run_dir = Path(cfg.run_dir)
         before |= {} if before else shutdown.read_ended(run_dir)
         # Once the ranks are joined, the folder is this run's.
-        is_ours = dist.is_initialized() or not owner.in_use(run_dir)
+        is_ours = dist.is_initialized() or not (storage.is_remote(cfg.run_dir) or owner.in_use(run_dir))
         if is_ours and not checkpoint_dir.is_complete(run_dir):
             shutdown.write_ended(run_dir, "config error", 0, message)
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -172,7 +173,7 @@ def set_up(
     log = RunLog(run_dir)
     for line in before_the_start(config, device, precision, sources, chosen, epoch):
         log.say(line)
-    for line in start.ignored:
+    for line in start.ignored + start.halves:
         log.say(f"ignored: {line}")
     if start.resume is not None and settings.start_over:
         log.say(f"train.start_over=true is not used: {start.resume} can be continued")
@@ -212,7 +213,6 @@ def set_up(
     if start.resume is not None:
         log.write("resume", position.step, {})
     names = [source.name for source in sources]
-    asynchronous = device == "cuda" if settings.async_checkpoint == "auto" else settings.async_checkpoint == "true"
     return Run(
         config=config,
         config_yaml=config_yaml,
@@ -240,8 +240,20 @@ def set_up(
         log=log,
         stacks=stacks,
         request=request,
-        saver=checkpoint.Saver(run_dir / "checkpoints", settings.keep_last, settings.keep_every, asynchronous),
+        saver=make_saver(config, device, log),
     )
+
+
+def make_saver(config: Config, device: str, log: RunLog) -> checkpoint.Saver:
+    """What writes the run's checkpoints and, on rank 0, copies them to train.upload_to."""
+    settings, folder, uploads = config.train, Path(config.run_dir) / "checkpoints", None
+    address = remote_checkpoints.folder_of(config)
+    if address is not None and log.main:
+        log.say(f"checkpoints are copied to {storage.shown(address)}")
+        uploads = Uploads(folder, address, settings)
+        uploads.wake()  # an earlier start may have left something to do
+    asynchronous = device == "cuda" if settings.async_checkpoint == "auto" else settings.async_checkpoint == "true"
+    return checkpoint.Saver(folder, settings.keep_last, settings.keep_every, asynchronous, uploads)
 
 
 def refuse_checkpoint_as_run(run_dir: str) -> None:
@@ -453,6 +465,8 @@ def finish(run: Run, reason: str, why: str) -> None:
     run.times.close()
     dist.barrier()
     dist.destroy_process_group()
+    if run.saver.uploads is not None:  # the other ranks need not wait
+        run.saver.uploads.finish(run.log.say)
     if run.log.main and run.config.train.report:
         from molmo2_nemo.report import write_report  # matplotlib is needed here alone
 

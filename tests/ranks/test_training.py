@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 SMALL = ["train.validation_batches=1", "train.global_batch_size=4", "train.micro_batch_size=2"]
 
 
-def train(ranks, stage, run_dir, sample, *overrides):
+def train(ranks, stage, run_dir, sample, *overrides, **environment):
     recipe = {1: "stage1_pretrain", 2: "stage2_sft", 3: "stage3_long_context"}[stage]
     arguments = [
         f"recipes/{recipe}.py",
@@ -22,7 +22,7 @@ def train(ranks, stage, run_dir, sample, *overrides):
         f"run_dir={run_dir}",
         *overrides,
     ]
-    return python(*arguments) if ranks == 1 else run_ranks(ranks, *arguments)
+    return python(*arguments, **environment) if ranks == 1 else run_ranks(ranks, *arguments, **environment)
 
 
 def losses(run_dir, kind="train"):

@@ -12,6 +12,7 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, ModelConfig, TrainConfig
 from molmo2_nemo.hf import convert
 from molmo2_nemo.hf.architecture import model_config_from_hf
+from molmo2_nemo.training import agreement, owner
 from molmo2_nemo.training.start import find_start, last_saved_step, newest_verified
 
 
@@ -41,6 +42,20 @@ def test_what_cannot_start_a_run_is_refused_in_one_sentence(hf_models, tmp_path)
     shutil.copy(hf_models["olmo3"] / "config.json", pickled)
     (pickled / "pytorch_model.bin").write_bytes(b"pickle")
     assert "only safetensors are read, never pickles" in refused(pickled)
+
+
+def test_a_folder_that_nodes_do_not_share_is_refused(tmp_path, monkeypatch):
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert agreement.shared(tmp_path) is None  # nobody owns it, as in tests
+    held = owner.Owner(tmp_path)
+    assert agreement.shared(tmp_path) is None
+    answers = iter([{"token": "of rank 0"}])
+    monkeypatch.setattr(agreement, "SECONDS_TO_SEE_A_FILE", 0)
+    monkeypatch.setattr(agreement.owner, "read", lambda path: next(answers, None))
+    assert f"run_dir={tmp_path} is another folder for rank 0 on" in agreement.shared(tmp_path)
+    monkeypatch.undo()
+    held.release()
 
 
 def save(path, step):

@@ -1,0 +1,79 @@
+"""tools/import_hf.py, tools/export_hf.py and the pre-flight's look at addresses."""
+
+import sys
+
+import object_store
+import pytest
+import torch
+from programs import load
+from safetensors.torch import load_file
+
+from molmo2_nemo import checkpoint_dir, storage
+from molmo2_nemo.config.schema import Config, TrainConfig
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """The folder behind msc://disk."""
+    for name, value in object_store.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    storage.forget_clients()
+    yield tmp_path / "disk"
+    storage.forget_clients()
+
+
+def run(monkeypatch, tool, *arguments):
+    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+    load(f"tools/{tool}.py").main()
+
+
+def tensors(folder):
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.slow
+def test_a_model_goes_through_addresses_unchanged(export, disk, tmp_path, monkeypatch, capsys):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for path in export.iterdir():
+        storage.upload_file(path, f"msc://disk/hf/{path.name}")
+    run(monkeypatch, "import_hf", "msc://disk/hf", "msc://disk/start", "--scratch", scratch)
+    assert "start from it: model=NAME (of the same sizes) train.init_from=msc://disk/start" in capsys.readouterr().out
+    checkpoint_dir.verify(disk / "start")
+    out = ("export_hf", "msc://disk/start", "msc://disk/out/back", "--scratch", scratch, "--layout", "native")
+    run(monkeypatch, *out)
+    assert "msc://disk/out/back holds msc://disk/start" in capsys.readouterr().out
+    run(monkeypatch, "import_hf", export, tmp_path / "start")
+    run(monkeypatch, "export_hf", tmp_path / "start", tmp_path / "back", "--layout", "native")
+    before, after = (tensors(folder) for folder in (tmp_path / "back", disk / "out" / "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert (disk / "out/back/tokenizer.json").is_file() and (disk / "out/back/README.md").is_file()
+    assert not list(scratch.iterdir())
+    # What is there is not overwritten, and what is not there is told.
+    for words, sentence in (
+        (out, "msc://disk/out/back is there already"),
+        (("export_hf", "msc://disk/none", tmp_path / "x"), "there is no checkpoint at msc://disk/none"),
+        (("export_hf", "msc://disk/start", tmp_path / "x", "--best"), "msc://disk/start has no best checkpoint"),
+        (("import_hf", "msc://disk/none", tmp_path / "x"), "there is nothing at msc://disk/none"),
+        (("export_hf", "ftp://x/y", tmp_path / "x"), "CKPT=ftp://x/y has an unknown scheme"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            run(monkeypatch, *words)
+
+
+def test_the_preflight_tries_the_address(disk, tmp_path, monkeypatch):
+    preflight = load("tools/preflight.py")
+    monkeypatch.setattr(preflight, "STORAGE_SECONDS", 0.0)
+
+    def fault(address):
+        train = TrainConfig(upload_to=address)
+        return preflight.upload_fault(Config(name="n", stage="stage2", run_dir=str(tmp_path), train=train))
+
+    assert fault(None) is None and fault("msc://disk/runs") is None
+    assert not [path for path in disk.rglob("*") if path.is_file()]
+    assert "train.upload_to=msc://nope/runs: cannot write" in fault("msc://nope/runs")
+    disk.rename(tmp_path / "gone")
+    disk.write_text("a file where the folder was")
+    assert "train.upload_to=msc://disk/runs: cannot write msc://disk/runs/n/stage2/checkpoints/.probe" in fault(
+        "msc://disk/runs"
+    )
