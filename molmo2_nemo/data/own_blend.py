@@ -6,6 +6,7 @@ Made as a document in the form of a blend's file (blend.py), so that both are re
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.schema import DataConfig
@@ -35,6 +36,17 @@ def document(cfg: DataConfig, general: Callable[[], dict]) -> dict:
             not there and is_remote(folder),
             f"data.{name}={folder} is not there: upload the folder that tools/prepare.py has made of your labels, with"
             " its .nv-meta, or correct the address.",
+        )
+        is_local = not is_remote(folder)
+        refuse(
+            is_local and os.path.isfile(path),
+            f"data.{name}={folder} is a file: make shards of your labels with python tools/prepare.py {folder} --out"
+            f" shards/{name} --split 90/5/5, and set data.{name}=shards/{name}.",
+        )
+        refuse(
+            is_local and there and not (os.path.isdir(f"{path}/.nv-meta") or any(Path(path).glob("*.tar"))),
+            f"data.{name}={folder} holds neither .tar files nor .nv-meta: name the folder that python tools/prepare.py"
+            f" LABELS --out shards/{name} --split 90/5/5 makes, data.{name}=shards/{name}.",
         )
         refuse(
             not there,

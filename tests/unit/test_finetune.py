@@ -247,6 +247,17 @@ def test_wrong_mixtures_are_sentences(root, changes, said):
         load_blend(own(root, **changes))
 
 
+def test_labels_and_pictures_in_the_place_of_shards_are_told_apart(root):
+    for path, said in (
+        (root / "labels.jsonl", "is a file: make shards of your labels with python tools/prepare.py"),
+        (root / "photos", "holds neither .tar files nor .nv-meta: name the folder that python tools/prepare.py LABELS"),
+    ):
+        path.mkdir() if path.name == "photos" else path.touch()
+        with pytest.raises(ConfigError, match=re.escape(f"data.mine={path} {said}")) as refused:
+            load_blend(own(root, own={"mine": str(path)}))
+        assert "--out shards/mine --split 90/5/5" in str(refused.value)
+
+
 def test_data_without_a_part_for_validation_keep_no_best(root):
     config = compose("finetune", [*TINY, f"data.more={root / 'more'}"])
     said = f"train.save_best=loss needs held-out samples, and data.more={root / 'more'} has none: prepare it again"
