@@ -50,7 +50,10 @@ def check_settings(out: Path, settings: dict) -> None:
     """
     file = out / SETTINGS
     if file.is_file():
-        before = json.loads(file.read_text())
+        try:
+            before = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}): name another --out, or remove the folder") from error
         for key in sorted({*settings, *before}):
             if f"{key}_hash" not in settings and before.get(key) != settings.get(key):
                 shown = [str(value)[:60] for value in (before.get(key), settings.get(key))]
@@ -85,10 +88,21 @@ def read_answers(out: Path) -> dict[str, dict]:
     return found
 
 
-def read_lines(file: Path) -> Iterable[dict]:
-    """The objects of whole lines."""
-    content = file.read_bytes()
-    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].split(b"\n") if line]
+def read_lines(file: Path) -> list[dict]:
+    """The records of whole lines. ValueError, one sentence with the number of the line: one is none."""
+    content, found = file.read_bytes(), []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n"), start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        scored = "error" in record or isinstance(record.get("scores"), dict) if isinstance(record, dict) else False
+        if not scored or not {"id", "sample", "index", "questions", "source"} <= record.keys():
+            raise ValueError(f"{file} is damaged in line {number}: remove the line, and run the evaluation again")
+        found.append(record)
+    return found
 
 
 def write_predictions(out: Path, records: Iterable[dict]) -> None:
@@ -100,7 +114,4 @@ def read_predictions(out: Path) -> list[dict]:
     file = out / PREDICTIONS
     if not file.is_file():
         raise ValueError(f"{out} holds no finished evaluation (no {PREDICTIONS}): run tools/evaluate.py --out {out}")
-    try:
-        return list(read_lines(file))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): run the evaluation again") from error
+    return read_lines(file)

@@ -49,6 +49,8 @@ class Samples:
         for name, path in zip(names, paths):
             cached = self.cached.get(path)
             folder = cached.folder if cached else Path(path)
+            if not cached and not folder.is_dir():
+                raise ConfigError(f"--data {folder} is no folder: name one that tools/prepare.py has written")
             index = read_index(name, folder, cached and cached.address)
             counts = {part: sum(shards.values()) for part, shards in index.items()}
             there = [part for part in SPLITS if counts.get(part)]

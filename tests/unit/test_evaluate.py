@@ -154,11 +154,28 @@ def test_an_evaluation_that_goes_on_where_it_was_stopped(shards, export, said, t
     status, shown, _ = run(capsys, "--compare", out, out)
     assert status == 0 and "vqa" in shown and "+0.000" in shown
 
+    # Lines and settings that are damaged; what the message says is done.
+    file, lines = out / "answers-00000.jsonl", (out / "answers-00000.jsonl").read_text().splitlines(keepends=True)
+    for wrong in ("{}\n", "[1]\n", lines[1][:20] + "\n"):
+        file.write_text("".join([lines[0], wrong, *lines[2:]]))
+        status, _, error = run(capsys, *command)
+        assert status == 1 and f"{file} is damaged in line 2: remove the line" in error and "Traceback" not in error
+    file.write_text("".join([lines[0], *lines[2:]]))
+    status, _, error = run(capsys, *command)
+    assert status == 1 and "3 of 10 questions" in error and (out / "predictions.jsonl").read_bytes() == before
+    (out / "predictions.jsonl").write_text("{}\n")
+    status, _, error = run(capsys, "--compare", out, out)
+    assert status == 1 and "predictions.jsonl is damaged in line 1" in error
+    (out / "settings.json").write_text("{")
+    status, _, error = run(capsys, *command)
+    assert status == 1 and "settings.json is damaged" in error and "remove the folder" in error
+
 
 def test_mistakes_are_told_in_one_sentence(shards, export, said, tmp_path, capsys):
     for arguments, words in (
         ((export, "--data", shards, "--split", "val"), "no samples of it (there are test, train)"),
         ((export, "--data", tmp_path), "is not prepared"),
+        ((export, "--data", tmp_path / "nowhere"), "is no folder: name one that tools/prepare.py has written"),
         ((tmp_path / "nothing", "--data", shards), "cannot be exported"),
         ((export, "--data", shards, "--backend", "vllm", "--out", tmp_path / "v"), "vLLM is not installed"),
         ((export, "--data", shards, "--out", shards), "holds other files"),
