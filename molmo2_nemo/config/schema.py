@@ -219,8 +219,8 @@ class DataConfig:
     """What is read, how samples become rows, and what is done about broken ones."""
 
     blend: str = MISSING
-    """The mixture of sources: a name in conf/blend, or the path of a YAML file. With data of your own, where `keep`
-    takes its sources from."""
+    """The mixture of sources: a name in conf/blend, or the path or address of a YAML file. With data of your own, where
+    `keep` takes its sources from."""
     own: dict[str, str] = field(default_factory=dict)
     """Folders of shards of your own by name, in the place of the mixture, each sample as often as any other. For
     `recipes/finetune.py` `data.mine=FOLDER` is short for `data.own.mine=FOLDER`."""

@@ -29,6 +29,7 @@ A source is an Energon WebDataset with the split parts "train" and "val". Everyt
 starts nothing.
 """
 
+import io
 import math
 import os
 from collections import defaultdict
@@ -47,7 +48,9 @@ from molmo2_nemo.data import own_blend
 from molmo2_nemo.data.node_cache import CachedSource, are_there, located
 from molmo2_nemo.data.shard_index import read_index
 from molmo2_nemo.paths import CONF_DIR
+from molmo2_nemo.storage import check as check_address
 from molmo2_nemo.storage import is_remote, join
+from molmo2_nemo.storage import read as read_address
 
 # Times that each sample of a source may come round in a run before the start warns of it: by then a model has learned
 # small sources by heart. Stage 1 has one such, pixmo-count with 36,916 pictures.
@@ -328,8 +331,12 @@ def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
 
 def _read_file(cfg: DataConfig) -> tuple[str, object]:
     """What to call the file of `cfg.blend` in messages, and what it holds."""
-    file = _blend_file(cfg.blend)
-    where = f"data.blend={cfg.blend} ({file})"
+    if is_remote(cfg.blend):
+        check_address(cfg.blend, "data.blend")
+        where, file = f"data.blend={cfg.blend}", io.BytesIO(read_address(cfg.blend))
+    else:
+        file = _blend_file(cfg.blend)
+        where = f"data.blend={cfg.blend} ({file})"
     try:
         # Unlike PyYAML, OmegaConf refuses a key that is given twice.
         return where, OmegaConf.to_container(OmegaConf.load(file), resolve=True)
@@ -358,7 +365,9 @@ def _blend_file(blend: str) -> Path:
         if file.is_file():
             return file
     known = ", ".join(sorted(file.stem for file in (CONF_DIR / "blend").glob("*.yaml"))) or "none yet"
-    raise ConfigError(f"data.blend={blend} names no blend: use one of conf/blend ({known}) or the path of a YAML file.")
+    raise ConfigError(
+        f"data.blend={blend} names no blend: use one of conf/blend ({known}) or the path or address of a YAML file."
+    )
 
 
 def _typed(kind: type[BaseModel], document, where: str, where_keys: str | None = None) -> BaseModel:

@@ -78,7 +78,10 @@ NOT_RUN = (
         r"(python )?tools/download(\.py (fetch|doctor|verify)|_\w+\.(py|sh)) ?.*",
         "needs the internet; test_fetch.py has servers",
     ),
-    (r"python tools/prepare\.py .*", "needs raw data; test_prepare.py and test_prepare_stage.py run it"),
+    (
+        r"python tools/prepare\.py .*",
+        "needs raw data; test_prepare.py, test_prepare_stage.py and test_prepare_in_parts.py do",
+    ),
     (r"python tools/inspect_data\.py .*", "needs prepared data, or takes long; others of its kind are run"),
     (r"python tools/(import_hf|export_hf|ask|report)\.py .*", "needs weights or a run; test_quickstart.py runs them"),
     (

@@ -25,6 +25,8 @@ from PIL import Image
 
 from molmo2_nemo import storage
 from molmo2_nemo.catalogue.parked import Parked
+from molmo2_nemo.config.schema import DataConfig
+from molmo2_nemo.data.blend import load_blend
 from molmo2_nemo.fetch import room as rooms
 from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.prepare import in_parts, parking, place, shard_plan
@@ -193,6 +195,13 @@ def test_the_same_shards_within_the_bound(world, here, monkeypatch, capsys):
     large = yaml.safe_load((world[0] / "large" / "stage2.yaml").read_text())
     assert blend == large and list(blend["sources"]) == list(NAMES)
     assert (shards / "stage2.yaml").read_text().startswith(f"# 5 sources below data.root={OUT}. ")
+    cfg = DataConfig(root=OUT, blend=f"{OUT}/stage2.yaml")
+    assert [(source.name, source.num_samples) for source in load_blend(cfg)] == [
+        (source.name, source.num_samples)
+        for source in load_blend(
+            DataConfig(root=str(world[0] / "large"), blend=str(world[0] / "large" / "stage2.yaml"))
+        )
+    ]
     assert {entry["status"] for entry in json.loads((shards / "stage2.report.json").read_text())} == {"prepared"}
 
     # What is there is looked at and left. Another scratch will do, and names may be left out.
@@ -313,6 +322,30 @@ def test_data_that_were_fetched_before_stay(world, here):
     (out / "fetched" / ".nv-meta" / ".info.json").write_text("{}")
     assert run(world, here, names=["fetched"], out=out) == 1
     assert content(out, ["fetched"]).keys() == {"fetched/.nv-meta/.info.json"}
+
+
+def test_what_comes_by_hand_is_read_where_it_is(world, here, capsys):
+    """The user's files are never moved: the annotations are fetched, the media are those of --root."""
+    source = {"kind": "hf", "hf": {"repo": "me/zipped", "files": ["data/*"]}}
+    media = {"kind": "manual", "layout": ["all/*/*.png"]}
+    fields, convert = {"image": "name", "question": "text", "answer": "text"}, {"kind": "question"}
+    entry = {"name": "brought", "source": source, "media": media, "fields": fields, "convert": convert}
+    (here / "sets.yaml").write_text(yaml.safe_dump({"datasets": [entry]}))
+    more = ["--catalogue", str(here / "sets.yaml")]
+    assert run(world, here, *more, names=["brought"]) == 1
+    assert "brought needs all/*/*.png in " in (said := capsys.readouterr().err) and "--root is the folder" in said
+    manual = here / "root" / "raw" / "brought" / "manual"
+    for n in range(NUMBER):
+        (manual / "all" / str(n % FILES)).mkdir(parents=True, exist_ok=True)
+        (manual / "all" / str(n % FILES) / f"{n}.png").write_bytes(picture([2, n]))
+    before = content(here / "root", ["raw"])
+    assert run(world, here, *more, "--root", str(here / "root"), names=["brought"]) == 0
+    assert content(here / "root", ["raw"]) == before
+    [mine, large] = (
+        {path.split("/")[1]: digest for path, digest in content(folder, [name]).items() if path.endswith(".tar")}
+        for folder, name in ((here / "disk" / "shards", "brought"), (world[0] / "large", "zipped"))
+    )
+    assert mine == large
 
 
 def test_two_runs_do_not_disturb_each_other(world, here, monkeypatch):
