@@ -169,9 +169,9 @@ def load_blend(cfg: DataConfig) -> list[Source]:
     present, absent = _present(cfg, entries)
     if absent and not (cfg.skip_missing and present):
         missing = [entry.name for entry in absent]
+        lacking = "are not there under data.root=" if is_remote(cfg.root) else "are not on disk under data.root="
         raise ConfigError(
-            f"{len(missing)} of the {len(entries)} sources of {where} are not"
-            f" {'there' if is_remote(cfg.root) else 'on disk'} under data.root={cfg.root} "
+            f"{len(missing)} of the {len(entries)} sources of {where} {lacking}{cfg.root} "
             f"({', '.join(missing)}): {_remedy(cfg, missing, some_present=bool(present))}."
         )
     places = [located(entry.path, cfg.cache_dir, cfg.cache_size) for entry in present]

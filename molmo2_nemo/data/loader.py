@@ -322,8 +322,9 @@ class TrainLoader(Loader):
         try:
             return next(self._batches)
         except StorageError as error:
-            # torch has put the traceback of the worker before the sentence, at whose end it is.
-            raise StorageError(str(error).rpartition("Error: ")[2].strip()) from None
+            lines = str(error).strip().splitlines()
+            # torch has put the worker's traceback before the sentence, whose line begins with the error's class.
+            raise StorageError(lines[-1].partition(": ")[2] if len(lines) > 1 else lines[0]) from None
 
     def can_restore_sample(self) -> bool:
         """Whether the state can be restored: every step between shard and pool is repeatable."""

@@ -52,7 +52,7 @@ NOT_RUN = (
     (r"(tools/quickstart\.sh|tools/setup\.sh|tools/test\.sh).*", "test_quickstart.py runs it; or it runs this test"),
     (r"python tools/report_quickstart\.py .*", "part of tools/quickstart.sh, which test_quickstart.py runs"),
     (r"python tools/make_sample_data\.py .*", "a minute; the fixture `sample` runs it at a hundredth of the size"),
-    (r"(source|export|cp|hf) .*", "of the shell, or another program's"),
+    (r"(source|export|cp|hf|aws) .*", "of the shell, or another program's"),
     (r"nsys .*", "needs NVIDIA's Nsight Systems and GPUs"),
     (r"wandb .*", "needs an account at Weights & Biases"),
     (r"(ruff|pytest) .*", "other programs of the environment"),

@@ -5,6 +5,7 @@ import gzip
 import importlib
 import inspect
 import io
+import itertools
 import queue
 import re
 from types import SimpleNamespace
@@ -293,6 +294,37 @@ def test_passes_made():
     stream.worker_config, stream.parallel_slice_iters = None, 1
     stream.reset_state_own()
     assert compat.passes_made(stream) == 0
+
+
+def test_upcoming_samples():
+    """What a copy of a stream says comes next is what the stream reads then, over passes and from the middle of one."""
+    from megatron.energon import WorkerConfig
+    from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
+
+    read, told = [], []
+
+    class Reader:
+        def __getitem__(self, index):
+            if len(read) == 25:  # in the middle of a pass, while this sample is read
+                told.append(list(itertools.islice(compat.upcoming_samples(stream, index), 60)))
+                assert compat.upcoming_samples(stream, -1) is None
+            read.append(index)
+            return {"index": index}
+
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    offsets = [[0, 4, 8, 12, 16, 20, 22]]
+    stream = WebdatasetSampleLoaderDataset(
+        [Reader()], offsets, worker_config=config, shuffle_over_epochs=1, parallel_slice_iters=3
+    )
+    config.worker_activate(0)
+    try:
+        told.append(list(itertools.islice(compat.upcoming_samples(stream), 60)))
+        for _ in range(5):
+            list(stream)
+    finally:
+        config.worker_deactivate()
+    assert told == [read[:60], read[25:85]]
+    assert len(set(read[:22])) == 22
 
 
 def test_wrapped_dataset():
