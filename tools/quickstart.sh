@@ -17,7 +17,8 @@ export OMP_NUM_THREADS=1
 say() { printf '\n== %s\n' "$*"; }
 
 # A second run with the same overrides keeps the stages that are finished; with others it starts over.
-overrides="$* $(cat conf/schedule/quickstart.yaml conf/model/tiny.yaml | cksum)"
+settings=(conf/schedule/quickstart.yaml conf/model/tiny.yaml conf/optim/from_scratch.yaml conf/blend/sample_stage*.yaml)
+overrides="$* $(cat "${settings[@]}" | cksum)"
 if [[ "$(cat "$runs/overrides" 2>/dev/null)" != "$overrides" ]]; then
   rm -rf "$runs"
   mkdir -p "$runs"
@@ -39,7 +40,8 @@ stage() {
   local started=$SECONDS
   $python -m torch.distributed.run --standalone --nproc-per-node 2 "recipes/$recipe.py" model=tiny data=sample \
     data.root="$data" schedule=quickstart optim=from_scratch parallel="$layout" name=quickstart \
-    run_dir="$runs/stage$number" train.generate_every=1000 train.generate_examples=15 "$@" \
+    run_dir="$runs/stage$number" train.vision_recompute=false train.generate_every=1000 \
+    train.generate_examples=15 train.generate_max_tokens=32 "$@" \
     2> >(tee "$runs/stage$number.err" >&2) || {
       echo "stage $number failed. Its error is above and in $runs/stage$number.err;" \
         "docs/troubleshooting.md explains it." >&2
@@ -48,7 +50,7 @@ stage() {
   echo $((SECONDS - started)) > "$runs/stage$number/seconds"
 }
 
-stage 1 stage1_pretrain tp2 train.log_every=50 "$@"
+stage 1 stage1_pretrain default train.log_every=50 train.micro_batch_size=2 "$@"
 stage 2 stage2_sft tp2 train.log_every=50 train.init_from="$runs/stage1" "$@"
 stage 3 stage3_long_context cp2 train.log_every=10 train.init_from="$runs/stage2" "$@"
 

@@ -83,6 +83,7 @@ def _start_torch_adam(optimizer: MegatronOptimizer) -> None:
         if not any(group["params"] for group in part.optimizer.param_groups):
             part.optimizer.state[NOTHING] = {"step": torch.zeros(())}
         for group in part.optimizer.param_groups:
+            group["fused"] = group["fused"] or all(parameter.is_cpu for parameter in group["params"])
             for parameter in group["params"]:
                 device = parameter.device if group["fused"] or group["capturable"] else None
                 part.optimizer.state[parameter].update(

@@ -1,11 +1,18 @@
-"""Images and frames are dealt to ranks whole, in order, and as evenly as that allows; and to chunks likewise."""
+"""Images and frames are dealt to ranks whole, in order, and as evenly as that allows; and to chunks likewise.
+
+And what the first weights of the vision transformer are.
+"""
 
 import itertools
 
+import numpy as np
+import pytest
+import scipy.fft
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molmo2_nemo.model.vision import chunks_of, split_units
+from molmo2_nemo.model.vision import chunks_of, cosine_waves, sines_of_places, split_units
 from molmo2_nemo.planner.work import most_crops
 
 units = st.lists(st.tuples(st.integers(1, 25), st.integers(1, 300)).map(list), max_size=40)
@@ -54,3 +61,24 @@ def test_chunks_are_whole_units_and_no_larger_than_asked(units, size):
         # The next unit would not have fitted.
         assert number == len(chunks) - 1 or crops + left[0][0] > size > 0
     assert not left
+
+
+def test_the_first_patch_embedding_is_the_cosine_transform_of_each_colour():
+    side = 14
+    patch = np.random.default_rng(0).uniform(-1, 1, (side, side, 3))
+    numbers = cosine_waves(side) @ torch.tensor(patch.reshape(-1)).float()
+    expected = 0.7 * np.stack([scipy.fft.dctn(patch[..., colour], norm="ortho") for colour in range(3)], -1)
+    expected[0, 0] /= 3
+    rows = [(u, v) for u in range(side) for v in range(side)]
+    rows.sort(key=lambda row: row[0] ** 2 + row[1] ** 2)  # a stable sort: u decides among equals
+    assert numbers.view(-1, 3).numpy() == pytest.approx(np.stack([expected[row] for row in rows]), abs=1e-5)
+
+
+def test_the_first_position_embeddings_tell_every_place_apart():
+    places = sines_of_places(6, 66)
+    assert places.shape == (36, 66) and places.abs().max() <= 1 and not places[:, 64:].any()
+    angle = 1.5 / 20 ** (3 / 16)  # the fourth wavelength
+    assert places[2 * 6 + 5, [3, 19, 35, 51]].numpy() == pytest.approx(
+        [np.sin(2 * angle), np.cos(2 * angle), np.sin(5 * angle), np.cos(5 * angle)], abs=1e-6
+    )
+    assert torch.cdist(places, places).fill_diagonal_(9).min() > 1
