@@ -65,7 +65,7 @@ def test_what_cannot_be_pushed_is_told_in_one_sentence(hub, folder, monkeypatch)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "may not write there (status 401)" in told(push, folder, "org/third", False)
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("huggingface_hub.utils._auth._get_token_from_file", lambda: None)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no_token"))
     assert "needs a token that may write: set HF_TOKEN" in told(refuse_push, "org/model")
 
 

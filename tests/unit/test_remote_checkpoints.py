@@ -329,7 +329,7 @@ def test_a_damaged_one_is_replaced_by_its_copy_or_by_the_one_before(saved, store
 def test_a_disk_without_room_is_told_before_anything_is_fetched(saved, store, tmp_path, monkeypatch):
     up(saved(1))
     found = remote_checkpoints.newest(RUNS)[0]
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 100, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=100, used=100, free=0))
     with pytest.raises(ConfigError, match=f"the copy of {RUNS}/step_00000001 needs .* are missing: make room"):
         remote_checkpoints.fetch(found, tmp_path / "back" / step_name(1))
     monkeypatch.undo()
