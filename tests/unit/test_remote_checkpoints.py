@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import threading
+from types import SimpleNamespace
 
 import object_store
 import pytest
