@@ -58,9 +58,10 @@ def s3():
 
 
 def test_a_run_on_an_empty_disk_goes_on_from_the_newest_whole_upload(s3, sample, export, tmp_path):
-    """Two ranks that start from weights at an address; the newest upload is cut, the disk lost.
+    """Two ranks that start from weights at an address; the newest upload is cut, the disk lost, the data elsewhere.
 
-    Then training is bit for bit as without the loss, each byte is fetched once, and no credentials are written.
+    Then training, from shards at an address, is bit for bit as without the loss and with shards on the disk; each file
+    of the checkpoint is fetched once, and no credentials are written.
     """
     environment = object_store.environment(tmp_path / "home", s3.endpoint)
     run_dir, old = tmp_path / "run", tmp_path / "old"
@@ -87,8 +88,13 @@ def test_a_run_on_an_empty_disk_goes_on_from_the_newest_whole_upload(s3, sample,
     place = "deep/runs/mine/stage2/checkpoints"
     marker = json.loads(s3.bucket.Object(f"{place}/step_00000002/complete.json").get()["Body"].read())
     s3.bucket.Object(f"{place}/step_00000004/complete.json").delete()
+    for path in sample.rglob("*"):
+        if path.is_file():
+            s3.bucket.upload_file(str(path), f"data/{path.relative_to(sample)}")
     s3.requests.clear()
-    again = succeeded(train(2, 2, run_dir, sample, *flags, **environment))
+    cache = tmp_path / "cache"
+    again = succeeded(train(2, 2, run_dir, "s3://bucket/data", *flags, f"data.cache_dir={cache}", **environment))
+    assert [*cache.rglob("*.data")] and "/bucket/data/image_qa/.nv-meta/.info.json" in s3.reads()
     assert "step_00000004 has no complete.json: its upload has not ended" in again.stdout
     assert f"resumed step 2 from {run_dir}/checkpoints/step_00000002" in again.stdout
     reads = s3.reads()
@@ -101,7 +107,7 @@ def test_a_run_on_an_empty_disk_goes_on_from_the_newest_whole_upload(s3, sample,
     assert weights[0] == weights[1] and weights[0]
 
     written = [first.stdout + first.stderr + again.stdout + again.stderr]
-    for folder in (run_dir, old):
+    for folder in (run_dir, old, cache):
         written += [path.read_bytes().decode(errors="replace") for path in folder.rglob("*") if path.is_file()]
     written += [one.get()["Body"].read().decode(errors="replace") for one in s3.bucket.objects.all()]
     for secret in (object_store.ACCESS_KEY, object_store.SECRET_KEY):
