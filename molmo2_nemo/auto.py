@@ -97,6 +97,8 @@ def _tried(choice, fixed: dict, is_open: bool, chunks: tuple, gpus: int, limit: 
         return needed <= limit
 
     for chunk in (*chunks, *small):
+        if chunk in small and any(order[0] is False for order, *_ in found):
+            break  # small chunks are for what does not fit otherwise
         for more in RECOMPUTE.values() if is_open else [fixed]:
             fits(more, chunk)
         if is_open and not pieces:  # Megatron counts layers of a piece, the plan those of a stage

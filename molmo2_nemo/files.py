@@ -207,7 +207,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise LockHeld(f"{path} is locked by another process") from None
+        raise LockHeld(f"{path} is locked by another process: wait for its end, or stop it") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise

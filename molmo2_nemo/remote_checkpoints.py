@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -166,9 +167,8 @@ def upload(path: Path, address: str, compare: bool = True, sent: Callable[[int],
     sizes = {**marker["files"], MARKER: len(text)}
     if {name: entry.size for name, entry in there.items()} == sizes and storage.read(join(address, MARKER)) == text:
         return
-    for name in sorted(
-        there, key=lambda name: name != MARKER
-    ):  # the marker first: from here on it is half a checkpoint
+    # The marker first: from here on it is half a checkpoint.
+    for name in sorted(there, key=lambda name: name != MARKER):
         if name not in marker["files"]:
             storage.delete(join(address, name))
 
@@ -227,10 +227,12 @@ def prune(folder: str, newest_step: int, keep_last: int, keep_every: int, best_s
 
 
 def best(folder: str) -> int | None:
-    """The step that best.json there names; None: there is none."""
+    """The step that best.json there names; None: there is none. StorageError."""
     try:
         return int(json.loads(storage.read(join(folder, BEST)))["step"])
-    except (storage.Missing, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError) as error:
+        if storage.is_for_all(error):
+            raise
         return None
 
 
@@ -351,17 +353,17 @@ class Progress:
     def __init__(self, what: str, total: int, say: Callable[[str], None]):
         self.what, self.total, self.say, self.done = what, total, say, 0
         self.begun = self.said = time.monotonic()
+        self.guard = threading.Lock()  # several threads add
         say(f"{what}: {readable_size(total)}")
 
     def add(self, size: int) -> None:
-        self.done, now = self.done + size, time.monotonic()
-        if now < self.said + SECONDS_BETWEEN_LINES:
-            return
-        self.said, rate = now, max(1.0, self.done / (now - self.begun))
-        self.say(
-            f"{self.what}: {readable_size(self.done)} of {readable_size(self.total)}, {readable_size(int(rate))}/s, "
-            f"{(self.total - self.done) / rate:,.0f} s left"
-        )
+        with self.guard:
+            self.done, now = self.done + size, time.monotonic()
+            if now < self.said + SECONDS_BETWEEN_LINES:
+                return
+            self.said, rate = now, max(1.0, self.done / (now - self.begun))
+            far = f"{readable_size(self.done)} of {readable_size(self.total)}, {readable_size(int(rate))}/s"
+            self.say(f"{self.what}: {far}, {(self.total - self.done) / rate:,.0f} s left")
 
 
 def _sha256_there(address: str, size: int) -> str:

@@ -104,7 +104,7 @@ def evaluate(args: argparse.Namespace) -> None:
         # Ranks wait for each other at the end, for as long as the slowest one needs.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     samples = Samples(prepare_sets(args, rank), "test") if args.set else Samples(args.data, args.split, args.cache_dir)
-    out = args.out or EVALUATIONS / "-".join([args.model.name, *(name for name, *_ in samples.sources)])
+    out = args.out or EVALUATIONS / "-".join([args.model.name, *(source.name for source in samples.sources)])
     with hugging_face_folder(args.model, out, rank, ranks) as folder:
         ask(args, samples, folder, out, rank, ranks)
     if ranks > 1:
@@ -132,7 +132,7 @@ def ask(args: argparse.Namespace, samples, folder: Path, out: Path, rank: int, r
     settings = {
         "model": str(args.model),
         "model_hash": records.model_identity(folder),
-        "data": ", ".join(f"{path} ({split})" for path, split in samples.places),
+        "data": ", ".join(f"{source.path} ({source.split})" for source in samples.sources),
         "data_hash": samples.identity,
         "samples": number,
         "max_new_tokens": args.max_new_tokens,
@@ -189,7 +189,7 @@ def summarise(args: argparse.Namespace, samples, asker, out: Path, settings: dic
         out / records.SCORES,
         {
             "settings": settings,
-            "sets": [{"name": name, "split": split, "public": bool(args.set)} for name, _, split, _ in samples.sources],
+            "sets": [{"name": s.name, "split": s.split, "public": bool(args.set)} for s in samples.sources],
             "samples": len(samples),
             "scores": [asdict(line) for line in lines],
             "counts": asdict(counts),

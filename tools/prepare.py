@@ -31,7 +31,7 @@ from molmo2_nemo.catalogue.commands import download_command
 from molmo2_nemo.catalogue.datasets import CONF_FILE
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.schema import UNITS
-from molmo2_nemo.files import disk_errors_told, missing_room, published
+from molmo2_nemo.files import LockHeld, disk_errors_told, missing_room, published
 from molmo2_nemo.limits import MAX_DROPPED
 from molmo2_nemo.option_types import positive, side, size
 from molmo2_nemo.prepare import splits
@@ -359,20 +359,21 @@ def main_stage(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     try:
         values = {field.name: getattr(given, field.name) for field in fields(StageOptions)}
-        values |= {"quiet": given.quiet or given.json, "out": Path(given.out)}
-        if scratch := scratch_of(given):
+        scratch = scratch_of(given)
+        values |= {"quiet": given.quiet or given.json, "out": scratch.folder if scratch else Path(given.out)}
+        if scratch:
             scratch.folder.mkdir(parents=True, exist_ok=True)
-            options = StageOptions(**values | {"out": scratch.folder})
+        options = StageOptions(**values)
+        if scratch:
             prepared = prepare_in_parts(options, given.out, scratch)
         else:
-            options = StageOptions(**values)
             prepared = prepare_stage(options)
         if given.json:
             print(json.dumps([result_of(state) for state in prepared.states], indent=1))
         else:
             print_stage_report(options, prepared)
         sys.exit(0 if prepared.succeeded else 1)
-    except ValueError as error:
+    except (ValueError, LockHeld) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except OSError as error:
         sys.exit(f"error: {' '.join(str(error).split())}; fix that and run the same command again to go on")

@@ -34,11 +34,12 @@ from molmo2_nemo.files import bytes_of
 def check(cfg: Config, world_size: int) -> None:
     """All checks that need no data on disk. Raises ConfigError with one sentence."""
     check_settings(cfg, world_size)
+    check_profile(cfg.train, world_size)
     check_megatron_fields(cfg)
 
 
 def check_settings(cfg: Config, world_size: int) -> None:
-    """The checks of `check` that do not import Megatron."""
+    """The checks of `check` that do not import Megatron, and that other numbers of ranks have to pass in a search."""
     check_choice("stage", cfg.stage, STAGES)
     check_addresses(cfg)
     check_model(cfg.model)
@@ -112,7 +113,6 @@ def check_settings(cfg: Config, world_size: int) -> None:
         f"train.wandb_project={train.wandb_project}, but wandb is not installed: pip install wandb, or leave the key "
         "out.",
     )
-    check_profile(train, world_size)
     check_lora(cfg.lora, cfg.model, cfg.optim)
     check_batch(cfg, world_size)
     refuse(

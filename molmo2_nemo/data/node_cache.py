@@ -28,7 +28,7 @@ import tempfile
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ HEADER = 4096  # bytes of a map before its first record
 BLOCK = 4096  # bytes by which a file system hands out its disk; a range of bytes may take two more
 RECORD = np.dtype([("crc", "<u4"), ("there", "<u4")])
 THERE = 0x7EA51DE5  # no value that a hole or a damaged file has by itself
-# Indexes of shards that a process keeps in memory, 8 bytes a sample.
+# Indexes of shards that a process keeps in memory for each source, 8 bytes a sample.
 KEPT_INDEXES = 512
 
 
@@ -364,11 +364,14 @@ class CachedSource:
             _lock_range(files.map, HEADER + RECORD.itemsize * first, RECORD.itemsize * (end - first), fcntl.F_UNLCK)
 
     def _store(self, files: "_ShardFiles", span: tuple[int, int], data: bytes) -> None:
-        """Write samples to the disk; where it is full, evict and try again."""
-        self.cache.count(len(data))
+        self._to_disk(len(data), lambda: files.write(span, data))
+
+    def _to_disk(self, size: int, write: Callable[[], None]) -> None:
+        """Write `size` bytes to the cache; where the disk is full, evict and try again. StorageError."""
+        self.cache.count(size)
         for left in (0.5, 0.1, 0.0, None):
             try:
-                files.write(span, data)
+                write()
                 return
             except OSError as error:
                 if left is None or disk_error_behind(error) is None:
@@ -459,11 +462,13 @@ class CachedSource:
             about = {"size": found.size, "version": found.version, "index": zlib.crc32(index)}
             line = json.dumps(about).encode() + b"\n"
             records = bytes(RECORD.itemsize * (len(offsets) - 1))
-            self.cache.count(len(index) + HEADER + len(records))
-            with disk_errors_told(self.cache.folder, len(index), "the cache of shards"):
+
+            def write():
                 _write(path.with_suffix(".idx"), index)
                 _write(path.with_suffix(".data"), b"", found.size)
                 _write(path, line + bytes(HEADER - len(line)) + records)
+
+            self._to_disk(len(index) + HEADER + len(records), write)
             self._seen[shard] = line.decode().rstrip("\n")
         finally:
             os.close(lock)
@@ -579,8 +584,3 @@ def _launch() -> str:
     process = os.getpid() if world_size_from_environment() == 1 else os.getppid()
     started = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): starttime
     return f"{process} {started} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
-
-
-def described(cache: NodeCache) -> str:
-    """The cache in words, for the log."""
-    return f"shards are cached in {cache.folder}, up to {readable_size(cache.size)}"

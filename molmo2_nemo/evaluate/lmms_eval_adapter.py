@@ -16,9 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from molmo2_nemo.ask.model import Asker, Seen
+from molmo2_nemo.evaluate.generate import MAX_NEW_TOKENS
 
 NAME = "molmo2_nemo"
-MAX_NEW_TOKENS = 384  # where a task says nothing, as in generate.py
 
 
 def manifest():

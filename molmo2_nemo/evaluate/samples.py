@@ -10,7 +10,7 @@ from molmo2_nemo import storage
 from molmo2_nemo.ask.model import Asker, Seen
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.data.frames import Shown, subtitle_text
-from molmo2_nemo.data.node_cache import cached_sources
+from molmo2_nemo.data.node_cache import CachedSource, cached_sources
 from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.schema import Example, read_example
 from molmo2_nemo.data.shard_index import read_index
@@ -31,6 +31,18 @@ class Read:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class Source:
+    """A split of a folder. path: as it was given, or an address; folder: where its .nv-meta is; count: samples."""
+
+    name: str
+    path: str
+    folder: Path
+    split: str
+    count: int
+    cached: CachedSource | None
+
+
 class Samples:
     """The samples of one split of some folders, counted through. ConfigError, one sentence: there are none."""
 
@@ -39,15 +51,14 @@ class Samples:
 
         split: train, val or test; None: the first of SPLITS that has samples, of each folder.
         """
-        self.sources: list[tuple[str, Path, str, int]] = []
+        self.sources: list[Source] = []
         paths = [str(folder) for folder in folders]
-        self.cached = cached_sources(paths, cache_dir)
+        all_cached = cached_sources(paths, cache_dir)
         names = [storage.name(p) if storage.is_remote(p) else Path(p).resolve().name for p in paths]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ConfigError(f"--data names two folders called {twice}: rename one, since predictions go by the name")
-        self.places: list[tuple[str, str]] = []  # (folder or address, split part)
         for name, path in zip(names, paths):
-            cached = self.cached.get(path)
+            cached = all_cached.get(path)
             folder = cached.folder if cached else Path(path)
             if not cached and not folder.is_dir():
                 raise ConfigError(f"--data {folder} is no folder: name one that tools/prepare.py has written")
@@ -61,37 +72,41 @@ class Samples:
                     f"--split {part}: {path} has no samples of it (there are {known}); prepare it with a split, or "
                     "name another"
                 )
-            self.sources.append((name, folder, part, counts[part]))
-            self.places.append((path, part))
+            self.sources.append(Source(name, path, folder, part, counts[part], cached))
         self._readers = {}
 
     def __len__(self) -> int:
-        return sum(count for *_, count in self.sources)
+        return sum(source.count for source in self.sources)
 
     @property
     def identity(self) -> str:
-        """A hash of the shards, as `records.sampled_hash` looks at them."""
+        """A hash of the shards: of a folder as `records.sampled_hash` looks at them, of an address by their versions.
+
+        StorageError, OSError: they cannot be looked at.
+        """
         digest = hashlib.sha256()
-        for (name, folder, part, _), (path, _) in zip(self.sources, self.places):
-            shards = read_index(name, folder)[part]
-            digest.update(json.dumps([name, part, shards]).encode())
+        for source in self.sources:
+            shards = read_index(source.name, source.folder)[source.split]
+            digest.update(json.dumps([source.name, source.split, shards]).encode())
+            listed = storage.list_files(source.path) if storage.is_remote(source.path) else None
             for shard in shards:
-                if path in self.cached:
-                    found = storage.info(storage.join(path, shard))
-                    digest.update(f"{shard} {found.size} {found.version}".encode())
+                if listed is None:
+                    digest.update(sampled_hash(Path(source.path) / shard))
+                elif shard in listed:
+                    digest.update(f"{shard} {listed[shard].size} {listed[shard].version}".encode())
                 else:
-                    digest.update(sampled_hash(folder / shard))
+                    raise storage.Missing(f"{storage.shown(storage.join(source.path, shard))} is not there: upload it.")
         return digest.hexdigest()
 
     def read(self, index: int) -> Read:
         """Never raises for what is wrong with a sample. StorageError: the storage cannot be used."""
-        source = 0
-        while index >= self.sources[source][-1]:
-            index -= self.sources[source][-1]
-            source += 1
-        name, folder, part, _ = self.sources[source]
+        for source in self.sources:
+            if index < source.count:
+                break
+            index -= source.count
+        name = source.name
         if name not in self._readers:
-            self._readers[name] = shard_reader(name, folder, part, self.cached.get(self.places[source][0]))
+            self._readers[name] = shard_reader(name, source.folder, source.split, source.cached)
         try:
             stored = self._readers[name][index]
         except MemoryError:

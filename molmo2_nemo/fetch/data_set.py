@@ -279,10 +279,8 @@ class _Fetch:
 
     def _from_hub(self, repository: hub.Repository, names: list[str]) -> None:
         source = f"hf://datasets/{repository.repo}@{repository.revision}"
-        known = {
-            record["file"][4:]: record for record in self.files.records.values() if record["file"].startswith("hub/")
-        }
-        known = {name: record for name, record in known.items() if record.get("from", "").startswith(source)}
+        of_hub = [record for record in self.files.records.values() if record["file"].startswith("hub/")]
+        known = {record["file"][4:]: record for record in of_hub if record.get("from", "").startswith(source)}
         names = [name for name in names if name not in known or not is_unpacked(self.folder, self.files, known[name])]
 
         def done(name: str, record: dict) -> None:
@@ -293,9 +291,10 @@ class _Fetch:
 
     def _in_turn(self, repository: hub.Repository, names: list[str]) -> Iterator[list[str]]:
         """The files in groups for each of which there is room."""
-        known = {name: self.files.records.get(f"hub/{name}") for name in names}
-        there = {n for n, r in known.items() if r and self._has(r)}
-        sizes = {name: 0 if name in there else repository.files[name].size or 0 for name in names}
+        if self.options.room is None:
+            return iter([names])
+        there = {n for n in names if (record := self.files.records.get(f"hub/{n}")) and self._has(record)}
+        sizes = {n: 0 if n in there else hub.bytes_left(repository, n, self.folder / "hub") for n in names}
         return in_turn(sizes, self.options.room, self.entry.name)
 
     def _has(self, record: dict) -> bool:
@@ -485,9 +484,9 @@ class _Fetch:
     def _download(self, url: str, home: Path, files: Journal, into: str, archive: bool | None) -> dict:
         part = home / ".part" / sha256_of_text(url)[:16]
         rules = replace(self.rules, max_file_bytes=MAX_ARCHIVE, max_seconds=math.inf)
-
         if self.options.room and (length := asyncio.run(length_of(direct(url), rules))):
-            self.options.room.need(length * (1 if archive is False else 2), f"{self.entry.name}, {url}")
+            length = length * (1 if archive is False else 2) - (part.stat().st_size if part.exists() else 0)
+            self.options.room.need(max(0, length), f"{self.entry.name}, {url}")
 
         async def get() -> dict:
             async with session(rules) as client:

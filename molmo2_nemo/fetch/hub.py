@@ -261,8 +261,7 @@ def fetch_files(
 
     expect(sum(file.size or 0 for file in open_files))
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [part for file in open_files if (part := _part(folder / file.name, file, repository.revision)).exists()]
-    needed = sum(file.size or 0 for file in open_files) - sum(part.stat().st_size for part in parts)
+    needed = sum(bytes_left(repository, file.name, folder) for file in open_files)
     if needed > (free := shutil.disk_usage(folder).free):
         raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free", str(folder))
     stop = threading.Event()
@@ -364,6 +363,13 @@ def download_file(
         f"{file.name} of {repo} came twice with {size:,} bytes that do not match the checksum on the Hub: "
         "try again later."
     )
+
+
+def bytes_left(repository: Repository, name: str, folder: Path) -> int:
+    """Bytes of a file that are still to come to `folder`, without what an interrupted download has left there."""
+    file = repository.files[name]
+    part = _part(folder / name, file, repository.revision)
+    return max(0, (file.size or 0) - (part.stat().st_size if part.exists() else 0))
 
 
 def _part(path: Path, file: HubFile, revision: str) -> Path:

@@ -106,14 +106,11 @@ def blocks_below(folder: Path) -> int:
     return total
 
 
-def in_turn(sizes: dict[str, int], room: Room | None, what: str) -> Iterator[list[str]]:
+def in_turn(sizes: dict[str, int], room: Room, what: str) -> Iterator[list[str]]:
     """Names of files in groups, each of which there is room for once it is asked for, also while archives are unpacked.
 
-    All at once, if there is no bound. sizes: bytes of each file that are still to come. NoScratch: see Room.need.
+    sizes: bytes of each file that are still to come. NoScratch: see Room.need.
     """
-    if room is None:
-        yield list(sizes)
-        return
     some, total, largest = [], 0, 0
     for name in [*sizes, None]:
         size = sizes.get(name, 0)

@@ -25,7 +25,7 @@ from molmo2_nemo.catalogue.parked import HELD, Parked
 from molmo2_nemo.catalogue.raw import RawSource, read_note, size_on_disk
 from molmo2_nemo.fetch.data_set import FetchOptions, FetchResult, Meter, fetch_set
 from molmo2_nemo.fetch.on_disk import missing_layout, shared_homes
-from molmo2_nemo.fetch.room import BLOCK, NoScratch, Room, as_option
+from molmo2_nemo.fetch.room import BLOCK, NoScratch, Room, as_option, blocks_below
 from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.fetch.url_list import DownloadProgress
 from molmo2_nemo.fetch.web import OutOfBytes
@@ -73,7 +73,7 @@ class Scratch:
 
     def bound(self, home: Path, check_room: bool) -> int:
         """Bytes that may be taken. ValueError: the disk has less."""
-        there = free_bytes(home) + size_on_disk(home)
+        there = free_bytes(home) + blocks_below(home)  # what was put away has left holes
         if self.most is None:
             return there * 9 // 10
         if check_room and self.most > there:

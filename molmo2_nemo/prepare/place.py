@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from molmo2_nemo import storage
-from molmo2_nemo.files import locked
+from molmo2_nemo.files import LockHeld, locked
 from molmo2_nemo.prepare.dataset_shards import PROVENANCE
 from molmo2_nemo.prepare.parking import checksum, upload
 from molmo2_nemo.prepare.records import Document, Provenance, ShardCounts
@@ -61,7 +61,7 @@ class Place:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only run at work here. ValueError: another one is. LockHeld: another one has the same scratch."""
+        """Be the only run at work here. LockHeld: another one is, here or in the same scratch."""
         with locked(self.home / ".lock"):
             lock = self.of(".prepare", "lock.json")
             self._refuse_another(lock)
@@ -84,8 +84,8 @@ class Place:
     def _holder(self, lock: str) -> Holder | None:
         try:
             return Holder.model_validate_json(storage.read(lock))
-        except (storage.Missing, ValueError) as error:
-            if isinstance(error, storage.StorageError) and not isinstance(error, storage.Missing):
+        except ValueError as error:
+            if storage.is_for_all(error):
                 raise
             return None
 
@@ -101,13 +101,13 @@ class Place:
             # Whoever has the same scratch has ended, since this run holds its lock.
             if holder.home == str(self.home) or not Path(f"/proc/{holder.pid}").exists():
                 return
-        raise ValueError(
+        raise LockHeld(
             f"another tools/prepare.py (process {holder.pid} of {holder.host}) is at work on {storage.shown(self.out)}"
             f": wait for its end, or, if it was killed, {STALE // 60} minutes, or remove {storage.shown(lock)}"
         )
 
     def beat(self) -> None:
-        """Note in the lock, once a minute, that this run is alive. ValueError: another run has taken the lock."""
+        """Note in the lock, once a minute, that this run is alive. LockHeld: another run has taken the lock."""
         if time.monotonic() - self._noted < BEAT or not self._busy.acquire(blocking=False):
             return
         try:
@@ -125,8 +125,8 @@ class Place:
             return None
         try:
             return Provenance.model_validate_json(storage.read(self.of(name, PROVENANCE)))
-        except (storage.Missing, ValueError) as error:
-            if isinstance(error, storage.StorageError) and not isinstance(error, storage.Missing):
+        except ValueError as error:
+            if storage.is_for_all(error):
                 raise
             raise ValueError(
                 f"{storage.shown(self.of(name))} is there and was not made by this tool: move it away"

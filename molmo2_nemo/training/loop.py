@@ -338,7 +338,8 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
     figures = interval.losses.reduce()
     steps = run.times.take()
     parts = mean_step(steps)
-    seconds = sum(parts.values()) * len(steps)
+    of_a_step = sum(parts.values())
+    seconds = of_a_step * len(steps)
     run.position.tokens_seen += figures["tokens"]
     figures.update(
         tokens_seen=run.position.tokens_seen,
@@ -350,9 +351,9 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
         fill=figures["tokens"] / max(1, figures["rows"] * run.config.data.seq_length),
         seconds=seconds,
         elapsed=run.log.elapsed(),
-        left=(run.config.train.max_steps - step) * seconds / len(steps),
+        left=(run.config.train.max_steps - step) * of_a_step,
         step_seconds=parts,
-        data_wait_share=parts["data"] * len(steps) / seconds,
+        data_wait_share=parts["data"] / of_a_step,
         memory_gib=memory_gib(run.device),
         data=run.data.by_source(),
         **interval.speed.reduce(seconds, figures["rows"]),
@@ -364,7 +365,7 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
     impossible = impossible_mfu(figures)
     if impossible:
         run.log.say(impossible)
-    slow = report_slow_rank(run, steps, figures)
+    slow = report_slow_rank(run, figures)
     interval.grad_norms = []
     run.log.write("train", step, figures)
     uploads = "" if run.saver.uploads is None else run.saver.uploads.note()
@@ -373,13 +374,12 @@ def log_interval(run: Run, rates: dict[str, float]) -> None:
         run.log.say(f"step {step}: {slow}")
 
 
-def report_slow_rank(run: Run, steps: list[dict[str, float]], figures: dict) -> str | None:
-    """Compare the ranks, and put what is found into the figures. Returns a line for the log if it is news. Collective.
+def report_slow_rank(run: Run, figures: dict) -> str | None:
+    """Compare the ranks, and put what is found into the figures. Returns a line for the log if it is news.
 
-    steps: seconds by part of those of the interval, on this rank.
+    Collective.
     """
-    own = mean([slow_rank.compute(step) for step in steps])
-    seconds = slow_rank.by_rank(own, run.device)
+    seconds = slow_rank.by_rank(slow_rank.compute(figures["step_seconds"]), run.device)
     flops = slow_rank.flops_by_rank(run.config, run.slow_rank.places, run.interval.speed.work)
     figures["compute_seconds"] = {"median": statistics.median(seconds), "slowest": max(seconds)}
     found, line = run.slow_rank.judge(seconds, flops)

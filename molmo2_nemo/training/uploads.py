@@ -184,10 +184,12 @@ class Uploads:
         return best and checkpoint_dir.step_of(best)
 
     def _copy_best(self, step: int) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        text = None
+        with contextlib.suppress(OSError, ValueError):  # it is another one by now, or being replaced
             text = (self.folder / BEST).read_bytes()
-            if json.loads(text)["step"] == step and remote_checkpoints.best(self.address) != step:
-                storage.write(join(self.address, BEST), text)
+            text = text if json.loads(text)["step"] == step else None
+        if text is not None and remote_checkpoints.best(self.address) != step:
+            storage.write(join(self.address, BEST), text)
 
     def _add(self, size: int) -> None:
         with self.guard:

@@ -29,6 +29,7 @@ from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.blend import load_blend
 from molmo2_nemo.fetch import room as rooms
 from molmo2_nemo.fetch.journal import Journal
+from molmo2_nemo.files import locked
 from molmo2_nemo.prepare import in_parts, parking, place, shard_plan
 
 NUMBER, FILES = 48, 8  # pictures of a set, and files among which they are divided
@@ -360,6 +361,9 @@ def test_two_runs_do_not_disturb_each_other(world, here, monkeypatch):
         assert f"process {os.getpid()} of {os.uname().nodename}" in run(world, here, names=["fetched"])
         assert json.loads(storage.read(lock)) == holder
     assert not storage.exists(lock)
+    with locked(in_parts.Scratch(here / "scratch").home(OUT) / ".lock"):
+        said = run(world, here, names=["fetched"])
+        assert said.startswith("error: ") and "is locked by another process: wait for its end, or stop it" in said
     # A run that was killed holds nothing: it has ended, or has been silent for long.
     mine = place.Place(OUT, here / "scratch" / "x")
     for ended in ({"host": os.uname().nodename, "pid": 2**22}, {"time": time.time() - place.STALE - 1}):

@@ -87,6 +87,8 @@ def test_a_profile_that_cannot_be_made_is_refused(overrides, sentence):
     # What the sentences name instead is accepted.
     advised = ["train.profile_steps=[1,2]", "train.profile_ranks=[0]", "train.profile_with=torch"]
     checks.check(build("stage2", *tiny, *advised), 2)
+    # A search of layouts asks for other numbers of ranks than the run will have.
+    checks.check_settings(build("stage2", *tiny, "train.profile_steps=[1,2]", "train.profile_ranks=[0,7]"), 2)
     for steps in ("[5,5]", "[20,22]"):
         checks.check(build("stage2", *tiny, f"train.profile_steps={steps}"), 2)
 

@@ -202,6 +202,15 @@ def test_answers_of_a_batch_are_those_of_single_questions(shards, asker):
         assert asker.answers(batch, 6) == single and len({reply.text for reply in single}) > 1
 
 
+def test_data_are_the_same_with_and_without_a_cache(shards, tmp_path):
+    """So that an evaluation can go on without it."""
+    cached, plain = Samples([shards], "test", str(tmp_path)), Samples([shards], "test")
+    assert cached.identity == plain.identity
+    assert [cached.read(number) for number in range(len(cached))] == [
+        plain.read(number) for number in range(len(plain))
+    ]
+
+
 def test_batches_are_of_one_kind_and_keep_broken_samples_alone(shards, asker):
     made = list(generate.batches(generate.pending(Samples([shards], "test"), range(7), {}, asker), 3))
     names = [[one.asked.id.removeprefix("mine/") if one.asked else one.read.name for one in batch] for batch in made]

@@ -190,7 +190,7 @@ def uploader(tmp_path, **settings):
     return uploads.Uploads(tmp_path / "run" / "checkpoints", RUNS, TrainConfig(**{"keep_every": 0, **settings}))
 
 
-def test_copies_are_kept_and_removed_as_on_disk(saved, store, tmp_path):
+def test_copies_are_kept_and_removed_as_on_disk(saved, store, tmp_path, monkeypatch):
     (store / step_name(1)).mkdir(parents=True)  # half of an earlier start
     (store / step_name(1) / "x.distcp").write_bytes(b"x")
     lines = []
@@ -212,6 +212,12 @@ def test_copies_are_kept_and_removed_as_on_disk(saved, store, tmp_path):
         remote_checkpoints.mark_damaged(f"{RUNS}/{step_name(step)}", "wrong")
     remote_checkpoints.prune(RUNS, 6, 1, 0, None)
     assert remote_checkpoints.newest(RUNS)[0].step == 3
+    # Storage that does not answer has not said that there is no best one.
+    refused = storage.StorageError("cannot read x: the credentials have expired.")
+    monkeypatch.setattr(storage, "read", lambda *_: (_ for _ in ()).throw(refused))
+    for ask in (remote_checkpoints.best, remote_checkpoints.resolve_best):
+        with pytest.raises(storage.StorageError, match="have expired"):
+            ask(RUNS)
 
 
 def test_failing_uploads_are_tried_again_counted_and_told(saved, store, tmp_path, monkeypatch):
