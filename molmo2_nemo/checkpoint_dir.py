@@ -353,7 +353,8 @@ def newest_usable(checkpoints: list[Path]) -> tuple[Path | None, list[str]]:
 def resolve(path: str) -> Path:
     """A checkpoint given by name: a step_* directory, a run directory or its checkpoints folder (the newest one).
 
-    ConfigError where the newest is damaged: an older one has to be named, since it is not what was asked for.
+    ConfigError where there is none, and where the newest is damaged: an older one has to be named, since it is not what
+    was asked for.
     """
     given = Path(path)
     if (given / MARKER).exists() or is_name(given.name):
@@ -364,5 +365,8 @@ def resolve(path: str) -> Path:
             raise ConfigError(f"{ignored[0]} The newest that is whole is {newest}: to take it, give its path.")
         if newest is not None:
             return newest
-    read_marker(given)  # raises with the reason
-    return given
+        if ignored:
+            raise ConfigError(ignored[0])
+    if not given.is_dir():
+        raise ConfigError(f"{given} is no folder: name a run, such as runs/mine, or a step_* directory of one.")
+    raise ConfigError(f"{given} has no complete checkpoint: name a run that has saved one, or a step_* directory.")

@@ -1,12 +1,12 @@
 """Ask a model the held-out questions of your data or of a public set, and score its answers. docs/evaluate.md
 
-python tools/evaluate.py runs/mine --data shards/mine --split test
+python tools/evaluate.py runs/mine --data shards/mine --split test --best
 python tools/evaluate.py HF_DIR --set pixmo-points-eval --root $DATA_ROOT
 torchrun --nproc-per-node 8 tools/evaluate.py HF_DIR --data shards/mine --batch-size 16
 python tools/evaluate.py --compare runs/evaluate/a runs/evaluate/b
 
-The model is a run, a checkpoint (both are exported into a temporary folder first) or a Hugging Face folder. The same
-command goes on where it was stopped.
+The model is a run (its newest checkpoint, or with --best its best), a checkpoint (both are exported into a temporary
+folder first) or a Hugging Face folder. The same command goes on where it was stopped.
 """
 
 import argparse
@@ -35,7 +35,8 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("train", "val", "test"), help="of --data (default: test, else val)")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME", help="public sets, of conf/evaluations.yaml")
     parser.add_argument("--root", type=Path, help="of --set: holds raw/ (default: $DATA_ROOT)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/evaluate/MODEL-DATA")
+    parser.add_argument("--best", action="store_true", help="the best checkpoint of a run, not the newest")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/evaluate/MODEL-DATA, or RUN-STEP-DATA")
     parser.add_argument("--limit", type=_positive, metavar="N", help="the first N samples alone")
     parser.add_argument("--batch-size", type=_positive, default=8, help="questions at once (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=_positive, help="of an answer (default: by the kind of question)")
@@ -53,8 +54,8 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--compare reads two evaluations that are there: leave out the model, --data and --set")
     if not args.compare and not (args.model and (args.data or args.set)):
         parser.error("give a model and --data SHARDS or --set NAME; or --compare A B")
-    if args.compare and (args.sam2 or args.masks or args.card):
-        parser.error("--sam2, --masks and --card are of one evaluation: leave out --compare")
+    if args.compare and (args.sam2 or args.masks or args.card or args.best):
+        parser.error("--sam2, --masks, --card and --best are of one evaluation: leave out --compare")
     if args.card and not (args.model / "config.json").is_file():
         parser.error("--card is for an export: of a run, tools/export_hf.py takes the scores into the card itself")
     if args.masks and not args.masks.is_file():
@@ -103,8 +104,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if ranks > 1:
         # Ranks wait for each other at the end, for as long as the slowest one needs.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    args.model, name = model_of(args.model, args.best, rank, ranks)
     samples = Samples(prepare_sets(args, rank), "test") if args.set else Samples(args.data, args.split, args.cache_dir)
-    out = args.out or EVALUATIONS / "-".join([args.model.name, *(source.name for source in samples.sources)])
+    out = args.out or EVALUATIONS / "-".join([name, *(source.name for source in samples.sources)])
     with hugging_face_folder(args.model, out, rank, ranks) as folder:
         ask(args, samples, folder, out, rank, ranks)
     if ranks > 1:
@@ -233,6 +235,43 @@ def prepare_sets(args: argparse.Namespace, rank: int) -> list[Path]:
     if dist.is_initialized():
         dist.broadcast_object_list(shared)
     return [Path(folder) for folder in shared[0]]
+
+
+def model_of(model: Path, best: bool, rank: int, ranks: int) -> tuple[Path, str]:
+    """The export or the checkpoint that is meant, and its name in a folder of results: that of an export's folder, or
+    of a checkpoint RUN-STEP. The first rank looks for it, since a run that goes on may save while the others look.
+
+    ValueError, one sentence: there is none.
+    """
+    import torch.distributed as dist
+
+    from molmo2_nemo import checkpoint_dir
+    from molmo2_nemo.hf import peft
+
+    found, problem = [None, None], None
+    if rank == 0:
+        try:
+            if not model.is_dir():
+                raise ValueError(f"{model} is no folder: name a run, a checkpoint or an export, such as runs/mine")
+            if (model / peft.CONFIG).is_file():
+                raise ValueError(f"{model} holds adapters alone: evaluate their run, or export it without --adapter")
+            if not (model / "config.json").is_file():
+                path = (checkpoint_dir.resolve_best if best else checkpoint_dir.resolve)(str(model))
+                print(f"evaluating {path}", file=sys.stderr)
+                *_, run, folder, step = ("", "", *path.resolve().parts)
+                found = [path, f"{run}-{step}" if folder == "checkpoints" else step]
+            elif best:
+                raise ValueError(f"--best chooses a checkpoint of a run, and {model} is an export: leave out --best")
+            else:
+                found = [model, model.resolve().name]
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    shared = [*found, problem]
+    if ranks > 1:
+        dist.broadcast_object_list(shared)
+    if shared[-1] is not None:
+        raise ValueError(shared[-1])
+    return shared[0], shared[1]
 
 
 @contextmanager

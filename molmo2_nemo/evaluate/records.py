@@ -57,10 +57,15 @@ def check_settings(out: Path, settings: dict) -> None:
         for key in sorted({*settings, *before}):
             if f"{key}_hash" not in settings and before.get(key) != settings.get(key):
                 shown = [str(value)[:60] for value in (before.get(key), settings.get(key))]
+                if key in ("model_hash", "data_hash"):  # their names may be the same
+                    kind = key.removesuffix("_hash")
+                    shown = [f"{shown[0]} of {before.get(kind)}", f"{shown[1]} of {settings[kind]}"]
                 raise ValueError(
                     f"{out} holds an evaluation with {key}={shown[0]}, and this one has {key}={shown[1]}: name another "
                     "--out, or remove the folder"
                 )
+    elif out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} holds other files than an evaluation's: name another --out")
     else:
@@ -110,8 +115,10 @@ def write_predictions(out: Path, records: Iterable[dict]) -> None:
 
 
 def read_predictions(out: Path) -> list[dict]:
-    """ValueError, one sentence: the folder holds no finished evaluation."""
+    """ValueError, one sentence: the folder holds no finished evaluation, or a damaged one."""
     file = out / PREDICTIONS
     if not file.is_file():
         raise ValueError(f"{out} holds no finished evaluation (no {PREDICTIONS}): run tools/evaluate.py --out {out}")
+    if not file.read_bytes().endswith(b"\n"):  # they are written at once, so that it is not one that was stopped
+        raise ValueError(f"{file} is damaged at its end: run the evaluation again, which writes it from its answers")
     return read_lines(file)

@@ -62,6 +62,11 @@ class Samples:
             folder = cached.folder if cached else Path(path)
             if not cached and not folder.is_dir():
                 raise ConfigError(f"--data {folder} is no folder: name one that tools/prepare.py has written")
+            if not cached and not (folder / ".nv-meta").is_dir() and not any(folder.glob("*.tar")):
+                raise ConfigError(
+                    f"--data {folder} holds neither .tar files nor .nv-meta: name the folder that python"
+                    " tools/prepare.py LABELS --out SHARDS --split 90/5/5 makes"
+                )
             index = read_index(name, folder, cached and cached.address)
             counts = {part: sum(shards.values()) for part, shards in index.items()}
             there = [part for part in SPLITS if counts.get(part)]

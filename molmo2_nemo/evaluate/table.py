@@ -169,7 +169,7 @@ def compare(first: Sequence[dict], second: Sequence[dict]) -> tuple[list[Differe
     for name in sorted(one.keys() & other.keys()):
         scores = [records[name].get("scores", {}) for records in (one, other)]
         unpaired += scores[0].keys() != scores[1].keys()
-        for metric in scores[0].keys() & scores[1].keys():
+        for metric in [name for name in scores[0] if name in scores[1]]:
             pair = (one[name]["sample"], scores[0][metric], scores[1][metric])
             for source in ("all", one[name]["source"]):
                 groups.setdefault((metric, source), []).append(pair)

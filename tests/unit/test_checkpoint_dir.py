@@ -224,6 +224,14 @@ def test_a_run_whose_newest_checkpoint_is_damaged_is_not_taken_for_an_older_one(
         checkpoint_dir.resolve(str(run.parent))
     advised = str(error.value).split("whole is ")[1].split(": to take")[0]
     assert checkpoint_dir.resolve(advised) == run / "step_00000007"
+    (run / "step_00000007" / "model.json").unlink()  # all of them: the reason is that of the newest
+    with pytest.raises(ConfigError, match="step_00000008 is damaged: model.json is missing"):
+        checkpoint_dir.resolve(str(run.parent))
+    shutil.rmtree(run)
+    with pytest.raises(ConfigError, match="has no complete checkpoint: name a run that has saved one"):
+        checkpoint_dir.resolve(str(run.parent))
+    with pytest.raises(ConfigError, match="is no folder: name a run, such as"):
+        checkpoint_dir.resolve(str(run))
 
 
 def test_a_folder_of_the_same_name_is_replaced_only_by_a_whole_one(checkpoint, monkeypatch):

@@ -5,19 +5,25 @@ import json
 import shutil
 import sys
 import types
+from contextlib import contextmanager
+from pathlib import Path
 
 import evaluate
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from media_files import film, scene
 from sources import chat
 
+from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.ask.model import Asker, Reply
 from molmo2_nemo.catalogue.datasets import load_catalogue
+from molmo2_nemo.config.schema import ModelConfig
 from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.evaluate import generate, public_sets, records, tasks, vllm_backend
 from molmo2_nemo.evaluate.samples import Samples, see
+from molmo2_nemo.hf.convert import write_checkpoint
 from molmo2_nemo.prepare.converters import converter_of, evaluation
 from molmo2_nemo.prepare.media import image_facts, video_facts
 from molmo2_nemo.prepare.spool import checked
@@ -163,6 +169,11 @@ def test_an_evaluation_that_goes_on_where_it_was_stopped(shards, export, said, t
     file.write_text("".join([lines[0], *lines[2:]]))
     status, _, error = run(capsys, *command)
     assert status == 1 and "3 of 10 questions" in error and (out / "predictions.jsonl").read_bytes() == before
+    (out / "predictions.jsonl").write_bytes(before[: before.rstrip().rfind(b"\n") + 20])
+    status, _, error = run(capsys, "--compare", out, out)
+    assert status == 1 and "predictions.jsonl is damaged at its end: run the evaluation again" in error
+    run(capsys, *command)
+    assert (out / "predictions.jsonl").read_bytes() == before
     (out / "predictions.jsonl").write_text("{}\n")
     status, _, error = run(capsys, "--compare", out, out)
     assert status == 1 and "predictions.jsonl is damaged in line 1" in error
@@ -171,12 +182,48 @@ def test_an_evaluation_that_goes_on_where_it_was_stopped(shards, export, said, t
     assert status == 1 and "settings.json is damaged" in error and "remove the folder" in error
 
 
+def test_of_a_run_the_newest_or_the_best_checkpoint_is_evaluated(shards, export, said, tmp_path, capsys, monkeypatch):
+    checkpoints = tmp_path / "cats" / "checkpoints"
+    for step in (3, 7):
+        make = {"weight": lambda: torch.zeros(2)}
+        path = checkpoints / checkpoint_dir.step_name(step)
+        write_checkpoint(path, ModelConfig(name="m"), {"weight": torch.empty(2, device="meta")}, make, {"step": step})
+    (checkpoints / checkpoint_dir.BEST).write_text('{"step": 3, "value": 1.0}')
+    exported = []
+
+    @contextmanager
+    def folder(model, *_):
+        exported.append(model)
+        yield export
+
+    monkeypatch.setattr(evaluate, "hugging_face_folder", folder)
+    monkeypatch.chdir(tmp_path)
+    # Each has a folder of its own, so that a run may save while it is evaluated.
+    for model, more, step in (("cats", (), 7), ("cats", ("--best",), 3), (checkpoints / "step_00000003", (), 3)):
+        _, _, error = run(capsys, model, "--data", shards, "--limit", 1, "--device", "cpu", *more)
+        name = checkpoint_dir.step_name(step)
+        assert f"evaluating {exported[-1]}" in error and exported[-1].resolve() == checkpoints / name
+        settings = json.loads((records.EVALUATIONS / f"cats-{name}-mine" / records.SETTINGS).read_text())
+        assert Path(settings["model"]).resolve() == checkpoints / name
+    assert len(list(records.EVALUATIONS.iterdir())) == 2
+
+
 def test_mistakes_are_told_in_one_sentence(shards, export, said, tmp_path, capsys):
+    unprepared, adapter, a_file = tmp_path / "bare", tmp_path / "adapter", tmp_path / "file"
+    for file in (unprepared / "train-0.tar", adapter / "adapter_config.json", a_file):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
     for arguments, words in (
         ((export, "--data", shards, "--split", "val"), "no samples of it (there are test, train)"),
-        ((export, "--data", tmp_path), "is not prepared"),
+        ((export, "--data", tmp_path), "holds neither .tar files nor .nv-meta: name the folder that python"),
+        ((export, "--data", unprepared), "is not prepared"),
+        ((export, "--data", shards, "--out", a_file), f"--out {a_file} is a file: name a folder"),
+        ((export, "--data", shards, "--best"), "is an export: leave out --best"),
+        (("--compare", shards, shards, "--best"), "leave out --compare"),
+        ((adapter, "--data", shards), "holds adapters alone: evaluate their run"),
         ((export, "--data", tmp_path / "nowhere"), "is no folder: name one that tools/prepare.py has written"),
-        ((tmp_path / "nothing", "--data", shards), "cannot be exported"),
+        ((tmp_path / "nothing", "--data", shards), "is no folder: name a run, a checkpoint or an export"),
+        ((tmp_path, "--data", shards), "has no complete checkpoint: name a run that has saved one"),
         ((export, "--data", shards, "--backend", "vllm", "--out", tmp_path / "v"), "vLLM is not installed"),
         ((export, "--data", shards, "--out", shards), "holds other files"),
         ((export, "--set", "pixmo-points-evil"), "did you mean pixmo-points-eval"),
