@@ -8,7 +8,7 @@ from molmo2_nemo.files import bytes_of
 
 def size(text: str) -> int:
     try:
-        return bytes_of(text.strip().upper().removesuffix("/S"))
+        return bytes_of(re.sub("/s$", "", text.strip(), flags=re.IGNORECASE))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

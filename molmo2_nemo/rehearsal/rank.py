@@ -16,6 +16,7 @@ from molmo2_nemo.training import loop
 from molmo2_nemo.training import run as training_run
 from molmo2_nemo.training.batches import WORK, own_part
 from molmo2_nemo.training.metrics import LossBySource
+from molmo2_nemo.training.step_times import StepTimes
 from molmo2_nemo.training.trouble import SpikeAlarm
 
 
@@ -141,6 +142,7 @@ def stand_in_for_run(config: Config, model, optimizer, batches, micro_batches: i
         data=types.SimpleNamespace(add=lambda batches: [], too_broken=nothing),
         log=types.SimpleNamespace(say=nothing, write=nothing),
         stacks=types.SimpleNamespace(at=nothing),
+        times=StepTimes("cpu"),
         alarm=SpikeAlarm(),
         skipped_steps=0,
         skipped_in_a_row=0,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.config.components import is_adapter
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import LoraConfig, ModelConfig, ParallelConfig
+from molmo2_nemo.config.schema import LoraConfig, ModelConfig, ParallelConfig, VitConfig
 from molmo2_nemo.lora_base import lora_of
 from molmo2_nemo.model.collectives import context_slice
 from molmo2_nemo.model.lora import add_adapters
@@ -197,11 +198,18 @@ def refuse_other_architecture(saved: ModelConfig, wanted: ModelConfig, checkpoin
     for key in vars(saved):
         if key in ("name", "hf_path", "tokenizer", "vision_token_ids", "init_std", "max_position_embeddings"):
             continue
-        if getattr(saved, key) != getattr(wanted, key):
+        if _from_0(getattr(saved, key)) != _from_0(getattr(wanted, key)):
             raise ConfigError(
                 f"checkpoint {checkpoint} has model.{key}={getattr(saved, key)}, this run has {getattr(wanted, key)}: "
                 "start from a checkpoint of the same model."
             )
+
+
+def _from_0(value):
+    """A ViT with its feature layers counted from 0, as transformers gives them; anything else as it is."""
+    if not isinstance(value, VitConfig):
+        return value
+    return replace(value, feature_layers=[layer % value.num_layers for layer in value.feature_layers])
 
 
 def global_weight(batches: list[dict]) -> Tensor:

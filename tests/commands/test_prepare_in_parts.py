@@ -29,7 +29,7 @@ from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.blend import load_blend
 from molmo2_nemo.fetch import room as rooms
 from molmo2_nemo.fetch.journal import Journal
-from molmo2_nemo.files import locked
+from molmo2_nemo.files import LockHeld, locked
 from molmo2_nemo.prepare import in_parts, parking, place, shard_plan
 
 NUMBER, FILES = 48, 8  # pictures of a set, and files among which they are divided
@@ -374,7 +374,7 @@ def test_two_runs_do_not_disturb_each_other(world, here, monkeypatch):
     with mine.locked():
         storage.write(lock, json.dumps(other).encode())
         monkeypatch.setattr(place, "BEAT", 0)
-        with pytest.raises(ValueError, match="another tools/prepare.py"):
+        with pytest.raises(LockHeld, match="another tools/prepare.py"):
             mine.beat()
 
 

@@ -58,8 +58,8 @@ def test_a_run_of_adapters_resumes_exactly_changes_its_layout_and_exports(sample
     given = [*ADAPTERS, f"train.init_from={export}"]
     whole = tmp_path / "whole"
     result = succeeded(train(1, 2, whole, sample, *given, "train.max_steps=3"))
-    assert "trained: 33,152 of 637,808 (5.20%) of all parameters" in result.stdout
-    assert re.search(r"llm: 20,736 of 448,560 \(4\.62%\): .*decoder.layers.\*.mlp.linear_fc2.lora 4,224", result.stdout)
+    assert "trained: 28,544 of 586,976 (4.86%) of all parameters" in result.stdout
+    assert re.search(r"llm: 16,128 of 397,728 \(4\.06%\): .*decoder.layers.\*.mlp.linear_fc2.lora 2,816", result.stdout)
     last = whole / "checkpoints" / "step_00000003"
     held = tensors(last)
     assert held and all(".lora." in key for key in held)

@@ -449,7 +449,8 @@ def test_batches_of_the_sample_world(world, tmp_path):
         seen |= set(batch.source_ids[batch.source_ids >= 0].tolist())
         tokens += counted["tokens"]
         assert not any(name.startswith("dropped") for name in counted)
-    assert seen == set(range(len(load_blend(data))))
+    # Sources of 1 and 2 % may be missing from so few rows.
+    assert seen >= {number for number, source in enumerate(load_blend(data)) if source.weight > 0.03}
     assert tokens / (12 * 2 * 768) > 0.9
 
 

@@ -44,9 +44,11 @@ FULL = [
 ]
 MLP = ["+transformer.recompute_granularity=selective", "+transformer.recompute_modules=[mlp]"]
 TINY = ["model=tiny", "data=sample", "schedule=quickstart"]
+# What patterns freeze counts as trained in the plan (planner/flops.py).
+FROM_SCRATCH = ["optim=from_scratch", "optim.freeze_patterns=[]"]
 # name -> (precision, overrides)
 CASES = {
-    "tiny": ("fp32", [*TINY, "optim=from_scratch"]),
+    "tiny": ("fp32", [*TINY, *FROM_SCRATCH]),
     "tiny full recompute": ("fp32", [*TINY, *FULL]),
     "small": ("fp32", SMALL),
     "small full recompute": ("fp32", [*SMALL, *FULL]),
@@ -56,8 +58,8 @@ CASES = {
     "small bf16": ("bf16", SMALL),
     "small bf16 full recompute": ("bf16", [*SMALL, *FULL]),
     "small lora": ("bf16", [*SMALL, "lora.rank=8", "lora.dropout=0.1", "lora.targets=[attention,mlp,connector,vit]"]),
-    "wide vocabulary": ("fp32", [*SMALL, "model.vocab_size=20000", "optim=from_scratch"]),
-    "wide vocabulary bf16": ("bf16", [*SMALL, "model.vocab_size=20000", "optim=from_scratch"]),
+    "wide vocabulary": ("fp32", [*SMALL, "model.vocab_size=20000", *FROM_SCRATCH]),
+    "wide vocabulary bf16": ("bf16", [*SMALL, "model.vocab_size=20000", *FROM_SCRATCH]),
     "small tp2": ("fp32", [*SMALL, "parallel=tp2"]),
     "small cp2": ("fp32", [*SMALL, "parallel=cp2"]),
     "small cp2 gathered": ("fp32", [*SMALL, "parallel=cp2", "parallel.cp_comm_type=all_gather"]),
