@@ -268,14 +268,20 @@ def test_a_missing_shard_is_refused_at_the_start_and_its_samples_counted_later(b
     assert any("it is not there" in error for batch in got for error in batch.errors)
 
 
+@pytest.mark.slow
 def test_sources_that_are_not_there_are_named(blended):
     data = world.config("msc://disk/other", blend=str(blended / "blend.yaml"), cache_dir=str(blended / "cache"))
     with pytest.raises(ConfigError, match="3 of the 3 sources .* are not there under data.root=msc://disk/other"):
         blend.load_blend(data)
+    world.write_blend(blended / "both.yaml", "chartqa", "mine")
     root = "data.root to the address that holds them"
     for name, advice in (
         ("sample_stage1", f"--out data/sample and upload that folder there .*, or set {root}"),
-        ("stage2", f"prepare.py --stage 2 [a-z].* --out msc://disk/other --scratch FOLDER, or set {root}"),
+        (
+            str(blended / "both.yaml"),
+            "upload with python tools/prepare.py --stage 2 chartqa --out msc://disk/other --scratch FOLDER, or prepare"
+            f" .*, and upload them there, or set {root}",
+        ),
         (str(blended / "blend.yaml"), f"prepare.py .*, and upload them there, or set {root}"),
     ):
         with pytest.raises(ConfigError, match=advice):
