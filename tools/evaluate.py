@@ -38,7 +38,9 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME", help="public sets, of conf/evaluations.yaml")
     parser.add_argument("--root", type=local_path, help="of --set: holds raw/ (default: $DATA_ROOT)")
     parser.add_argument("--best", action="store_true", help="the best checkpoint of a run, not the newest")
-    parser.add_argument("--out", type=local_path, metavar="DIR", help="default: runs/evaluate/MODEL-DATA, or RUN-STEP-DATA")
+    parser.add_argument(
+        "--out", type=local_path, metavar="DIR", help="default: runs/evaluate/MODEL-DATA, or RUN-STEP-DATA"
+    )
     parser.add_argument("--limit", type=_positive, metavar="N", help="the first N samples alone")
     parser.add_argument("--batch-size", type=_positive, default=8, help="questions at once (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=_positive, help="of an answer (default: by the kind of question)")
