@@ -2,8 +2,17 @@
 
 import argparse
 import re
+from pathlib import Path
 
 from molmo2_nemo.files import bytes_of
+from molmo2_nemo.storage import is_remote, shown
+
+
+def local_path(text: str) -> Path:
+    """A file or folder of this machine; an address would become a folder that is called s3:."""
+    if is_remote(text):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is an address: name a path on this machine")
+    return Path(text)
 
 
 def size(text: str) -> int:

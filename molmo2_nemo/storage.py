@@ -48,6 +48,8 @@ S3_PROVIDERS = ("s3", "s8k", "gcs_s3", "ais_s3")
 # Source: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 EXPIRED = {"ExpiredToken", "TokenRefreshRequired", "RequestExpired"}
 WRONG_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"}
+# The answer of S3 where not the object but all of its bucket is missing.
+NO_BUCKET, NO_BUCKET_SAID = "NoSuchBucket", "there is no such bucket: correct the address, or create it"
 
 
 class StorageError(ConfigError):
@@ -276,8 +278,12 @@ class _Cut(Exception):
 
 @functools.cache
 def _library():
-    """multi-storage-client. It logs the errors that are told here, and so it logs none."""
+    """multi-storage-client. It logs the errors that are told here, and so it logs none.
+
+    botocore tells at the level INFO where each client has found its credentials, hundreds of times in a run.
+    """
     logging.getLogger("multistorageclient").setLevel(logging.CRITICAL + 1)
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     return importlib.import_module("multistorageclient")
 
 
@@ -352,7 +358,8 @@ def _tried[T](verb: str, address: str, ask: Callable[[], T], to_disk: bool = Fal
             now = time.monotonic()
             first = now if first is None else first
             if lasting or now + pause > first + patience:
-                kind = Missing if lasting and isinstance(error, FileNotFoundError) else StorageError
+                is_missing = lasting and isinstance(error, FileNotFoundError) and cause != NO_BUCKET_SAID
+                kind = Missing if is_missing else StorageError
                 tried = "" if lasting else f" for {now - first:.0f} s"
                 raise kind(f"cannot {verb} {shown(address)}{tried}: {cause}.") from None
         time.sleep(pause * random.uniform(0.5, 1.5))
@@ -368,6 +375,8 @@ def _cause(error: Exception, address: str) -> tuple[str, bool]:
     answers = [one.response for one in chain if isinstance(getattr(one, "response", None), dict)]
     code = str(answers[-1].get("Error", {}).get("Code", "")) if answers else ""
     status = answers[-1].get("ResponseMetadata", {}).get("HTTPStatusCode", "") if answers else ""
+    if code == NO_BUCKET:
+        return NO_BUCKET_SAID, True
     if isinstance(error, FileNotFoundError):
         return "it is not there: correct the address, or upload it again", True
     if code in EXPIRED:

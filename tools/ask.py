@@ -19,12 +19,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from molmo2_nemo.option_types import local_path
+
 EXIT_STOPPED = 130  # as a shell has it after Ctrl-C
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="HF_DIR", type=Path)
+    parser.add_argument("model", metavar="HF_DIR", type=local_path)
     parser.add_argument("questions", nargs="*", metavar="QUESTION")
     parser.add_argument("--image", type=_file, action="append", default=[], help="a picture; give it again for more")
     parser.add_argument("--video", type=_file, action="append", default=[])
@@ -34,10 +36,12 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-frames", type=_positive, help="of a video (default: the export's)")
     parser.add_argument("--max-fps", type=_positive_number, help="frames a second (default: the export's)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
-    parser.add_argument("--draw", type=Path, metavar="FILE", help="points and tracks on a .png, or of a video an .mp4")
-    parser.add_argument("--batch", type=Path, metavar="FILE", help="questions, a JSON object a line, or an array")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="answers of --batch, a JSON object a line")
-    parser.add_argument("--compare", type=Path, metavar="HF_DIR", help="ask this model the same, too")
+    parser.add_argument(
+        "--draw", type=local_path, metavar="FILE", help="points and tracks on a .png, or of a video an .mp4"
+    )
+    parser.add_argument("--batch", type=local_path, metavar="FILE", help="questions, a JSON object a line, or an array")
+    parser.add_argument("--out", type=local_path, metavar="FILE", help="answers of --batch, a JSON object a line")
+    parser.add_argument("--compare", type=local_path, metavar="HF_DIR", help="ask this model the same, too")
     parser.add_argument(
         "--web", action="store_true", help="a page on this machine to click through --image and --video"
     )

@@ -27,7 +27,7 @@ from molmo2_nemo.catalogue.commands import default_root, download_command
 from molmo2_nemo.catalogue.datasets import CATEGORIES, CONF_FILE, load_catalogue
 from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.limits import MAX_DROPPED
-from molmo2_nemo.option_types import positive, side, size
+from molmo2_nemo.option_types import local_path, positive, side, size
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,8 +53,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--root", type=Path, default=None, help="data root (default: DATA_ROOT, else data)")
-    shared.add_argument("--catalogue", type=Path, default=CONF_FILE, help="another catalogue than conf/datasets.yaml")
+    shared.add_argument("--root", type=local_path, default=None, help="data root (default: DATA_ROOT, else data)")
+    shared.add_argument(
+        "--catalogue", type=local_path, default=CONF_FILE, help="another catalogue than conf/datasets.yaml"
+    )
     shared.add_argument("--json", action="store_true", help="print JSON")
     both = [shared, choice_of_sets("default: all, or what the options select")]
     named = [shared, choice_of_sets("needed, unless --stage or --category selects them")]
@@ -80,7 +82,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     trying.add_argument("--samples", type=positive, default=50, help="of each set (default %(default)s)")
     trying.add_argument(
-        "--html", type=Path, metavar="DIR", help="where to write the pages (default: runs/verify/NAME); open index.html"
+        "--html",
+        type=local_path,
+        metavar="DIR",
+        help="where to write the pages (default: runs/verify/NAME); open index.html",
     )
     trying.add_argument(
         "--max-dropped",

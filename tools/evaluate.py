@@ -21,22 +21,26 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from molmo2_nemo.option_types import local_path
+
 EXIT_STOPPED = 130  # as a shell has it after Ctrl-C
 SHOWN_ERRORS = 5
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="a run, a checkpoint or an export")
+    parser.add_argument("model", nargs="?", type=local_path, metavar="MODEL", help="a run, a checkpoint or an export")
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="SHARDS", help="folders of tools/prepare.py, or their addresses"
     )
     parser.add_argument("--cache-dir", metavar="DIR", help="as data.cache_dir (docs/storage.md)")
     parser.add_argument("--split", choices=("train", "val", "test"), help="of --data (default: test, else val)")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME", help="public sets, of conf/evaluations.yaml")
-    parser.add_argument("--root", type=Path, help="of --set: holds raw/ (default: $DATA_ROOT)")
+    parser.add_argument("--root", type=local_path, help="of --set: holds raw/ (default: $DATA_ROOT)")
     parser.add_argument("--best", action="store_true", help="the best checkpoint of a run, not the newest")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/evaluate/MODEL-DATA, or RUN-STEP-DATA")
+    parser.add_argument(
+        "--out", type=local_path, metavar="DIR", help="default: runs/evaluate/MODEL-DATA, or RUN-STEP-DATA"
+    )
     parser.add_argument("--limit", type=_positive, metavar="N", help="the first N samples alone")
     parser.add_argument("--batch-size", type=_positive, default=8, help="questions at once (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=_positive, help="of an answer (default: by the kind of question)")
@@ -46,9 +50,9 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     parser.add_argument("--page", type=int, default=200, metavar="N", help="answers on the page (default: %(default)s)")
     parser.add_argument("--sam2", action="store_true", help="write the tracks' points and videos to OUT/sam2")
-    parser.add_argument("--masks", type=Path, metavar="FILE", help="what SAM 2 made of them: score J&F")
+    parser.add_argument("--masks", type=local_path, metavar="FILE", help="what SAM 2 made of them: score J&F")
     parser.add_argument("--card", action="store_true", help="put the scores into the model card, MODEL/README.md")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two folders of --out")
+    parser.add_argument("--compare", type=local_path, nargs=2, metavar=("A", "B"), help="two folders of --out")
     args = parser.parse_args(arguments)
     if args.compare and (args.model or args.data or args.set):
         parser.error("--compare reads two evaluations that are there: leave out the model, --data and --set")

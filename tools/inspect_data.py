@@ -29,6 +29,7 @@ from pathlib import Path
 from molmo2_nemo.command_line import compose, prepare, to_dataclass
 from molmo2_nemo.config.checks import check_data, check_model
 from molmo2_nemo.config.schema import Config
+from molmo2_nemo.option_types import local_path
 from molmo2_nemo.paths import CONF_DIR
 from molmo2_nemo.templates import template
 
@@ -461,8 +462,8 @@ def main() -> None:
     parser.add_argument("--config-name", choices=stages, help="the recipe's configuration")
     parser.add_argument("--samples", type=int, help=f"how many to look at (default: {SAMPLES}; with --each, all)")
     parser.add_argument("--each", action="store_true", help="every stored sample once, in the order of the shards")
-    parser.add_argument("--batch", type=Path, metavar="FILE", help="show a batch that a run has saved")
-    parser.add_argument("--html", type=Path, metavar="DIR", help="write pages to this folder")
+    parser.add_argument("--batch", type=local_path, metavar="FILE", help="show a batch that a run has saved")
+    parser.add_argument("--html", type=local_path, metavar="DIR", help="write pages to this folder")
     parser.add_argument("--stats", action="store_true", help="print a table")
     parser.add_argument("--json", action="store_true", help="print the statistics as JSON, and nothing else")
     arguments = parser.parse_intermixed_args()

@@ -33,7 +33,7 @@ from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data.schema import UNITS
 from molmo2_nemo.files import LockHeld, disk_errors_told, missing_room, published
 from molmo2_nemo.limits import MAX_DROPPED
-from molmo2_nemo.option_types import positive, side, size
+from molmo2_nemo.option_types import local_path, positive, side, size
 from molmo2_nemo.prepare import splits
 from molmo2_nemo.prepare.formats.line import FORMATS
 from molmo2_nemo.prepare.formats.table import KEYS
@@ -82,12 +82,15 @@ def main_own_annotations(arguments: list[str]) -> None:
     )
     parser.add_argument(
         "annotations",
-        type=Path,
+        type=local_path,
         nargs="+",
         help="files: JSON lines, JSON, CSV, parquet, WebDataset shards, XML of CVAT",
     )
     parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="folder of the images and videos (default: that of the annotations)"
+        "--images",
+        type=local_path,
+        metavar="DIR",
+        help="folder of the images and videos (default: that of the annotations)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="folder to make")
     parser.add_argument("--name", help="of the source in the blend (default: the folder's)")
@@ -105,7 +108,7 @@ def main_own_annotations(arguments: list[str]) -> None:
         help=f"percent of the pictures, such as 90/5/5; TEST may be left out (default {splits.DEFAULT})",
     )
     parser.add_argument(
-        "--test", type=Path, nargs="+", default=[], metavar="FILE", help="annotations of the split part test"
+        "--test", type=local_path, nargs="+", default=[], metavar="FILE", help="annotations of the split part test"
     )
     parser.add_argument(
         "--repeat", type=int, default=1, metavar="N", help="write training samples N times, if they are few"
@@ -113,7 +116,7 @@ def main_own_annotations(arguments: list[str]) -> None:
     parser.add_argument("--shard-size", type=int, default=SHARD_SAMPLES, help=f"samples (default {SHARD_SAMPLES})")
     parser.add_argument("--skip-bad", action="store_true", help="go on without the lines that have a mistake")
     parser.add_argument("--all-errors", action="store_true", help="list every line that has a mistake")
-    parser.add_argument("--errors", type=Path, metavar="FILE", help="write every mistake to FILE, as JSON lines")
+    parser.add_argument("--errors", type=local_path, metavar="FILE", help="write every mistake to FILE, as JSON lines")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that check media")
     arguments = parser.parse_args(arguments)
     try:
@@ -329,8 +332,8 @@ def main_stage(arguments: list[str]) -> None:
         help="where the data sets' folders appear: data.root, a folder or an address (--scratch)",
     )
     add_scratch_options(parser)
-    parser.add_argument("--root", type=Path, help="holds raw/ (default: --out)")
-    parser.add_argument("--catalogue", type=Path, default=CONF_FILE, help="another than conf/datasets.yaml")
+    parser.add_argument("--root", type=local_path, help="holds raw/ (default: --out)")
+    parser.add_argument("--catalogue", type=local_path, default=CONF_FILE, help="another than conf/datasets.yaml")
     parser.add_argument("--partial", action="store_true", help="take what is there of sets that are fetched in part")
     parser.add_argument("--shards", type=int, default=512, help="of a data set, at most; fewer of a small one")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")

@@ -11,13 +11,16 @@ import argparse
 import sys
 from pathlib import Path
 
+from molmo2_nemo.option_types import local_path
 from molmo2_nemo.report import write_report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, which has metrics.jsonl")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write")
+    parser.add_argument(
+        "runs", nargs="+", type=local_path, metavar="RUN", help="a run's folder, which has metrics.jsonl"
+    )
+    parser.add_argument("--out", type=local_path, metavar="FILE", help="the file to write")
     arguments = parser.parse_args()
     out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
     try:

@@ -232,12 +232,12 @@ def check_profile(train: TrainConfig, world_size: int) -> None:
     said = f"train.profile_steps={train.profile_steps}"
     refuse(len(train.profile_steps) != 2, f"{said} must be the first and the last step of the profile, as in [20,22].")
     first, last = train.profile_steps
-    refuse(first < 1, f"{said} begins before step 1, the first one: use [1,{max(1, last)}].")
-    refuse(last < first, f"{said} ends before it begins: use [{first},{first}] for one step.")
     refuse(
-        train.max_steps is not None and last > train.max_steps,
+        train.max_steps is not None and max(first, last) > train.max_steps,
         f"{said} ends after train.max_steps={train.max_steps}: name earlier steps, or raise train.max_steps.",
     )
+    refuse(first < 1, f"{said} begins before step 1, the first one: use [1,{max(1, last)}].")
+    refuse(last < first, f"{said} ends before it begins: use [{first},{first}] for one step.")
     refuse(
         train.profile_with == "nsys" and train.device == "cpu",
         "train.profile_with=nsys needs a GPU, and train.device=cpu: use train.profile_with=torch.",
@@ -437,6 +437,11 @@ def check_data(d: DataConfig, v: VisionConfig, p: ParallelConfig, multiple: tupl
     for key, path in {"root": d.root, **d.own}.items():
         if storage.is_remote(path):
             storage.check(path, f"data.{key}")
+    refuse(
+        d.cache_dir is not None and storage.is_remote(d.cache_dir),
+        f"data.cache_dir={storage.shown(d.cache_dir or '')} is an address, and the cache is on the node's own disk:"
+        " name a folder there.",
+    )
     if d.cache_size is not None:
         try:
             bytes_of(d.cache_size)

@@ -395,7 +395,13 @@ def _typed(kind: type[BaseModel], document, where: str, where_keys: str | None =
 
 def _remedy(cfg: DataConfig, missing: list[str], some_present: bool) -> str:
     """How to get sources that are not on disk, or to do without."""
+    remote = is_remote(cfg.root)
     if cfg.blend.startswith("sample_"):
+        if remote:
+            return (
+                "run python tools/make_sample_data.py --out data/sample and upload that folder there"
+                " (docs/storage.md), or set data.root to the address that holds them"
+            )
         return f"run python tools/make_sample_data.py --out {cfg.root}"
     known = _catalogue_stages()
     ways = []
@@ -403,14 +409,18 @@ def _remedy(cfg: DataConfig, missing: list[str], some_present: bool) -> str:
         stage = max(known[name] for name in fetched)
         names = fetched[0] if len(fetched) == 1 else "NAME for each"
         ways.append(
-            f"fetch with python tools/download.py fetch {names} and then python tools/prepare.py --stage {stage}"
+            f"make and upload with python tools/prepare.py --stage {stage} {' '.join(fetched[:3])}"
+            f"{' ...' if len(fetched) > 3 else ''} --out {cfg.root} --scratch FOLDER"
+            if remote
+            else f"fetch with python tools/download.py fetch {names} and then python tools/prepare.py --stage {stage}"
         )
     if len(fetched) < len(missing):
-        ways.append("prepare your own as shards with python tools/prepare.py (docs/data.md)")
+        there = ", and upload them there" if remote else ""
+        ways.append(f"prepare your own as shards with python tools/prepare.py (docs/data.md){there}")
     if some_present:
         ways.append("set data.skip_missing=true to train without them")
     else:
-        ways.append("set data.root to the folder that holds them")
+        ways.append(f"set data.root to the {'address' if remote else 'folder'} that holds them")
     return ", or ".join(ways)
 
 

@@ -73,6 +73,8 @@ def test_the_quickstart_is_accepted(stage):
         (["train.profile_steps=[5,3]"], "ends before it begins: use [5,5] for one step"),
         (["train.profile_steps=[5]"], "must be the first and the last step of the profile, as in [20,22]"),
         (["train.profile_steps=[9,11]", "train.max_steps=10"], "ends after train.max_steps=10: name earlier steps"),
+        (["train.profile_steps=[0,11]", "train.max_steps=10"], "ends after train.max_steps=10"),
+        (["train.profile_steps=[12,11]", "train.max_steps=10"], "ends after train.max_steps=10"),
         (["train.profile_ranks=[2]"], "train.profile_ranks=[2] must name ranks of this run, from 0 to 1, each once"),
         (["train.profile_ranks=[-1]"], "from 0 to 1"),
         (["train.profile_ranks=[]"], "from 0 to 1"),
@@ -91,6 +93,11 @@ def test_a_profile_that_cannot_be_made_is_refused(overrides, sentence):
     checks.check_settings(build("stage2", *tiny, "train.profile_steps=[1,2]", "train.profile_ranks=[0,7]"), 2)
     for steps in ("[5,5]", "[20,22]"):
         checks.check(build("stage2", *tiny, f"train.profile_steps={steps}"), 2)
+
+
+def test_the_cache_is_no_address():
+    sentence = refusal("stage2", "model=tiny", "data=sample", "data.cache_dir='s3://b/x?key=secret'")
+    assert "data.cache_dir=s3://b/x is an address" in sentence and "secret" not in sentence
 
 
 def test_a_profile_behind_the_end_is_refused_when_epochs_are_counted():

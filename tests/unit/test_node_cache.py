@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -267,10 +268,24 @@ def test_a_missing_shard_is_refused_at_the_start_and_its_samples_counted_later(b
     assert any("it is not there" in error for batch in got for error in batch.errors)
 
 
+@pytest.mark.slow
 def test_sources_that_are_not_there_are_named(blended):
     data = world.config("msc://disk/other", blend=str(blended / "blend.yaml"), cache_dir=str(blended / "cache"))
     with pytest.raises(ConfigError, match="3 of the 3 sources .* are not there under data.root=msc://disk/other"):
         blend.load_blend(data)
+    world.write_blend(blended / "both.yaml", "chartqa", "mine")
+    root = "data.root to the address that holds them"
+    for name, advice in (
+        ("sample_stage1", f"--out data/sample and upload that folder there .*, or set {root}"),
+        (
+            str(blended / "both.yaml"),
+            "upload with python tools/prepare.py --stage 2 chartqa --out msc://disk/other --scratch FOLDER, or prepare"
+            f" .*, and upload them there, or set {root}",
+        ),
+        (str(blended / "blend.yaml"), f"prepare.py .*, and upload them there, or set {root}"),
+    ):
+        with pytest.raises(ConfigError, match=advice):
+            blend.load_blend(replace(data, blend=name))
 
 
 # -- a server that speaks S3, behind a proxy that makes faults --------------------------------------------------------
@@ -341,12 +356,20 @@ def test_faults_that_last_are_told_with_the_object_and_the_cause(fault, cause, p
 
 
 @pytest.mark.slow
-def test_no_right_to_list_and_no_credentials_are_told(proxied, here, monkeypatch):
+def test_no_right_to_list_no_bucket_and_no_credentials_are_told(proxied, here, monkeypatch, caplog):
     proxied.fault = lambda method, path: "403" if "list-type" in path else None
     data = world.config("s3://bucket", blend=str(here / "blend.yaml"), cache_dir=str(here / "cache"))
     world.write_blend(here / "blend.yaml", "a")
     with pytest.raises(StorageError, match="cannot list s3://bucket/a: no right to"):
         blend.load_blend(data)
+    proxied.fault = lambda method, path: None
+    caplog.set_level(logging.INFO)
+    storage.forget_clients()
+    for ask in (storage.read, storage.list_files, lambda address: storage.write(address, b"x")):
+        with pytest.raises(StorageError, match="s3://nobody/x: there is no such bucket: correct") as raised:
+            ask("s3://nobody/x")
+        assert not isinstance(raised.value, Missing)
+    assert "redentials" not in caplog.text  # botocore would tell where each client has found its own
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

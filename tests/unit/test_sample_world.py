@@ -367,9 +367,15 @@ def test_a_folder_that_another_process_made_meanwhile_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["set", "theirs"]
 
 
-def test_command_line_errors_are_one_line(data):
+def test_command_line_errors_are_one_line(data, tmp_path):
     run = subprocess.run([sys.executable, TOOL, "--out", data, "--seed", "9"], capture_output=True, text=True)
     assert run.returncode == 1 and len(run.stderr.splitlines()) == 1 and "remove it" in run.stderr
+    address = subprocess.run(
+        [sys.executable, TOOL, "--out", "s3://bucket/sample?key=secret"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert address.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert "--out: s3://bucket/sample is an address: name a path on this machine" in address.stderr
+    assert "secret" not in address.stderr
 
 
 def test_quiz(data):
