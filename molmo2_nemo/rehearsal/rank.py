@@ -59,6 +59,7 @@ def rehearse(config: Config, gpus: int, rank: int, micro_batches: int, of: int, 
     if p.layer_spec == "transformer_engine":
         engine.install(recorder)
     training_run.build_model = device.made_there(training_run.build_model)
+    training_run.check_frozen = lambda *_: None  # of names that other pipeline stages have, too
     precision = parallel.resolve_precision(config.train, "cuda")
     with compat.fake_tensor_mode():
         parallel.make_groups(p, config.train.timeout_minutes, config.train.seed)
