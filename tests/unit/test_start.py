@@ -27,7 +27,7 @@ def test_what_cannot_start_a_run_is_refused_in_one_sentence(hf_models, tmp_path)
         return str(error.value)
 
     (tmp_path / "empty").mkdir()
-    assert "does not exist" in refused(tmp_path / "nothing")
+    assert "is no folder: name a run" in refused(tmp_path / "nothing")
     assert "is an empty folder" in refused(tmp_path / "empty")
     assert "is a file" in refused(hf_models["olmo3"] / "config.json")
     assert "has model.hidden_size=48, this run has 64" in refused(hf_models["olmo3"], hidden_size=64)
