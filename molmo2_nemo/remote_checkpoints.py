@@ -28,8 +28,6 @@ from molmo2_nemo.config.schema import Config
 from molmo2_nemo.files import disk_errors_told, missing_room, readable_size, sha256_of, write_json
 from molmo2_nemo.storage import StorageError, join, shown
 
-# Bytes of an object that are read at a time for its checksum.
-BLOCK = 64 * 2**20
 # Files that are transferred at a time.
 AT_ONCE = 8
 # Seconds between two lines on the progress of a transfer.
@@ -175,13 +173,13 @@ def upload(path: Path, address: str, compare: bool = True, sent: Callable[[int],
     def copy(name: str) -> None:
         size, target = marker["files"][name], join(address, name)
         sha256 = (sums.get(name) or sha256_of(path / name)) if compare else None
-        if compare and name in there and there[name].size == size and _sha256_there(target, size) == sha256:
+        if compare and name in there and there[name].size == size and storage.sha256_there(target, size) == sha256:
             return sent(size)
         storage.upload_file(path / name, target)
         arrived = storage.info(target).size
         if arrived != size:
             raise StorageError(f"{shown(target)} has {arrived} bytes after its upload, and {size} were sent.")
-        if compare and _sha256_there(target, size) != sha256:
+        if compare and storage.sha256_there(target, size) != sha256:
             raise StorageError(f"{shown(target)} does not have the SHA-256 of the file that was sent.")
         sent(size)
 
@@ -202,7 +200,7 @@ def upload_folder(folder: Path, address: str, last: str, say: Callable[[str], No
     def copy(name: str) -> None:
         target = join(address, name)
         storage.upload_file(files[name], target)
-        if _sha256_there(target, storage.info(target).size) != sha256_of(files[name]):
+        if storage.sha256_there(target, storage.info(target).size) != sha256_of(files[name]):
             raise StorageError(f"{shown(target)} does not have the SHA-256 of the file that was sent.")
         progress.add(sizes[name])
 
@@ -223,7 +221,7 @@ def prune(folder: str, newest_step: int, keep_last: int, keep_every: int, best_s
         return
     halves = [step for step, files in found.items() if MARKER not in files]
     for step in halves + checkpoint_dir.surplus(whole, keep_last, keep_every, {best_step, best(folder)}):
-        storage.delete_folder(join(folder, step_name(step)), last=(MARKER,))
+        storage.delete_folder(join(folder, step_name(step)), first=(MARKER,))
 
 
 def best(folder: str) -> int | None:
@@ -364,14 +362,6 @@ class Progress:
             self.said, rate = now, max(1.0, self.done / (now - self.begun))
             far = f"{readable_size(self.done)} of {readable_size(self.total)}, {readable_size(int(rate))}/s"
             self.say(f"{self.what}: {far}, {(self.total - self.done) / rate:,.0f} s left")
-
-
-def _sha256_there(address: str, size: int) -> str:
-    """SHA-256 of an object of this size, read back in blocks."""
-    found = hashlib.sha256()
-    for begin in range(0, size, BLOCK):
-        found.update(storage.read(address, begin, min(BLOCK, size - begin)))
-    return found.hexdigest()
 
 
 def _at_once(do: Callable[[str], None], names: list[str]) -> None:

@@ -14,6 +14,7 @@ Checked against multi-storage-client 1.3.1.
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import logging
 import os
@@ -40,6 +41,8 @@ _PATIENCE: ContextVar[float] = ContextVar("patience")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
 # Seconds without a byte or an answer after which an attempt has failed. Only where the profile sets nothing itself.
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30
+# Bytes that are in memory at once while an object is read for its checksum.
+READ_AT_ONCE = 64 * 2**20
 # What has to be installed for a kind of storage: the extra of this project (pyproject.toml).
 EXTRAS = {"boto3": "s3", "botocore": "s3", "google": "gcs", "azure": "azure"}
 # Providers of multi-storage-client that take the options of boto3.
@@ -192,6 +195,14 @@ def write(address: str, data: bytes) -> None:
     _tried("write", address, ask)
 
 
+def sha256_there(address: str, size: int) -> str:
+    """SHA-256 of an object of `size` bytes, which are read. Missing, StorageError."""
+    digest = hashlib.sha256()
+    for begin in range(0, size, READ_AT_ONCE):
+        digest.update(read(address, begin, min(READ_AT_ONCE, size - begin)))
+    return digest.hexdigest()
+
+
 def list_files(folder: str) -> dict[str, Object]:
     """All objects below a folder, in any depth, by their path from it; none where there is no such folder.
 
@@ -262,10 +273,10 @@ def delete(address: str) -> None:
         _tried("delete", address, ask)
 
 
-def delete_folder(folder: str, last: tuple[str, ...] = ()) -> None:
+def delete_folder(folder: str, first: tuple[str, ...] = ()) -> None:
     """Remove all objects below a folder, those of these names first: a folder without its marker is known as a rest."""
     files = list_files(folder)
-    for file in sorted(files, key=lambda file: name(file) not in last):
+    for file in sorted(files, key=lambda file: name(file) not in first):
         delete(join(folder, file))
 
 

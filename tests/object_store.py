@@ -1,6 +1,8 @@
 """Object stores on this machine: a folder under msc://, and moto's server, which speaks S3."""
 
+import contextlib
 import json
+import logging
 from pathlib import Path
 
 # Not to be found in anything that a program writes.
@@ -23,6 +25,17 @@ def environment(folder: Path, endpoint: str | None = None) -> dict[str, str]:
     (folder / "disk").mkdir(parents=True, exist_ok=True)
     (folder / "msc.json").write_text(json.dumps({"profiles": profiles}))
     return variables
+
+
+@contextlib.contextmanager
+def s3():
+    """The address of a server as of `start_s3` that writes no line for each request."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server, endpoint = start_s3()
+    try:
+        yield endpoint
+    finally:
+        server.stop()
 
 
 def start_s3():

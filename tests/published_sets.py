@@ -6,6 +6,7 @@ it reaches the right or the lower edge and begins again. So a row's points can b
 shows can be compared with what it says.
 """
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 
+import aiohttp
 import av
 import numpy as np
 import pyarrow
@@ -236,6 +238,28 @@ class Web(_Server):
         """Where this server has the file of an address of the web."""
         text = str(url)
         return text if text.startswith(self.url) else f"{self.url}/{urllib.parse.quote(text, safe='')}"
+
+
+PROXIES = ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy")
+
+
+@contextlib.contextmanager
+def servers(patch, repositories: dict):
+    """A Hub with these repositories, and a web to which every other address leads. patch: a pytest.MonkeyPatch."""
+    with Hub(repositories) as hub, Web() as web:
+        for key, value in {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}.items():
+            patch.setenv(key, value)
+        for name in PROXIES:
+            patch.delenv(name, raising=False)
+        get = aiohttp.ClientSession.get
+        patch.setattr(
+            aiohttp.ClientSession,
+            "get",
+            lambda client, url, **options: get(
+                client, url if str(url).startswith(hub.url) else web.redirect(url), **options
+            ),
+        )
+        yield hub, web
 
 
 def serve(fixture: dict, hub: Hub, web: Web, root: Path, name: str) -> None:

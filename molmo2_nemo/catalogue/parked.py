@@ -123,7 +123,7 @@ class Parked:
             with held.open("wb") as file:
                 for start in range(0, wanted.bytes, CHUNK):
                     file.write(storage.read(address, wanted.offset + start, min(CHUNK, wanted.bytes - start)))
-            _check(wanted, _crc_of(held), address)
+            _check(wanted, crc_of(held), address)
         else:
             fresh = self._following(wanted, window)
             total = fresh[-1].offset + fresh[-1].bytes - wanted.offset
@@ -155,7 +155,8 @@ class Parked:
             del self._held[path]
 
 
-def _crc_of(path: Path) -> int:
+def crc_of(path: Path) -> int:
+    """CRC-32 of a file, which is read in pieces."""
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

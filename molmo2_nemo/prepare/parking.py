@@ -11,12 +11,11 @@ import json
 import os
 import struct
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from molmo2_nemo import storage
-from molmo2_nemo.catalogue.parked import Parked, ParkedFile
+from molmo2_nemo.catalogue.parked import Parked, ParkedFile, crc_of
 from molmo2_nemo.catalogue.raw import MEDIA_SUFFIXES
 from molmo2_nemo.fetch.journal import Journal
 from molmo2_nemo.files import sha256_of, sync, write_atomically
@@ -28,18 +27,9 @@ SUFFIXES = {*MEDIA_SUFFIXES, *VIDEO_SUFFIXES, ".jpeg", ".tif", ".ppm", ".jp2", "
 PACK, WINDOW = 64 * 2**20, 8 * 2**20
 # How often an object is written again that came back with other bytes.
 TRIES = 3
-CHUNK = 16 * 2**20
 
 
 # -- uploads ----------------------------------------------------------------------------------------------------------
-
-
-def checksum(address: str, size: int) -> str:
-    """SHA-256 of an object of `size` bytes, which are read. StorageError."""
-    digest = hashlib.sha256()
-    for start in range(0, size, CHUNK):
-        digest.update(storage.read(address, start, min(CHUNK, size - start)))
-    return digest.hexdigest()
 
 
 def upload(local: Path | bytes, address: str, digest: str | None = None) -> None:
@@ -56,7 +46,7 @@ def upload(local: Path | bytes, address: str, digest: str | None = None) -> None
             storage.upload_file(local, address)
         else:
             storage.write(address, local)
-        if storage.info(address).size == size and checksum(address, size) == digest:
+        if storage.info(address).size == size and storage.sha256_there(address, size) == digest:
             return
     raise storage.StorageError(
         f"{storage.shown(address)} was written {TRIES} times and came back with other bytes: look at the storage."
@@ -138,7 +128,7 @@ def park(folder: Path, address: str, room: int, parquet: bool, report: Callable[
         files, offset = [], 0
         for path in pack:
             length = path.stat().st_size
-            files.append(ParkedFile(os.path.relpath(path, folder), number, offset, length, _crc(path)))
+            files.append(ParkedFile(os.path.relpath(path, folder), number, offset, length, crc_of(path)))
             offset += length
         parked.add(files)
         for path in pack:
@@ -162,14 +152,6 @@ def park(folder: Path, address: str, room: int, parquet: bool, report: Callable[
 
 def _make_hole(path: Path, aside: Path) -> None:
     hollow(path, aside, _end_of_parquet(path) if path.suffix.lower() == ".parquet" else ())
-
-
-def _crc(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return crc
 
 
 def _candidates(folder: Path, parquet: bool) -> Iterator[Path]:

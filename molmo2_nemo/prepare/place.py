@@ -22,7 +22,7 @@ from pathlib import Path
 from molmo2_nemo import storage
 from molmo2_nemo.files import LockHeld, locked
 from molmo2_nemo.prepare.dataset_shards import PROVENANCE
-from molmo2_nemo.prepare.parking import checksum, upload
+from molmo2_nemo.prepare.parking import upload
 from molmo2_nemo.prepare.records import Document, Provenance, ShardCounts
 
 META = ".nv-meta"
@@ -148,7 +148,7 @@ class Place:
         found = there.get(shard.shard)
         if found is None or found.size != shard.bytes:
             return False
-        return not read_bytes or checksum(self.of(name, shard.shard), shard.bytes) == shard.sha256
+        return not read_bytes or storage.sha256_there(self.of(name, shard.shard), shard.bytes) == shard.sha256
 
     def hide(self, name: str) -> None:
         """Remove what makes a data set visible, before its shards are replaced."""

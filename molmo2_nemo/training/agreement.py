@@ -74,15 +74,18 @@ def changed_settings(before: dict, now: dict) -> list[str]:
 
 def visible(path: Path) -> str | None:
     """One sentence about the ranks that do not see a file or folder that rank 0 has chosen. Collective."""
-    everybodys = [None] * dist.get_world_size()
-    dist.all_gather_object(everybodys, None if path.exists() else socket.gethostname())
-    blind = [f"rank {rank} on {host}" for rank, host in enumerate(everybodys) if host is not None]
-    if not blind:
-        return None
-    return (
-        f"{path} is there for rank 0, but not for {', '.join(blind[:4])}{' and others' if len(blind) > 4 else ''}: "
-        "run_dir must be on a file system that all nodes share."
+    blind = _others(path.exists())
+    return blind and (
+        f"{path} is there for rank 0, but not for {blind}: run_dir must be on a file system that all nodes share."
     )
+
+
+def _others(is_so: bool) -> str | None:
+    """The ranks for which it is not so, in words; None: it is so for all. Collective."""
+    everybodys = [None] * dist.get_world_size()
+    dist.all_gather_object(everybodys, None if is_so else socket.gethostname())
+    found = [f"rank {rank} on {host}" for rank, host in enumerate(everybodys) if host is not None]
+    return f"{', '.join(found[:4])}{' and others' if found[4:] else ''}" if found else None
 
 
 def shared(run_dir: Path) -> str | None:
@@ -97,12 +100,8 @@ def shared(run_dir: Path) -> str | None:
         time.sleep(1)
         with contextlib.suppress(OSError):
             os.listdir(run_dir)  # the client asks its server again when a folder is opened
-    everybodys = [None] * dist.get_world_size()
-    dist.all_gather_object(everybodys, None if same else socket.gethostname())
-    others = [f"rank {rank} on {host}" for rank, host in enumerate(everybodys) if host is not None]
-    if not others:
-        return None
-    return (
-        f"run_dir={run_dir} is another folder for {', '.join(others[:4])}{' and others' if others[4:] else ''} than for"
-        " rank 0: name one on a file system that all nodes share."
+    others = _others(same)
+    return others and (
+        f"run_dir={run_dir} is another folder for {others} than for rank 0: name one on a file system that all nodes"
+        " share."
     )

@@ -155,10 +155,7 @@ class StepTimes:
             return
         while True:
             self._mark()
-            name, range_ = self.open.pop()
-            if range_ is not None:
-                range_.__exit__(None, None, None)
-            if name == part:
+            if self._pop() == part:
                 return
 
     @contextlib.contextmanager
@@ -209,11 +206,16 @@ class StepTimes:
     def _range(self, name: str):
         return torch.profiler.record_function(name).__enter__() if self.ranges else None
 
+    def _pop(self) -> str:
+        """Close the innermost part and its range; the part's name."""
+        name, range_ = self.open.pop()
+        if range_ is not None:
+            range_.__exit__(None, None, None)
+        return name
+
     def _close_ranges(self) -> None:
         while self.open:
-            _, range_ = self.open.pop()
-            if range_ is not None:
-                range_.__exit__(None, None, None)
+            self._pop()
 
 
 def of(

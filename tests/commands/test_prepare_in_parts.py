@@ -12,7 +12,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import aiohttp
 import download as download_tool
 import numpy as np
 import object_store
@@ -20,7 +19,7 @@ import prepare as tool
 import published_sets as published
 import pytest
 import yaml
-from fetch_servers import Hub, Repo
+from fetch_servers import Repo
 from PIL import Image
 
 from molmo2_nemo import storage
@@ -36,7 +35,6 @@ NUMBER, FILES = 48, 8  # pictures of a set, and files among which they are divid
 BOUND = 2_300_000  # bytes of scratch; each set but the last has 2.8 MB, and takes more on one disk
 OUT = "msc://disk/shards"
 NAMES = ("inside", "listed", "zipped", "single", "fetched")
-PROXIES = ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 def picture(seed) -> bytes:
@@ -107,20 +105,8 @@ def world(tmp_path_factory):
     """The catalogue's file, with servers that have its sets, and the shards that a large disk makes of them."""
     folder = tmp_path_factory.mktemp("parts")
     catalogue, repositories, web_files = the_sets()
-    with pytest.MonkeyPatch.context() as patch, Hub(repositories) as hub, published.Web() as web:
+    with pytest.MonkeyPatch.context() as patch, published.servers(patch, repositories) as (hub, web):
         web.files |= web_files
-        for key, value in {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}.items():
-            patch.setenv(key, value)
-        for name in PROXIES:
-            patch.delenv(name, raising=False)
-        get = aiohttp.ClientSession.get
-        patch.setattr(
-            aiohttp.ClientSession,
-            "get",
-            lambda client, url, **options: get(
-                client, url if str(url).startswith(hub.url) else web.redirect(url), **options
-            ),
-        )
         patch.setattr(shard_plan, "MIN_SAMPLES", 4)
         patch.setattr(shard_plan, "MIN_BUCKETS", 12)
         (folder / "sets.yaml").write_text(yaml.safe_dump(catalogue))
@@ -379,7 +365,7 @@ def test_two_runs_do_not_disturb_each_other(world, here, monkeypatch):
 
 
 def test_an_upload_that_comes_back_otherwise_is_one_sentence(world, here, monkeypatch):
-    monkeypatch.setattr(parking, "checksum", lambda address, size: "another")
+    monkeypatch.setattr(storage, "sha256_there", lambda address, size: "another")
     said = run(world, here, "--root", str(world[0] / "large"), names=["fetched"])
     assert re.fullmatch(
         r"error: msc://disk/shards/fetched/train-0000\d.tar was written 3 times and came back with other bytes: look at"

@@ -293,10 +293,8 @@ def test_sources_that_are_not_there_are_named(blended):
 
 @pytest.fixture(scope="module")
 def s3():
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server, endpoint = object_store.start_s3()
-    yield endpoint
-    server.stop()
+    with object_store.s3() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture

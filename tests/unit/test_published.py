@@ -2,37 +2,21 @@
 
 import re
 
-import aiohttp
 import published_sets as published
 import pytest
 import yaml
-from fetch_servers import Hub
 from programs import REPOSITORY
 
 from molmo2_nemo.catalogue.datasets import load_catalogue
 
 CATALOGUE = load_catalogue()
-PROXIES = ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 @pytest.fixture(scope="module")
 def servers():
     """A Hub and a web. Every address of the web leads to the second."""
-    with pytest.MonkeyPatch.context() as patch, Hub({}) as hub, published.Web() as web:
-        patch.setenv("HF_ENDPOINT", hub.url)
-        patch.setenv("HF_HUB_DISABLE_XET", "1")
-        patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-        for name in PROXIES:
-            patch.delenv(name, raising=False)
-        get = aiohttp.ClientSession.get
-        patch.setattr(
-            aiohttp.ClientSession,
-            "get",
-            lambda client, url, **options: get(
-                client, url if str(url).startswith(hub.url) else web.redirect(url), **options
-            ),
-        )
-        yield hub, web
+    with pytest.MonkeyPatch.context() as patch, published.servers(patch, {}) as both:
+        yield both
 
 
 @pytest.mark.parametrize("name", published.names())

@@ -1,7 +1,5 @@
 """Addresses of object storage: every function on a folder under msc://, on S3 and on a local path, and its errors."""
 
-import logging
-
 import object_store
 import pytest
 
@@ -12,10 +10,8 @@ ADDRESSES = {"a folder": "msc://disk/x", "S3 by a profile": "msc://store/x", "S3
 
 @pytest.fixture(scope="module")
 def s3():
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server, endpoint = object_store.start_s3()
-    yield endpoint
-    server.stop()
+    with object_store.s3() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
@@ -56,7 +52,7 @@ def test_files_come_back_as_they_were_written(address, s3, tmp_path, monkeypatch
         with pytest.raises(storage.Missing, match="b.bin: it is not there"):
             ask(first)
     assert not (tmp_path / "none").exists()
-    storage.delete_folder(root, last=("c",))
+    storage.delete_folder(root, first=("c",))
     assert storage.list_files(root) == {} == storage.list_files(f"{root}/never")
 
 
