@@ -81,20 +81,19 @@ def inspect(config: Config, wanted: int, html: Path | None):
     from molmo2_nemo.data.loader import train_loader
 
     sources, _, statistics, pages = opened(config, html, DRAWN)
-    with tempfile.TemporaryDirectory() as run_dir:
-        loader = train_loader(config.data, config.model.vision, sources, 0, 1, None, 1, Path(run_dir))
-        started, seen = time.monotonic(), 0
-        while seen < wanted:
-            batch = next(loader)
-            statistics.add(batch)
-            if pages:
-                pages.add(batch, statistics.rows, wanted)
-            total = statistics.total
-            # Dropped samples count for pages, too: a blend whose samples are all dropped would never end otherwise.
-            seen = max(pages.number, num_dropped(total)) if pages else num_samples(total)
-            show_progress(seen, wanted)
-        seconds = time.monotonic() - started
-        loader.close()
+    loader = train_loader(config.data, config.model.vision, sources, 0, 1, None, 1)
+    started, seen = time.monotonic(), 0
+    while seen < wanted:
+        batch = next(loader)
+        statistics.add(batch)
+        if pages:
+            pages.add(batch, statistics.rows, wanted)
+        total = statistics.total
+        # Dropped samples count for pages, too: a blend whose samples are all dropped would never end otherwise.
+        seen = max(pages.number, num_dropped(total)) if pages else num_samples(total)
+        show_progress(seen, wanted)
+    seconds = time.monotonic() - started
+    loader.close()
     if pages:
         pages.write_index(statistics)
     return statistics, seconds
@@ -128,13 +127,12 @@ def inspect_each(config: Config, most: int | None, html: Path | None):
     wanted = sum(source.num_samples + source.num_validation_samples for source in sources)
     wanted = wanted if most is None else min(most, wanted)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as run_dir:
-        found = itertools.islice(each_sample(config.data, encoder, sources, Path(run_dir)), wanted)
-        for number, (part, batch) in enumerate(found, start=1):
-            statistics.add(batch)
-            if pages:
-                pages.add(batch, statistics.rows, sys.maxsize, part)
-            show_progress(number, wanted)
+    found = itertools.islice(each_sample(config.data, encoder, sources), wanted)
+    for number, (part, batch) in enumerate(found, start=1):
+        statistics.add(batch)
+        if pages:
+            pages.add(batch, statistics.rows, sys.maxsize, part)
+        show_progress(number, wanted)
     if pages:
         pages.write_index(statistics)
     return statistics, time.monotonic() - started

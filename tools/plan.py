@@ -28,7 +28,7 @@ from molmo2_nemo.config.flags import refuse_flags
 from molmo2_nemo.config.schema import STAGES
 from molmo2_nemo.data import epochs
 from molmo2_nemo.data.blend import check_held_out, check_present, load_blend
-from molmo2_nemo.data.node_cache import is_cached
+from molmo2_nemo.data.node_metadata import is_cached
 from molmo2_nemo.environment import quiet_libraries
 from molmo2_nemo.finetune import Machine, choose
 from molmo2_nemo.planner.efficiency import FAST, GPUS_PER_NODE, SLOW

@@ -45,7 +45,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, DataConfig
 from molmo2_nemo.data import own_blend
-from molmo2_nemo.data.node_cache import CachedSource, are_there, located
+from molmo2_nemo.data.node_cache import CachedSource
+from molmo2_nemo.data.node_metadata import Place, files_of, located
 from molmo2_nemo.data.shard_index import read_index
 from molmo2_nemo.paths import CONF_DIR
 from molmo2_nemo.storage import check as check_address
@@ -76,13 +77,16 @@ class Source:
     """One data set of a blend; its index in the list is what Batch.source_ids hold."""
 
     name: str
-    path: str  # absolute; the folder that has .nv-meta, and the shards unless they are cached
+    path: str  # absolute; the folder that has .nv-meta: the source's own, or a copy on this node
     weight: float  # share of the samples; those of a blend sum to 1
     num_samples: int  # of the split part "train"
     num_validation_samples: int = 0  # of the split part "val"
     group: str | None = None
     options: SourceOptions = SourceOptions()
     cached: CachedSource | None = field(default=None, compare=False)  # the shards, where the node's cache has them
+    shards: str | None = field(default=None, compare=False)  # where they are, a folder or an address; None: in `path`
+    # Split part -> shard -> number of samples; None: not read yet.
+    index: dict[str, dict[str, int]] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -166,19 +170,18 @@ def load_blend(cfg: DataConfig) -> list[Source]:
     sense, a source is empty or not prepared, or two of them are the same folder.
     """
     where, entries = _read(cfg)
-    present, absent = _present(cfg, entries)
-    if absent and not (cfg.skip_missing and present):
-        missing = [entry.name for entry in absent]
+    places = dict(zip(entries, located(cfg, [entry.path for entry in entries])))
+    present = [entry for entry, place in places.items() if place.there]
+    if len(present) < len(entries) and not (cfg.skip_missing and present):
+        missing = [entry.name for entry in entries if entry not in present]
         lacking = "are not there under data.root=" if is_remote(cfg.root) else "are not on disk under data.root="
         raise ConfigError(
             f"{len(missing)} of the {len(entries)} sources of {where} {lacking}{cfg.root} "
             f"({', '.join(missing)}): {_remedy(cfg, missing, some_present=bool(present))}."
         )
-    places = [located(entry.path, cfg.cache_dir, cfg.cache_size) for entry in present]
-    counts = [
-        [sum(shards.values()) for shards in read_index(entry.name, folder, cached and cached.address).values()]
-        for entry, (folder, cached) in zip(present, places)
-    ]
+    _refuse_twins(where, {entry: places[entry] for entry in present})
+    indexes = [read_index(entry.name, places[entry].folder, entry.path) for entry in present]
+    counts = [[sum(shards.values()) for shards in index.values()] for index in indexes]
     totals, rates = defaultdict(float), {}
     for entry, (train, *_) in zip(present, counts):
         if train == 0:
@@ -190,16 +193,18 @@ def load_blend(cfg: DataConfig) -> list[Source]:
     return [
         Source(
             entry.name,
-            str(folder),
+            str(places[entry].folder),
             entry.weight_in_group(train) / totals[entry.group] * entry.rate / sum(rates.values()),
             train,
             # What is kept of general data is not measured: the best checkpoint is the best for one's own.
             val if not cfg.own or entry.group == own_blend.OWN else 0,
             entry.group,
             entry.options,
-            cached,
+            places[entry].cached,
+            entry.path,
+            index,
         )
-        for entry, (train, val, _), (folder, cached) in zip(present, counts, places)
+        for entry, index, (train, val, _) in zip(present, indexes, counts)
     ]
 
 
@@ -227,7 +232,9 @@ def missing_sources(cfg: DataConfig) -> list[str]:
     is wrong, as for `load_blend`."""
     if cfg.own:
         return own_blend.left_out(cfg, lambda: _read_file(cfg)[1])
-    return [entry.name for entry in _present(cfg, _read(cfg)[1])[1]]
+    _, entries = _read(cfg)
+    places = located(cfg, [entry.path for entry in entries])
+    return [entry.name for entry, place in zip(entries, places) if not place.there]
 
 
 def check_present(cfg: DataConfig) -> tuple[int, int]:
@@ -236,10 +243,10 @@ def check_present(cfg: DataConfig) -> tuple[int, int]:
     ConfigError as for `load_blend` and `check_shards`, but not because a source is missing.
     """
     _, entries = _read(cfg)
-    present, _ = _present(cfg, entries)
+    present = sum(place.there for place in located(cfg, [entry.path for entry in entries]))
     if present:
         check_shards(load_blend(replace(cfg, skip_missing=True)), cfg.max_error_rate)
-    return len(present), len(entries)
+    return present, len(entries)
 
 
 def check_shards(sources: list[Source], max_error_rate: float) -> None:
@@ -248,18 +255,17 @@ def check_shards(sources: list[Source], max_error_rate: float) -> None:
     Training would count them as unreadable one by one. ConfigError, one sentence that names the first file.
     """
     for source in sources:
-        folder = Path(source.path)
-        parts = read_index(source.name, folder)
+        folder, place = Path(source.path), source.shards or source.path
+        parts = source.index or read_index(source.name, folder)
+        found = files_of(folder, place, parts["train"] | parts["val"])
         for shards in (parts["train"], parts["val"]):
-            cached = source.cached
-            found = cached.files() if cached else _files(folder, {os.path.dirname(shard) for shard in shards})
             lost = {shard: {shard, f"{shard}.idx"} - found for shard in shards}
             lost = {shard: min(files) for shard, files in lost.items() if files}
             share = sum(shards[shard] for shard in lost) / max(1, sum(shards.values()))
             if share > max_error_rate:
                 raise ConfigError(
                     f"the source {source.name} lacks {len(lost)} of {len(shards)} shards with {share:.1%} of their "
-                    f"samples, the first of them {join(cached.address if cached else str(folder), min(lost.values()))},"
+                    f"samples, the first of them {join(place, min(lost.values()))},"
                     " which is more than "
                     f"data.max_error_rate={max_error_rate} allows: fetch or prepare it again."
                 )
@@ -278,25 +284,30 @@ def check_held_out(config: Config, sources: list[Source]) -> None:
         )
 
 
-def write_metadataset(sources: list[Source], path: Path) -> None:
-    """Write the blend as an Energon MetadatasetV2, splits train and val. Several ranks may write the same file."""
+def metadataset(sources: list[Source]) -> dict:
+    """The blend as an Energon MetadatasetV2, splits train and val.
+
+    A document and no file: ranks of several nodes would write the same one, each with folders of its own node.
+    """
 
     def entries(chosen: list[Source]) -> dict:
         return {"blend": [{"weight": s.weight, "path": s.path, "subflavors": {"source": s.name}} for s in chosen]}
 
     held_out = [source for source in sources if source.num_validation_samples]
     splits = {"train": entries(sources)} | ({"val": entries(held_out)} if held_out else {})
-    document = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": splits}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    partial.write_text(yaml.safe_dump(document, sort_keys=False))
-    partial.replace(path)
+    return {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": splits}
 
 
-def _present(cfg: DataConfig, entries: list[_Entry]) -> tuple[list[_Entry], list[_Entry]]:
-    """Those that are there, and those that are not."""
-    there = are_there(cfg, [entry.path for entry in entries])
-    return [e for e, found in zip(entries, there) if found], [e for e, found in zip(entries, there) if not found]
+def _refuse_twins(where: str, places: dict[_Entry, Place]) -> None:
+    """Energon would read the same folder twice in the identical order. ConfigError, one sentence."""
+    folders = {}
+    for entry, place in places.items():
+        twin = folders.setdefault(place.real, entry.name)
+        if twin != entry.name:
+            raise ConfigError(
+                f"{where} lists {entry.path} twice, as {twin} and {entry.name}: keep one, with the sum of their weights"
+                " or factors."
+            )
 
 
 def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
@@ -313,19 +324,11 @@ def _read(cfg: DataConfig) -> tuple[str, list[_Entry]]:
             entries += _read_sources(cfg, group, within, str(name), group.rate)
     else:
         entries = _read_sources(cfg, _typed(_SourcesDocument, blend, where), where, None, 1.0)
-    names, folders = set(), {}
+    names = set()
     for entry in entries:
         if entry.name in names:
             raise ConfigError(f"{where} has the source {entry.name} in two groups: rename one.")
         names.add(entry.name)
-        # Energon would read the same folder twice in the identical order.
-        place = entry.path if is_remote(entry.path) else os.path.realpath(entry.path)
-        twin = folders.setdefault(place, entry.name)
-        if twin != entry.name:
-            raise ConfigError(
-                f"{where} lists {entry.path} twice, as {twin} and {entry.name}: keep one, with the sum of their weights"
-                " or factors."
-            )
     return where, entries
 
 
@@ -428,17 +431,3 @@ def _catalogue_stages() -> dict[str, int]:
     """Source of the published mixtures -> the stage from which on it is trained on."""
     catalogue = yaml.safe_load((CONF_DIR / "datasets.yaml").read_text())
     return {entry["name"]: min(entry["stages"]) for entry in catalogue["datasets"] if entry["stages"]}
-
-
-def _files(root: Path, folders: set[str]) -> set[str]:
-    """The files in `folders` of root, relative to it: one listing for a folder is cheaper than asking for every file.
-
-    Pipes and devices are none: reading them would never end.
-    """
-    return {
-        os.path.join(folder, entry.name)
-        for folder in folders
-        if (root / folder).is_dir()
-        for entry in os.scandir(root / folder)
-        if entry.is_file()
-    }

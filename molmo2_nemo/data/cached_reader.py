@@ -1,7 +1,8 @@
-"""Energon's reader of a source, over the node's cache, and the fetching of what it will be asked for next.
+"""Energon's reader of a source, sample by sample, over the node's cache or from a file system, and what is fetched ahead.
 
-Energon reads, shuffles and resumes as it does from a disk: only the two places where its reader opens a file are
-other ones. What comes next is known exactly: a copy of the source's stream runs ahead of it (compat.upcoming_samples).
+Energon reads, shuffles and resumes as it does by itself: only the two places where its reader opens a file are other
+ones. Each sample is read by one request, and a shard's index once. Energon itself opens an index for each slice, and
+reads by Python's buffers, which are as large as the file system says: megabytes on Lustre. What comes next is known exactly: a copy of the source's stream runs ahead of it (compat.upcoming_samples).
 """
 
 import contextlib
@@ -11,12 +12,14 @@ import os
 import queue
 import threading
 from bisect import bisect_right
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import BinaryIO
 
+import numpy as np
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
 
@@ -24,6 +27,8 @@ from molmo2_nemo import compat
 from molmo2_nemo.data.node_cache import CachedSource, Replaced
 from molmo2_nemo.storage import Missing, StorageError, join, shown
 
+# Indexes of shards on a file system that a process keeps in memory for each source, 8 bytes a sample.
+KEPT_INDEXES = 16
 # Requests of a loader worker at a time.
 THREADS = 16
 # Samples of all sources together that are being fetched ahead, at about: a source's part is its weight.
@@ -51,15 +56,43 @@ class CachedTar:
             )
         return index
 
-    def open(self, mode: str = "rb") -> "CachedTarFile":
-        return CachedTarFile(self)
+    def open(self, mode: str = "rb") -> "SampleFile":
+        return SampleFile(self.index, lambda number, index: self.source.sample(self.shard, number))
 
 
-class CachedTarFile:
-    """A file open for reading, with what tarfile asks of one. It holds one sample in memory."""
+class PlainTar:
+    """In the place of the path of a shard: opens it on a file system. indexes: those that are kept of the source."""
 
-    def __init__(self, tar: CachedTar):
-        self.tar, self.position, self.begin, self.sample = tar, 0, 0, b""
+    def __init__(self, path: str, indexes: OrderedDict[str, np.ndarray]):
+        self.path, self.indexes = path, indexes
+
+    def index(self) -> np.ndarray:
+        """Where samples begin, uint64 [samples + 1]. OSError."""
+        if self.path not in self.indexes:
+            self.indexes[self.path] = np.fromfile(f"{self.path}.idx", "<u8")
+            while len(self.indexes) > KEPT_INDEXES:
+                self.indexes.popitem(last=False)
+        self.indexes.move_to_end(self.path)
+        return self.indexes[self.path]
+
+    def open(self, mode: str = "rb") -> "SampleFile":
+        file = open(self.path, mode, buffering=0)  # noqa: SIM115 - SampleFile closes it
+
+        def read(number: int, index: np.ndarray) -> bytes:
+            begin = int(index[number])
+            return os.pread(file.fileno(), int(index[number + 1]) - begin, begin)
+
+        return SampleFile(self.index, read, file)
+
+class SampleFile:
+    """A file open for reading, with what tarfile asks of one. It holds one sample in memory.
+
+    index: returns where samples begin; sample: the bytes of one, by its number and that index. file: to be closed.
+    """
+
+    def __init__(self, index: Callable, sample: Callable, file: BinaryIO | None = None):
+        self.index, self.sample, self.file = index, sample, file
+        self.position, self.begin, self.held = 0, 0, b""
 
     def tell(self) -> int:
         return self.position
@@ -69,38 +102,50 @@ class CachedTarFile:
         return position
 
     def read(self, size: int) -> bytes:
-        """At most to the end of the sample at this place. Missing, StorageError."""
-        if not self.begin <= self.position < self.begin + len(self.sample):
-            index = self.tar.index()
+        """At most to the end of the sample at this place. Missing, StorageError, OSError."""
+        if not self.begin <= self.position < self.begin + len(self.held):
+            index = self.index()
             number = bisect_right(index, self.position) - 1
             if number + 1 >= len(index):
                 return b""
-            self.begin, self.sample = int(index[number]), self.tar.source.sample(self.tar.shard, number)
-        found = self.sample[self.position - self.begin :][:size]
+            self.begin, self.held = int(index[number]), self.sample(number, index)
+        begin = self.position - self.begin
+        found = self.held[begin : begin + size]
         self.position += len(found)
         return found
 
     def close(self) -> None:
-        self.sample = b""
+        self.held = b""
+        if self.file:
+            self.file.close()
 
 
-class CachedOffsets:
-    """In the place of Energon's reader of index files."""
+class Offsets:
+    """In the place of Energon's reader of index files. tars: by their shards' paths. indexes: what PlainTar keeps."""
 
-    def __init__(self, tars: dict[str, CachedTar]):
-        self.tars = tars
+    def __init__(self, tars: dict[str, CachedTar | PlainTar], indexes: OrderedDict[str, np.ndarray]):
+        self.tars, self.indexes = tars, indexes
 
     def get_itar_byte_offset(self, path, sample_offset: int = 0) -> tuple[int, int]:
         """(first byte, bytes) of a sample of the shard with this path."""
         index = self.tars[str(path)].index()
         return int(index[sample_offset]), int(index[sample_offset + 1] - index[sample_offset])
 
+    def forget(self) -> None:
+        """Read from now on what is on the disk by then."""
+        self.indexes.clear()
 
-def read_through_cache(reader: ShardInfosITarReader, source: CachedSource) -> None:
-    """Have Energon's reader of this source's shards read them through the cache."""
-    tars = {str(shard.path): CachedTar(source, shard.name, shard.count) for shard in reader.shard_infos}
+
+def read_samples_whole(reader: ShardInfosITarReader, shards: str, cached: CachedSource | None) -> None:
+    """Have Energon's reader of a source read its shards, below `shards`, sample by sample; cached: through the cache."""
+    tars, indexes = {}, OrderedDict()
+    for shard in reader.shard_infos:
+        if cached:
+            tars[str(shard.path)] = CachedTar(cached, shard.name, shard.count)
+        else:
+            tars[str(shard.path)] = PlainTar(join(shards, shard.name), indexes)
     reader.tar_filepaths = [tars[str(path)] for path in reader.tar_filepaths]
-    reader.cached_offset_reader = CachedOffsets(tars)
+    reader.cached_offset_reader = Offsets(tars, indexes)
 
 
 def fetch_samples(reader: ShardInfosITarReader, source: CachedSource, indices: list[int]) -> None:

@@ -47,8 +47,8 @@ from molmo2_nemo import compat
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
 from molmo2_nemo.data import progress
-from molmo2_nemo.data.blend import Source, write_metadataset
-from molmo2_nemo.data.cached_reader import Ahead, Stream, read_through_cache
+from molmo2_nemo.data.blend import Source, metadataset
+from molmo2_nemo.data.cached_reader import Ahead, Stream, read_samples_whole
 from molmo2_nemo.data.encode import Encoder, dropped
 from molmo2_nemo.data.packing import Batch, PackedRows, Row, WaitingSample, collate, make_row
 from molmo2_nemo.data.progress import StreamPosition
@@ -73,9 +73,6 @@ MAX_REPORT = 300
 # Interval at which the worker processes are checked for life while their states are collected.
 SECONDS_BETWEEN_LOOKS = 0.01
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# The blend in Energon's format, in the run's folder.
-METADATASET = "energon_blend.yaml"
-STORED_METADATASET = "energon_stored.yaml"  # the sources of `stored_samples`
 
 
 @edataclass
@@ -156,8 +153,8 @@ class Molmo2TaskEncoder(TaskEncoder):
             ahead = np.zeros(number, dtype=np.uint16)
         (reader,), before = stream.join_readers, None
         source = self.sources[self.source_index[dataset.dataset.subflavors["source"]]]
+        read_samples_whole(reader, source.shards or source.path, source.cached)
         if source.cached:
-            read_through_cache(reader, source.cached)
             weight = source.weight if self.position else 1 / len(self.sources)
             before = self.ahead.add(Stream(stream, reader, source.cached, weight))
         stream.join_readers = [ShardReader(reader, stream, ahead, together, before)]
@@ -349,7 +346,6 @@ def train_loader(
     world_size: int,
     data_parallel_group: torch.distributed.ProcessGroup | None,
     micro_batch_size: int,
-    run_dir: Path,
     saved: Sequence[Path] = (),
     restart: bool = False,
     micro_batches: int = 1,
@@ -362,14 +358,12 @@ def train_loader(
     unless the run to continue was told so already. micro_batches: of a step; workers make so many ahead, if their
     pixels fit into resources.BYTES_AHEAD. It changes nothing of the stream or of its state.
 
-    Writes METADATASET to run_dir. Workers are forked at the first batch: ask for one before large allocations. With
+    Workers are forked at the first batch: ask for one before large allocations. With
     data.num_workers=0 all is done in this process, for debugging. ConfigError: there is no usable tokenizer, a process
     may not open enough files, or `saved` is damaged or of another tokenizer. Broken samples raise nothing: they are in
     the batches' counters and errors.
     """
     allow_open_files(2 * PARALLEL_SHARDS * len(sources) + 256)
-    path = Path(run_dir) / METADATASET
-    write_metadataset(sources, path)
     encoder = Encoder(data, vision)
     manifest = _manifest(data, vision, sources, rank, world_size, micro_batch_size, encoder)
     manifest[progress.RESTART] = restart
@@ -379,7 +373,7 @@ def train_loader(
         seed = int.from_bytes(_digest(data.seed, position.times_dealt)[:4])
     with _quiet():
         dataset = get_train_dataset(
-            str(path.absolute()),
+            metadataset(sources),
             worker_config=_worker_config(rank, world_size, data.num_workers, data_parallel_group, seed),
             batch_size=micro_batch_size,
             packing_buffer_size=data.packing_buffer_size,
@@ -401,7 +395,6 @@ def validation_loader(
     rank: int,
     world_size: int,
     micro_batch_size: int,
-    run_dir: Path,
 ) -> ValidationLoader:
     """The held-out split of all sources in turn, packed; finite, and the same in every iteration.
 
@@ -414,14 +407,12 @@ def validation_loader(
             f"nothing is held out in {data.said}: prepare a source with a split part val, or set "
             "train.validation_batches=0."
         )
-    path = Path(run_dir) / METADATASET
-    write_metadataset(sources, path)
     encoder = Molmo2TaskEncoder(
         data, Encoder(data, vision), sources, shard=(rank, world_size), micro_batch_size=micro_batch_size
     )
     with _quiet():
         dataset = get_val_dataset(
-            str(path.absolute()),
+            metadataset(sources),
             worker_config=_worker_config(0, 1, min(1, data.num_workers), None, data.seed),
             batch_size=micro_batch_size,
             packing_buffer_size=data.packing_buffer_size,
@@ -432,7 +423,7 @@ def validation_loader(
 
 
 def stored_samples(
-    data: DataConfig, encoder: Encoder, sources: list[Source], run_dir: Path, part: str
+    data: DataConfig, encoder: Encoder, sources: list[Source], part: str
 ) -> Iterator[RawSample]:
     """The undecoded samples of a split part (train, val), each once, the sources in turn; read in this process.
 
@@ -440,11 +431,9 @@ def stored_samples(
     sources = [s for s in sources if (s.num_samples if part == "train" else s.num_validation_samples)]
     if not sources:
         return
-    path = Path(run_dir) / STORED_METADATASET
-    write_metadataset(sources, path)
     with _quiet():
         dataset = get_val_dataset(
-            str(path.absolute()),
+            metadataset(sources),
             split_part=part,
             worker_config=_worker_config(0, 1, 0, None, data.seed),
             batch_size=1,

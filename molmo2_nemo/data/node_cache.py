@@ -4,7 +4,7 @@ What is fetched is what is read: the samples of a slice, by one request for thei
 of which a worker reads sixteen samples here and there. So no byte is fetched twice while it is in the cache, and a pass
 over data that do not fit into it fetches what the pass reads. The folder of the cache has for each source
 
-    .nv-meta/                as the source has it; Energon reads it here
+    .nv-meta/                as the source has it; Energon reads it here (node_metadata.py)
     SHARD.tar.idx            the shard's index: where its samples begin
     SHARD.tar.data           the shard with holes where nothing was fetched yet (a sparse file)
     SHARD.tar.map            a line about the shard, then for each sample its CRC-32 and whether it is in .data
@@ -25,7 +25,7 @@ import os
 import stat
 import struct
 import tempfile
-import time
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -38,8 +38,6 @@ import numpy as np
 
 from molmo2_nemo import storage
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import DataConfig
-from molmo2_nemo.environment import world_size_from_environment
 from molmo2_nemo.files import (
     bytes_of,
     disk_error_behind,
@@ -48,21 +46,13 @@ from molmo2_nemo.files import (
     locked,
     readable_size,
     sha256_of_text,
-    write_atomically,
 )
-from molmo2_nemo.storage import Missing, StorageError
+from molmo2_nemo.storage import StorageError
 
-# Files of .nv-meta that training reads.
-META = (".info.json", "split.yaml", "dataset.yaml")
-LISTING = "listing.json"  # names of a source's files
-# Requests of one process at a time: each waits for a round trip, and costs next to nothing on this side.
-REQUESTS = 128
 # Of the cache's disk, without data.cache_size: the share of what is free or the cache's already.
 SHARE_OF_DISK = 0.8
 # Down to which share of its bound the cache is emptied, so that it is not done for every sample.
 EVICT_TO = 0.9
-# Seconds for which what a rank has read of a source's metadata holds for it and for all that its launcher has started.
-HANDED_ON = 120
 # Bytes of one request at most, unless one sample has more: they are in memory until they are on the disk.
 LARGEST_REQUEST = 2**24
 HEADER = 4096  # bytes of a map before its first record
@@ -92,29 +82,6 @@ class NodeCache:
         """The shards below an address or a local folder, as they are read through the cache."""
         digest = sha256_of_text(address.rstrip("/"))[:16]
         return CachedSource(self, address.rstrip("/"), self.folder / f"{digest}-{storage.name(address)[:40]}")
-
-    def prepare(self, addresses: list[str]) -> list[bool]:
-        """Bring .nv-meta and the list of files of each source here, all of them side by side: whether they are there.
-
-        One process of a node does it for all that the same launcher has started. StorageError, OSError.
-        """
-        sources, launch = [self.source(address) for address in addresses], _launch()
-        with locked(self.folder / "meta.lock", wait=True), ThreadPoolExecutor(REQUESTS) as threads:
-            found = {source: source.handed_on(launch) for source in sources}
-            asked = {
-                source: [threads.submit(copy_context().run, source.fetch_metadata, file) for file in (*META, LISTING)]
-                for source, there in found.items()
-                if there is None
-            }
-            try:
-                for source, answers in asked.items():
-                    results = [answer.result() for answer in answers]
-                    found[source] = all(results)
-                    source.hand_on(launch, found[source])
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
-        return list(found.values())
 
     def used(self) -> int:
         """Bytes on the disk now, by looking at every file."""
@@ -216,53 +183,6 @@ def check_room(cache: NodeCache) -> None:
         )
 
 
-def is_cached(path: str, cache_dir: str | None) -> bool:
-    """Whether a source, at a local path or an address, is read through the cache."""
-    return storage.is_remote(path) or bool(cache_dir)
-
-
-def are_there(data: DataConfig, paths: list[str]) -> list[bool]:
-    """Whether there is a source at each of these paths and addresses. All addresses are asked at the same time.
-
-    ConfigError: an address cannot be one, or the cache cannot be used. StorageError: the storage does not answer.
-    """
-    cached = [path for path in dict.fromkeys(paths) if is_cached(path, data.cache_dir)]
-    for path in filter(storage.is_remote, cached):
-        storage.check(path, "data.root" if path.startswith(str(data.root)) else "a source's address")
-    found = {}
-    if cached:
-        cache = open_cache(data.cache_dir, data.cache_size)
-        with disk_errors_told(cache.folder, 0, "the cache of shards"):
-            found = dict(zip(cached, cache.prepare(cached)))
-    return [found[path] if path in found else os.path.isdir(path) for path in paths]
-
-
-def located(path: str, cache_dir: str | None, cache_size: str | None) -> "tuple[Path, CachedSource | None]":
-    """The local folder that has a source's .nv-meta, and its shards if they are read through the cache.
-
-    Call `are_there` or NodeCache.prepare first.
-    """
-    if not is_cached(path, cache_dir):
-        return Path(path), None
-    source = open_cache(cache_dir, cache_size).source(path)
-    return source.folder, source
-
-
-def cached_sources(paths: list[str], cache_dir: str | None) -> "dict[str, CachedSource]":
-    """Those of these paths and addresses that are read through the cache, with their .nv-meta brought here.
-
-    ConfigError, StorageError: an address cannot be used, or there is no source.
-    """
-    cached = [path for path in paths if is_cached(path, cache_dir)]
-    if not cached:
-        return {}
-    cache = open_cache(cache_dir, None)
-    for path, there in zip(cached, cache.prepare(cached)):
-        if not there:
-            raise ConfigError(f"{storage.shown(path)} has no .nv-meta/{META[0]}: correct the address, or upload it.")
-    return {path: cache.source(path) for path in cached}
-
-
 class CachedSource:
     """The shards of one source. May be used by several threads, and after a fork."""
 
@@ -273,34 +193,6 @@ class CachedSource:
 
     def __repr__(self) -> str:
         return f"CachedSource({storage.shown(self.address)})"
-
-    def fetch_metadata(self, file: str) -> bool:
-        """Bring a file of .nv-meta, or the list of files, here; whether the source has it. StorageError, OSError."""
-        if file == LISTING:
-            write_atomically(self.folder / LISTING, json.dumps(sorted(storage.list_files(self.address))))
-            return True
-        path = self.folder / ".nv-meta" / file
-        try:
-            write_atomically(path, storage.read(storage.join(self.address, ".nv-meta", file)))
-        except Missing:
-            path.unlink(missing_ok=True)
-            return file != META[0]
-        return True
-
-    def handed_on(self, launch: str) -> bool | None:
-        """What another rank of this launch has just found: whether the source is there; None: none has looked."""
-        told = self.folder / "handed_on"
-        if told.exists() and time.time() - told.stat().st_mtime < HANDED_ON:
-            found = json.loads(told.read_text())
-            return found["there"] if found["launch"] == launch else None
-        return None
-
-    def hand_on(self, launch: str, there: bool) -> None:
-        write_atomically(self.folder / "handed_on", json.dumps({"launch": launch, "there": there}))
-
-    def files(self) -> set[str]:
-        """Names of the source's files when `prepare` looked."""
-        return set(json.loads((self.folder / LISTING).read_text()))
 
     def index(self, shard: str) -> np.ndarray:
         """Where each sample of a shard begins, and after the last one its end: uint64 [samples + 1].
@@ -464,9 +356,9 @@ class CachedSource:
             records = bytes(RECORD.itemsize * (len(offsets) - 1))
 
             def write():
-                _write(path.with_suffix(".idx"), index)
-                _write(path.with_suffix(".data"), b"", found.size)
-                _write(path, line + bytes(HEADER - len(line)) + records)
+                write_whole(path.with_suffix(".idx"), index)
+                write_whole(path.with_suffix(".data"), b"", found.size)
+                write_whole(path, line + bytes(HEADER - len(line)) + records)
 
             self._to_disk(len(index) + HEADER + len(records), write)
             self._seen[shard] = line.decode().rstrip("\n")
@@ -559,9 +451,13 @@ def _lock_range(file: int, start: int, length: int, kind: int = fcntl.F_WRLCK) -
     fcntl.fcntl(file, fcntl.F_OFD_SETLKW, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-def _write(path: Path, content: bytes, size: int | None = None) -> None:
-    """Write a file that is whole or not there. size: to make it longer by a hole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+def write_whole(path: Path, content: bytes, size: int | None = None) -> None:
+    """Write a file of the cache that is whole or not there. size: to make it longer by a hole.
+
+    Nothing waits for the disk: what a power failure has cut is not trusted afterwards.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}")
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -577,10 +473,3 @@ def _write_all(file: int, content: bytes, offset: int) -> None:
     while view:
         written = os.pwrite(file, view, offset)
         view, offset = view[written:], offset + written
-
-
-def _launch() -> str:
-    """What the ranks that one launcher has started on this node have in common; alone, what tells a process apart."""
-    process = os.getpid() if world_size_from_environment() == 1 else os.getppid()
-    started = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): starttime
-    return f"{process} {started} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.schema import DataConfig
-from molmo2_nemo.data.node_cache import are_there
+from molmo2_nemo.data.node_metadata import are_there
 from molmo2_nemo.storage import is_remote, join
 
 OWN = "own"  # the group of one's own data

@@ -21,7 +21,7 @@ import yaml
 from braceexpand import braceexpand
 
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.storage import shown
+from molmo2_nemo.storage import is_remote, shown
 
 DATASET = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 # Bytes of a file at most: the names and counts of a million shards take 40 MB.
@@ -38,14 +38,16 @@ SQLITE = b"SQLite format 3\0"
 def read_index(name: str, folder: Path, address: str | None = None) -> dict[str, dict[str, int]]:
     """Split part (train, val, test) -> shard -> number of its samples.
 
-    name: of the source, and address: where `folder`, with a copy of its .nv-meta, comes from; both are for messages.
+    name: of the source, and address: where the source is, if `folder` has a copy of its .nv-meta, an address or another
+    folder; both are for messages.
 
     ConfigError, one sentence: the folder is not prepared, or a file holds anything else than what belongs there.
     """
     meta = folder / ".nv-meta"
     for file in (".info.json", "split.yaml", "dataset.yaml"):
         if not (meta / file).is_file():  # a pipe or a device would be read for ever
-            where = f"{shown(address)}/.nv-meta/{file} is not there" if address else f"{meta / file} is no file"
+            path = f"{shown(address or str(folder))}/.nv-meta/{file}"
+            where = f"{path} is not there" if is_remote(path) else f"{path} is no file"
             raise ConfigError(f"the source {name} is not prepared ({where}): {_prepare(folder, address)}.")
     try:
         _check_dataset(meta / "dataset.yaml")
@@ -54,18 +56,19 @@ def read_index(name: str, folder: Path, address: str | None = None) -> dict[str,
         return _read_parts(meta / "split.yaml", counts)
     except _Unexpected as error:
         problem, fix = str(error), error.fix or _prepare(folder, address)
-        if address:
-            problem, fix = problem.replace(str(folder), shown(address)), f"{fix}, and upload it again"
+        problem = problem.replace(str(folder), shown(address or str(folder)))
+        if is_remote(address or ""):
+            fix = f"{fix}, and upload it again"
         raise ConfigError(f"the source {name} is not accepted: {problem}: {fix}.") from error
     except OSError as error:
         raise ConfigError(f"the source {name} cannot be read ({error}): correct its permissions.") from error
 
 
 def _prepare(folder: Path, address: str | None) -> str:
-    if address:
+    if is_remote(address or ""):
         return "prepare the folder that was uploaded, and upload its .nv-meta"
     return (
-        f"run energon prepare {folder} --non-interactive --force-overwrite --split-ratio 99,1,0"
+        f"run energon prepare {address or folder} --non-interactive --force-overwrite --split-ratio 99,1,0"
         " --sample-type CrudeWebdataset"
     )
 

@@ -48,6 +48,7 @@ class ShardReader:
             if is_for_all(error):
                 raise
             self.reader.close()  # or the file would stay unreadable after it is back
+            self.reader.cached_offset_reader.forget()
             number = bisect_right(self.reader.shard_count_cumsum, index) - 1
             shard, first = self.reader.shard_infos[number].name, self.reader.shard_count_cumsum[number]
             sample = {

@@ -12,7 +12,7 @@ from megatron.energon.flavors.webdataset.structs import ShardInfo
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data import progress
 from molmo2_nemo.data.blend import Source
-from molmo2_nemo.data.cached_reader import fetch_samples, read_through_cache
+from molmo2_nemo.data.cached_reader import fetch_samples, read_samples_whole
 from molmo2_nemo.data.encode import Encoder
 from molmo2_nemo.data.loader import Molmo2TaskEncoder, stored_samples
 from molmo2_nemo.data.node_cache import CachedSource
@@ -42,18 +42,16 @@ class Stored:
         return list(dict.fromkeys("chat" if isinstance(branch, list) else branch.task for branch in branches))
 
 
-def each_sample(
-    data: DataConfig, encoder: Encoder, sources: list[Source], run_dir: Path
-) -> Iterator[tuple[str, Batch]]:
+def each_sample(data: DataConfig, encoder: Encoder, sources: list[Source]) -> Iterator[tuple[str, Batch]]:
     """Every sample once, source by source in the order of the shards: (split part, a batch of one row with it alone).
 
     part: train, or after these val. Planned, decoded and laid out by the code that makes rows for training, at its
-    first draw. What is broken is counted in the batch, as in training. Writes a small file to run_dir.
+    first draw. What is broken is counted in the batch, as in training.
     """
     training = Molmo2TaskEncoder(data, encoder, sources, progress.beginning(sources))
     for source in sources:
         for part in ("train", "val"):
-            for sample in stored_samples(data, encoder, [source], run_dir, part):
+            for sample in stored_samples(data, encoder, [source], part):
                 yield part, training.batch([training.make_row([training.preencode_sample(sample)])])
 
 
@@ -102,17 +100,19 @@ class StoredSamples:
     def _reader(self, source: str, part: str) -> ShardInfosITarReader:
         if (source, part) not in self._readers:
             found = self.sources[source]
-            self._readers[source, part] = shard_reader(source, Path(found.path), part, found.cached)
+            self._readers[source, part] = shard_reader(source, Path(found.path), part, found.shards, found.cached)
         return self._readers[source, part]
 
 
-def shard_reader(name: str, folder: Path, part: str, cached: CachedSource | None = None) -> ShardInfosITarReader:
+def shard_reader(
+    name: str, folder: Path, part: str, shards: str | None = None, cached: CachedSource | None = None
+) -> ShardInfosITarReader:
     """Reads the samples of a split part by index, through the node's cache if they are `cached`.
 
-    ConfigError: as of read_index."""
-    shards = read_index(name, folder, cached and cached.address)[part]
-    infos = [ShardInfo(name=name, path=EPath(folder / name), count=count) for name, count in shards.items()]
+    folder: has .nv-meta; shards: where they are, None: there, too. ConfigError: as of read_index.
+    """
+    counts = read_index(name, folder, shards)[part]
+    infos = [ShardInfo(name=name, path=EPath(folder / name), count=count) for name, count in counts.items()]
     reader = ShardInfosITarReader(EPath(folder), infos)
-    if cached:
-        read_through_cache(reader, cached)
+    read_samples_whole(reader, shards or str(folder), cached)
     return reader

@@ -10,7 +10,8 @@ from molmo2_nemo import storage
 from molmo2_nemo.ask.model import Asker, Seen
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.data.frames import Shown, subtitle_text
-from molmo2_nemo.data.node_cache import CachedSource, cached_sources
+from molmo2_nemo.data.node_cache import CachedSource
+from molmo2_nemo.data.node_metadata import cached_sources
 from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.data.schema import Example, read_example
 from molmo2_nemo.data.shard_index import read_index
@@ -111,7 +112,7 @@ class Samples:
             index -= source.count
         name = source.name
         if name not in self._readers:
-            self._readers[name] = shard_reader(name, source.folder, source.split, source.cached)
+            self._readers[name] = shard_reader(name, source.folder, source.split, source.path, source.cached)
         try:
             stored = self._readers[name][index]
         except MemoryError:

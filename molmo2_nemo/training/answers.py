@@ -75,7 +75,7 @@ class Exam:
     multiple: int  # of the tokens of a row that a pass is given
 
 
-def prepare(config: Config, sources: list[Source], group: dist.ProcessGroup, run_dir: Path) -> Exam:
+def prepare(config: Config, sources: list[Source], group: dist.ProcessGroup) -> Exam:
     """Choose the questions and lay them out in rows. Collective. ConfigError, on all ranks: there are none."""
     is_first = dist.get_rank() == dist.get_process_group_ranks(group)[0]
     questions, encoder, batches, shared = [], None, None, [None]
@@ -84,7 +84,7 @@ def prepare(config: Config, sources: list[Source], group: dist.ProcessGroup, run
         # The free positions for an answer are kept out of what a sample is fitted into.
         data = replace(config.data, seq_length=config.data.seq_length - settings.generate_max_tokens)
         encoder = Encoder(data, config.model.vision)
-        questions = choose(data, encoder, sources, run_dir, settings.generate_examples)
+        questions = choose(data, encoder, sources, settings.generate_examples)
         replicas, stages = parallel_state.get_data_parallel_world_size(), config.parallel.pipeline_model_parallel_size
         rows = deal(questions, settings.generate_max_tokens, config.data)
         interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
@@ -112,7 +112,7 @@ def prepare(config: Config, sources: list[Source], group: dist.ProcessGroup, run
 # Questions
 
 
-def choose(data: DataConfig, encoder: Encoder, sources: list[Source], run_dir: Path, count: int) -> list[Question]:
+def choose(data: DataConfig, encoder: Encoder, sources: list[Source], count: int) -> list[Question]:
     """Up to `count` questions of the held-out split, one of a sample, from the sources in turn.
 
     If there are more sources than questions, they are picked at equal distances in the blend's order. Which questions
@@ -124,7 +124,7 @@ def choose(data: DataConfig, encoder: Encoder, sources: list[Source], run_dir: P
     by_name, questions, useless = {source.name: source for source in sources}, [], 0
     if not count:
         return []
-    for sample in stored_samples(data, encoder, sources, run_dir, "val"):
+    for sample in stored_samples(data, encoder, sources, "val"):
         source = by_name[sample.__subflavors__["source"]]
         try:
             question = read_question(sample, source, data, encoder)

@@ -205,10 +205,10 @@ def set_up(
 
     times = step_times.of(model, optimizer, device, log.say)
     replica = parallel.model_replica_group(settings.timeout_minutes)
-    loader, validation = make_loaders(config, sources, replica, run_dir, loader_states)
+    loader, validation = make_loaders(config, sources, replica, loader_states)
     for note in () if loader is None else filter(None, (loader.note, loader.position.note)):
         log.say(note)
-    exam = answers.prepare(config, sources, replica, run_dir) if settings.generate_every else None
+    exam = answers.prepare(config, sources, replica) if settings.generate_every else None
     log.begin(position.step + 1, config.name, config_yaml, settings.wandb_project)
     if start.resume is not None:
         log.write("resume", position.step, {})
@@ -405,7 +405,7 @@ def saved_settings(path: Path) -> dict:
 
 
 def make_loaders(
-    config: Config, sources: list[Source], replica: dist.ProcessGroup, run_dir: Path, saved: list[Path]
+    config: Config, sources: list[Source], replica: dist.ProcessGroup, saved: list[Path]
 ) -> tuple[TrainLoader | None, ValidationLoader | None]:
     """(training, validation) loaders on the first rank of a replica, (None, None) elsewhere.
 
@@ -420,7 +420,6 @@ def make_loaders(
         rank=parallel_state.get_data_parallel_rank(),
         world_size=parallel_state.get_data_parallel_world_size(),
         micro_batch_size=config.train.micro_batch_size,
-        run_dir=run_dir,
     )
     validation = validation_loader(**common) if config.train.validation_batches else None
     group, restart = parallel_state.get_data_parallel_group(), config.train.restart_data

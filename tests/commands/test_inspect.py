@@ -239,7 +239,7 @@ def test_each_stored_sample_comes_once_in_the_order_of_the_shards(tmp_path):
     data = config(tmp_path, blend=write_blend(tmp_path / "blend.yaml", "first", "second"))
     sources, encoder = load_blend(data), Encoder(data, VISION)
     stored, found = StoredSamples(sources), []
-    for part, batch in each_sample(data, encoder, sources, tmp_path):
+    for part, batch in each_sample(data, encoder, sources):
         [sample] = samples_of(batch, sources)
         texts = [turn for example in examples_of(batch, sources, encoder) for turn in example.segments[0].turns]
         assert sample.is_example == bool(texts)

@@ -89,7 +89,7 @@ def test_tokens_are_those_of_transformers_at_every_layout(data, hf_dir, tmp_path
     config = configuration(data[0], data[1], tmp_path, [])
     encoder = Encoder(config.data, config.model.vision)
     sources = blend.load_blend(config.data)
-    questions = answers.choose(config.data, encoder, sources, tmp_path, 8)
+    questions = answers.choose(config.data, encoder, sources, 8)
     assert len(questions) == 8 and {question.source for question in questions} == set(SOURCES)
     assert any(len(question.plan.images) > 1 for question in questions) and any(q.seconds for q in questions)
     token_ids = encoder.visual.token_ids
@@ -184,7 +184,7 @@ def test_the_benchmark_counts_the_tokens_of_all_answers(data):
 def test_drawn_points_are_where_the_text_says(data, tmp_path):
     config = configuration(data[0], data[1], tmp_path, [])
     encoder = Encoder(config.data, config.model.vision)
-    questions = answers.choose(config.data, encoder, blend.load_blend(config.data), tmp_path, 12)
+    questions = answers.choose(config.data, encoder, blend.load_blend(config.data), 12)
     question = next(q for q in questions if q.source == "count" and parse(q.label))
     ((_, group),) = parse(question.label)[0].groups
     picture = np.asarray(answers.draw(question, format_points(Points("x", [(1, [(0.5, 0.5)])])), encoder)).astype(int)
@@ -197,14 +197,14 @@ def test_drawn_points_are_where_the_text_says(data, tmp_path):
     assert colour(0.5, 0.5, 0) == marks.ANSWERED[0]
     for x, y in group:
         assert colour(x, y, -marks.LABELLED[1] + 1) == marks.LABELLED[0]
-    again = answers.choose(config.data, encoder, blend.load_blend(config.data), tmp_path, 12)
+    again = answers.choose(config.data, encoder, blend.load_blend(config.data), 12)
     assert [q.key for q in again] == [q.key for q in questions]
 
 
 def test_rows_hold_every_question_once_with_room_for_its_answer(data, tmp_path):
     config = configuration(data[0], data[1], tmp_path, [])
     encoder = Encoder(config.data, config.model.vision)
-    questions = answers.choose(config.data, encoder, blend.load_blend(config.data), tmp_path, 12)
+    questions = answers.choose(config.data, encoder, blend.load_blend(config.data), 12)
     rows = answers.deal(questions, MAX_TOKENS, config.data)
     assert sorted(index for row in rows for index in row) == list(range(12)) and len(rows) < 12
     for row in rows:
@@ -226,9 +226,9 @@ def test_broken_samples_are_passed_over_and_what_is_not_held_out_is_not_asked(tm
     write_shards(folder, {"train": [("seen", {"json": good})], "val": list(samples.items())})
     config = configuration(tmp_path, write_blend(tmp_path / "blend.yaml", "mine"), tmp_path, [])
     encoder, sources = Encoder(config.data, config.model.vision), blend.load_blend(config.data)
-    assert [q.key for q in answers.choose(config.data, encoder, sources, tmp_path, 5)] == ["good"]
+    assert [q.key for q in answers.choose(config.data, encoder, sources, 5)] == ["good"]
     unseen = [replace(source, num_validation_samples=0) for source in sources]
-    assert answers.choose(config.data, encoder, unseen, tmp_path, 5) == []
+    assert answers.choose(config.data, encoder, unseen, 5) == []
 
 
 def test_impossible_settings_are_refused(data, tmp_path):

@@ -23,7 +23,7 @@ from molmo2_nemo.data.blend import (
     describe_rounds,
     load_blend,
     missing_sources,
-    write_metadataset,
+    metadataset,
 )
 from molmo2_nemo.data.shard_index import DATASET
 from molmo2_nemo.paths import CONF_DIR
@@ -279,16 +279,13 @@ def test_shards_in_subfolders(root):
         check_shards(sources, max_error_rate=0.5)
 
 
-def test_the_metadataset_is_what_energon_reads(root, tmp_path):
+def test_the_metadataset_is_what_energon_reads(root):
     from megatron.energon.metadataset import load_dataset
 
     sources = load_blend(config(root, fixed(x=("b", 60), y=("a", 2.5))))
-    path = tmp_path / "run" / "blend.yaml"
-    write_metadataset(sources, path)
-    write_metadataset(sources, path)
-    assert [file.name for file in path.parent.iterdir()] == ["blend.yaml"]
-    load_dataset(str(path))
-    splits = yaml.safe_load(path.read_text())["splits"]
+    document = metadataset(sources)
+    load_dataset(document)
+    splits = document["splits"]
     assert [entry["subflavors"] for entry in splits["train"]["blend"]] == [{"source": "x"}, {"source": "y"}]
     assert [entry["subflavors"] for entry in splits["val"]["blend"]] == [{"source": "y"}]
 
@@ -416,7 +413,7 @@ def test_rates_of_the_report(shipped):
 # --- draws ----------------------------------------------------------------------------------------------------------
 
 
-def count_draws(blend_file, ranks, workers, draws):
+def count_draws(blend, ranks, workers, draws):
     """Source -> how often all ranks together drew it. Energon's blend and readers as in training, without encoding."""
     from megatron import energon
     from megatron.energon.errors import reraise_exception
@@ -446,7 +443,7 @@ def count_draws(blend_file, ranks, workers, draws):
         )
         with contextlib.redirect_stdout(sys.stderr):
             dataset = energon.get_train_dataset(
-                str(blend_file),
+                blend,
                 worker_config=worker_config,
                 batch_size=batch_size,
                 task_encoder=Draws(),
@@ -486,8 +483,7 @@ def test_observed_shares_are_the_asked_ones(tmp_path, number, ranks, workers, dr
     else:
         blend = sqrt(**{f"s{i}": {"path": f"s{i}", "size": 10 ** (8 * i / number)} for i in range(number)})
     sources = load_blend(config(tmp_path, blend))
-    write_metadataset(sources, tmp_path / "energon.yaml")
-    errors = standard_errors(sources, count_draws(tmp_path / "energon.yaml", ranks, workers, draws))
+    errors = standard_errors(sources, count_draws(metadataset(sources), ranks, workers, draws))
     # Of 30 independent shares one is beyond 3 standard errors in every twelfth blend.
     assert sum(abs(error) > 3 for error in errors) <= (0 if number == 5 else 1), errors
     assert max(map(abs, errors)) < 5

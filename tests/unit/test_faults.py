@@ -154,7 +154,7 @@ def good(number: int) -> dict:
 def stream(folder, names=("bad", "fine"), saved=(), **changes):
     blend = write_blend(folder / "blend.yaml", *names)
     data = config(folder, blend=blend, seq_length=400, max_frames=4, **changes)
-    return train_loader(data, VISION, load_blend(data), 0, 1, None, 1, folder / "run", saved)
+    return train_loader(data, VISION, load_blend(data), 0, 1, None, 1, saved)
 
 
 def passes(loader, source: int, size: int, times: int = 1):
@@ -308,7 +308,7 @@ def test_where_all_samples_fail_empty_rows_tell(workers, tmp_path):
     data = config(tmp_path, blend=str(tmp_path / "blend.yaml"), seq_length=3)
     shutil.rmtree(tmp_path / "bad")
     write_source(tmp_path / "bad", [{"json": chat()}] * SIZE)
-    batch = next(train_loader(data, VISION, load_blend(data), 0, 1, None, 1, tmp_path))
+    batch = next(train_loader(data, VISION, load_blend(data), 0, 1, None, 1))
     assert batch.counters == {"bad": {"dropped_too_long": MAX_DROPPED_IN_A_ROW}} and not batch.errors
 
 

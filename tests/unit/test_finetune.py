@@ -313,6 +313,6 @@ def test_samples_of_a_row_are_those_of_the_loader(sample, tmp_path):
     words = [*TINY, *(f"data.{name}={sample / name}" for name in ("points", "image_qa", "text", "video_caption"))]
     config = compose("finetune", [*words, "data.num_workers=0", "data.packing_buffer_size=32"])
     sources = load_blend(config.data)
-    loader = train_loader(config.data, config.model.vision, sources, 0, 1, None, 4, tmp_path)
+    loader = train_loader(config.data, config.model.vision, sources, 0, 1, None, 4)
     drawn = sum(len(next(loader).examples) for _ in range(40))
     assert epochs.samples_per_row(config, sources) == pytest.approx(drawn / 160, rel=0.05)

@@ -50,9 +50,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make(data, run_dir, make_loader=train_loader, rank=0, world_size=1, rows=2, **more):
+def make(data, make_loader=train_loader, rank=0, world_size=1, rows=2, **more):
     group = (None,) if make_loader is train_loader else ()
-    return make_loader(data, VISION, load_blend(data), rank, world_size, *group, rows, run_dir, **more)
+    return make_loader(data, VISION, load_blend(data), rank, world_size, *group, rows, **more)
 
 
 def digest(batch) -> str:
@@ -83,7 +83,7 @@ ranks, before, loader.SNAPSHOT_SECONDS = map(int, sys.argv[4:])
 def ranks_loaders(state=None):
     # How many batches are made ahead is no part of the state.
     more = dict(saved=state_files(folder, state, ranks) if state else (), micro_batches=9 if mode == "write" else 4)
-    return [make(DataConfig(**data), folder / "run", rank=rank, world_size=ranks, **more) for rank in range(ranks)]
+    return [make(DataConfig(**data), rank=rank, world_size=ranks, **more) for rank in range(ranks)]
 
 def show(state, loaders):
     for one in loaders:
@@ -144,18 +144,18 @@ def test_a_killed_run_continues_exactly(world, tmp_path, workers, ranks, before,
 
 def test_a_stream_of_other_settings_goes_on_and_says_so(world, tmp_path):
     """What is carried over is tested in test_progress.py."""
-    loader = make(config(world), tmp_path)
+    loader = make(config(world))
     next(loader)
     state = tmp_path / "state"
     state.write_bytes(save_state(loader))
     # What does not touch the stream may change without a word.
-    assert not make(config(world, max_error_rate=0.5, skip_missing=True), tmp_path, saved=[state]).position.note
-    changed = make(config(world, seed=6, blend="sample_stage1"), tmp_path, rows=1, saved=[state])
+    assert not make(config(world, max_error_rate=0.5, skip_missing=True), saved=[state]).position.note
+    changed = make(config(world, seed=6, blend="sample_stage1"), rows=1, saved=[state])
     for words in ("data.seed was 5 and is 6", "train.micro_batch_size was 2 and is 1", "source image_qa was left out"):
         assert words in changed.position.note
     next(changed)
     with pytest.raises(ConfigError, match="holds the data state of 2 of 1 data-parallel ranks"):
-        make(config(world), tmp_path, saved=[state, state])
+        make(config(world), saved=[state, state])
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_a_state_is_data_and_no_program(world, tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    header, rest = save_state(make(config(world), tmp_path)).split(b"\n", 1)
+    header, rest = save_state(make(config(world))).split(b"\n", 1)
     header = json.loads(header)
     first, second = header["sizes"]
     arrays, pickled = rest[: first + second], rest[first + second :]
@@ -181,10 +181,10 @@ def test_a_state_is_data_and_no_program(world, tmp_path):
         state = tmp_path / "state"
         state.write_bytes(content)
         with pytest.raises(ConfigError, match="is damaged .*: move .* away to go on from the checkpoint before it"):
-            make(config(world), tmp_path, saved=[state])
+            make(config(world), saved=[state])
     assert not (tmp_path / "ran").exists()
     with pytest.raises(ConfigError, match="is damaged .*: move .* away to go on from the checkpoint before it"):
-        make(config(world), tmp_path, saved=[tmp_path / "missing"])
+        make(config(world), saved=[tmp_path / "missing"])
 
 
 # --- other numbers of ranks and workers -------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class Run:
 
     def __init__(self, data, folder, ranks, saved=()):
         self.folder, self.sizes = folder, [source.num_samples for source in load_blend(data)]
-        self.loaders = [make(data, folder, rank=rank, world_size=ranks, rows=1, saved=saved) for rank in range(ranks)]
+        self.loaders = [make(data, rank=rank, world_size=ranks, rows=1, saved=saved) for rank in range(ranks)]
 
     def read(self, counts, batches) -> list[str]:
         digests = []
@@ -334,12 +334,12 @@ def small(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("blend, world_size", [("blend", 512), ("many", 512), ("alone", 512), ("blend", 3)])
-def test_a_source_of_any_size_has_its_share_on_any_number_of_ranks(small, tmp_path, blend, world_size):
+def test_a_source_of_any_size_has_its_share_on_any_number_of_ranks(small, blend, world_size):
     """512: as 64 data-parallel ranks of 8 workers, of which three are looked at."""
     data = text_config(small, blend, packing_buffer_size=4, shuffle_buffer_size=1)
     sources, orders, counts = load_blend(data), [], Counter()
     for rank in (0, 1, world_size - 1):
-        loader, seen = make(data, tmp_path, rank=rank, world_size=world_size, rows=8), []
+        loader, seen = make(data, rank=rank, world_size=world_size, rows=8), []
         while len(seen) < 400:
             seen += map(tuple, next(loader).examples.tolist())
         own = Counter(seen)
@@ -424,9 +424,9 @@ def test_the_next_steps_batches_are_made_ahead_within_bounds(workers, crops, mic
 # --- the stream -----------------------------------------------------------------------------------------------------
 
 
-def test_batches_of_the_sample_world(world, tmp_path):
+def test_batches_of_the_sample_world(world):
     data = config(world)
-    loader = make(data, tmp_path)
+    loader = make(data)
     seen, tokens = set(), 0
     names = [source.name for source in load_blend(data)]
     for _ in range(12):
@@ -454,9 +454,9 @@ def test_batches_of_the_sample_world(world, tmp_path):
     assert tokens / (12 * 2 * 768) > 0.9
 
 
-def test_ranks_read_different_samples_and_the_seed_decides(world, tmp_path):
+def test_ranks_read_different_samples_and_the_seed_decides(world):
     def keys(rank=0, world_size=1, **changes):
-        loader = make(config(world, blend="sample_stage1", **changes), tmp_path, rank=rank, world_size=world_size)
+        loader = make(config(world, blend="sample_stage1", **changes), rank=rank, world_size=world_size)
         return [key for _ in range(4) for row in next(loader).__key__ for key in row.split(",")]
 
     first, second = keys(0, 2), keys(1, 2)
@@ -465,8 +465,8 @@ def test_ranks_read_different_samples_and_the_seed_decides(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_sources_appear_by_their_weights(world, tmp_path):
-    loader = make(config(world, blend="sample_stage1"), tmp_path, rows=4)
+def test_sources_appear_by_their_weights(world):
+    loader = make(config(world, blend="sample_stage1"), rows=4)
     keys = [key for _ in range(20) for row in next(loader).__key__ for key in row.split(",")]
     sources = load_blend(config(world, blend="sample_stage1"))
     for source in sources:
@@ -485,9 +485,9 @@ def num_threads(pid: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers, blend", [(0, "sample_stage1"), (1, "sample_stage2")])
-def test_validation_is_the_same_every_time(world, tmp_path, workers, blend):
+def test_validation_is_the_same_every_time(world, workers, blend):
     data = config(world, num_workers=workers, blend=blend)
-    loader = make(data, tmp_path, validation_loader)
+    loader = make(data, validation_loader)
     first = [digest(batch) for batch in loader]
     threads = [num_threads(worker.pid) for worker in loader.workers]
     for _ in range(4):
@@ -498,7 +498,7 @@ def test_validation_is_the_same_every_time(world, tmp_path, workers, blend):
     assert [digest(batch) for batch in loader] == first
     loader.close()
     if workers == 0:
-        another = make(replace(data, num_workers=1), tmp_path, validation_loader)
+        another = make(replace(data, num_workers=1), validation_loader)
         assert digest(next(iter(another))) == first[0]
         another.close()
 
@@ -521,11 +521,11 @@ def test_high_resolution_is_for_training_alone():
 
 
 @pytest.mark.slow
-def test_validation_does_not_depend_on_the_number_of_ranks(world, tmp_path):
+def test_validation_does_not_depend_on_the_number_of_ranks(world):
     data = config(world, blend="sample_stage1")
 
     def rows(world_size, rank, size):
-        loader = make(data, tmp_path, validation_loader, rank=rank, world_size=world_size, rows=size)
+        loader = make(data, validation_loader, rank=rank, world_size=world_size, rows=size)
         batches = list(loader)
         keys = [key for batch in batches for key in batch.__key__]
         return len(batches), keys
@@ -546,18 +546,18 @@ def test_validation_does_not_depend_on_the_number_of_ranks(world, tmp_path):
         assert len(keys) - len(expected) < 3
 
 
-def test_without_held_out_data(world, tmp_path):
+def test_without_held_out_data(world):
     sources = [replace(source, num_validation_samples=0) for source in load_blend(config(world))]
     with pytest.raises(ConfigError, match="split part val"):
-        validation_loader(config(world), VISION, sources, 0, 1, 1, tmp_path)
+        validation_loader(config(world), VISION, sources, 0, 1, 1)
 
 
 # --- worker processes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_workers_survive_the_signals_of_a_cluster_and_end_with_the_loader(world, tmp_path):
-    loader = make(config(world, num_workers=2), tmp_path)
+def test_workers_survive_the_signals_of_a_cluster_and_end_with_the_loader(world):
+    loader = make(config(world, num_workers=2))
     assert loader._loader.pin_memory == torch.cuda.is_available()
     next(loader)
     workers = loader.workers
@@ -573,8 +573,8 @@ def test_workers_survive_the_signals_of_a_cluster_and_end_with_the_loader(world,
 
 
 @pytest.mark.slow
-def test_a_save_does_not_wait_for_a_dead_worker(world, tmp_path):
-    loader = make(config(world, num_workers=2), tmp_path)
+def test_a_save_does_not_wait_for_a_dead_worker(world):
+    loader = make(config(world, num_workers=2))
     next(loader)
     # Torch's handler raises when a worker dies, but what it interrupts may swallow that.
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -590,14 +590,14 @@ def test_a_save_does_not_wait_for_a_dead_worker(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_stays_flat(world, tmp_path):
+def test_memory_stays_flat(world):
     """Over thousands of samples with images and videos, in the worker and here."""
 
     def resident(pid):
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         return int(status["VmRSS"].split()[0]) / 1024  # MiB
 
-    loader, samples, found = make(config(world, num_workers=1), tmp_path), 0, []
+    loader, samples, found = make(config(world, num_workers=1)), 0, []
     for needed in (1000, 3000):
         while samples < needed:
             samples += len(next(loader).examples)
@@ -607,9 +607,9 @@ def test_memory_stays_flat(world, tmp_path):
         assert after - before < 6, found
 
 
-def test_sources_are_told_apart_by_their_place_in_the_list(world, tmp_path):
+def test_sources_are_told_apart_by_their_place_in_the_list(world):
     sources = list(reversed(load_blend(config(world))))
     assert all(isinstance(source, Source) for source in sources)
-    batch = next(train_loader(config(world), VISION, sources, 0, 1, None, 1, tmp_path))
+    batch = next(train_loader(config(world), VISION, sources, 0, 1, None, 1))
     names = [sources[i].name for i in dict.fromkeys(batch.source_ids[batch.source_ids >= 0].tolist())]
     assert names == list(dict.fromkeys(key.split("-")[0] for key in batch.__key__[0].split(",")))

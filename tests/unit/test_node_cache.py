@@ -198,7 +198,7 @@ def batches(here, root, number, saved=None, save_at=None, **changes):
     data = world.config(root, blend=str(here / "blend.yaml"), **changes)
     found = blend.load_blend(data)
     blend.check_shards(found, data.max_error_rate)
-    stream = loader.train_loader(data, world.VISION, found, 0, 1, None, 1, here / "run", saved=[saved] if saved else ())
+    stream = loader.train_loader(data, world.VISION, found, 0, 1, None, 1, saved=[saved] if saved else ())
     got, state = [], here / f"state of {str(root).partition(':')[0].replace('/', '_')}"
     for turn in range(number):
         got.append(next(stream))

@@ -17,7 +17,7 @@ def test_how_long_samples_have_waited_is_carried_over(sample, tmp_path, monkeypa
     data, state = config(sample), tmp_path / "state"
 
     def loader(**saved):
-        return train_loader(data, VISION, load_blend(data), 0, 1, None, 2, tmp_path, **saved)
+        return train_loader(data, VISION, load_blend(data), 0, 1, None, 2, **saved)
 
     first = loader()
     rows_of(first)

@@ -201,7 +201,7 @@ def bench_ours(kind: str, samples: list[dict[str, bytes]], seconds: float, folde
             (loader, "collate", "collate"),
         ]:
             stack.enter_context(mock.patch.object(owner, name, clock.timed(part, getattr(owner, name))))
-        batches = loader.train_loader(data, VisionConfig(), [source], 0, 1, None, 1, folder)
+        batches = loader.train_loader(data, VisionConfig(), [source], 0, 1, None, 1)
         next(batches)  # fills the buffers
         clock.restart()
         while clock.total() < seconds:

@@ -49,7 +49,7 @@ def measure(folder: Path, micro_batches: int, step: float, load: float, ahead: b
     of_a_row = load * step * WORKERS / micro_batches
     with mock.patch.object(loader, "make_row", slow(loader.make_row, of_a_row)):
         batches = loader.train_loader(
-            data, VisionConfig(), [source], 0, 1, None, 1, folder, micro_batches=micro_batches if ahead else 1
+            data, VisionConfig(), [source], 0, 1, None, 1, micro_batches=micro_batches if ahead else 1
         )
         next(batches)  # the workers are forked, with what is patched here
     ends = []

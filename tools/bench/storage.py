@@ -136,7 +136,7 @@ def opened(folder: Path, root: str, number: int):
     )  # fmt: skip
     found = blend.load_blend(data)
     blend.check_shards(found, data.max_error_rate)
-    return loader.train_loader(data, VISION, found, 0, 1, None, 1, folder / "run")
+    return loader.train_loader(data, VISION, found, 0, 1, None, 1)
 
 
 def one_pass(folder: Path, root: str, samples: int) -> tuple[float, int]:
