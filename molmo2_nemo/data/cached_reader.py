@@ -29,15 +29,14 @@ from molmo2_nemo.storage import Missing, StorageError, join, shown
 
 # Indexes of shards on a file system that a process keeps in memory for each source, 8 bytes a sample.
 KEPT_INDEXES = 16
-# Requests of a loader worker at a time.
+# Requests of a loader worker at a time, and at its start, when each source is opened by three that wait for each other.
 THREADS = 16
+THREADS_AT_START = 128
 # Samples of all sources together that are being fetched ahead, at about: a source's part is its weight.
 SAMPLES_AHEAD = 256
 MOST_OF_A_SOURCE = 64
 # Samples that are fetched by one request at most; a slice of the training stream has as many (loader.py).
 PIECE = 16
-# What is fetched first: the samples that a batch needs soon, one by one; then whole slices.
-SOON, LATER = 0, 1
 
 
 class CachedTar:
@@ -249,7 +248,7 @@ class Ahead:
 
     def __init__(self, soon: int):
         self.soon, self.streams, self.process = soon, [], None
-        self.jobs, self.numbers = None, None
+        self.jobs = None
 
     def add(self, stream: Stream) -> Callable[[int], None]:
         """What has to be called with the index of every sample of this source before it is read."""
@@ -263,7 +262,8 @@ class Ahead:
             self._prime(stream)
         if stream.look(index, min(MOST_OF_A_SOURCE, math.ceil(SAMPLES_AHEAD * stream.weight) + 1)):
             for coming in (index, *stream.coming):
-                self._do(stream.job(coming, whole=True), LATER)
+                if wanted := stream.job(coming, whole=True):
+                    self.jobs.put(wanted)
         job = stream.forget(index)
         if job is not None and job.started:
             job.done.wait()
@@ -271,25 +271,25 @@ class Ahead:
                 raise job.error
 
     def _prime(self, first: Stream) -> None:
-        """Open all sources at the same time: the samples of a first batch, before any whole slice."""
+        """Open all sources at the same time: the samples of a first batch, one by one and not with their slices."""
         wanted = {stream: math.ceil(self.soon * stream.weight) for stream in self.streams if stream is not first}
         for stream, number in wanted.items():
             stream.look(None, number)
+        jobs = queue.SimpleQueue()
         for turn in range(max(wanted.values(), default=0)):
             for stream, number in wanted.items():
-                if turn < min(number, len(stream.coming)):
-                    self._do(stream.job(stream.coming[turn], whole=False), SOON)
-
-    def _do(self, job: Job | None, urgency: int) -> None:
-        if job is not None:
-            self.jobs.put((urgency, next(self.numbers), job))
+                if turn < min(number, len(stream.coming)) and (job := stream.job(stream.coming[turn], whole=False)):
+                    jobs.put(job)
+        for _ in range(min(THREADS_AT_START, jobs.qsize())):
+            threading.Thread(target=self._work, args=(jobs, False), daemon=True).start()
 
     def _start(self) -> None:
-        self.process, self.jobs, self.numbers = os.getpid(), queue.PriorityQueue(), itertools.count()
+        self.process, self.jobs = os.getpid(), queue.SimpleQueue()
         for _ in range(THREADS):
-            threading.Thread(target=self._work, args=(self.jobs,), daemon=True).start()
+            threading.Thread(target=self._work, args=(self.jobs, True), daemon=True).start()
 
     @staticmethod
-    def _work(jobs: queue.PriorityQueue) -> None:
-        while True:
-            jobs.get()[-1].run()
+    def _work(jobs: queue.SimpleQueue, forever: bool) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                jobs.get(block=forever).run()

@@ -1,29 +1,30 @@
 """The training loader on object storage that is far away, beside a local disk: speed, bytes, and the first batch.
 
-    python tools/bench/storage.py [--samples 1500] [--latency 0.05] [--bandwidth 1e8] [--sources 100]
+    python tools/bench/storage.py [--samples 300] [--latency 0.05] [--bandwidth 1e8] [--sources 100]
 
-moto's server holds the shards, behind a proxy of this machine that answers after `--latency` seconds and sends
-`--bandwidth` bytes/s at most (tools/bench/slow_proxy.py). Server, proxy and loader share the machine's cores, so that
-the loader is slower by what they compute, too: with --latency 0 and no limit that is all there is.
+A server of this machine holds the shards of pictures; it answers after `--latency` seconds and sends `--bandwidth`
+bytes/s at most (tools/bench/slow_proxy.py). Server and loader share the machine's cores, with whatever else runs there,
+so that wall time says little on a busy machine: the CPU time of the loader's own process is beside it.
 
-    ratio        batches/s after the first tenth of a pass, from the storage over from the local disk
-    amplified    bytes of shards fetched over the shards' own, until every sample has come
-    first batch  of --sources sources, from the first look at their metadata on: seconds, and round trips, which are the
-                 seconds beyond those with --latency 0
+    ratio         samples/s of the storage over those of the local disk: of the first pass without its first tenth, in
+                  which the samples are fetched, and of the second, for which all of them are in the cache
+    CPU ratio     the same of samples per CPU second of the loader's worker
+    amplified     bytes of shards fetched over the shards' own, until every sample has come
+    round trips   of the first batch of --sources sources, from the first look at their metadata on: how often all that
+                  was asked for had to be answered before more was asked (slow_proxy.py, quiet)
 """
 
-import contextlib
 import json
-import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from data import chat, jpeg, picture
 from slow_proxy import SlowProxy
+from startup import cpu_seconds
 from tables import parser, print_json, print_table
 
 from molmo2_nemo import storage
@@ -33,69 +34,77 @@ from molmo2_nemo.paths import CONF_DIR
 from molmo2_nemo.prepare.webdataset import write_shards
 
 TOKENIZER = CONF_DIR.parent / "molmo2_nemo" / "data" / "tokenizer"
-VISION = VisionConfig(image_size=70, overlap_margin=1)
-BUCKET = "bench"
-SHARD_SAMPLES = 250
-PADDING = 50_000  # bytes of a sample beside its JSON, as of a small picture
+SHARD_SAMPLES = 100
+SIZE = (640, 480)  # of the pictures
 
 
 def main() -> None:
     args = arguments()
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder, s3_server() as server:
+    os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        make(folder / "one" / "source0", args.samples)
-        for number in range(args.sources):
-            make(folder / "many" / f"source{number}", 4)
-        upload(folder, server)
-        size = sum(path.stat().st_size for path in (folder / "one").rglob("*.tar"))
-        local, batches = one_pass(folder, str(folder / "one"), args.samples)
-        with SlowProxy(server, args.latency, args.bandwidth) as proxy:
-            point_to(proxy.address)
-            far, _ = one_pass(folder, f"s3://{BUCKET}/one", args.samples)
-            fetched = proxy.bytes_of(".tar")
-            first, requests = first_batch(folder, args.sources, proxy)
-        with SlowProxy(server) as proxy:
-            point_to(proxy.address)
-            near, _ = first_batch(folder, args.sources, proxy)
-        found = {
-            "batches of a pass": batches,
-            "local batches/s": round(local, 2),
-            "storage batches/s": round(far, 2),
-            "ratio": round(far / local, 3),
-            "amplified": round(fetched / size, 3),
-            "first batch s": round(first, 2),
-            "first batch s without latency": round(near, 2),
-            "round trips": round((first - near) / args.latency, 1) if args.latency else None,
-            "requests until then": requests,
-        }
-        print_table([found])
-        print_json(found, args.out)
+        found = {}
+        if args.samples:
+            found |= speed(folder, args)
+        if args.sources:
+            found |= first_batch(folder, args)
+    rows = [{"figure": name, "value": value} for name, value in found.items()]
+    print_table(rows)
+    print_json(found, args.out)
 
 
 def arguments():
     options = parser(__doc__)
-    options.add_argument("--samples", type=int, default=1500, help="of the source that is read (default %(default)s)")
+    options.add_argument("--samples", type=int, default=300, help="of the source that is read (default %(default)s)")
     options.add_argument("--latency", type=float, default=0.05, help="seconds (default %(default)s)")
     options.add_argument("--bandwidth", type=float, default=1e8, help="bytes/s (default %(default)s)")
     options.add_argument("--sources", type=int, default=100, help="of the blend whose first batch is awaited")
+    options.add_argument("--quiet", type=float, default=2.0, help="seconds without a request that end a round trip")
     return options.parse_args()
 
 
-@contextlib.contextmanager
-def s3_server() -> Iterator[str]:
-    """The address of moto's server, with an empty bucket."""
-    import boto3
-    from moto.server import ThreadedMotoServer
+def speed(folder: Path, args) -> dict:
+    """Two passes over a source of pictures, from the local disk and from the storage."""
+    make(folder / "one" / "source0", args.samples)
+    size = sum(path.stat().st_size for path in (folder / "one").rglob("*.tar"))
+    local = passes(folder, str(folder / "one"), args.samples)
+    with SlowProxy(folder, args.latency, args.bandwidth) as proxy:
+        point_to(proxy.address)
+        far = passes(folder, "s3://bench/one", args.samples)
+        fetched = proxy.bytes_of(".tar")
+    names = ("fetching", "cached")
+    return {
+        **{f"local samples/s, pass {n + 1}": round(1 / wall, 2) for n, (wall, _) in enumerate(local)},
+        **{f"storage samples/s, {name}": round(1 / wall, 2) for name, (wall, _) in zip(names, far)},
+        **{f"ratio, {name}": round(l[0] / f[0], 3) for name, l, f in zip(names, local, far)},
+        **{f"local CPU ms a sample, pass {n + 1}": round(1e3 * cpu, 2) for n, (_, cpu) in enumerate(local)},
+        **{f"storage CPU ms a sample, {name}": round(1e3 * cpu, 2) for name, (_, cpu) in zip(names, far)},
+        **{f"CPU ratio, {name}": round(l[1] / f[1], 3) for name, l, f in zip(names, local, far)},
+        "amplified": round(fetched / size, 3),
+    }
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
-    point_to(f"http://{host}:{port}")
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket=BUCKET)
-    yield f"http://{host}:{port}"
-    server.stop()
+
+def first_batch(folder: Path, args) -> dict:
+    """The first batch of many sources, counted in round trips and, with the latency, timed."""
+    make(folder / "many" / "source0", 4)
+    for number in range(1, args.sources):
+        shutil.copytree(folder / "many" / "source0", folder / "many" / f"source{number}")
+    found = {}
+    for proxy in (SlowProxy(folder, quiet=args.quiet), SlowProxy(folder, args.latency, args.bandwidth)):
+        with proxy:
+            point_to(proxy.address)
+            begin = time.perf_counter()
+            stream = opened(folder, "s3://bench/many", args.sources)
+            of_metadata = proxy.round_trips
+            next(stream)
+            seconds, requests, round_trips = time.perf_counter() - begin, len(proxy.requests), proxy.round_trips
+            stream.close()
+        if proxy.quiet:
+            found["round trips"], found["of these for metadata"] = round_trips, of_metadata
+            found["requests until then"] = requests
+        else:
+            found["first batch s"] = round(seconds, 1)
+    return found
 
 
 def point_to(endpoint: str) -> None:
@@ -104,23 +113,18 @@ def point_to(endpoint: str) -> None:
 
 
 def make(folder: Path, number: int) -> None:
-    """A source of chats, each with some bytes that nothing looks at."""
+    """A source of pictures with a question and an answer."""
     rng = np.random.default_rng(0)
+    pictures = [jpeg(picture(*SIZE, rng)) for _ in range(min(number, 12))]
 
     def samples():
         for index in range(number):
-            turns = [{"role": "user", "content": f"Number {index}?"}, {"role": "assistant", "content": "yes " * 60}]
-            yield f"{index:06d}", {"json": json.dumps({"branches": [turns]}).encode(), "bin": rng.bytes(PADDING)}
+            images = [{"part": "img.jpg", "width": SIZE[0], "height": SIZE[1]}]
+            example = {"images": images, "branches": [chat(rng, 1, 60)]}
+            yield f"{index:06d}", {"json": json.dumps(example).encode(), "img.jpg": pictures[index % len(pictures)]}
 
     folder.mkdir(parents=True)
     write_shards(folder, {"train": samples()}, SHARD_SAMPLES)
-
-
-def upload(folder: Path, server: str) -> None:
-    point_to(server)
-    for path in folder.rglob("*"):
-        if path.is_file() and path.name != "index.sqlite":
-            storage.upload_file(path, f"s3://{BUCKET}/{path.relative_to(folder)}")
 
 
 def opened(folder: Path, root: str, number: int):
@@ -131,32 +135,29 @@ def opened(folder: Path, root: str, number: int):
     cache = folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     data = DataConfig(
-        blend=str(file), root=root, tokenizer=str(TOKENIZER), seq_length=1024, max_crops=8, max_frames=8,
+        blend=str(file), root=root, tokenizer=str(TOKENIZER), seq_length=4096, max_crops=32, max_frames=32,
         cache_dir=str(cache) if storage.is_remote(root) else None, num_workers=1,
     )  # fmt: skip
     found = blend.load_blend(data)
     blend.check_shards(found, data.max_error_rate)
-    return loader.train_loader(data, VISION, found, 0, 1, None, 1)
+    return loader.train_loader(data, VisionConfig(), found, 0, 1, None, 1)
 
 
-def one_pass(folder: Path, root: str, samples: int) -> tuple[float, int]:
-    """(batches/s after the first tenth, batches) until every sample has come."""
-    stream, seen, times = opened(folder, root, 1), set(), []
-    while len(seen) < samples:
-        seen |= set(next(stream).examples[:, 1].tolist())
-        times.append(time.perf_counter())
+def passes(folder: Path, root: str, samples: int) -> list[tuple[float, float]]:
+    """(seconds, CPU seconds of the worker) for each sample of two passes, the first one without its first tenth."""
+    stream = opened(folder, root, 1)
+    read, seen, marks = 0, set(), []
+    while len(marks) < 3:
+        examples = next(stream).examples[:, 1].tolist()
+        read, seen = read + len(examples), seen | set(examples)
+        is_warm, is_whole = read >= samples / 10, len(seen) == samples
+        if (len(marks), True) in ((0, is_warm), (1, is_whole), (2, is_whole and read >= marks[-1][0] + samples)):
+            marks.append((read, time.perf_counter(), cpu_seconds(stream.workers[0].pid)))
     stream.close()
-    warm = len(times) // 10
-    return (len(times) - 1 - warm) / (times[-1] - times[warm]), len(times)
-
-
-def first_batch(folder: Path, number: int, proxy: SlowProxy) -> tuple[float, int]:
-    before, begin = len(proxy.requests), time.perf_counter()
-    stream = opened(folder, f"s3://{BUCKET}/many", number)
-    next(stream)
-    seconds = time.perf_counter() - begin
-    stream.close()
-    return seconds, len(proxy.requests) - before
+    return [
+        ((end[1] - begin[1]) / (end[0] - begin[0]), (end[2] - begin[2]) / (end[0] - begin[0]))
+        for begin, end in zip(marks, marks[1:])
+    ]
 
 
 if __name__ == "__main__":
