@@ -21,6 +21,8 @@ import os
 import posixpath
 import random
 import re
+import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -47,10 +49,12 @@ READ_AT_ONCE = 64 * 2**20
 EXTRAS = {"boto3": "s3", "botocore": "s3", "google": "gcs", "azure": "azure"}
 # Providers of multi-storage-client that take the options of boto3.
 S3_PROVIDERS = ("s3", "s8k", "gcs_s3", "ais_s3")
-# Answers of S3 that say that the credentials are wrong or too old.
+# Answers of S3 that say that the credentials are too old, or wrong. A token that has ended is invalid to some servers.
 # Source: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
-EXPIRED = {"ExpiredToken", "TokenRefreshRequired", "RequestExpired"}
-WRONG_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"}
+EXPIRED = {"ExpiredToken", "TokenRefreshRequired", "RequestExpired", "InvalidToken", "InvalidTokenId"}
+WRONG_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthorizationHeaderMalformed"}
+# Seconds for which a client is kept after it was made, though its credentials have expired: many threads see that.
+RENEW_AFTER = 1.0
 # The answer of S3 where not the object but all of its bucket is missing.
 NO_BUCKET, NO_BUCKET_SAID = "NoSuchBucket", "there is no such bucket: correct the address, or create it"
 
@@ -134,7 +138,7 @@ def name(address: str) -> str:
 
 def forget_clients() -> None:
     """Read the configuration and the credentials anew at the next operation."""
-    _client_of.cache_clear()
+    _made_client.cache_clear()
     _path_mapping.cache_clear()
 
 
@@ -156,7 +160,20 @@ def info(address: str) -> Object:
 
     def ask():
         client, path = _client(address)
-        return _object(client.info(path, strict=False), address)
+        if not is_remote(address):  # by one request for it, unlike multi-storage-client's
+            found = os.stat(path)
+            if not stat.S_ISREG(found.st_mode):
+                raise FileNotFoundError(f"{address} is no file")
+            return Object(found.st_size, str(found.st_mtime_ns))
+        try:
+            return _object(client.info(path, strict=False), address)
+        except Exception as error:
+            if _answer(error)[0] not in ("400", "403"):
+                raise
+            refused = error
+        with contextlib.suppress(FileNotFoundError):  # the answer to HEAD has no body that says why, that to GET has one
+            client.read(path, byte_range=_library().types.Range(0, 1))
+        raise refused
 
     return _tried("look at", address, ask)
 
@@ -174,6 +191,9 @@ def read(address: str, offset: int = 0, size: int | None = None) -> bytes:
 
     def ask():
         client, path = _client(address)
+        if not is_remote(address):
+            with open(path, "rb", buffering=0) as file:
+                return _read_all(file.fileno(), offset, size)
         if size is None and not offset:
             return client.read(path)
         wanted = info(address).size - offset if size is None else size
@@ -300,15 +320,30 @@ def _library():
 
 def _client(address: str) -> tuple[Any, str]:
     """The client for an address, and the object's path for it."""
+    profile, path = _profile(address)
+    with _MAKING:
+        return _made_client(profile, os.getpid())[0], path
+
+
+def _profile(address: str) -> tuple[str, str]:
+    """The name of the profile for an address, and the object's path in it."""
     if not is_remote(address):
-        return _client_of(LOCAL, os.getpid()), os.path.abspath(os.path.expanduser(address))
+        return LOCAL, os.path.abspath(os.path.expanduser(address))
     check(address, "address")
     scheme, _, rest = address.partition("://")
     profile, _, path = rest.partition("/")
     if scheme.lower() == "msc":
-        return _client_of(profile, os.getpid()), path
-    profile, path = _path_mapping().find_mapping(address) or (f"_{scheme.lower()}-{profile}", path)
-    return _client_of(profile, os.getpid()), path
+        return profile, path
+    return _path_mapping().find_mapping(address) or (f"_{scheme.lower()}-{profile}", path)
+
+
+def _renew(address: str) -> None:
+    """Have the next operation read the credentials anew, unless another thread has just done so."""
+    profile, _ = _profile(address)
+    with _MAKING:
+        _, made = _made_client(profile, os.getpid())
+        if time.monotonic() > made + RENEW_AFTER:
+            forget_clients()
 
 
 @functools.cache
@@ -316,16 +351,23 @@ def _path_mapping():
     return _library().config.PathMapping.from_config()
 
 
+# Making a client takes a tenth of a second of a core, and dozens of threads may want their first one at the same time. A
+# fork waits until none is being made.
+_MAKING = threading.Lock()
+os.register_at_fork(before=_MAKING.acquire, after_in_parent=_MAKING.release, after_in_child=_MAKING.release)
+
+
 @functools.cache
-def _client_of(profile: str, pid: int):
-    """A client; connections must not be shared with a process that was forked (pid).
+def _made_client(profile: str, pid: int) -> tuple[Any, float]:
+    """(a client, when it was made); connections must not be shared with a process that was forked (pid).
 
     As multi-storage-client makes it, but without its own cache, and with other times where the profile sets none: it
     and boto3 try again by themselves, so that one attempt of ours would be nine, and wait for a minute.
     """
     config = _library().config
     if profile == LOCAL:
-        return _library().StorageClient(config=config.StorageClientConfig.from_file(profile=LOCAL))
+        client = _library().StorageClient(config=config.StorageClientConfig.from_file(profile=LOCAL))
+        return client, time.monotonic()
     given, _ = config.StorageClientConfig.read_msc_config()
     profiles = dict((given or {}).get("profiles") or {})
     if profile not in profiles:
@@ -345,13 +387,25 @@ def _client_of(profile: str, pid: int):
     made = config.StorageClientConfig.from_dict(
         {**given, "profiles": {**profiles, profile: settings}}, profile=profile, skip_validation=True
     )
-    return _library().StorageClient(config=made)
+    return _library().StorageClient(config=made), time.monotonic()
 
 
 def _object(found, address: str) -> Object:
     if found.type != "file":
         raise FileNotFoundError(f"{address} is a folder")
     return Object(found.content_length, found.etag or str(found.last_modified.timestamp()))
+
+
+def _read_all(file: int, offset: int, size: int | None) -> bytes:
+    """`size` bytes of an open local file from `offset` on, by default all. _Cut: it has fewer."""
+    size = os.fstat(file).st_size - offset if size is None else size
+    parts, left = [], size
+    while left and (part := os.pread(file, left, offset + size - left)):
+        parts.append(part)
+        left -= len(part)
+    if left:
+        raise _Cut(f"{size - left:,} of {size:,} bytes came")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _tried[T](verb: str, address: str, ask: Callable[[], T], to_disk: bool = False) -> T:
@@ -377,21 +431,34 @@ def _tried[T](verb: str, address: str, ask: Callable[[], T], to_disk: bool = Fal
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _cause(error: Exception, address: str) -> tuple[str, bool]:
-    """(What has happened and what to do, in words that hold no credential, whether it will be the same next time)."""
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error, and those that it comes from."""
     chain = [error]
     while following := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(following)
+    return chain
+
+
+def _answer(error: BaseException) -> tuple[str, str]:
+    """(code, status) of the server's answer behind an error, each "" if there is none."""
+    answers = [one.response for one in _chain(error) if isinstance(getattr(one, "response", None), dict)]
+    if not answers:
+        return "", ""
+    found = answers[-1]
+    return str(found.get("Error", {}).get("Code", "")), str(found.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+
+
+def _cause(error: Exception, address: str) -> tuple[str, bool]:
+    """(What has happened and what to do, in words that hold no credential, whether it will be the same next time)."""
+    chain = _chain(error)
     kinds = [type(one).__name__ for one in chain]
-    answers = [one.response for one in chain if isinstance(getattr(one, "response", None), dict)]
-    code = str(answers[-1].get("Error", {}).get("Code", "")) if answers else ""
-    status = answers[-1].get("ResponseMetadata", {}).get("HTTPStatusCode", "") if answers else ""
+    code, status = _answer(error)
     if code == NO_BUCKET:
         return NO_BUCKET_SAID, True
     if isinstance(error, FileNotFoundError):
         return "it is not there: correct the address, or upload it again", True
     if code in EXPIRED:
-        forget_clients()  # the next one reads credentials that were renewed in a file
+        _renew(address)
         return f"the credentials have expired ({code}): renew them", False
     if code in WRONG_CREDENTIALS:
         return f"the credentials are refused ({code}): correct them", True

@@ -248,7 +248,7 @@ class Ahead:
 
     def __init__(self, soon: int):
         self.soon, self.streams, self.process = soon, [], None
-        self.jobs = None
+        self.jobs, self.read = None, 0
 
     def add(self, stream: Stream) -> Callable[[int], None]:
         """What has to be called with the index of every sample of this source before it is read."""
@@ -260,6 +260,10 @@ class Ahead:
         if self.process != os.getpid():  # the first sample of a worker
             self._start()
             self._prime(stream)
+        self.read += 1
+        if self.read == 2 * self.soon:
+            for _ in range(THREADS_AT_START - THREADS):
+                self.jobs.put(None)
         if stream.look(index, min(MOST_OF_A_SOURCE, math.ceil(SAMPLES_AHEAD * stream.weight) + 1)):
             for coming in (index, *stream.coming):
                 if wanted := stream.job(coming, whole=True):
@@ -271,25 +275,21 @@ class Ahead:
                 raise job.error
 
     def _prime(self, first: Stream) -> None:
-        """Open all sources at the same time: the samples of a first batch, one by one and not with their slices."""
+        """Open all sources at the same time: the samples of a first batch, before any whole slice."""
         wanted = {stream: math.ceil(self.soon * stream.weight) for stream in self.streams if stream is not first}
         for stream, number in wanted.items():
             stream.look(None, number)
-        jobs = queue.SimpleQueue()
         for turn in range(max(wanted.values(), default=0)):
             for stream, number in wanted.items():
                 if turn < min(number, len(stream.coming)) and (job := stream.job(stream.coming[turn], whole=False)):
-                    jobs.put(job)
-        for _ in range(min(THREADS_AT_START, jobs.qsize())):
-            threading.Thread(target=self._work, args=(jobs, False), daemon=True).start()
+                    self.jobs.put(job)
 
     def _start(self) -> None:
-        self.process, self.jobs = os.getpid(), queue.SimpleQueue()
-        for _ in range(THREADS):
-            threading.Thread(target=self._work, args=(self.jobs, True), daemon=True).start()
+        self.process, self.jobs, self.read = os.getpid(), queue.SimpleQueue(), 0
+        for _ in range(THREADS_AT_START):
+            threading.Thread(target=self._work, args=(self.jobs,), daemon=True).start()
 
     @staticmethod
-    def _work(jobs: queue.SimpleQueue, forever: bool) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                jobs.get(block=forever).run()
+    def _work(jobs: queue.SimpleQueue) -> None:
+        while job := jobs.get():  # None: there are threads enough without this one
+            job.run()

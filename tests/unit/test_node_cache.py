@@ -1,6 +1,7 @@
 """The node's cache of shards: what is read is right, whatever happens to storage, disk and processes on the way."""
 
 import errno
+import json
 import logging
 import multiprocessing
 import os
@@ -386,3 +387,109 @@ def test_a_shard_that_is_replaced_on_the_server_is_refused(proxied, here):
     storage.write(f"s3://bucket/a/{SHARD}", bytes(content))
     with pytest.raises(node_cache.Replaced, match="was replaced while it is in use"):
         source.sample(SHARD, 1)
+
+
+# -- credentials that expire in the middle ----------------------------------------------------------------------------
+
+OLD, NEW = "ASIAOLDOLDOLDOLDOLD0", "ASIANEWNEWNEWNEWNEW0"
+
+
+def give(here: Path, source: str, key: str) -> None:
+    """Write credentials with this access key to where `source` has them."""
+    if source == "file":
+        (here / "aws").write_text(f"[default]\naws_access_key_id={key}\naws_secret_access_key=s\naws_session_token=t\n")
+    elif source == "process":
+        made = {"Version": 1, "AccessKeyId": key, "SecretAccessKey": "s", "SessionToken": "t"}
+        (here / "process").write_text(json.dumps(made))
+        (here / "config").write_text(f"[default]\ncredential_process = cat {here / 'process'}\n")
+    else:
+        options = {"access_key": key, "secret_key": "s", "session_token": "t"}
+        profile = {"storage_provider": {"type": "s3", "options": {"base_path": "data", "region_name": "us-east-1"}}}
+        profile["storage_provider"]["options"]["endpoint_url"] = os.environ["AWS_ENDPOINT_URL"]
+        profile["credentials_provider"] = {"type": "S3Credentials", "options": options}
+        (here / "msc.json").write_text(json.dumps({"profiles": {"data": profile}}))
+
+
+@pytest.fixture
+def served(blended, monkeypatch):
+    """The sources as a bucket of S3, s3://data, without credentials in the environment."""
+    with SlowProxy(blended / "disk" / "data") as proxy:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {
+            "AWS_ENDPOINT_URL": proxy.address,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_SHARED_CREDENTIALS_FILE": str(blended / "aws"),
+            "AWS_CONFIG_FILE": str(blended / "config"),
+        }.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(storage, "FIRST_PAUSE", 0.05)
+        monkeypatch.setattr(storage, "RENEW_AFTER", 0.0)
+        storage.forget_clients()
+        yield proxy
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", "InvalidToken"])
+def test_credentials_that_expire_are_told_with_the_object(code, served, blended):
+    give(blended, "file", OLD)
+    source = cached(blended, address="s3://data/a")
+    source.sample(SHARD, 0)
+    served.ended = {OLD: code}
+    why = rf"s3://data/a/{SHARD} for \d+ s: the credentials have expired \({code}\): renew them\.$"
+    with storage.patience(0.3):
+        with pytest.raises(StorageError, match=f"^cannot read {why}"):
+            source.sample(SHARD, 1)
+        with pytest.raises(StorageError, match=f"^cannot look at {why}"):  # HEAD, whose answer does not say why
+            storage.info(f"s3://data/a/{SHARD}")
+
+
+@pytest.mark.parametrize("where", ["file", "process", "msc"])
+def test_credentials_that_are_renewed_in_their_source_are_taken(where, served, blended):
+    give(blended, where, OLD)
+    source = cached(blended, address="msc://data/a" if where == "msc" else "s3://data/a")
+    source.sample(SHARD, 0)
+    served.ended = {OLD: "ExpiredToken"}
+    since = len(served.requests)
+
+    def renew(method, path):
+        if len(served.requests) > since + 2:  # some have been refused by now
+            give(blended, where, NEW)
+
+    served.fault = renew
+    index = source.index(SHARD)
+    assert [source.sample(SHARD, number) for number in range(20)] == [stored(blended, index, n) for n in range(20)]
+
+
+@pytest.mark.slow
+def test_a_run_whose_credentials_expire_goes_on_when_they_are_renewed_and_ends_with_a_sentence_else(served, blended):
+    """With a loader's worker process, which has connections of its own."""
+    local, _ = batches(blended, blended / "disk" / "data", 9, num_workers=1)
+    give(blended, "file", OLD)
+    data = world.config("s3://data", blend=str(blended / "blend.yaml"), num_workers=1)
+    for renewed in (True, False):
+        found = blend.load_blend(replace(data, cache_dir=str(blended / f"cache {renewed}")))
+        stream = loader.train_loader(data, world.VISION, found, 0, 1, None, 1)
+        served.ended, since, refused = {}, len(served.requests), []
+
+        def expire(method, path):
+            if len(served.requests) > since + 4:  # in the middle of opening the shards
+                served.ended = {OLD: "ExpiredToken"}
+                refused.append(path)
+            if renewed and len(refused) > 20:
+                give(blended, "file", NEW)
+
+        served.fault = expire
+        with storage.patience(60 if renewed else 0.5):
+            if renewed:
+                assert_same(local, [next(stream) for _ in range(9)])
+                assert len(refused) > 20
+            else:
+                give(blended, "file", OLD)
+                storage.forget_clients()
+                with pytest.raises(StorageError) as raised:
+                    for _ in range(9):
+                        next(stream)
+                assert "the credentials have expired (ExpiredToken): renew them." in str(raised.value)
+                assert str(raised.value).startswith("cannot ") and "s3://data/" in str(raised.value)
+                assert "\n" not in str(raised.value) and OLD not in str(raised.value)
+        stream.close()
