@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def info(address: str) -> Object:
             found = os.stat(path)
             if not stat.S_ISREG(found.st_mode):
                 raise FileNotFoundError(f"{address} is no file")
-            return Object(found.st_size, str(found.st_mtime_ns))
+            return Object(found.st_size, str(datetime.fromtimestamp(found.st_mtime, UTC).timestamp()))
         try:
             return _object(client.info(path, strict=False), address)
         except Exception as error:

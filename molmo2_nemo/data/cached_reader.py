@@ -194,8 +194,12 @@ class Stream:
         self.asked: set[int] = set()  # slices of which a job was made
         self.jobs: dict[tuple[str, int], Job] = {}  # by shard and number of a sample
 
-    def look(self, now: int | None, wanted: int) -> bool:
-        """Know the next `wanted` indices, while `now` is read (None: before the first). False: it is no next one."""
+    def look(self, now: int | None, wanted: int) -> list[int]:
+        """Know the next `wanted` indices, while `now` is read (None: before the first); those that are new.
+
+        None are, if `now` is no index that the stream may read.
+        """
+        new = []
         if now is not None and self.coming and self.coming[0] == now:
             self.coming.popleft()
         elif now is not None or self.upcoming is None:
@@ -204,11 +208,12 @@ class Stream:
             self.asked.clear()
             self.upcoming = compat.upcoming_samples(self.stream, now)
             if self.upcoming is None:
-                return False
+                return []
             if now is not None:
-                next(self.upcoming)  # now itself
-        self.coming.extend(itertools.islice(self.upcoming, max(0, wanted - len(self.coming))))
-        return True
+                new.append(next(self.upcoming))  # now itself
+        ahead = list(itertools.islice(self.upcoming, max(0, wanted - len(self.coming))))
+        self.coming.extend(ahead)
+        return new + ahead
 
     def place(self, index: int) -> tuple[str, int]:
         """The shard that has the sample, and its number there."""
@@ -229,6 +234,8 @@ class Stream:
             return None
         if whole:
             self.asked.add(first)
+            if self.source.has(shard, number, number + end - index):
+                return None
         job = Job(self.source, shard, number, number + (end - index if whole else 1))
         for sample in range(job.first, job.end):
             self.jobs.setdefault((shard, sample), job)
@@ -264,10 +271,9 @@ class Ahead:
         if self.read == 2 * self.soon:
             for _ in range(THREADS_AT_START - THREADS):
                 self.jobs.put(None)
-        if stream.look(index, min(MOST_OF_A_SOURCE, math.ceil(SAMPLES_AHEAD * stream.weight) + 1)):
-            for coming in (index, *stream.coming):
-                if wanted := stream.job(coming, whole=True):
-                    self.jobs.put(wanted)
+        for coming in stream.look(index, min(MOST_OF_A_SOURCE, math.ceil(SAMPLES_AHEAD * stream.weight) + 1)):
+            if wanted := stream.job(coming, whole=True):
+                self.jobs.put(wanted)
         job = stream.forget(index)
         if job is not None and job.started:
             job.done.wait()

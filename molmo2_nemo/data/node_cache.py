@@ -26,6 +26,7 @@ import stat
 import struct
 import tempfile
 import threading
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -61,6 +62,10 @@ RECORD = np.dtype([("crc", "<u4"), ("there", "<u4")])
 THERE = 0x7EA51DE5  # no value that a hole or a damaged file has by itself
 # Indexes of shards that a process keeps in memory for each source, 8 bytes a sample.
 KEPT_INDEXES = 512
+# Shards of a source that a process keeps open, two files each: as many as a worker reads at a time (loader.py).
+KEPT_OPEN = 4
+# Seconds after which a shard that is read is noted as used again.
+NOTED_FOR = 1.0
 
 
 class Replaced(StorageError):
@@ -190,6 +195,7 @@ class CachedSource:
         self.cache, self.address, self.folder = cache, address, folder
         self._indexes: OrderedDict[str, tuple[np.ndarray, str]] = OrderedDict()
         self._seen: dict[str, str] = {}  # shard -> the first line of its map when this process has looked at it
+        self._open: OrderedDict[str, _OpenShard] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"CachedSource({storage.shown(self.address)})"
@@ -207,7 +213,36 @@ class CachedSource:
 
     def sample(self, shard: str, number: int) -> bytes:
         """The bytes of a sample, headers included, from the cache or fetched. Missing, StorageError."""
-        return self.load(shard, number, number + 1, wanted=True)
+        known = self._kept_open(shard)
+        found = known.files.read(number, number + 1) if known else None
+        if found is None:
+            found = self.load(shard, number, number + 1, wanted=True)
+            if not known:
+                self._keep_open(shard)
+        return found
+
+    def has(self, shard: str, first: int, end: int) -> bool:
+        """Whether samples `first` to `end` are in the cache, as far as that is known without opening the shard."""
+        known = self._kept_open(shard)
+        return known is not None and known.files.missing(first, end) is None
+
+    def _kept_open(self, shard: str) -> "_OpenShard | None":
+        """The open files of a shard that is read often; None: they are not open, or it was evicted."""
+        known = self._open.get(shard)
+        if known and not known.is_there():
+            self._open.pop(shard, None)
+            return None
+        return known
+
+    def _keep_open(self, shard: str) -> None:
+        path = self.folder / f"{shard}.map"
+        with contextlib.suppress(FileNotFoundError, _Damaged):
+            known = _OpenShard(shard, path, self._indexes.get(shard))
+            if known.files.about == self._seen.get(shard):
+                self._open[shard] = known
+        while len(self._open) > KEPT_OPEN:
+            with contextlib.suppress(KeyError, RuntimeError):
+                self._open.popitem(last=False)
 
     def load(self, shard: str, first: int, end: int, wanted: bool = False) -> bytes:
         """Have samples `first` to `end` of a shard in the cache; their bytes if they are `wanted`, else b"".
@@ -425,6 +460,27 @@ class _ShardFiles:
             records["crc"][number - first] = zlib.crc32(part)
         _write_all(self.data, data, begin)
         _write_all(self.map, records.tobytes(), HEADER + RECORD.itemsize * first)
+
+
+class _OpenShard:
+    """A shard's files, open for reading for as long as somebody has this object; that does not keep it from eviction.
+
+    FileNotFoundError, _Damaged: as of _ShardFiles.
+    """
+
+    def __init__(self, shard: str, path: Path, known: tuple[np.ndarray, str] | None):
+        self._handles = [open(name, "r+b", buffering=0) for name in (path, path.with_suffix(".data"))]
+        self.files = _ShardFiles(shard, *(one.fileno() for one in self._handles), known, path.with_suffix(".idx"))
+        self._noted = time.monotonic()
+
+    def is_there(self) -> bool:
+        """Whether it is still in the cache; notes that it is used."""
+        if os.fstat(self.files.map).st_nlink == 0:
+            return False
+        if time.monotonic() > self._noted + NOTED_FOR:
+            self._noted = time.monotonic()
+            os.utime(self.files.map)
+        return True
 
 
 def _remove(path: Path, mine: int | None = None) -> bool:

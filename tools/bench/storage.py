@@ -7,7 +7,8 @@ bytes/s at most (tools/bench/slow_proxy.py). Server and loader share the machine
 so that wall time says little on a busy machine: the CPU time of the loader's own process is beside it.
 
     ratio         samples/s of the storage over those of the local disk: of the first pass without its first tenth, in
-                  which the samples are fetched, and of the second, for which all of them are in the cache
+                  which the samples are fetched, and of the second, for which all of them are in the cache; both are
+                  read in turns, so that both meet the same other work
     CPU ratio     the same of samples per CPU second of the loader's worker
     amplified     bytes of shards fetched over the shards' own, until every sample has come
     round trips   of the first batch of --sources sources, from the first look at their metadata on: how often all that
@@ -64,24 +65,52 @@ def arguments():
 
 
 def speed(folder: Path, args) -> dict:
-    """Two passes over a source of pictures, from the local disk and from the storage."""
+    """Two passes over a source of pictures, from the local disk and from the storage in turns of some samples."""
     make(folder / "one" / "source0", args.samples)
     size = sum(path.stat().st_size for path in (folder / "one").rglob("*.tar"))
-    local = passes(folder, str(folder / "one"), args.samples)
     with SlowProxy(folder, args.latency, args.bandwidth) as proxy:
         point_to(proxy.address)
-        far = passes(folder, "s3://bench/one", args.samples)
-        fetched = proxy.bytes_of(".tar")
-    names = ("fetching", "cached")
-    return {
-        **{f"local samples/s, pass {n + 1}": round(1 / wall, 2) for n, (wall, _) in enumerate(local)},
-        **{f"storage samples/s, {name}": round(1 / wall, 2) for name, (wall, _) in zip(names, far)},
-        **{f"ratio, {name}": round(l[0] / f[0], 3) for name, l, f in zip(names, local, far)},
-        **{f"local CPU ms a sample, pass {n + 1}": round(1e3 * cpu, 2) for n, (_, cpu) in enumerate(local)},
-        **{f"storage CPU ms a sample, {name}": round(1e3 * cpu, 2) for name, (_, cpu) in zip(names, far)},
-        **{f"CPU ratio, {name}": round(l[1] / f[1], 3) for name, l, f in zip(names, local, far)},
-        "amplified": round(fetched / size, 3),
-    }
+        local, far = (Meter(opened(folder, root, 1)) for root in (str(folder / "one"), "s3://bench/one"))
+        found, turn = {}, max(1, args.samples // 10)
+        for meter in (local, far):
+            meter.draw(turn)
+        for phase in ("fetching", "cached"):
+            for meter in (local, far):
+                meter.start()
+            while far.samples < args.samples or (phase == "fetching" and len(far.seen) < args.samples):
+                for meter in (local, far):
+                    meter.draw(turn)
+            if phase == "fetching":
+                found["amplified"] = round(proxy.bytes_of(".tar") / size, 3)
+            for name, meter in (("local", local), ("storage", far)):
+                found[f"{name} samples/s, {phase}"] = round(meter.samples / meter.seconds, 2)
+                found[f"{name} CPU ms a sample, {phase}"] = round(1e3 * meter.cpu / meter.samples, 2)
+            found[f"ratio, {phase}"] = round(far.samples / far.seconds * local.seconds / local.samples, 3)
+            found[f"CPU ratio, {phase}"] = round(far.samples / far.cpu * local.cpu / local.samples, 3)
+        local.stream.close()
+        far.stream.close()
+    return found
+
+
+class Meter:
+    """Samples of a stream with one worker, since `start`: seconds that they took, and CPU seconds of the worker."""
+
+    def __init__(self, stream):
+        self.stream, self.seen = stream, set()
+        self.start()
+
+    def start(self) -> None:
+        self.samples, self.seconds, self.cpu = 0, 0.0, 0.0
+
+    def draw(self, samples: int) -> None:
+        workers, begin, wanted = self.stream.workers, time.perf_counter(), self.samples + samples
+        cpu = cpu_seconds(workers[0].pid) if workers else 0.0
+        while self.samples < wanted:
+            examples = next(self.stream).examples[:, 1].tolist()
+            self.samples += len(examples)
+            self.seen.update(examples)
+        self.seconds += time.perf_counter() - begin
+        self.cpu += cpu_seconds(self.stream.workers[0].pid) - cpu
 
 
 def first_batch(folder: Path, args) -> dict:
@@ -141,23 +170,6 @@ def opened(folder: Path, root: str, number: int):
     found = blend.load_blend(data)
     blend.check_shards(found, data.max_error_rate)
     return loader.train_loader(data, VisionConfig(), found, 0, 1, None, 1)
-
-
-def passes(folder: Path, root: str, samples: int) -> list[tuple[float, float]]:
-    """(seconds, CPU seconds of the worker) for each sample of two passes, the first one without its first tenth."""
-    stream = opened(folder, root, 1)
-    read, seen, marks = 0, set(), []
-    while len(marks) < 3:
-        examples = next(stream).examples[:, 1].tolist()
-        read, seen = read + len(examples), seen | set(examples)
-        is_warm, is_whole = read >= samples / 10, len(seen) == samples
-        if (len(marks), True) in ((0, is_warm), (1, is_whole), (2, is_whole and read >= marks[-1][0] + samples)):
-            marks.append((read, time.perf_counter(), cpu_seconds(stream.workers[0].pid)))
-    stream.close()
-    return [
-        ((end[1] - begin[1]) / (end[0] - begin[0]), (end[2] - begin[2]) / (end[0] - begin[0]))
-        for begin, end in zip(marks, marks[1:])
-    ]
 
 
 if __name__ == "__main__":
