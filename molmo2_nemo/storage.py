@@ -153,6 +153,11 @@ def patience(seconds: float) -> Iterator[None]:
         _PATIENCE.reset(token)
 
 
+def connect(address: str) -> None:
+    """Make this process' client for an address now, not at its first use. StorageError."""
+    _tried("look at", address, lambda: _client(address))
+
+
 # -- operations -------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ reads by Python's buffers, which are as large as the file system says: megabytes
 """
 
 import contextlib
+import gc
 import itertools
 import math
 import os
@@ -25,7 +26,7 @@ from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLo
 
 from molmo2_nemo import compat
 from molmo2_nemo.data.node_cache import CachedSource, Replaced
-from molmo2_nemo.storage import Missing, StorageError, join, shown
+from molmo2_nemo.storage import Missing, StorageError, connect, is_remote, join, shown
 
 # Indexes of shards on a file system that a process keeps in memory for each source, 8 bytes a sample.
 KEPT_INDEXES = 16
@@ -292,6 +293,13 @@ class Ahead:
 
     def _start(self) -> None:
         self.process, self.jobs, self.read = os.getpid(), queue.SimpleQueue(), 0
+        for stream in self.streams:
+            if is_remote(stream.source.address):
+                connect(stream.source.address)
+        # Energon has Python collect garbage every ten batches, of what was made since its workers began. Clients are
+        # 40,000 objects, which would cost 20 ms each time.
+        gc.collect()
+        gc.freeze()
         for _ in range(THREADS_AT_START):
             threading.Thread(target=self._work, args=(self.jobs,), daemon=True).start()
 

@@ -7,8 +7,8 @@ bytes/s at most (tools/bench/slow_proxy.py). Server and loader share the machine
 so that wall time says little on a busy machine: the CPU time of the loader's own process is beside it.
 
     ratio         samples/s of the storage over those of the local disk: of the first pass without its first tenth, in
-                  which the samples are fetched, and of the second, for which all of them are in the cache; both are
-                  read in turns, so that both meet the same other work
+                  which the samples are fetched, and then, when all of them are in the cache. Both are read in turns, so
+                  that both meet the same other work, and the median of the turns' ratios is taken
     CPU ratio     the same of samples per CPU second of the loader's worker
     amplified     bytes of shards fetched over the shards' own, until every sample has come
     round trips   of the first batch of --sources sources, from the first look at their metadata on: how often all that
@@ -21,6 +21,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 from data import chat, jpeg, picture
@@ -37,6 +38,7 @@ from molmo2_nemo.prepare.webdataset import write_shards
 TOKENIZER = CONF_DIR.parent / "molmo2_nemo" / "data" / "tokenizer"
 SHARD_SAMPLES = 100
 SIZE = (640, 480)  # of the pictures
+TURNS = 11  # at least, of each phase
 
 
 def main() -> None:
@@ -75,42 +77,39 @@ def speed(folder: Path, args) -> dict:
         for meter in (local, far):
             meter.draw(turn)
         for phase in ("fetching", "cached"):
-            for meter in (local, far):
-                meter.start()
-            while far.samples < args.samples or (phase == "fetching" and len(far.seen) < args.samples):
+            local.turns, far.turns = [], []
+            while len(far.turns) < TURNS or (phase == "fetching" and len(far.seen) < args.samples):
                 for meter in (local, far):
                     meter.draw(turn)
             if phase == "fetching":
                 found["amplified"] = round(proxy.bytes_of(".tar") / size, 3)
             for name, meter in (("local", local), ("storage", far)):
-                found[f"{name} samples/s, {phase}"] = round(meter.samples / meter.seconds, 2)
-                found[f"{name} CPU ms a sample, {phase}"] = round(1e3 * meter.cpu / meter.samples, 2)
-            found[f"ratio, {phase}"] = round(far.samples / far.seconds * local.seconds / local.samples, 3)
-            found[f"CPU ratio, {phase}"] = round(far.samples / far.cpu * local.cpu / local.samples, 3)
+                found[f"{name} samples/s, {phase}"] = round(1 / median(wall for wall, _ in meter.turns), 1)
+                found[f"{name} CPU ms a sample, {phase}"] = round(1e3 * median(cpu for _, cpu in meter.turns), 1)
+            pairs = list(zip(local.turns, far.turns))
+            found[f"ratio, {phase}"] = round(median(near[0] / far[0] for near, far in pairs), 3)
+            found[f"CPU ratio, {phase}"] = round(median(near[1] / far[1] for near, far in pairs), 3)
         local.stream.close()
         far.stream.close()
     return found
 
 
 class Meter:
-    """Samples of a stream with one worker, since `start`: seconds that they took, and CPU seconds of the worker."""
+    """A stream with one worker. turns: (seconds, CPU seconds of the worker) for a sample, of each turn."""
 
     def __init__(self, stream):
-        self.stream, self.seen = stream, set()
-        self.start()
-
-    def start(self) -> None:
-        self.samples, self.seconds, self.cpu = 0, 0.0, 0.0
+        self.stream, self.seen, self.turns = stream, set(), []
 
     def draw(self, samples: int) -> None:
-        workers, begin, wanted = self.stream.workers, time.perf_counter(), self.samples + samples
+        """A turn of at least so many samples."""
+        workers, begin, drawn = self.stream.workers, time.perf_counter(), 0
         cpu = cpu_seconds(workers[0].pid) if workers else 0.0
-        while self.samples < wanted:
+        while drawn < samples:
             examples = next(self.stream).examples[:, 1].tolist()
-            self.samples += len(examples)
+            drawn += len(examples)
             self.seen.update(examples)
-        self.seconds += time.perf_counter() - begin
-        self.cpu += cpu_seconds(self.stream.workers[0].pid) - cpu
+        spent = time.perf_counter() - begin, cpu_seconds(self.stream.workers[0].pid) - cpu
+        self.turns.append((spent[0] / drawn, spent[1] / drawn))
 
 
 def first_batch(folder: Path, args) -> dict:
