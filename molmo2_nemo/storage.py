@@ -177,7 +177,7 @@ def info(address: str) -> Object:
             if _answer(error)[0] not in ("400", "403"):
                 raise
             refused = error
-        with contextlib.suppress(FileNotFoundError):  # the answer to HEAD has no body that says why, that to GET has one
+        with contextlib.suppress(FileNotFoundError):  # an answer to HEAD has no body that says why, one to GET has
             client.read(path, byte_range=_library().types.Range(0, 1))
         raise refused
 
@@ -357,8 +357,8 @@ def _path_mapping():
     return _library().config.PathMapping.from_config()
 
 
-# Making a client takes a tenth of a second of a core, and dozens of threads may want their first one at the same time. A
-# fork waits until none is being made.
+# Making a client takes a tenth of a second of a core, and dozens of threads may want their first one at the same time.
+# A fork waits until none is being made.
 _MAKING = threading.Lock()
 os.register_at_fork(before=_MAKING.acquire, after_in_parent=_MAKING.release, after_in_child=_MAKING.release)
 

@@ -1,8 +1,10 @@
-"""Energon's reader of a source, sample by sample, over the node's cache or from a file system, and what is fetched ahead.
+"""Energon's reader of a source, sample by sample, from the node's cache or a file system, and what is fetched ahead.
 
 Energon reads, shuffles and resumes as it does by itself: only the two places where its reader opens a file are other
 ones. Each sample is read by one request, and a shard's index once. Energon itself opens an index for each slice, and
-reads by Python's buffers, which are as large as the file system says: megabytes on Lustre. What comes next is known exactly: a copy of the source's stream runs ahead of it (compat.upcoming_samples).
+reads by Python's buffers, which are as large as the file system says: megabytes on Lustre.
+
+What comes next is known exactly: a copy of the source's stream runs ahead of it (compat.upcoming_samples).
 """
 
 import contextlib
@@ -137,7 +139,7 @@ class Offsets:
 
 
 def read_samples_whole(reader: ShardInfosITarReader, shards: str, cached: CachedSource | None) -> None:
-    """Have Energon's reader of a source read its shards, below `shards`, sample by sample; cached: through the cache."""
+    """Have Energon's reader of a source read shards below `shards` sample by sample; cached: through the cache."""
     tars, indexes = {}, OrderedDict()
     for shard in reader.shard_infos:
         if cached:

@@ -74,7 +74,7 @@ def test_faults_are_told_with_the_path_on_the_shared_file_system(ranks, monkeypa
     with pytest.raises(ConfigError, match=f"lacks 1 of 3 shards .* the first of them {a}/train-1.tar"):
         load(ranks)
     (meta / "split.yaml").write_text("split_parts: {train: [../x.tar]}")
-    with pytest.raises(ConfigError, match=f"the source a is not accepted: {meta}/split.yaml has .*energon prepare {a} "):
+    with pytest.raises(ConfigError, match=f"a is not accepted: {meta}/split.yaml has .*energon prepare {a} "):
         load(ranks)
     (meta / "split.yaml").unlink()
     os.mkfifo(meta / "split.yaml")  # to be read for ever

@@ -1,6 +1,6 @@
 """A proxy in front of an HTTP server on this machine that makes it far away, slow or faulty, and counts what passes.
 
-It can also be the server itself, for readers: a folder as a bucket of S3, which costs a tenth of what moto's server does.
+It can also be the server itself, for readers: a folder as a bucket of S3, with much less work than moto's server.
 """
 
 import contextlib

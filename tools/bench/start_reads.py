@@ -1,6 +1,6 @@
 """What the ranks of a node ask a shared file system for at the start of a run, counted with strace.
 
-    python tools/bench/start_reads.py [--sources 100] [--shards 4] [--ranks 2]
+    python tools/bench/start_reads.py [--sources 100] [--shards 4] [--ranks 2] [--cache]
 
 Makes a blend in a folder that stands for Lustre or NFS, and starts ranks as a launcher does, one after the other: each
 reads the blend's metadata, builds the loaders of training and validation (one worker), and takes its first batch. The
@@ -21,7 +21,7 @@ import numpy as np
 from tables import parser, print_json, print_table
 
 SHARD_SAMPLES = 32
-# System calls by what they cost a file system elsewhere. read and its kind are counted where they return bytes.
+# System calls by what they ask a file system for.
 KINDS = {
     "opens": ("open", "openat", "openat2"),
     "stats": ("stat", "lstat", "fstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink"),
@@ -46,16 +46,20 @@ def main() -> None:
         be_rank(args.rank, args.cache)
     elif args.launch:
         for rank in range(args.ranks):
-            os.stat(args.launch) if rank == 0 else None
-            with_rank = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(args.ranks), "LOCAL_RANK": str(rank)}
             os.access(args.launch / f"rank{rank}", os.F_OK)  # a mark in the trace
-            command = [sys.executable, __file__, "--rank", str(args.launch), *(["--cache"] if args.cache else [])]
-            subprocess.run(command, env=with_rank, check=True)
+            environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(args.ranks), "LOCAL_RANK": str(rank)}
+            subprocess.run(again(args, "--rank", args.launch), env=environment, check=True)
     else:
         with tempfile.TemporaryDirectory() as folder:
             rows = count(Path(folder), args)
         print_table(rows)
         print_json({"sources": args.sources, "shards": args.shards, "cache": args.cache, "rows": rows}, args.out)
+
+
+def again(args, role: str, folder: Path) -> list[str]:
+    """The command that starts this program for another part of the work."""
+    cache = ["--cache"] if args.cache else []
+    return [sys.executable, __file__, role, str(folder), "--ranks", str(args.ranks), *cache]
 
 
 def count(folder: Path, args) -> list[dict]:
@@ -65,15 +69,15 @@ def count(folder: Path, args) -> list[dict]:
     node.mkdir()
     calls = ",".join(f"?{call}" for call in KIND_OF)
     strace = ["strace", "-f", "-y", "--seccomp-bpf", "-s", "0", "-e", f"trace={calls}", "-o", str(trace)]
-    command = [sys.executable, __file__, "--launch", str(folder), "--ranks", str(args.ranks)]
-    subprocess.run([*strace, *command, *(["--cache"] if args.cache else [])], env=os.environ | {"TMPDIR": str(node)}, check=True)
+    subprocess.run([*strace, *again(args, "--launch", folder)], env=os.environ | {"TMPDIR": str(node)}, check=True)
     return rows_of(trace, folder)
 
 
 def rows_of(trace: Path, folder: Path) -> list[dict]:
-    counts, sizes, rank = Counter(), Counter(), None
-    marks, shared = re.compile(rf'"{re.escape(str(folder))}/rank(\d+)"'), re.compile(rf"{re.escape(str(folder))}/shared[^\">]*")
-    pending = {}
+    """What each rank has asked the folder `shared` for, by kind of file and of request."""
+    counts, sizes, rank, pending = Counter(), Counter(), None, {}
+    mark = re.compile(rf'"{re.escape(str(folder))}/rank(\d+)"')
+    shared = re.compile(rf'{re.escape(str(folder))}/shared[^">]*')
     for line in trace.open(errors="replace"):
         process, _, line = line.partition(" ")
         if "<unfinished ...>" in line:
@@ -82,22 +86,22 @@ def rows_of(trace: Path, folder: Path) -> list[dict]:
         if resumed := re.match(r"\s*<\.\.\. \w+ resumed>(.*)", line):
             line = pending.pop(process, "") + resumed[1]
         line = line.strip()
-        if mark := marks.search(line):
-            rank = int(mark[1])
-        if rank is None or not (call := re.match(r"(\w+)\(", line)) or not (place := shared.search(line)):
+        if found := mark.search(line):
+            rank = int(found[1])
+        call, place = re.match(r"(\w+)\(", line), shared.search(line)
+        if rank is None or not call or not place:
             continue
-        kind, path = KIND_OF[call[1]], place[0]
-        what = next(name for name, pattern in WHAT.items() if re.search(pattern, path))
-        counts[rank, what, kind] += 1
-        if kind == "reads" and (size := re.search(r"= (\d+)$", line)):
-            sizes[rank, what] += int(size[1])
-    rows = []
-    for rank in sorted({key[0] for key in counts}):
-        for what in [*WHAT, "all"]:
-            of = lambda kind: sum(n for (r, w, k), n in counts.items() if r == rank and k == kind and what in (w, "all"))
-            size = sum(n for (r, w), n in sizes.items() if r == rank and what in (w, "all"))
-            rows.append({"rank": rank, "of": what} | {kind: of(kind) for kind in KINDS} | {"bytes": size})
-    return rows
+        kind = KIND_OF[call[1]]
+        what = next(name for name, pattern in WHAT.items() if re.search(pattern, place[0]))
+        for of in (what, "all"):
+            counts[rank, of, kind] += 1
+            if kind == "reads" and (size := re.search(r"= (\d+)$", line)):
+                sizes[rank, of] += int(size[1])
+    return [
+        {"rank": number, "of": of} | {kind: counts[number, of, kind] for kind in KINDS} | {"bytes": sizes[number, of]}
+        for number in sorted({key[0] for key in counts})
+        for of in (*WHAT, "all")
+    ]
 
 
 def make(folder: Path, sources: int, shards: int) -> None:
