@@ -105,6 +105,7 @@ def rows_of(trace: Path, folder: Path) -> list[dict]:
 
 
 def make(folder: Path, sources: int, shards: int) -> None:
+    """Small sources below `shared`, of the same number of shards each, and their blend."""
     from molmo2_nemo.prepare.webdataset import write_shards
 
     rng = np.random.default_rng(0)
@@ -123,21 +124,22 @@ def make(folder: Path, sources: int, shards: int) -> None:
 
 
 def be_rank(folder: Path, cache: bool) -> None:
-    from storage import TOKENIZER, VISION
-
-    from molmo2_nemo.config.schema import DataConfig
+    """What a rank does with its data until it has its first batch."""
+    from molmo2_nemo.config.schema import DataConfig, VisionConfig
     from molmo2_nemo.data import blend, loader
     from molmo2_nemo.environment import rank_from_environment, world_size_from_environment
+    from molmo2_nemo.paths import CONF_DIR
 
+    tokenizer, vision = CONF_DIR.parent / "molmo2_nemo" / "data" / "tokenizer", VisionConfig(image_size=70)
     data = DataConfig(
-        blend=str(folder / "blend.yaml"), root=str(folder / "shared"), tokenizer=str(TOKENIZER), seq_length=1024,
+        blend=str(folder / "blend.yaml"), root=str(folder / "shared"), tokenizer=str(tokenizer), seq_length=1024,
         max_crops=8, max_frames=8, num_workers=1, cache_dir=str(folder / "node" / "cache") if cache else None,
     )  # fmt: skip
     sources = blend.load_blend(data)
     blend.check_shards(sources, data.max_error_rate)
     rank, ranks = rank_from_environment(), world_size_from_environment()
-    held_out = loader.validation_loader(data, VISION, sources, rank, ranks, 1)
-    stream = loader.train_loader(data, VISION, sources, rank, ranks, None, 1)
+    held_out = loader.validation_loader(data, vision, sources, rank, ranks, 1)
+    stream = loader.train_loader(data, vision, sources, rank, ranks, None, 1)
     next(stream)
     stream.close()
     held_out.close()
