@@ -1,7 +1,12 @@
 """Addresses of object storage: every function on a folder under msc://, on S3 and on a local path, and its errors."""
 
+import itertools
+import json
+import time
+
 import object_store
 import pytest
+from slow_proxy import SlowProxy
 
 from molmo2_nemo import storage
 
@@ -54,6 +59,25 @@ def test_files_come_back_as_they_were_written(address, s3, tmp_path, monkeypatch
     assert not (tmp_path / "none").exists()
     storage.delete_folder(root, first=("c",))
     assert storage.list_files(root) == {} == storage.list_files(f"{root}/never")
+
+
+def test_parts_of_a_large_object_may_arrive_in_any_order(s3, here, monkeypatch):
+    """The first one comes last here, as it happens by itself with objects of more than 64 MB."""
+    with SlowProxy(s3) as proxy:
+        for name, value in object_store.environment(here, proxy.address).items():
+            monkeypatch.setenv(name, value)
+        profiles = json.loads((here / "msc.json").read_text())
+        part = {"multipart_threshold": 2**16, "multipart_chunksize": 2**16, "io_chunksize": 2**16}
+        profiles["profiles"]["store"]["storage_provider"]["options"] |= part
+        (here / "msc.json").write_text(json.dumps(profiles))
+        storage.forget_clients()
+        content = b"".join(number.to_bytes(4) for number in range(2**16))
+        storage.write("s3://bucket/deep/large", content)
+        gets = itertools.count()
+        proxy.fault = lambda method, path: time.sleep(0.7) if method == "GET" and next(gets) == 0 else None
+        with storage.patience(0.0):
+            assert storage.download_file("msc://store/large", here / "large").size == len(content)
+        assert (here / "large").read_bytes() == content and next(gets) > 3
 
 
 def test_a_disk_that_takes_no_file_is_no_error_of_the_storage(here):
