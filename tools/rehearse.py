@@ -25,7 +25,7 @@ from molmo2_nemo.auto import resolve
 from molmo2_nemo.command_line import HARDWARE_AUTO, compose, finetune_words, take_gpus
 from molmo2_nemo.config.checks import check_settings
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.config.schema import STAGES
+from molmo2_nemo.config.schema import STAGES, Config
 from molmo2_nemo.data import epochs
 from molmo2_nemo.environment import quiet_libraries
 from molmo2_nemo.finetune import Machine, choose
@@ -52,16 +52,7 @@ def main() -> int:
         unexpected = [word for word in unknown if word.startswith("-")]
         if unexpected:
             raise ConfigError(f"{unexpected[0]} is no option of this command: see --help.")
-        gpus, overrides = take_gpus([*args.overrides, *unknown])
-        chosen = []
-        if HARDWARE_AUTO in overrides and args.config_name == "finetune":
-            overrides, gpus, chosen = choose(finetune_words(overrides), Machine(gpus, H100_GIB))
-        config = compose(args.config_name, overrides)
-        check_settings(config, gpus)
-        if epochs.is_asked(config):  # no data are looked at, and one step is like another
-            config = epochs.in_steps(config, epochs.Epoch(frozenset(), 1, 1.0, STEPS_OF_AN_EPOCH))
-        config, of_memory = resolve(config, gpus)
-        chosen += of_memory
+        config, gpus, chosen = settings_of(args.config_name, [*args.overrides, *unknown])
         made = plan(config, gpus, args.micro_batches, ranks_of(args.ranks, gpus))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -81,6 +72,20 @@ def main() -> int:
     if not faults:
         print(f"\nnothing is wrong: {len(found)} ranks issue the same collectives on the groups that they share")
     return 1 if faults else 0
+
+
+def settings_of(config_name: str, words: list[str]) -> tuple[Config, int, list[str]]:
+    """(the configuration without `auto`, GPUs, lines on what was chosen). Raises ConfigError."""
+    gpus, overrides = take_gpus(words)
+    lines = []
+    if HARDWARE_AUTO in overrides and config_name == "finetune":
+        overrides, gpus, lines = choose(finetune_words(overrides), Machine(gpus, H100_GIB))
+    config = compose(config_name, overrides)
+    check_settings(config, gpus)
+    if epochs.is_asked(config):  # no data are looked at, and one step is like another
+        config = epochs.in_steps(config, epochs.Epoch(frozenset(), 1, 1.0, STEPS_OF_AN_EPOCH))
+    config, of_memory = resolve(config, gpus)
+    return config, gpus, lines + of_memory
 
 
 def ranks_of(text: str | None, gpus: int) -> list[int] | None:
