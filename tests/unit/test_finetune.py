@@ -3,6 +3,7 @@
 import re
 from dataclasses import asdict, replace
 
+import prepare as prepare_tool
 import pytest
 import yaml
 from test_blend import make_source
@@ -279,9 +280,10 @@ def test_data_without_a_part_for_validation_keep_no_best(root):
     with pytest.raises(ConfigError, match=re.escape(said)) as refused:
         check_held_out(config, load_blend(config.data))
     advised = re.search(r"or set (.*)\.$", str(refused.value))[1].split()
-    config = compose("finetune", [*TINY, f"data.more={root / 'more'}", *advised])
-    check_settings(config, 1)
-    check_held_out(config, load_blend(config.data))
+    for words in (advised, prepare_tool.WITHOUT_HELD_OUT):
+        config = compose("finetune", [*TINY, f"data.more={root / 'more'}", *words])
+        check_settings(config, 1)
+        check_held_out(config, load_blend(config.data))
 
 
 # -- epochs -----------------------------------------------------------------------------------------------------------
