@@ -21,6 +21,7 @@ import os
 import posixpath
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -33,7 +34,8 @@ from molmo2_nemo.files import disk_error_behind
 
 SCHEMES = ("msc", "s3", "gs")
 LOCAL = "__filesystem__"  # multi-storage-client's own name of a profile for local paths
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+# Also s3:BUCKET, a slip of the pen, which would become a local folder of this name.
+SCHEME = re.compile(rf"([A-Za-z][A-Za-z0-9+.-]*(?=:/)|(?i:{'|'.join(SCHEMES)})(?=:))")
 # Seconds after its first failure in which an operation is tried again; a storm of 503 lasts a minute or two.
 PATIENCE = 120.0
 _PATIENCE: ContextVar[float] = ContextVar("patience")
@@ -51,6 +53,10 @@ S3_PROVIDERS = ("s3", "s8k", "gcs_s3", "ais_s3")
 # Source: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 EXPIRED = {"ExpiredToken", "TokenRefreshRequired", "RequestExpired"}
 WRONG_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"}
+# Held while a client is made: many threads ask for the first one at the same time, and each would make its own, which
+# takes a core a good part of a second. No process is forked meanwhile, in which nobody would give the lock back.
+_MAKING = threading.RLock()
+os.register_at_fork(before=_MAKING.acquire, after_in_parent=_MAKING.release, after_in_child=_MAKING.release)
 # The answer of S3 where not the object but all of its bucket is missing.
 NO_BUCKET, NO_BUCKET_SAID = "NoSuchBucket", "there is no such bucket: correct the address, or create it"
 
@@ -93,10 +99,14 @@ def check(address: str, key: str) -> None:
             f"{key}={shown(address)} has an unknown scheme: write s3://BUCKET/PATH, gs://BUCKET/PATH, or"
             " msc://PROFILE/PATH with a profile of multi-storage-client, which knows Azure and OCI, too."
         )
-    if not re.match(r"//[^/?#@]+(/|$)", rest) or "?" in rest or "#" in rest:
+    form = f"{scheme}://{'PROFILE' if scheme.lower() == 'msc' else 'BUCKET'}/PATH"
+    if not re.match(r"//[^/]", rest):
+        raise StorageError(f"{key}={shown(address)} is not {form}: correct it.")
+    if not re.match(r"//[^/?#@:]+(/|$)", rest) or "?" in rest or "#" in rest:
         raise StorageError(
-            f"{key}={shown(address)} is not {scheme}://{'PROFILE' if scheme.lower() == 'msc' else 'BUCKET'}/PATH:"
-            " credentials belong into the environment or into multi-storage-client's file, not into the address."
+            f"{key}={shown(address)}, of which a part is not shown here, has more in it than {form}: credentials and"
+            " the server's address belong into the environment or into multi-storage-client's file, and paths with ? or"
+            " # cannot be used."
         )
 
 
@@ -105,7 +115,12 @@ def shown(address: str) -> str:
     address = str(address)
     if not is_remote(address):
         return address
-    return re.sub(r"(?<=:/)(/?)[^/@]*@", r"\1", re.split(r"[?#]", address, maxsplit=1)[0])
+    scheme, _, rest = re.split(r"[?#]", address, maxsplit=1)[0].partition(":")
+    slashes = rest[: len(rest) - len(rest.lstrip("/"))]
+    first, slash, path = rest.lstrip("/").partition("/")
+    if ":" in first and "@" in rest:  # a password may have slashes of its own
+        first, slash, path = rest.rpartition("@")[2].partition("/")
+    return f"{scheme}:{slashes}{first.rpartition('@')[2].partition(':')[0]}{slash}{path}"
 
 
 def join(root: str, *parts: str) -> str:
@@ -146,6 +161,17 @@ def patience(seconds: float) -> Iterator[None]:
         yield
     finally:
         _PATIENCE.reset(token)
+
+
+@contextlib.contextmanager
+def named(key: str) -> Iterator[None]:
+    """Errors that leave this begin with the setting that they are about."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(error).startswith(key.partition("=")[0]):
+            raise
+        raise type(error)(f"{key}: {error}") from None
 
 
 # -- operations -------------------------------------------------------------------------------------------------------
@@ -301,14 +327,15 @@ def _library():
 def _client(address: str) -> tuple[Any, str]:
     """The client for an address, and the object's path for it."""
     if not is_remote(address):
-        return _client_of(LOCAL, os.getpid()), os.path.abspath(os.path.expanduser(address))
-    check(address, "address")
-    scheme, _, rest = address.partition("://")
-    profile, _, path = rest.partition("/")
-    if scheme.lower() == "msc":
+        profile, path = LOCAL, os.path.abspath(os.path.expanduser(address))
+    else:
+        check(address, "address")
+        scheme, _, rest = address.partition("://")
+        profile, _, path = rest.partition("/")
+    with _MAKING:
+        if is_remote(address) and scheme.lower() != "msc":
+            profile, path = _path_mapping().find_mapping(address) or (f"_{scheme.lower()}-{profile}", path)
         return _client_of(profile, os.getpid()), path
-    profile, path = _path_mapping().find_mapping(address) or (f"_{scheme.lower()}-{profile}", path)
-    return _client_of(profile, os.getpid()), path
 
 
 @functools.cache
@@ -388,6 +415,8 @@ def _cause(error: Exception, address: str) -> tuple[str, bool]:
     status = answers[-1].get("ResponseMetadata", {}).get("HTTPStatusCode", "") if answers else ""
     if code == NO_BUCKET:
         return NO_BUCKET_SAID, True
+    if "ParamValidationError" in kinds or code == "InvalidBucketName":
+        return "no bucket can have this name: correct the address, or the base_path of the profile", True
     if isinstance(error, FileNotFoundError):
         return "it is not there: correct the address, or upload it again", True
     if code in EXPIRED:

@@ -143,7 +143,8 @@ def newest(folder: Path, address: str | None, here_below: int | None = None, the
     if address is None:
         return Newest(here, None, ignored)
     try:
-        there, damaged, halves = remote_checkpoints.newest(address, there_below)
+        with storage.named("train.upload_to"):
+            there, damaged, halves = remote_checkpoints.newest(address, there_below)
     except StorageError as error:
         if here is None:
             raise
@@ -359,7 +360,9 @@ def _with_fetched_weights(config: Config, start: Start) -> Start:
     found, result = [], [None, None]
 
     def fetch():
-        found.extend(str(remote_checkpoints.local_copy(one, folder, _say)) for one in (given if several else [given]))
+        with storage.named(f"train.init_from={given}"):
+            copies = [remote_checkpoints.local_copy(one, folder, _say) for one in (given if several else [given])]
+        found.extend(map(str, copies))
 
     damage = _fetched(fetch)
     if damage is not None:
