@@ -366,7 +366,7 @@ def _with_fetched_weights(config: Config, start: Start) -> Start:
 
     damage = _fetched(fetch)
     if damage is not None:
-        raise ConfigError(f"train.init_from={given}: {damage}")
+        raise ConfigError(damage)
     if dist.get_rank() == 0:
         init_from = found if several else found[0]
         try:
