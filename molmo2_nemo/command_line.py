@@ -178,7 +178,7 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
                 known = (
                     f"did you mean {'.'.join([*path[:depth], close[0]])}" if close else f"known are {', '.join(types)}"
                 )
-                raise ConfigError(f"{key}={value}: {where or 'the configuration'} has no key {name}; {known}.")
+                raise ConfigError(f"{key}={storage.shown(value)}: {where or 'the configuration'} has no key {name}; {known}.")
             cls = next((kind for kind in typing.get_args(types[name]) if dataclasses.is_dataclass(kind)), types[name])
         else:
             if not match[1] and not dataclasses.is_dataclass(cls):
@@ -197,8 +197,12 @@ def refuse_value(kind: type, argument: str) -> None:
     try:
         OmegaConf.structured(field).value = OverridesParser.create().parse_override(argument).value()
     except (HydraException, OmegaConfBaseException) as error:
+        key, _, value = argument.partition("=")
+        value, may_be_shown = value.strip("'\""), storage.shown(value.strip("'\""))  # not a password or a signature
         reason = str(error).strip().splitlines()[0].replace("field 'value' is not Optional", "it cannot be null")
-        raise ConfigError(f"{argument}: {reason}; docs/settings.md has its type.") from error
+        reason = re.sub("Invalid value assigned: .* is not a ListConfig.*", "it is no list, such as [1,2]", reason)
+        said = f"{key}={may_be_shown}: {reason.replace(value, may_be_shown)}"
+        raise ConfigError(f"{said}; docs/settings.md has its type.") from error
 
 
 def to_dataclass(cfg: DictConfig) -> Config:
