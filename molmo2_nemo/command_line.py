@@ -91,9 +91,10 @@ def register() -> None:
 
 def finetune_words(words: list[str]) -> list[str]:
     """data.NAME=FOLDER of recipes/finetune.py as data.own.NAME=FOLDER; the first NAME is that of the run unless one is
-    given. lora.rank=N is of tune=lora, unless another is given, for the rates that go with it.
+    given. lora.rank=N is of tune=lora, for the rates that go with it, and lora.rank=0 of tune=full.
 
-    A NAME that is nearly a key of `data` is left as it is, to be refused, unless its value is a folder.
+    A NAME that is nearly a key of `data` is left as it is, to be refused, unless its value is a folder. ConfigError:
+    tune and lora.rank contradict each other.
     """
     found, names = [], []
     keys = [field.name for field in dataclasses.fields(DataConfig)]
@@ -108,7 +109,17 @@ def finetune_words(words: list[str]) -> list[str]:
         found.append(f"data.own.{match[2]}={match[3]}" if match else word)
     given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
     found += [f"name={names[0]}"] if names and "name" not in given else []
-    return found + (["tune=lora"] if given.get("lora.rank", "0") != "0" and "tune" not in given else [])
+    rank, tune = given.get("lora.rank"), given.get("tune")
+    if rank is None:
+        return found
+    if tune is None:
+        return [*found, "tune=full" if rank == "0" else "tune=lora"]
+    refuse(
+        (tune == "lora") == (rank == "0"),
+        f"tune={tune} lora.rank={rank}: {'LoRA has adapters of a rank' if rank == '0' else 'only tune=lora has adapters'};"
+        " leave one of the two out.",
+    )
+    return found
 
 
 def take_gpus(words: list[str]) -> tuple[int, list[str]]:
@@ -130,8 +141,8 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
     """
     refuse(
         HARDWARE_AUTO in arguments,
-        f"{HARDWARE_AUTO} is for recipes/finetune.py, and for tools/plan.py --config-name finetune: name a preset, such"
-        " as hardware=h100_8, or see tools/plan.py --search.",
+        f"{HARDWARE_AUTO} is for recipes/finetune.py, and for tools/plan.py and tools/rehearse.py --config-name finetune:"
+        " name a preset, such as hardware=h100_8, or see tools/plan.py --search.",
     )
     sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
     refuse(sweep, "--multirun: a process trains once; start one recipe for each setting.")
@@ -167,7 +178,7 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
                 known = (
                     f"did you mean {'.'.join([*path[:depth], close[0]])}" if close else f"known are {', '.join(types)}"
                 )
-                raise ConfigError(f"{key}={value}: {where or 'the configuration'} has no key {name}; {known}.")
+                raise ConfigError(f"{key}={storage.shown(value)}: {where or 'the configuration'} has no key {name}; {known}.")
             cls = next((kind for kind in typing.get_args(types[name]) if dataclasses.is_dataclass(kind)), types[name])
         else:
             if not match[1] and not dataclasses.is_dataclass(cls):
@@ -186,8 +197,12 @@ def refuse_value(kind: type, argument: str) -> None:
     try:
         OmegaConf.structured(field).value = OverridesParser.create().parse_override(argument).value()
     except (HydraException, OmegaConfBaseException) as error:
+        key, _, value = argument.partition("=")
+        value, may_be_shown = value.strip("'\""), storage.shown(value.strip("'\""))  # not a password or a signature
         reason = str(error).strip().splitlines()[0].replace("field 'value' is not Optional", "it cannot be null")
-        raise ConfigError(f"{argument}: {reason}; docs/settings.md has its type.") from error
+        reason = re.sub("Invalid value assigned: .* is not a ListConfig.*", "it is no list, such as [1,2]", reason)
+        said = f"{key}={may_be_shown}: {reason.replace(value, may_be_shown)}"
+        raise ConfigError(f"{said}; docs/settings.md has its type.") from error
 
 
 def to_dataclass(cfg: DictConfig) -> Config:

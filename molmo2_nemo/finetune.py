@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from molmo2_nemo.auto import least, resolve
+from molmo2_nemo.auto import least, quickest, resolve
 from molmo2_nemo.command_line import HARDWARE_AUTO, compose, finetune_words
 from molmo2_nemo.config.checks import check_settings
 from molmo2_nemo.config.errors import ConfigError, refuse
@@ -27,7 +27,7 @@ from molmo2_nemo.environment import (
 )
 from molmo2_nemo.paths import CONF_DIR
 from molmo2_nemo.planner.flops import PEAK_TFLOPS
-from molmo2_nemo.planner.memory import GIB, RESERVE_GIB, Job, peak, worst_stage
+from molmo2_nemo.planner.memory import GIB, RESERVE_GIB, Job, count_parameters, peak, worst_stage
 from molmo2_nemo.planner.search import Found, layouts
 from molmo2_nemo.planner.step_time import H100, estimate
 from molmo2_nemo.recipe import SHOWING
@@ -169,19 +169,26 @@ def fastest(config: Config, machine: Machine, rows_are_given: bool = False) -> F
     train.micro_batch_size rows and no other number.
     """
     device = machine.name if machine.name in PEAK_TFLOPS else H100  # for the order alone
-    limit, found = (machine.gib - RESERVE_GIB) * GIB, []
+    limit, possible, counts = (machine.gib - RESERVE_GIB) * GIB, [], {}
+
+    def job_of(config: Config) -> Job:
+        job = Job(config, machine.gpus)
+        job.counts = counts[job.t, job.p] = counts.get((job.t, job.p)) or count_parameters(job)
+        return job
+
     for layout in layouts(config, machine.gpus, rows_are_given):
-        if _peak(least(layout, machine.gpus), machine.gpus) > limit:
-            continue
-        job = Job(resolve(layout, machine.gpus, machine.gib)[0], machine.gpus)
-        needed = peak(worst_stage(job)[1])[0]
-        if needed <= limit:
-            found.append((job, estimate(job, device), needed))
-    return min(found, key=lambda item: item[1].seconds, default=None)
-
-
-def _peak(config: Config, gpus: int) -> float:
-    return peak(worst_stage(Job(config, gpus))[1])[0]
+        if peak(worst_stage(job_of(least(layout, machine.gpus)))[1])[0] <= limit:
+            at_best = [estimate(job_of(one), device).seconds for one in quickest(layout, machine.gpus)]
+            possible.append((min(at_best), layout))
+    found = None
+    for at_best, layout in sorted(possible, key=lambda item: item[0]):
+        if found is not None and found[1].seconds <= at_best:
+            break  # none of the others can be faster
+        job = job_of(resolve(layout, machine.gpus, machine.gib)[0])
+        needed, cost = peak(worst_stage(job)[1])[0], estimate(job, device)
+        if needed <= limit and (found is None or cost.seconds < found[1].seconds):
+            found = job, cost, needed
+    return found
 
 
 def least_that_fits(configs: dict[str, Config], machine: Machine, rows_are_given: bool) -> str:

@@ -32,6 +32,8 @@ from molmo2_nemo.storage import StorageError, join, shown
 AT_ONCE = 8
 # Seconds between two lines on the progress of a transfer.
 SECONDS_BETWEEN_LINES = 10
+# What a Hugging Face folder has, of a model or of adapters.
+HUGGING_FACE = ("config.json", "adapter_config.json")
 # In a folder that was fetched: sizes and versions of the objects that it is a copy of.
 FETCHED = ".fetched.json"
 
@@ -330,6 +332,12 @@ def local_copy(address: str, folder: Path, say: Callable[[str], None] = lambda l
     storage.check(address, "the address")
     remote = resolve(address)
     if remote is None:
+        names = storage.list_files(address)
+        if not any(name in names for name in HUGGING_FACE):  # else all of a folder of shards would be fetched
+            raise ConfigError(
+                f"there is no checkpoint at {shown(address)}, no run and no Hugging Face folder ({HUGGING_FACE[0]}):"
+                " correct the address."
+            )
         target = folder / hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16] / storage.name(address)
         fetch_folder(address, target, say)
         return target

@@ -36,7 +36,8 @@ from molmo2_nemo.files import disk_error_behind
 
 SCHEMES = ("msc", "s3", "gs")
 LOCAL = "__filesystem__"  # multi-storage-client's own name of a profile for local paths
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+# Also s3:BUCKET, a slip of the pen, which would become a local folder of this name.
+SCHEME = re.compile(rf"([A-Za-z][A-Za-z0-9+.-]*(?=:/)|(?i:{'|'.join(SCHEMES)})(?=:))")
 # Seconds after its first failure in which an operation is tried again; a storm of 503 lasts a minute or two.
 PATIENCE = 120.0
 _PATIENCE: ContextVar[float] = ContextVar("patience")
@@ -98,10 +99,14 @@ def check(address: str, key: str) -> None:
             f"{key}={shown(address)} has an unknown scheme: write s3://BUCKET/PATH, gs://BUCKET/PATH, or"
             " msc://PROFILE/PATH with a profile of multi-storage-client, which knows Azure and OCI, too."
         )
-    if not re.match(r"//[^/?#@]+(/|$)", rest) or "?" in rest or "#" in rest:
+    form = f"{scheme}://{'PROFILE' if scheme.lower() == 'msc' else 'BUCKET'}/PATH"
+    if not re.match(r"//[^/]", rest):
+        raise StorageError(f"{key}={shown(address)} is not {form}: correct it.")
+    if not re.match(r"//[^/?#@:]+(/|$)", rest) or "?" in rest or "#" in rest:
         raise StorageError(
-            f"{key}={shown(address)} is not {scheme}://{'PROFILE' if scheme.lower() == 'msc' else 'BUCKET'}/PATH:"
-            " credentials belong into the environment or into multi-storage-client's file, not into the address."
+            f"{key}={shown(address)}, of which a part is not shown here, has more in it than {form}: credentials and"
+            " the server's address belong into the environment or into multi-storage-client's file, and paths with ? or"
+            " # cannot be used."
         )
 
 
@@ -110,7 +115,12 @@ def shown(address: str) -> str:
     address = str(address)
     if not is_remote(address):
         return address
-    return re.sub(r"(?<=:/)(/?)[^/@]*@", r"\1", re.split(r"[?#]", address, maxsplit=1)[0])
+    scheme, _, rest = re.split(r"[?#]", address, maxsplit=1)[0].partition(":")
+    slashes = rest[: len(rest) - len(rest.lstrip("/"))]
+    first, slash, path = rest.lstrip("/").partition("/")
+    if ":" in first and "@" in rest:  # a password may have slashes of its own
+        first, slash, path = rest.rpartition("@")[2].partition("/")
+    return f"{scheme}:{slashes}{first.rpartition('@')[2].partition(':')[0]}{slash}{path}"
 
 
 def join(root: str, *parts: str) -> str:
@@ -156,6 +166,17 @@ def patience(seconds: float) -> Iterator[None]:
 def connect(address: str) -> None:
     """Make this process' client for an address now, not at its first use. StorageError."""
     _tried("look at", address, lambda: _client(address))
+
+
+@contextlib.contextmanager
+def named(key: str) -> Iterator[None]:
+    """Errors that leave this begin with the setting that they are about."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(error).startswith(key.partition("=")[0]):
+            raise
+        raise type(error)(f"{key}: {error}") from None
 
 
 # -- operations -------------------------------------------------------------------------------------------------------
@@ -275,8 +296,9 @@ def download_file(address: str, local: Path) -> Object:
         file.truncate()
         client.download_file(path, file)
         file.flush()
-        if file.tell() != found.size:
-            raise _Cut(f"{file.tell():,} of {found.size:,} bytes came")
+        came = os.fstat(file.fileno()).st_size  # parts of a large object come in any order: the last one may be any
+        if came != found.size:
+            raise _Cut(f"{came:,} of {found.size:,} bytes came")
         return found
 
     try:
@@ -461,6 +483,8 @@ def _cause(error: Exception, address: str) -> tuple[str, bool]:
     code, status = _answer(error)
     if code == NO_BUCKET:
         return NO_BUCKET_SAID, True
+    if "ParamValidationError" in kinds or code == "InvalidBucketName":
+        return "no bucket can have this name: correct the address, or the base_path of the profile", True
     if isinstance(error, FileNotFoundError):
         return "it is not there: correct the address, or upload it again", True
     if code in EXPIRED:

@@ -11,13 +11,14 @@ folder first) or a Hugging Face folder. The same command goes on where it was st
 
 import argparse
 import datetime
+import errno
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from molmo2_nemo.option_types import local_path
 
 EXIT_STOPPED = 130  # as a shell has it after Ctrl-C
 SHOWN_ERRORS = 5
+LIMITS = ("max_crops", "max_frames")  # options that replace what the export says
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -101,23 +103,80 @@ def compare(first: Path, second: Path) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
-    from molmo2_nemo.evaluate.records import EVALUATIONS
+    from molmo2_nemo.evaluate import records
     from molmo2_nemo.evaluate.samples import Samples
 
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    refuse_backend(args, ranks)
     if ranks > 1:
         # Ranks wait for each other at the end, for as long as the slowest one needs.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    args.model, name = model_of(args.model, args.best, rank, ranks)
-    samples = Samples(prepare_sets(args, rank), "test") if args.set else Samples(args.data, args.split, args.cache_dir)
-    out = args.out or EVALUATIONS / "-".join([name, *(source.name for source in samples.sources)])
-    with hugging_face_folder(args.model, out, rank, ranks) as folder:
-        ask(args, samples, folder, out, rank, ranks)
+    # The first rank looks for the model, since a run that goes on may save while the others look.
+    args.model, name = by_first_rank(lambda: model_of(args.model, args.best))
+    folders = by_first_rank(lambda: prepare_sets(args)) if args.set else args.data
+    samples = Samples(folders, "test" if args.set else args.split, args.cache_dir)
+    out = args.out or records.EVALUATIONS / "-".join([name, *(source.name for source in samples.sources)])
+    settings = {
+        "data": ", ".join(f"{source.path} ({source.split})" for source in samples.sources),
+        "data_hash": samples.identity,
+        "samples": min(len(samples), args.limit or len(samples)),
+        "max_new_tokens": args.max_new_tokens,
+        "backend": args.backend,
+    }
+    settings |= {name: value for name in LIMITS if (value := getattr(args, name)) is not None}
+    with ExitStack() as held:
+        # All that can be refused is, before an export that takes minutes.
+        by_first_rank(lambda: held.enter_context(records.held(out)))
+        by_first_rank(lambda: records.check_settings(out, settings))
+        folder = held.enter_context(hugging_face_folder(args.model, out))
+        try:
+            ask(args, samples, folder, out, settings, rank, ranks)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ValueError(f"{out}: {error.strerror}; make room there, and the same command goes on") from error
     if ranks > 1:
         dist.destroy_process_group()
 
 
-def ask(args: argparse.Namespace, samples, folder: Path, out: Path, rank: int, ranks: int) -> None:
+def refuse_backend(args: argparse.Namespace, ranks: int) -> None:
+    """ValueError, one sentence: the backend or the device cannot be used here."""
+    from molmo2_nemo.ask.model import device_of
+    from molmo2_nemo.evaluate.vllm_backend import refuse_missing
+
+    device_of(args.device)
+    if args.backend == "vllm":
+        refuse_missing()
+        if ranks > 1:
+            raise ValueError("--backend vllm answers in one process: start it without torchrun")
+
+
+def by_first_rank(work: Callable):
+    """What `work` returns on the first rank, on every rank; without torchrun there is one. Collective.
+
+    ValueError, OSError: as of `work`, on the first rank. The others end then, without a word.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return work()
+    found, problem = [None, True], None
+    if dist.get_rank() == 0:
+        try:
+            found = [work(), False]
+        except (ValueError, OSError) as error:
+            problem = error
+    dist.broadcast_object_list(found)
+    if problem is not None:
+        raise problem
+    if found[1]:
+        sys.exit(1)
+    return found[0]
+
+
+def ask(
+    args: argparse.Namespace, samples, folder: Path, out: Path, settings: dict, rank: int, ranks: int
+) -> None:
     """Each rank asks about its share of the samples; the first one then makes table and page."""
     import torch.distributed as dist
     from tqdm import tqdm
@@ -131,25 +190,12 @@ def ask(args: argparse.Namespace, samples, folder: Path, out: Path, rank: int, r
 
         device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
     asker = Asker(folder, device, lambda text: print(text, file=sys.stderr) if rank == 0 else None)
-    for name in ("max_crops", "max_frames"):
-        if getattr(args, name) is not None:
-            setattr(asker, name, getattr(args, name))
-    number = min(len(samples), args.limit or len(samples))
-    settings = {
-        "model": str(args.model),
-        "model_hash": records.model_identity(folder),
-        "data": ", ".join(f"{source.path} ({source.split})" for source in samples.sources),
-        "data_hash": samples.identity,
-        "samples": number,
-        "max_new_tokens": args.max_new_tokens,
-        "max_crops": asker.max_crops,
-        "max_frames": asker.max_frames,
-        "backend": args.backend,
-    }
-    if rank == 0:
-        records.check_settings(out, settings)
-    if ranks > 1:
-        dist.barrier()
+    for name in LIMITS:
+        setattr(asker, name, getattr(args, name) or getattr(asker, name))
+    number = settings["samples"]
+    settings |= {"model": str(args.model), "max_crops": asker.max_crops, "max_frames": asker.max_frames}
+    settings["model_hash"] = records.model_identity(folder)
+    by_first_rank(lambda: records.write_settings(out, settings))
     if args.backend == "vllm":
         from molmo2_nemo.evaluate.vllm_backend import answers_of_vllm
 
@@ -226,87 +272,64 @@ def summarise(args: argparse.Namespace, samples, asker, out: Path, settings: dic
         sys.exit(f"{counts.failed:,} of {counts.questions:,} questions have no answer, and count for no mean")
 
 
-def prepare_sets(args: argparse.Namespace, rank: int) -> list[Path]:
-    """Folders of the sets' shards, which the first rank makes. ValueError: one of them cannot be had."""
-    import torch.distributed as dist
-
+def prepare_sets(args: argparse.Namespace) -> list[Path]:
+    """Folders of the sets' shards, which are made if they are not there. ValueError: one of them cannot be had."""
     from molmo2_nemo.catalogue.commands import default_root
     from molmo2_nemo.evaluate.public_sets import prepared_set
 
-    root, shared = args.root or default_root(), [None]
-    if rank == 0:
-        shared = [[str(prepared_set(name, root, lambda text: print(text, file=sys.stderr))) for name in args.set]]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared)
-    return [Path(folder) for folder in shared[0]]
+    root = args.root or default_root()
+    return [prepared_set(name, root, lambda text: print(text, file=sys.stderr)) for name in args.set]
 
 
-def model_of(model: Path, best: bool, rank: int, ranks: int) -> tuple[Path, str]:
+def model_of(model: Path, best: bool) -> tuple[Path, str]:
     """The export or the checkpoint that is meant, and its name in a folder of results: that of an export's folder, or
-    of a checkpoint RUN-STEP. The first rank looks for it, since a run that goes on may save while the others look.
+    of a checkpoint RUN-STEP.
 
     ValueError, one sentence: there is none.
     """
-    import torch.distributed as dist
-
     from molmo2_nemo import checkpoint_dir
     from molmo2_nemo.hf import peft
 
-    found, problem = [None, None], None
-    if rank == 0:
-        try:
-            if not model.is_dir():
-                raise ValueError(f"{model} is no folder: name a run, a checkpoint or an export, such as runs/mine")
-            if (model / peft.CONFIG).is_file():
-                raise ValueError(f"{model} holds adapters alone: evaluate their run, or export it without --adapter")
-            if not (model / "config.json").is_file():
-                path = (checkpoint_dir.resolve_best if best else checkpoint_dir.resolve)(str(model))
-                print(f"evaluating {path}", file=sys.stderr)
-                *_, run, folder, step = ("", "", *path.resolve().parts)
-                found = [path, f"{run}-{step}" if folder == "checkpoints" else step]
-            elif best:
-                raise ValueError(f"--best chooses a checkpoint of a run, and {model} is an export: leave out --best")
-            else:
-                found = [model, model.resolve().name]
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    shared = [*found, problem]
-    if ranks > 1:
-        dist.broadcast_object_list(shared)
-    if shared[-1] is not None:
-        raise ValueError(shared[-1])
-    return shared[0], shared[1]
+    if not model.is_dir():
+        raise ValueError(f"{model} is no folder: name a run, a checkpoint or an export, such as runs/mine")
+    if (model / peft.CONFIG).is_file():
+        raise ValueError(f"{model} holds adapters alone: evaluate their run, or export it without --adapter")
+    if (model / "config.json").is_file():
+        if best:
+            raise ValueError(f"--best chooses a checkpoint of a run, and {model} is an export: leave out --best")
+        return model, model.resolve().name
+    path = (checkpoint_dir.resolve_best if best else checkpoint_dir.resolve)(str(model))
+    print(f"evaluating {path}", file=sys.stderr)
+    *_, run, folder, step = ("", "", *path.resolve().parts)
+    return path, f"{run}-{step}" if folder == "checkpoints" else step
 
 
 @contextmanager
-def hugging_face_folder(model: Path, out: Path, rank: int, ranks: int):
-    """The model's own folder, if it is one, or an export of the run or checkpoint beside `out`, which the first rank
-    makes and removes again.
+def hugging_face_folder(model: Path, out: Path):
+    """The model's own folder, if it is one, or an export of the checkpoint beside `out`, which the first rank makes
+    and removes again. Collective.
 
     ValueError, one sentence: it cannot be exported.
     """
-    import torch.distributed as dist
-
     if (model / "config.json").is_file():
         yield model
         return
-    folder, problem = out.with_name(f".{out.name}.export"), [None]
+    folder = out.with_name(f".{out.name}.export")
     try:
-        if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            export = Path(__file__).with_name("export_hf.py")
-            done = subprocess.run([sys.executable, export, model, folder], capture_output=True, text=True)
-            if done.returncode:
-                problem = [done.stderr.strip().rpartition("\n")[2].removeprefix("error: ")]
-        if ranks > 1:
-            dist.broadcast_object_list(problem)
-        if problem[0] is not None:
-            raise ValueError(f"{model} cannot be exported: {problem[0]}")
+        by_first_rank(lambda: _export(model, folder))
         yield folder
     finally:
-        if rank == 0:
+        if int(os.environ.get("RANK", 0)) == 0:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _export(model: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    export = Path(__file__).with_name("export_hf.py")
+    done = subprocess.run([sys.executable, export, model, folder], capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
+        raise ValueError(f"{model} cannot be exported: {said}")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ from molmo2_nemo.prepare.webdataset import SHARD_SAMPLES, write_shards
 # Kinds of mistakes that are listed, sentences of each, and lines of which only the number is named.
 SHOWN_KINDS, SHOWN_LINES, SHOWN_PLACES = 20, 3, 10
 SHOWN_REASONS = 5
+# With what recipes/finetune.py trains on shards of which nothing is held out.
+WITHOUT_HELD_OUT = ("train.save_best=null", "train.validation_batches=0")
 # What rows are, by the first word of their place.
 ROWS = {
     "line": "lines",
@@ -304,7 +306,10 @@ def print_own_report(
     print(f"  python tools/inspect_data.py --config-name stage2 {blend} --each --samples 200 --html runs/inspect")
     name = re.sub(r"[^\w-]", "_", arguments.name or arguments.out.resolve().name)
     own = shlex.quote(f"data.{name if name[0].isalpha() else f'own_{name}'}={arguments.out}")
-    print(f"  python recipes/finetune.py model=hf model.hf_path=MODEL {own} hardware=auto")
+    unmeasured = "" if counts.get("val") else f" {' '.join(WITHOUT_HELD_OUT)}"
+    print(f"  python recipes/finetune.py model=hf model.hf_path=MODEL {own} hardware=auto{unmeasured}")
+    if unmeasured:
+        print("No sample is held out, so that nothing is measured and no best checkpoint known: --split 90/5/5.")
 
 
 def different(part: list[OwnSample]) -> int:

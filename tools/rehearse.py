@@ -2,6 +2,7 @@
 
     python tools/rehearse.py --config-name stage2 model=molmo2_8b hardware=h100_128 gpus=128 [any override of a recipe]
     python tools/rehearse.py --config-name stage2 model=molmo2_8b hardware=h100_8 gpus=8 --ranks 0,3,7 --json out.json
+    python tools/rehearse.py --config-name finetune model=molmo2_8b data.mine=shards/mine hardware=auto gpus=8
 
 Each rank builds its part of the model and takes one step of the recipe's own code, in a process of its own, with
 tensors that have no memory. Beside the figures stand the planner's (tools/plan.py). Exit status: 0 nothing is wrong;
@@ -21,20 +22,24 @@ import traceback
 from pathlib import Path
 
 from molmo2_nemo.auto import resolve
-from molmo2_nemo.command_line import compose, take_gpus
+from molmo2_nemo.command_line import HARDWARE_AUTO, compose, finetune_words, take_gpus
 from molmo2_nemo.config.checks import check_settings
 from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.schema import STAGES, Config
+from molmo2_nemo.data import epochs
 from molmo2_nemo.environment import quiet_libraries
-from molmo2_nemo.planner.memory import Job
+from molmo2_nemo.finetune import Machine, choose
+from molmo2_nemo.planner.memory import H100_GIB, Job
 from molmo2_nemo.rehearsal.plan import NotRehearsed, Plan, beside, plan, roofline
 
 GIB = 2**30
 SHOWN = 12  # lines of code in a table
+STEPS_OF_AN_EPOCH = 100.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-name", required=True, metavar="STAGE", help="stage1, stage2 or stage3")
+    parser.add_argument("--config-name", required=True, metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--ranks", metavar="N,N", help="the ranks to rehearse, or all (default: one of each kind)")
     parser.add_argument("--micro-batches", type=int, metavar="N", help="of a step (default: as many as are in flight)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="ranks at a time")
@@ -47,10 +52,7 @@ def main() -> int:
         unexpected = [word for word in unknown if word.startswith("-")]
         if unexpected:
             raise ConfigError(f"{unexpected[0]} is no option of this command: see --help.")
-        gpus, overrides = take_gpus([*args.overrides, *unknown])
-        config = compose(args.config_name, overrides)
-        check_settings(config, gpus)
-        config, chosen = resolve(config, gpus)
+        config, gpus, chosen = settings_of(args.config_name, [*args.overrides, *unknown])
         made = plan(config, gpus, args.micro_batches, ranks_of(args.ranks, gpus))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -70,6 +72,20 @@ def main() -> int:
     if not faults:
         print(f"\nnothing is wrong: {len(found)} ranks issue the same collectives on the groups that they share")
     return 1 if faults else 0
+
+
+def settings_of(config_name: str, words: list[str]) -> tuple[Config, int, list[str]]:
+    """(the configuration without `auto`, GPUs, lines on what was chosen). Raises ConfigError."""
+    gpus, overrides = take_gpus(words)
+    lines = []
+    if HARDWARE_AUTO in overrides and config_name == "finetune":
+        overrides, gpus, lines = choose(finetune_words(overrides), Machine(gpus, H100_GIB))
+    config = compose(config_name, overrides)
+    check_settings(config, gpus)
+    if epochs.is_asked(config):  # no data are looked at, and one step is like another
+        config = epochs.in_steps(config, epochs.Epoch(frozenset(), 1, 1.0, STEPS_OF_AN_EPOCH))
+    config, of_memory = resolve(config, gpus)
+    return config, gpus, lines + of_memory
 
 
 def ranks_of(text: str | None, gpus: int) -> list[int] | None:

@@ -63,9 +63,7 @@ class Asker:
         _check_folder(folder)
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device {self.device}: torch finds no GPU here; leave --device out")
+        self.device = device_of(device)
         self.folder, self.report, self.model = folder, report, None
         with _explained(folder):
             self.processor = AutoProcessor.from_pretrained(folder)
@@ -224,6 +222,14 @@ class Asker:
         own = tokens if end is None else tokens[: end + 1]
         text = self.tokenizer.decode(own, skip_special_tokens=True).strip()
         return Reply(text, end is None and len(tokens) == most, len(own))
+
+
+def device_of(device: str | None) -> str:
+    """The device that is meant; None: a GPU if there is one. ValueError, one sentence: there is none."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch finds no GPU here; leave --device out")
+    return device
 
 
 def check_messages(messages) -> list[dict]:

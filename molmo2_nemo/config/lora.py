@@ -9,6 +9,7 @@ of the Bs as W has its rows, [out, rank].
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from molmo2_nemo.config.components import COMPONENTS
 from molmo2_nemo.config.errors import refuse
 from molmo2_nemo.config.schema import LORA_TARGETS, LoraConfig, ModelConfig, OptimConfig
 
@@ -78,6 +79,14 @@ def adapted_matrices(m: ModelConfig, lora: LoraConfig) -> Iterator[Matrix]:
 def scale(lora: LoraConfig) -> float:
     """What the product of B and A is multiplied by: alpha / rank, or alpha / sqrt(rank) (arXiv 2312.03732)."""
     return lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
+
+
+def trained_components(optim: OptimConfig, lora: LoraConfig) -> list[str]:
+    """Those of COMPONENTS of which anything is trained; optim.freeze_patterns is not looked at."""
+    if lora.rank:
+        adapted = {COMPONENT_OF_TARGET[target] for target in lora.targets}
+        return [component for component in COMPONENTS if component in adapted]
+    return [component for component in COMPONENTS if not getattr(optim, component).freeze]
 
 
 def check_lora(lora: LoraConfig, m: ModelConfig, optim: OptimConfig) -> None:

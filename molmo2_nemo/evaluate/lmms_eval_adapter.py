@@ -19,6 +19,8 @@ from molmo2_nemo.ask.model import Asker, Seen
 from molmo2_nemo.evaluate.generate import MAX_NEW_TOKENS
 
 NAME = "molmo2_nemo"
+# A question's number, its messages, and what it is about.
+Waiting = tuple[int, tuple[list[dict], Seen]]
 
 
 def manifest():
@@ -57,35 +59,45 @@ class Molmo2(lmms):
 
         A question that cannot be answered has an empty answer, and the end says how many there are and why.
         """
-        kinds: dict[tuple, list[int]] = {}
-        for number, request in enumerate(requests):
-            _, settings, to_visuals, doc_id, task, split = request.args
-            _refuse_sampling(settings, task)
-            visuals = to_visuals(self.task_dict[task][split][doc_id])
-            most = int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
-            kinds.setdefault((most, any(isinstance(one, str) for one in visuals or ())), []).append(number)
-        answers, errors = [""] * len(requests), []
+        for request in requests:
+            _refuse_sampling(request.args[1], request.args[4])
+        answers, errors, waiting = [""] * len(requests), [], {}
         with tqdm(total=len(requests), desc=NAME) as bar:
-            for (most, _), numbers in kinds.items():
-                for first in range(0, len(numbers), self.batch_size):
-                    batch = numbers[first : first + self.batch_size]
-                    for number, said in self._answered(requests, batch, most, errors):
-                        answers[number] = _until(said, requests[number].args[1].get("until"))
-                    bar.update(len(batch))
+
+            def answer(batch: list[Waiting], most: int) -> None:
+                for number, said in self._answered(batch, most, errors):
+                    answers[number] = _until(said, requests[number].args[1].get("until"))
+                bar.update(len(batch))
+
+            # Each picture or video is read once, and those of no more than a batch of each kind are held.
+            for number, request in enumerate(requests):
+                try:
+                    question = self._question(request)
+                except ValueError as error:
+                    errors.append(_reason(error))
+                    bar.update()
+                    continue
+                most = int(request.args[1].get("max_new_tokens") or MAX_NEW_TOKENS)
+                kind = (most, question[1].frames is not None)
+                waiting.setdefault(kind, []).append((number, question))
+                if len(waiting[kind]) == self.batch_size:
+                    answer(waiting.pop(kind), most)
+            for (most, _), batch in waiting.items():
+                answer(batch, most)
         if errors:
             print(f"{len(errors):,} of {len(requests):,} questions have no answer, the first because {errors[0]}")
         return answers
 
-    def _answered(self, requests: Sequence, batch: list[int], most: int, errors: list[str]) -> list[tuple[int, str]]:
+    def _answered(self, batch: list[Waiting], most: int, errors: list[str]) -> list[tuple[int, str]]:
         """(number, text). A batch that fails is asked one by one."""
         try:
-            asked = [self._question(requests[number]) for number in batch]
-            return [(number, reply.text) for number, reply in zip(batch, self.asker.answers(asked, most))]
+            replies = self.asker.answers([question for _, question in batch], most)
         except ValueError as error:
             if len(batch) == 1:
-                errors.append(" ".join(str(error).split()))
+                errors.append(_reason(error))
                 return []
-        return [one for number in batch for one in self._answered(requests, [number], most, errors)]
+            return [one for waiting in batch for one in self._answered([waiting], most, errors)]
+        return [(number, reply.text) for (number, _), reply in zip(batch, replies)]
 
     def _question(self, request) -> tuple[list[dict], Seen]:
         context, _, to_visuals, doc_id, task, split = request.args
@@ -109,6 +121,10 @@ def _refuse_sampling(settings: dict, task: str) -> None:
         raise ValueError(
             f"{task} samples with temperature {settings['temperature']}: give --gen_kwargs do_sample=False"
         )
+
+
+def _reason(error: ValueError) -> str:
+    return " ".join(str(error).split())
 
 
 def _until(text: str, ends: Sequence[str] | str | None) -> str:

@@ -6,15 +6,19 @@ OUT/predictions.jsonl        all of them in the order of the samples, once the l
 OUT/scores.json, OUT/index.html and OUT/pictures
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from molmo2_nemo.files import write_atomically, write_json
+from molmo2_nemo.files import LockHeld, locked, write_atomically, write_json
 
-SETTINGS, PREDICTIONS, SCORES = "settings.json", "predictions.jsonl", "scores.json"
+SETTINGS, PREDICTIONS, SCORES, LOCK = "settings.json", "predictions.jsonl", "scores.json", ".lock"
+# Bytes that are written to see whether there is room: the answers of few questions.
+ROOM = 2**16
 EVALUATIONS = Path("runs/evaluate")  # where they are, unless --out says otherwise
 # Bytes that are hashed of the beginning, the middle and the end of a file of weights.
 LOOKED_AT = 2**20
@@ -43,34 +47,58 @@ def sampled_hash(file: Path) -> bytes:
     return digest.digest()
 
 
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """The folder of an evaluation, made if it is not there, and locked, so that two do not write to it at once.
+
+    ValueError, one sentence: it is no folder for it, cannot be written to, or another evaluation holds it.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
+    if out.is_dir() and not (out / SETTINGS).is_file() and {path.name for path in out.iterdir()} - {LOCK}:
+        raise ValueError(f"{out} holds other files than an evaluation's: name another --out")
+    with contextlib.ExitStack() as lock:
+        try:
+            lock.enter_context(locked(out / LOCK))
+            with tempfile.TemporaryFile(dir=out) as file:
+                file.write(bytes(ROOM))
+        except LockHeld:
+            raise ValueError(f"another tools/evaluate.py works in {out}: wait for its end, or name another --out") from None
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be written to ({error.strerror}): name another folder") from error
+        yield
+
+
 def check_settings(out: Path, settings: dict) -> None:
-    """Write them down, or compare them with those of the run that was stopped. ValueError: they differ.
+    """Compare them with those of the run that was stopped, if there is one. ValueError: they differ.
 
     What has a hash (model_hash of model) may have another name, as after it was moved.
     """
     file = out / SETTINGS
-    if file.is_file():
-        try:
-            before = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error}): name another --out, or remove the folder") from error
-        for key in sorted({*settings, *before}):
-            if f"{key}_hash" not in settings and before.get(key) != settings.get(key):
-                shown = [str(value)[:60] for value in (before.get(key), settings.get(key))]
-                if key in ("model_hash", "data_hash"):  # their names may be the same
-                    kind = key.removesuffix("_hash")
-                    shown = [f"{shown[0]} of {before.get(kind)}", f"{shown[1]} of {settings[kind]}"]
-                raise ValueError(
-                    f"{out} holds an evaluation with {key}={shown[0]}, and this one has {key}={shown[1]}: name another "
-                    "--out, or remove the folder"
-                )
-    elif out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: name a folder")
-    elif out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} holds other files than an evaluation's: name another --out")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)
+    if not file.is_file():
+        return
+    try:
+        before = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): name another --out, or remove the folder") from error
+    for key in sorted(settings):
+        if f"{key}_hash" in settings or before.get(key) == settings[key]:
+            continue
+        shown = [str(value)[:60] for value in (before.get(key), settings[key])]
+        if key in ("model_hash", "data_hash"):  # their names may be the same
+            kind = key.removesuffix("_hash")
+            shown = [f"{shown[0]} of {before.get(kind)}", f"{shown[1]} of {settings[kind]}"]
+        raise ValueError(
+            f"{out} holds an evaluation with {key}={shown[0]}, and this one has {key}={shown[1]}: name another "
+            "--out, or remove the folder"
+        )
+
+
+def write_settings(out: Path, settings: dict) -> None:
+    """Write them down, or compare them with those that are there. ValueError: they differ."""
+    check_settings(out, settings)
+    if not (out / SETTINGS).is_file():
+        write_json(out / SETTINGS, settings)
 
 
 def answers_file(out: Path, rank: int) -> Path:

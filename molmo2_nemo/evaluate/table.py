@@ -76,18 +76,25 @@ def lines(records: Sequence[dict]) -> list[Line]:
 def interval(scored: Sequence[tuple[str, float]]) -> tuple[float, float, str]:
     """(low, high, method) of the mean of (sample, score) pairs.
 
-    Wilson's interval of a share, where every score is 0 or 1 and every sample has one, or where all scores are 0, or
-    all 1, of which a bootstrap says nothing: then of as many as there are samples. Otherwise the percentile bootstrap
-    over samples.
+    Wilson's interval of a share, where every score is 0 or 1 and every sample has one, or where the samples' means do
+    not vary, as those of one sample, of which a bootstrap says nothing: then of as many as there are samples, and wide
+    enough, since no scores from 0 to 1 vary more than those that are either. Otherwise the percentile bootstrap over
+    samples.
     """
     samples, values = [sample for sample, _ in scored], [value for _, value in scored]
-    number = len(set(samples))
-    if set(values) <= {0.0, 1.0} and (len(set(values)) == 1 or number == len(samples)):
-        hits = round(sum(values) * number / len(values))
-        found = stats.binomtest(hits, number).proportion_ci(CONFIDENCE, method="wilson")
-        return float(found.low), float(found.high), "wilson"
     sums, numbers = _by_sample(samples, values)
+    is_share = set(values) <= {0.0, 1.0} and len(sums) == len(values)
+    if is_share or np.ptp(sums / numbers) == 0:
+        return *_wilson(float(np.mean(values)), len(sums)), "wilson"
     return *_bootstrap(sums, numbers), "bootstrap"
+
+
+def _wilson(share: float, number: int) -> tuple[float, float]:
+    """Wilson's interval of a share of `number` (E. B. Wilson, 1927, without a correction for continuity)."""
+    z = stats.norm.ppf((1 + CONFIDENCE) / 2)
+    middle = (share + z**2 / (2 * number)) / (1 + z**2 / number)
+    half = z / (1 + z**2 / number) * np.sqrt(share * (1 - share) / number + z**2 / (4 * number**2))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
 def _by_sample(samples: Sequence[str], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,10 +13,15 @@ from PIL import Image
 from molmo2_nemo.ask.model import Asker, Reply, Seen
 
 
-def answers_of_vllm(folder: Path, asker: Asker) -> Callable[[Sequence[tuple[list[dict], Seen]], int], list[Reply]]:
-    """A function as Asker.answers. ValueError, one sentence: vLLM is not installed."""
+def refuse_missing() -> None:
+    """ValueError, one sentence: vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("--backend vllm: vLLM is not installed here; install it, or leave --backend out")
+
+
+def answers_of_vllm(folder: Path, asker: Asker) -> Callable[[Sequence[tuple[list[dict], Seen]], int], list[Reply]]:
+    """A function as Asker.answers. ValueError, one sentence: vLLM is not installed."""
+    refuse_missing()
     import vllm
 
     most_images = 1 + max(asker.max_frames, 20)

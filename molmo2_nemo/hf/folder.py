@@ -118,7 +118,8 @@ def read_json(path: Path) -> dict:
 def read_config(folder: Path) -> dict:
     """config.json of a model that is not quantised, with sizes that can be. Raises ConfigError."""
     path = folder / CONFIG_FILE
-    refuse(not is_there(path), f"{folder} has no config.json: name a Hugging Face model folder.")
+    if not is_there(path):
+        raise ConfigError(f"{folder} {_instead_of_a_model(folder)}")
     config = read_json(path)
     _check_numbers(path, config, "")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
@@ -130,6 +131,17 @@ def read_config(folder: Path) -> dict:
                 "model's release that is not quantised."
             )
     return config
+
+
+def _instead_of_a_model(folder: Path) -> str:
+    """What a folder without config.json is, and what to do."""
+    if is_there(folder / "adapter_config.json"):
+        return "holds adapters alone: name the folder of a whole model."
+    if is_there(folder / "checkpoints") or is_there(folder / "complete.json"):
+        return f"is a run or a checkpoint: python tools/export_hf.py {folder} OUT makes the folder to name."
+    if not is_there(folder):
+        return "does not exist: name a Hugging Face model folder."
+    return "has no config.json: name a Hugging Face model folder."
 
 
 def _check_numbers(path: Path, part: dict, where: str) -> None:

@@ -6,6 +6,7 @@ recomputation, padding tokens and the padded places of pooling windows.
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from molmo2_nemo.config.components import COMPONENTS
 from molmo2_nemo.config.lora import adapted_matrices
@@ -88,10 +89,13 @@ def adapter_flops(model: ModelConfig, lora: LoraConfig, **counts: float) -> dict
         "vision.connector.": ("projector", counts["visual_tokens"]),
         "decoder.": ("decoder", counts["tokens"]),
     }
+    layers = {"vision.vit.": model.vit.num_layers, "decoder.": model.num_layers}
     found = {}
-    for matrix in adapted_matrices(model, lora):
-        part, times = next(use for start, use in uses.items() if matrix.name.startswith(start))
-        numbers = lora.rank * (len(matrix.parts) * matrix.columns + matrix.rows)
+    # Layers are alike: one of each stack is counted, since a search asks thousands of times.
+    for matrix in adapted_matrices(replace(model, num_layers=1, vit=replace(model.vit, num_layers=1)), lora):
+        start = next(start for start in uses if matrix.name.startswith(start))
+        part, times = uses[start]
+        numbers = layers.get(start, 1) * lora.rank * (len(matrix.parts) * matrix.columns + matrix.rows)
         found[part] = found.get(part, 0.0) + 2 * times * numbers
     return found
 

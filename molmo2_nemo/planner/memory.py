@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from molmo2_nemo.config.checks import layers_per_stage
 from molmo2_nemo.config.components import component_of, is_adapter, is_frozen
-from molmo2_nemo.config.lora import COMPONENT_OF_TARGET
+from molmo2_nemo.config.lora import trained_components
 from molmo2_nemo.config.schema import LAYERS, Config, padded_vocab_size, positions_per_chunk
 from molmo2_nemo.planner.parameters import adapter_parameters, parameters
 from molmo2_nemo.planner.work import holds_images, most_crops, row_work, units_of
@@ -90,10 +90,7 @@ class Job:
 
     def trains(self, *components: str) -> bool:
         """Whether anything of these components is trained; optim.freeze_patterns is not looked at."""
-        lora = self.config.lora
-        if lora.rank:
-            return any(COMPONENT_OF_TARGET[target] in components for target in lora.targets)
-        return not all(getattr(self.config.optim, component).freeze for component in components)
+        return not set(components).isdisjoint(trained_components(self.config.optim, self.config.lora))
 
     def transformer(self, key: str, default=None):
         return self.config.transformer.get(key, default)

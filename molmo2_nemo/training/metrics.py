@@ -38,6 +38,7 @@ SHORTENED = (
 )
 # With fewer broken samples than this, a source's error rate is not judged.
 MIN_BROKEN = 20
+_SHORT = {"connector": "conn"}  # of components, in a line of the log
 # Broken samples of a source that are reported one by one; further ones are only counted.
 MAX_REPORTS = 5
 
@@ -354,15 +355,15 @@ def _without_disk_errors(failed: threading.ExceptHookArgs) -> None:
 
 
 def train_line(step: int, max_steps: int, figures: dict) -> str:
-    """The console line of a logging interval."""
-    rates, norms = figures["lr"], figures["grad_norm"]
+    """The console line of a logging interval. Gradients and rates are those of components that are trained."""
+    norms = " ".join(f"{_SHORT.get(name, name)} {norm:.3f}" for name, norm in figures["grad_norm"].items())
+    rates = " ".join(f"{_SHORT.get(name, name)} {rate:.2e}" for name, rate in figures["lr"].items())
     loss = "none" if figures["loss"] is None else f"{figures['loss']:.4f}"  # every step was skipped
     by_source = " ".join(f"{source} {loss:.3f}" for source, loss in figures["loss_by_source"].items())
     epoch = f" | epoch {figures['epoch']:.2f}" if "epoch" in figures else ""
     return (
-        f"step {step}/{max_steps}{epoch} | loss {loss} ({by_source}) | grad vit {norms['vit']:.3f} conn"
-        f" {norms['connector']:.3f} llm {norms['llm']:.3f} | lr vit {rates['vit']:.2e} conn {rates['connector']:.2e}"
-        f" llm {rates['llm']:.2e} | {figures['tokens_per_second']:.0f} tok/s {figures['samples_per_second']:.1f}"
+        f"step {step}/{max_steps}{epoch} | loss {loss} ({by_source}) | grad {norms} | lr {rates}"
+        f" | {figures['tokens_per_second']:.0f} tok/s {figures['samples_per_second']:.1f}"
         f" samples/s {speed_note(figures)} | fill {figures['fill']:.0%} | data wait {figures['data_wait_share']:.0%} |"
         f" mem {figures['memory_gib']:.2f} GiB | {time.strftime('%H:%M:%S')}, {duration(figures['elapsed'])} since the"
         f" start, {duration(figures['left'])} left"

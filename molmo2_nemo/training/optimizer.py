@@ -23,6 +23,7 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from molmo2_nemo import compat
 from molmo2_nemo.config.components import COMPONENTS, component_of
 from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.config.lora import trained_components
 from molmo2_nemo.config.schema import Config, OptimConfig
 from molmo2_nemo.training.optimizer_shards import save_shards
 
@@ -238,11 +239,11 @@ def learning_rate(peak: float, warmup_steps: int, step: int, max_steps: int, opt
 
 
 def set_learning_rates(optimizer: MegatronOptimizer, cfg: Config, step: int) -> dict[str, float]:
-    """Write the rates of `step` (from 1) into the parameter groups; returns them by component."""
+    """Write the rates of `step` (from 1) into the parameter groups; returns those of components that are trained."""
     rates = {}
     for component in COMPONENTS:
         settings = getattr(cfg.optim, component)
         rates[component] = learning_rate(settings.lr, settings.warmup_steps, step, cfg.train.max_steps, cfg.optim)
     for group in optimizer.param_groups:
         group["lr"] = rates[group["component"]]
-    return rates
+    return {component: rates[component] for component in trained_components(cfg.optim, cfg.lora)}

@@ -143,7 +143,8 @@ def newest(folder: Path, address: str | None, here_below: int | None = None, the
     if address is None:
         return Newest(here, None, ignored)
     try:
-        there, damaged, halves = remote_checkpoints.newest(address, there_below)
+        with storage.named("train.upload_to"):
+            there, damaged, halves = remote_checkpoints.newest(address, there_below)
     except StorageError as error:
         if here is None:
             raise
@@ -359,11 +360,13 @@ def _with_fetched_weights(config: Config, start: Start) -> Start:
     found, result = [], [None, None]
 
     def fetch():
-        found.extend(str(remote_checkpoints.local_copy(one, folder, _say)) for one in (given if several else [given]))
+        with storage.named(f"train.init_from={given}"):
+            copies = [remote_checkpoints.local_copy(one, folder, _say) for one in (given if several else [given])]
+        found.extend(map(str, copies))
 
     damage = _fetched(fetch)
     if damage is not None:
-        raise ConfigError(f"train.init_from={given}: {damage}")
+        raise ConfigError(damage)
     if dist.get_rank() == 0:
         init_from = found if several else found[0]
         try:

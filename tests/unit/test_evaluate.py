@@ -1,5 +1,6 @@
 """tools/evaluate.py on small shards and the tiny model: what is written, going on, mistakes, public sets, two runs."""
 
+import errno
 import io
 import json
 import shutil
@@ -206,6 +207,58 @@ def test_of_a_run_the_newest_or_the_best_checkpoint_is_evaluated(shards, export,
         settings = json.loads((records.EVALUATIONS / f"cats-{name}-mine" / records.SETTINGS).read_text())
         assert Path(settings["model"]).resolve() == checkpoints / name
     assert len(list(records.EVALUATIONS.iterdir())) == 2
+
+
+def test_what_can_be_refused_is_before_anything_is_exported(shards, export, said, tmp_path, capsys, monkeypatch):
+    path, out = tmp_path / "cats" / "checkpoints" / checkpoint_dir.step_name(3), tmp_path / "out"
+    make = {"weight": lambda: torch.zeros(2)}
+    write_checkpoint(path, ModelConfig(name="m"), {"weight": torch.empty(2, device="meta")}, make, {"step": 3})
+    exported = []
+
+    @contextmanager
+    def folder(*_):
+        exported.append("")
+        yield export
+
+    monkeypatch.setattr(evaluate, "hugging_face_folder", folder)
+    command = (path, "--data", shards, "--limit", 1, "--out", out)
+    run(capsys, *command)
+    assert exported.pop() == "" and (out / "scores.json").is_file()
+    (tmp_path / "file").touch()
+    with records.held(tmp_path / "other"):
+        for arguments, words in (
+            ((*command, "--limit", 2), "holds an evaluation with samples=1"),
+            ((*command, "--max-crops", 3), "holds an evaluation with max_crops="),
+            ((*command, "--device", "cuda"), "torch finds no GPU here; leave --device out"),
+            ((*command, "--backend", "vllm"), "vLLM is not installed"),
+            ((*command[:-1], tmp_path / "file" / "out"), "cannot be written to (Not a directory): name another folder"),
+            ((*command[:-1], "/proc/out"), "cannot be written to"),
+            ((*command[:-1], tmp_path / "other"), f"another tools/evaluate.py works in {tmp_path / 'other'}"),
+        ):
+            status, _, error = run(capsys, *arguments)
+            assert status == 1 and words in error and not exported, (arguments, error)
+    # Now that the other one has ended.
+    run(capsys, *command[:-1], tmp_path / "other")
+    assert exported and (tmp_path / "other" / "scores.json").is_file()
+
+
+def test_a_disk_that_gets_full_ends_it_in_one_sentence_and_it_goes_on(
+    shards, export, said, tmp_path, capsys, monkeypatch
+):
+    command = (export, "--data", shards, "--out", tmp_path / "out", "--device", "cpu", "--batch-size", 1)
+    record_of, full = generate.record_of, iter([False] * 5 + [True])
+
+    def record(*arguments):
+        if next(full):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return record_of(*arguments)
+
+    monkeypatch.setattr(generate, "record_of", record)
+    status, _, error = run(capsys, *command)
+    assert status == 1 and f"{tmp_path / 'out'}: No space left on device; make room there, and the same" in error
+    monkeypatch.setattr(generate, "record_of", record_of)
+    _, shown, error = run(capsys, *command)
+    assert "going on" in error and "10 questions about 7 samples" in shown
 
 
 def test_mistakes_are_told_in_one_sentence(shards, export, said, tmp_path, capsys):

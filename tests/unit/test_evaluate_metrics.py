@@ -267,6 +267,10 @@ def test_intervals_are_wilson_of_shares_and_bootstrap_over_samples_otherwise():
     assert line.method == "bootstrap" and line.low <= 0.1 and line.high >= 0.9
     (line,) = table.lines([record(i, 0.0, sample=f"s/{i // 10}") for i in range(40)])
     assert line.method == "wilson" and line.low == 0 and line.high > 0.4  # of four, not of forty
+    # One answer, or two alike, of a score between: a bootstrap would be sure of it.
+    for values, least in (([0.2], 0.7), ([0.2, 0.2], 0.6)):
+        (line,) = table.lines([record(i, value, "anls") for i, value in enumerate(values)])
+        assert line.method == "wilson" and line.low < 0.2 < line.high and line.high - line.low > least
     (line,) = table.lines([record(i, value) for i, value in enumerate(np.linspace(0, 1, 50))])
     error = np.linspace(0, 1, 50).std() / np.sqrt(50)
     assert (line.low, line.high) == pytest.approx((0.5 - 1.96 * error, 0.5 + 1.96 * error), abs=0.02)

@@ -3,19 +3,23 @@
 import re
 from dataclasses import asdict, replace
 
+import prepare as prepare_tool
 import pytest
 import yaml
 from test_blend import make_source
 
 from molmo2_nemo import finetune
+from molmo2_nemo.auto import resolve
 from molmo2_nemo.command_line import compose, finetune_words, prepare
 from molmo2_nemo.config.checks import check_settings, epochs_of
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig
 from molmo2_nemo.data import epochs
 from molmo2_nemo.data.blend import Source, check_held_out, load_blend, missing_sources
-from molmo2_nemo.finetune import Machine, choose
+from molmo2_nemo.finetune import Machine, auto_settings, choose, fastest
 from molmo2_nemo.planner.memory import GIB, RESERVE_GIB, Job, peak, worst_stage
+from molmo2_nemo.planner.search import layouts
+from molmo2_nemo.planner.step_time import estimate
 from molmo2_nemo.planner.verdict import verdict
 
 TINY = ["model=tiny", "schedule=quickstart", "optim=from_scratch"]
@@ -70,6 +74,18 @@ def test_lora_by_its_rank_has_the_rates_of_lora():
     assert (part.optim.llm.freeze, part.optim.vit.freeze, part.optim.connector.lr) == (True, True, 2e-4)
     for config in (lora, full, part):
         check_settings(config, 1)
+    assert compose("finetune", ["model=tiny", "data.mine=x", "lora.rank=0"]) == full
+
+
+@pytest.mark.parametrize("tune, rank", [("full", 4), ("connector", 4), ("lora", 0)])
+def test_tune_and_rank_that_contradict_each_other_are_refused(tune, rank):
+    words = ["model=tiny", "data.mine=x"]
+    with pytest.raises(ConfigError, match=f"tune={tune} lora.rank={rank}: .*leave one of the two out"):
+        compose("finetune", [*words, f"tune={tune}", f"lora.rank={rank}"])
+    # Both ways of the advice work, also where the program's own choice is between the two.
+    for one in (f"tune={tune}", f"lora.rank={rank}"):
+        check_settings(compose("finetune", [*words, one]), 1)
+        assert choose(finetune_words([*words, one, "hardware=auto"]), Machine(0))[1] == 1
 
 
 @pytest.mark.parametrize(
@@ -264,9 +280,10 @@ def test_data_without_a_part_for_validation_keep_no_best(root):
     with pytest.raises(ConfigError, match=re.escape(said)) as refused:
         check_held_out(config, load_blend(config.data))
     advised = re.search(r"or set (.*)\.$", str(refused.value))[1].split()
-    config = compose("finetune", [*TINY, f"data.more={root / 'more'}", *advised])
-    check_settings(config, 1)
-    check_held_out(config, load_blend(config.data))
+    for words in (advised, prepare_tool.WITHOUT_HELD_OUT):
+        config = compose("finetune", [*TINY, f"data.more={root / 'more'}", *words])
+        check_settings(config, 1)
+        check_held_out(config, load_blend(config.data))
 
 
 # -- epochs -----------------------------------------------------------------------------------------------------------
@@ -316,3 +333,13 @@ def test_samples_of_a_row_are_those_of_the_loader(sample, tmp_path):
     loader = train_loader(config.data, config.model.vision, sources, 0, 1, None, 4)
     drawn = sum(len(next(loader).examples) for _ in range(40))
     assert epochs.samples_per_row(config, sources) == pytest.approx(drawn / 160, rel=0.05)
+
+
+@pytest.mark.parametrize("tune, gib", [("full", 79.6), ("lora", 79.6), ("lora", 24.0), ("full", 45.0)])
+def test_the_layout_that_is_found_early_is_the_fastest_of_all(tune, gib):
+    words = finetune_words(["model=molmo2_4b", "data.mine=x", f"tune={tune}"])
+    config, machine = compose("finetune", [*words, *auto_settings(words)]), Machine(4, gib)
+    jobs = [Job(resolve(layout, 4, gib)[0], 4) for layout in layouts(config, 4)]
+    fitting = [job for job in jobs if peak(worst_stage(job)[1])[0] <= (gib - RESERVE_GIB) * GIB]
+    times = [estimate(job).seconds for job in fitting]
+    assert 1 < len(set(times)) and fastest(config, machine)[1].seconds == min(times)

@@ -377,3 +377,19 @@ def test_an_architecture_of_a_folder_without_weights_can_be_read(hf_models, tmp_
     (folder / MODEL).write_text(POINTER)
     with pytest.raises(ConfigError, match="Git LFS pointer"):
         compose("stage2", ["model=hf", f"model.hf_path={folder}"])
+
+
+def test_a_folder_that_is_no_model_is_called_what_it_is(tmp_path):
+    for made, said in (
+        ("adapters/adapter_config.json", "holds adapters alone: name the folder of a whole model"),
+        ("run/checkpoints/step_00000001", "is a run or a checkpoint: python tools/export_hf.py .*run OUT makes"),
+        ("step_00000001/complete.json", "is a run or a checkpoint: python tools/export_hf.py .*step_00000001 OUT"),
+        ("other/README.md", "has no config.json: name a Hugging Face model folder"),
+    ):
+        path = tmp_path / made
+        path.parent.mkdir(parents=True)
+        path.touch()
+        with pytest.raises(ConfigError, match=said):
+            model_config_from_hf(tmp_path / made.partition("/")[0])
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        model_config_from_hf(tmp_path / "nowhere")

@@ -43,10 +43,15 @@ def test_questions_are_answered_in_their_order_as_without_it(adapter, export, tm
     assert model.asker.max_frames == 4
     model.task_dict = {"t": {"test": shown}}
     settings = {"max_new_tokens": 6, "do_sample": False, "temperature": 0, "until": ["zzz"]}
-    requests = [
-        types.SimpleNamespace(args=(f"What is {n}?", settings, lambda doc: doc, n, "t", "test")) for n in range(5)
-    ]
+    looked_at = []
+
+    def visuals(doc):
+        looked_at.append(doc)
+        return doc
+
+    requests = [types.SimpleNamespace(args=(f"What is {n}?", settings, visuals, n, "t", "test")) for n in range(5)]
     found = model.generate_until(requests)
+    assert looked_at == shown  # once each, since lmms-eval may decode a picture at each look
     for number, visuals in enumerate(shown):
         if number == 3:
             assert found[number] == ""

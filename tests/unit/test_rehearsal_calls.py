@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import rehearse
+
 from molmo2_nemo.rehearsal.collectives import Collective, disagreements, totals
 
 TP, DP, ALL = (0, 1), (0, 2), (0, 1, 2, 3)
@@ -68,3 +70,13 @@ def test_totals():
         ("all_gather", 1, 100),
         ("all_reduce", 2, 12),
     ]
+
+
+def test_settings_of_a_fine_tuning_need_no_data():
+    """Steps instead of epochs, whatever they are, and the layout that hardware=auto finds for so many GPUs."""
+    words = ["model=molmo2_8b", "data.mine=nowhere"]
+    config, gpus, lines = rehearse.settings_of("finetune", [*words, "hardware=auto", "gpus=1"])
+    assert (gpus, config.lora.rank) == (1, 16) and "full fine-tuning does not fit 1 GPU" in lines[0]
+    assert config.train.max_steps > 0 and isinstance(config.train.save_every, int)
+    config, gpus, lines = rehearse.settings_of("finetune", [*words, "parallel=tp2", "gpus=2"])
+    assert (gpus, config.lora.rank, lines) == (2, 0, []) and config.train.epochs is None

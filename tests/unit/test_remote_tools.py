@@ -54,7 +54,7 @@ def test_a_model_goes_through_addresses_unchanged(export, disk, tmp_path, monkey
         (out, "msc://disk/out/back is there already"),
         (("export_hf", "msc://disk/none", tmp_path / "x"), "there is no checkpoint at msc://disk/none"),
         (("export_hf", "msc://disk/start", tmp_path / "x", "--best"), "msc://disk/start has no best checkpoint"),
-        (("import_hf", "msc://disk/none", tmp_path / "x"), "there is nothing at msc://disk/none"),
+        (("import_hf", "msc://disk/none", tmp_path / "x"), "there is no checkpoint at msc://disk/none, no run and no"),
         (("export_hf", "ftp://x/y", tmp_path / "x"), "CKPT=ftp://x/y has an unknown scheme"),
     ):
         with pytest.raises(SystemExit, match=sentence):

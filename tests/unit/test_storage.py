@@ -1,7 +1,13 @@
 """Addresses of object storage: every function on a folder under msc://, on S3 and on a local path, and its errors."""
 
+import itertools
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import object_store
 import pytest
+from slow_proxy import SlowProxy
 
 from molmo2_nemo import storage
 
@@ -56,6 +62,25 @@ def test_files_come_back_as_they_were_written(address, s3, tmp_path, monkeypatch
     assert storage.list_files(root) == {} == storage.list_files(f"{root}/never")
 
 
+def test_parts_of_a_large_object_may_arrive_in_any_order(s3, here, monkeypatch):
+    """The first one comes last here, as it happens by itself with objects of more than 64 MB."""
+    with SlowProxy(s3) as proxy:
+        for name, value in object_store.environment(here, proxy.address).items():
+            monkeypatch.setenv(name, value)
+        profiles = json.loads((here / "msc.json").read_text())
+        part = {"multipart_threshold": 2**16, "multipart_chunksize": 2**16, "io_chunksize": 2**16}
+        profiles["profiles"]["store"]["storage_provider"]["options"] |= part
+        (here / "msc.json").write_text(json.dumps(profiles))
+        storage.forget_clients()
+        content = b"".join(number.to_bytes(4) for number in range(2**16))
+        storage.write("s3://bucket/deep/large", content)
+        gets = itertools.count()
+        proxy.fault = lambda method, path: time.sleep(0.7) if method == "GET" and next(gets) == 0 else None
+        with storage.patience(0.0):
+            assert storage.download_file("msc://store/large", here / "large").size == len(content)
+        assert (here / "large").read_bytes() == content and next(gets) > 3
+
+
 def test_a_disk_that_takes_no_file_is_no_error_of_the_storage(here):
     storage.write("msc://disk/x", b"x")
     with pytest.raises(FileNotFoundError) as raised:
@@ -68,9 +93,12 @@ def test_a_disk_that_takes_no_file_is_no_error_of_the_storage(here):
     {
         "https://user:secret@host/x?key=secret": "data.root=https://host/x has an unknown scheme: write s3://BUCKET",
         "azure://box/x": "msc://PROFILE/PATH with a profile of multi-storage-client, which knows Azure and OCI",
-        "s3://user:secret@bucket/x": "data.root=s3://bucket/x is not s3://BUCKET/PATH: credentials belong into",
-        "s3://bucket/x?token=secret": "data.root=s3://bucket/x is not s3://BUCKET/PATH",
-        "msc:/store/x": "is not msc://PROFILE/PATH",
+        "s3://user:secret@bucket/x": "data.root=s3://bucket/x, of which a part is not shown here, has more in it than",
+        "s3://user:of/a+secret@bucket/x": "data.root=s3://bucket/x, of which a part is not shown here, has more",
+        "s3://bucket/x?token=secret": "data.root=s3://bucket/x, of which a part is not shown here, has more",
+        "s3://host:9000/bucket/x": "credentials and the server's address belong into the environment",
+        "msc:/store/x": "data.root=msc:/store/x is not msc://PROFILE/PATH: correct it.",
+        "s3:bucket/x": "data.root=s3:bucket/x is not s3://BUCKET/PATH: correct it.",
         "s3:///x": "is not s3://BUCKET/PATH",
     }.items(),
 )
@@ -81,12 +109,34 @@ def test_an_address_that_cannot_work_is_refused_without_its_secrets(address, mes
 
 
 def test_addresses_are_told_from_paths():
-    assert all(map(storage.is_remote, ("msc://p/x", "s3://b", "S3://b", "gs://b/x", "msc:/p/x")))
-    assert not any(map(storage.is_remote, ("data", "/data/x:/y", "./s3", "~/x", "file:///x")))
+    assert all(map(storage.is_remote, ("msc://p/x", "s3://b", "S3://b", "gs://b/x", "msc:/p/x", "s3:b")))
+    assert not any(map(storage.is_remote, ("data", "/data/x:/y", "./s3", "~/x", "file:///x", "./s3:b", "s3x:b")))
     assert storage.join("s3://b/root", "x/../y", "z") == "s3://b/root/y/z"
     assert storage.join("s3://b/root", "/disk/x") == "/disk/x" and storage.join("/root", "s3://b/x") == "s3://b/x"
     assert storage.parent("s3://b/x/y/") == "s3://b/x" and storage.parent("s3://b") == "s3://b"
     assert storage.name("s3://b/x/y/") == "y"
+
+
+def test_a_client_is_made_once_however_many_threads_ask(here, monkeypatch):
+    storage.write("msc://disk/x", b"1")
+    storage.forget_clients()
+    library, made = storage._library(), []
+
+    class Client(library.StorageClient):
+        def __init__(self, *args, **kwargs):
+            made.append(1)
+            time.sleep(0.05)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(library, "StorageClient", Client)
+    with ThreadPoolExecutor(16) as threads:
+        assert list(threads.map(storage.read, ["msc://disk/x"] * 16)) == [b"1"] * 16
+    assert made == [1]
+
+
+def test_a_name_that_no_bucket_can_have_is_refused_at_once(here):
+    with pytest.raises(storage.StorageError, match="cannot read s3://No!/x: no bucket can have this name"):
+        storage.read("s3://No!/x")
 
 
 def test_a_profile_that_is_not_there_is_named(here):
