@@ -381,7 +381,7 @@ def _path_mapping():
 
 # Making a client takes a tenth of a second of a core, and dozens of threads may want their first one at the same time.
 # A fork waits until none is being made.
-_MAKING = threading.Lock()
+_MAKING = threading.RLock()
 os.register_at_fork(before=_MAKING.acquire, after_in_parent=_MAKING.release, after_in_child=_MAKING.release)
 
 
