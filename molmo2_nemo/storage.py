@@ -69,6 +69,10 @@ class Missing(StorageError, FileNotFoundError):
     """There is no such object."""
 
 
+class Unreachable(StorageError):
+    """Storage that has not answered, or not well, for as long as is tried: it may do so later."""
+
+
 def is_for_all(error: BaseException) -> bool:
     """Whether an error of reading ends the work: the storage cannot be used, or a shard was replaced.
 
@@ -397,7 +401,7 @@ def _tried[T](verb: str, address: str, ask: Callable[[], T], to_disk: bool = Fal
             first = now if first is None else first
             if lasting or now + pause > first + patience:
                 is_missing = lasting and isinstance(error, FileNotFoundError) and cause != NO_BUCKET_SAID
-                kind = Missing if is_missing else StorageError
+                kind = Missing if is_missing else StorageError if lasting else Unreachable
                 tried = "" if lasting else f" for {now - first:.0f} s"
                 raise kind(f"cannot {verb} {shown(address)}{tried}: {cause}.") from None
         time.sleep(pause * random.uniform(0.5, 1.5))
