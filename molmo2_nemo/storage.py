@@ -442,6 +442,10 @@ def _cause(error: Exception, address: str) -> tuple[str, bool]:
     if isinstance(error, (ValueError, KeyError, TypeError)) or "ValidationError" in kinds:
         profile = address.partition("://")[2].partition("/")[0]
         file = os.environ.get("MSC_CONFIG", "~/.msc_config.yaml")
+        if "MSC_CONFIG" in os.environ and not os.path.isfile(file):
+            return f"MSC_CONFIG={file} is no file: correct the variable", True
+        if not address.lower().startswith("msc:"):  # which needs no profile
+            return f"{file} (MSC_CONFIG) is no valid file of multi-storage-client: correct or remove it", True
         return f"multi-storage-client has no valid profile {profile} in {file} (MSC_CONFIG): correct the file", True
     if isinstance(error, OSError) and error.errno is not None and not is_remote(address):
         return f"{error.strerror}: correct the path or its rights", True
