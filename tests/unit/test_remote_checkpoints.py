@@ -335,6 +335,8 @@ def test_a_folder_is_refused_where_an_address_is_and_the_other_way_round(tmp_pat
     assert "secret" not in said(upload_to="s3://me:secret@bucket/x") and "credentials and the server" in said(
         upload_to="s3://me:secret@bucket/x"
     )
+    assert said(run_dir="file:///x") == "run_dir=file:///x is a local path with a scheme: write it without file://."
+    assert "train.init_from=file:/x is a local path" in said(init_from="file:/x")
     assert "train.init_from=ftp://x/y has an unknown scheme" in said(init_from="ftp://x/y")
 
 
