@@ -237,8 +237,9 @@ def best(folder: str) -> int | None:
 
 
 def try_address(address: str) -> None:
-    """Write a small object there, read it back and remove it. Raises StorageError."""
+    """List what is there, write a small object, read it back and remove it. Raises StorageError."""
     probe, content = join(address, f".probe_{uuid.uuid4().hex}"), b"of molmo2-nemo, to see whether it can be written"
+    storage.list_files(address)  # as the start of a run does
     storage.write(probe, content)
     if storage.read(probe) != content:
         raise StorageError(f"{shown(probe)} does not come back as it was written.")

@@ -69,6 +69,10 @@ class Missing(StorageError, FileNotFoundError):
     """There is no such object."""
 
 
+class Unreachable(StorageError):
+    """Storage that has not answered, or not well, for as long as is tried: it may do so later."""
+
+
 def is_for_all(error: BaseException) -> bool:
     """Whether an error of reading ends the work: the storage cannot be used, or a shard was replaced.
 
@@ -452,7 +456,7 @@ def _tried[T](verb: str, address: str, ask: Callable[[], T], to_disk: bool = Fal
             first = now if first is None else first
             if lasting or now + pause > first + patience:
                 is_missing = lasting and isinstance(error, FileNotFoundError) and cause != NO_BUCKET_SAID
-                kind = Missing if is_missing else StorageError
+                kind = Missing if is_missing else StorageError if lasting else Unreachable
                 tried = "" if lasting else f" for {now - first:.0f} s"
                 raise kind(f"cannot {verb} {shown(address)}{tried}: {cause}.") from None
         time.sleep(pause * random.uniform(0.5, 1.5))
@@ -506,6 +510,10 @@ def _cause(error: Exception, address: str) -> tuple[str, bool]:
     if isinstance(error, (ValueError, KeyError, TypeError)) or "ValidationError" in kinds:
         profile = address.partition("://")[2].partition("/")[0]
         file = os.environ.get("MSC_CONFIG", "~/.msc_config.yaml")
+        if "MSC_CONFIG" in os.environ and not os.path.isfile(file):
+            return f"MSC_CONFIG={file} is no file: correct the variable", True
+        if not address.lower().startswith("msc:"):  # which needs no profile
+            return f"{file} (MSC_CONFIG) is no valid file of multi-storage-client: correct or remove it", True
         return f"multi-storage-client has no valid profile {profile} in {file} (MSC_CONFIG): correct the file", True
     if isinstance(error, OSError) and error.errno is not None and not is_remote(address):
         return f"{error.strerror}: correct the path or its rights", True

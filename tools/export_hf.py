@@ -78,6 +78,8 @@ def main() -> None:
     try:
         if args.push is not None:
             refuse_push(args.push)
+        if args.scratch is not None and not Path(args.scratch).is_dir():
+            raise ConfigError(f"--scratch {args.scratch} is no folder: make it, or name another one.")
         with tempfile.TemporaryDirectory(prefix="export_hf_", dir=args.scratch) as scratch:
             export(args, Path(scratch))
     except (ConfigError, OSError) as error:

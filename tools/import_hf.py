@@ -47,6 +47,8 @@ def main() -> None:
     if sum(given) != 1 or any((first is None) != (second is None) for first, second in pairs):
         parser.error("give HF_DIR, or both --llm and --vision, or both --adapter and --base")
     try:
+        if args.scratch is not None and not Path(args.scratch).is_dir():
+            raise ConfigError(f"--scratch {args.scratch} is no folder: make it, or name another one.")
         with tempfile.TemporaryDirectory(prefix="import_hf_", dir=args.scratch) as scratch:
             make(args, Path(scratch))
     except (ConfigError, OSError) as error:

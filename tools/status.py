@@ -252,6 +252,7 @@ def stage_status(folder: Path, job: str | None, blocked: str | None, stop: str |
         "excluded_nodes": last.get("excluded") or [],
         "failed_nodes": failures(starts),
         "slow_rank": slow_rank(records) if state in ("running", "ended or running") else None,
+        "uploads": uploads(folder),
         "strange_lines": strange,
         "ends": [
             {k: start.get(k) for k in ("time", "kind", "message", "step", "action")}
@@ -279,6 +280,20 @@ def slow_rank(records: list[dict]) -> str | None:
         return None
     above = f"{slow['above_median'] or 0:.0%} above the median"
     return f"rank {slow.get('rank')} on {slow.get('place')} is slow, {above}; {slow.get('advice')}"
+
+
+def uploads(folder: Path) -> str | None:
+    """What is wrong with the run's copies in object storage (train.upload_to); None: nothing, as far as is known."""
+    records = [record for record in read_lines(folder / "metrics.jsonl") if record.get("kind") in ("train", "uploads")]
+    last = records[-1] if records else {}
+    if last.get("missing"):
+        return f"NOT UPLOADED: {last['missing']}"
+    if last.get("not_removed"):
+        return f"what is not kept any more in object storage is still there: {last['not_removed']}"
+    figures = last.get("uploads")
+    if isinstance(figures, dict) and figures.get("failed") and figures.get("behind"):
+        return f"{figures['failed']} failed upload(s), and what is in object storage is behind: the log says why"
+    return None
 
 
 def failures(starts: list[dict]) -> dict[str, int]:
@@ -366,6 +381,8 @@ def table(found: dict) -> str:
             lines.append(f"{row['stage']}: nodes that failed: {counts}{out}")
         if row["slow_rank"]:
             lines.append(f"{row['stage']}: {row['slow_rank']}")
+        if row["uploads"]:
+            lines.append(f"{row['stage']}: {row['uploads']}")
         # The last of each message.
         for end in list({end["message"]: end for end in row["ends"]}.values())[-3:]:
             told = end["kind"] in ("finished", "stopped") or (end["message"] or "") in (row["why"] or "")

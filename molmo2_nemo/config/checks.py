@@ -138,6 +138,11 @@ def check_addresses(cfg: Config) -> None:
         )
         storage.check(upload_to, "train.upload_to")
     given = cfg.train.init_from
+    places = {"run_dir": run_dir, "train.init_from": given, "data.root": cfg.data.root}
+    places |= {f"data.{name}": path for name, path in cfg.data.own.items()}
+    for key, path in places.items():
+        is_url = isinstance(path, str) and path.startswith("file:")  # would become a folder of this name
+        refuse(is_url, f"{key}={path} is a local path with a scheme: write it without file://.")
     for address in given if isinstance(given, list) else [given]:
         if isinstance(address, str) and storage.is_remote(address):
             storage.check(address, "train.init_from")

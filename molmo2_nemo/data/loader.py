@@ -55,7 +55,7 @@ from molmo2_nemo.data.progress import StreamPosition
 from molmo2_nemo.data.resources import allow_open_files, batches_per_worker
 from molmo2_nemo.data.schema import Example, read_example
 from molmo2_nemo.data.shard_reader import ShardReader
-from molmo2_nemo.storage import StorageError
+from molmo2_nemo.storage import StorageError, Unreachable
 
 # Shards of one source that a worker reads at a time. Each takes two open files, and a blend has a hundred sources.
 PARALLEL_SHARDS = 4
@@ -267,6 +267,28 @@ class WorkerDied(RuntimeError):
         super().__init__(f"process {pid}")
 
 
+class DataLost(RuntimeError):
+    """A sample cannot be read, and none takes its place; may_return: whether another start may read it.
+
+    error: what the storage has told.
+    """
+
+    def __init__(self, error: StorageError):
+        super().__init__(str(error))
+        self.may_return = isinstance(error, Unreachable)
+
+
+@contextlib.contextmanager
+def _without_traceback() -> Iterator[None]:
+    """Errors of the storage leave this as the one sentence that they were in a worker process."""
+    try:
+        yield
+    except StorageError as error:
+        lines = str(error).strip().splitlines()
+        # torch has put the worker's traceback before the sentence, whose line begins with the error's class.
+        raise type(error)(lines[-1].partition(": ")[2] if len(lines) > 1 else lines[0]) from None
+
+
 class Loader:
     """Iterates an Energon loader; `close()` stops its workers, and so does the end of the process."""
 
@@ -316,12 +338,8 @@ class TrainLoader(Loader):
         return batch
 
     def _next(self) -> Batch:
-        try:
+        with _without_traceback():
             return next(self._batches)
-        except StorageError as error:
-            lines = str(error).strip().splitlines()
-            # torch has put the worker's traceback before the sentence, whose line begins with the error's class.
-            raise StorageError(lines[-1].partition(": ")[2] if len(lines) > 1 else lines[0]) from None
 
     def can_restore_sample(self) -> bool:
         """Whether the state can be restored: every step between shard and pool is repeatable."""
@@ -335,7 +353,8 @@ class ValidationLoader(Loader):
         batches = iter(self._loader)
         atexit.unregister(self.close)
         atexit.register(self.close)
-        yield from batches
+        with _without_traceback():
+            yield from batches
 
 
 def train_loader(
@@ -383,7 +402,10 @@ def train_loader(
             task_encoder=Molmo2TaskEncoder(data, encoder, sources, position),
         )
         ahead = batches_per_worker(data, vision, micro_batch_size, micro_batches)
-        loader = get_savable_loader(dataset, checkpoint_every_sec=SNAPSHOT_SECONDS, prefetch_factor=ahead)
+        # Energon's watchdog prints the variables of all threads where a sample takes a minute. With object storage that
+        # may be a request with its credentials, and storage.py says what it waits for.
+        watched = {"watchdog_timeout_seconds": None} if any(source.cached for source in sources) else {}
+        loader = get_savable_loader(dataset, checkpoint_every_sec=SNAPSHOT_SECONDS, prefetch_factor=ahead, **watched)
     _restore(loader, position.energon)
     return TrainLoader(loader, manifest, position, encoder.frames_note())
 

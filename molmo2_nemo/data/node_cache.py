@@ -156,7 +156,7 @@ def open_cache(cache_dir: str | None, cache_size: str | None) -> NodeCache:
     parent = Path(cache_dir or os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()).expanduser().absolute()
     folder = parent / f"molmo2-nemo-cache-{os.getuid()}"
     said = f"data.cache_dir={cache_dir}" if cache_dir else f"data.cache_dir (unset, so that {parent} is taken)"
-    with disk_errors_told(parent, 0, "the cache of shards"):
+    with storage.named(said), disk_errors_told(parent, 0, "the cache of shards"):
         parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)

@@ -336,6 +336,12 @@ class RunLog:
         """Seconds since this start of the run."""
         return time.monotonic() - self.started
 
+    def add(self, kind: str, step: int, figures: dict) -> None:
+        """A record of what happens after `close`, in metrics.jsonl alone."""
+        if self.main:
+            with contextlib.suppress(OSError), open(self.run_dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
+
     def close(self) -> None:
         if self.file is None:
             return

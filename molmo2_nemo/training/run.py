@@ -25,8 +25,9 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, LoraConfig
 from molmo2_nemo.data import blend, epochs
 from molmo2_nemo.data.blend import Source
-from molmo2_nemo.data.loader import Loader, TrainLoader, ValidationLoader, WorkerDied, train_loader, validation_loader
+from molmo2_nemo.data.loader import DataLost, Loader, TrainLoader, ValidationLoader, WorkerDied, train_loader, validation_loader
 from molmo2_nemo.environment import rank_from_environment, world_size_from_environment
+from molmo2_nemo.storage import StorageError, Unreachable
 from molmo2_nemo.training import agreement, answers, checkpoint, loop, owner, shutdown, slow_rank, step_times
 from molmo2_nemo.training.batches import BatchSource
 from molmo2_nemo.training.loop import Best, Interval, Position, Run
@@ -72,14 +73,14 @@ def run_stage(cfg: DictConfig) -> None:
             config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
             run = set_up(config, config_yaml, device, sources, start, position, chosen, epoch)
             try:
-                with worker_deaths(run.loader, run.validation):
+                with loader_errors(run.loader, run.validation):
                     reason, why = loop.train(run)
             except BaseException:
                 run.log.close()  # recipes end the process without Python's own clean-up
                 raise
             finish(run, reason, why)
     except ConfigError as error:
-        refuse(cfg, rank, before, str(error))
+        refuse(cfg, rank, before, error)
         sys.exit(2)
     finally:
         if rank == 0 and is_still_finished(cfg, before):
@@ -87,8 +88,9 @@ def run_stage(cfg: DictConfig) -> None:
         release()
 
 
-def refuse(cfg: DictConfig, rank: int, before: dict, message: str) -> None:
+def refuse(cfg: DictConfig, rank: int, before: dict, error: ConfigError) -> None:
     """Say why the run cannot start, and leave ended.json, where the folder is this run's."""
+    message = str(error)
     if rank and not dist.is_initialized():
         # All ranks may have found the same. Then rank 0 says so, and the launcher ends the others meanwhile.
         time.sleep(SECONDS_FOR_RANK_0)
@@ -100,7 +102,8 @@ def refuse(cfg: DictConfig, rank: int, before: dict, message: str) -> None:
         # Once the ranks are joined, the folder is this run's.
         is_ours = dist.is_initialized() or not (storage.is_remote(cfg.run_dir) or owner.in_use(run_dir))
         if is_ours and not checkpoint_dir.is_complete(run_dir):
-            shutdown.write_ended(run_dir, "config error", 0, message)
+            later = isinstance(error, Unreachable)
+            shutdown.write_ended(run_dir, "error" if later else "config error", 0, message, "transient" if later else None)
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 
@@ -166,7 +169,7 @@ def set_up(
     # From here on it is known that this run owns the folder: rank 0 was there first.
     stacks = shutdown.StackDump(run_dir, settings.timeout_minutes, settings.stop_signals)
     start, problem = agree(config, start)
-    end_unless_agreed(run_dir, problem)
+    end_unless_agreed(run_dir, None if problem is None else str(problem), isinstance(problem, Unreachable))
     parallel.make_groups(config.parallel, settings.timeout_minutes, settings.seed)
     precision = parallel.resolve_precision(settings, device)
 
@@ -268,8 +271,13 @@ def refuse_checkpoint_as_run(run_dir: str) -> None:
         )
 
 
-def end_unless_agreed(run_dir: Path, problem: str | None) -> None:
-    """End the run, as for a wrong setting, for what all ranks have found alike. Collective."""
+def end_unless_agreed(run_dir: Path, problem: str | None, may_pass: bool = False) -> None:
+    """End the run, as for a wrong setting, for what all ranks have found alike. Collective.
+
+    may_pass: it is no setting, and another start may find it otherwise.
+    """
+    if problem is not None and may_pass:
+        shutdown.end_all_ranks(run_dir, problem, 0, cause="transient")
     if problem is not None:
         shutdown.end_all_ranks(run_dir, problem, 0, reason="config error")
 
@@ -435,13 +443,16 @@ def steps_micro_batches(config: Config) -> int:
 
 
 @contextlib.contextmanager
-def worker_deaths(*loaders: Loader | None) -> Iterator[None]:
+def loader_errors(*loaders: Loader | None) -> Iterator[None]:
     """Raise WorkerDied for an error of a step during which a worker process of one of the loaders has died.
 
-    Torch raises a plain RuntimeError for it wherever the main thread happens to be (SIGCHLD).
+    Torch raises a plain RuntimeError for it wherever the main thread happens to be (SIGCHLD). And raise DataLost where
+    the storage of the data has an error, which is no wrong setting once a run trains.
     """
     try:
         yield
+    except StorageError as error:
+        raise DataLost(error) from error
     except RuntimeError as error:
         shutdown.ignore_ended_children()
         for loader in loaders:
@@ -466,6 +477,7 @@ def finish(run: Run, reason: str, why: str) -> None:
     dist.destroy_process_group()
     if run.saver.uploads is not None:  # the other ranks need not wait
         run.saver.uploads.finish(run.log.say)
+        run.log.add("uploads", step, run.saver.uploads.record())
     if run.log.main and run.config.train.report:
         from molmo2_nemo.report import write_report  # matplotlib is needed here alone
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.data.loader import WorkerDied
+from molmo2_nemo.data.loader import DataLost, WorkerDied
 from molmo2_nemo.environment import rank_from_environment
 from molmo2_nemo.files import is_disk_error, write_atomically
 
@@ -98,14 +98,14 @@ def keep_finished(run_dir: Path, before: dict) -> None:
             write_atomically(run_dir / ENDED, json.dumps(before) + "\n")
 
 
-def end_all_ranks(run_dir: Path, message: str, step: int, reason: str = "error") -> NoReturn:
+def end_all_ranks(run_dir: Path, message: str, step: int, reason: str = "error", cause: str = "user") -> NoReturn:
     """End the run, with exit status 2, for what all ranks have found alike. Collective; rank 0 says so.
 
-    That is never one node's fault, and comes again if nobody changes a setting, the data or the disk.
+    That is never one node's fault, and comes again if nobody changes a setting, the data or the disk (cause `user`).
     """
     if dist.get_rank() == 0:
         with contextlib.suppress(OSError):  # the disk may be what has failed
-            write_ended(run_dir, reason, step, message, cause="user")
+            write_ended(run_dir, reason, step, message, cause)
         print(f"error: {message}", file=sys.stderr, flush=True)
     dist.barrier()
     sys.exit(2)
@@ -252,7 +252,7 @@ def lost_contact(error: BaseException) -> bool:
 def cause_of(error: BaseException) -> str:
     """Who can fix an error of one rank; slurm/starts.py decides by it what becomes of the job.
 
-    user        the disk is full or may not be written, or a folder lies where a file belongs: the same on any node
+    user        data in object storage are refused or were replaced, the disk is full or may not be written, or a folder lies where a file belongs: the same on any node
     memory      of the GPU or of the host: settings, unless the run got far with them
     node        the GPU, its driver or the node's disk failed
     lost contact    another rank is gone or silent: what Slurm says about that one decides
@@ -260,6 +260,8 @@ def cause_of(error: BaseException) -> str:
     """
     if lost_contact(error):
         return "lost contact"
+    if isinstance(error, DataLost):
+        return "transient" if error.may_return else "user"
     if isinstance(error, torch.OutOfMemoryError | MemoryError | WorkerDied):
         return "memory"
     if isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in _GPU_ERRORS):
@@ -280,6 +282,8 @@ def describe(error: BaseException) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, DataLost):
+        return text.rstrip(".")
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"out of GPU memory ({text}): try transformer.recompute_granularity=full "

@@ -18,7 +18,7 @@ from molmo2_nemo.hf import base_models, convert
 from molmo2_nemo.hf.architecture import model_config_from_hf
 from molmo2_nemo.hf.folder import HuggingFaceWeights
 from molmo2_nemo.remote_checkpoints import Remote
-from molmo2_nemo.storage import StorageError, shown
+from molmo2_nemo.storage import StorageError, Unreachable, shown
 from molmo2_nemo.training import agreement
 from molmo2_nemo.training.step import refuse_other_architecture
 
@@ -218,11 +218,11 @@ def none_usable(folder: Path, ignored: list[str], address: str | None = None) ->
     )
 
 
-def agree(config: Config, start: Start) -> tuple[Start, str | None]:
+def agree(config: Config, start: Start) -> tuple[Start, str | ConfigError | None]:
     """What all ranks start from: rank 0's choice, with its checksums compared, each rank a part of the files.
 
     A checkpoint that is damaged gets a file that says so (checkpoint_dir.DAMAGED), and the one before is taken. Returns
-    the start, or beside it one sentence on why there is none. Collective.
+    the start, or beside it one sentence on why there is none, which Unreachable may be. Collective.
     """
     folder, address = Path(config.run_dir) / "checkpoints", remote_checkpoints.folder_of(config)
     agreed = [start]
@@ -241,7 +241,7 @@ def agree(config: Config, start: Start) -> tuple[Start, str | None]:
         if start.is_open:
             start = _with_fetched_weights(config, start)
     except ConfigError as error:  # on all ranks
-        return start, str(error)
+        return start, error
     # With LoRA, the weights beside the adapters are read, too.
     read = [path for path in (start.init_from, start.adapters) if path is not None and verify]
     return start, next((damage for damage in map(verified, read) if damage is not None), None)
@@ -324,17 +324,17 @@ def _fetched(fetch: Callable[[], None]) -> str | None:
         try:
             fetch()
         except remote_checkpoints.Damaged as error:
-            failure = [(str(error), True)]
+            failure = [(str(error), None)]
         except (ConfigError, OSError) as error:
-            failure = [(str(error), False)]
+            failure = [(str(error), Unreachable if isinstance(error, Unreachable) else ConfigError)]
     patient = _patient_group()
     dist.broadcast_object_list(failure, group=patient)
     dist.destroy_process_group(patient)
     if failure[0] is None:
         return None
-    message, is_damage = failure[0]
-    if not is_damage:
-        raise ConfigError(message)
+    message, kind = failure[0]
+    if kind is not None:
+        raise kind(message)
     return message
 
 

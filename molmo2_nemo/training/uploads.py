@@ -32,15 +32,16 @@ class Uploads:
     """Keeps the checkpoints at an address like those in a run's folder on disk.
 
     `wake` after each save. `failed` counts attempts that have failed, `problem` says how the last one did; it is empty
-    once all is there.
+    once all is there. `not_removed` says why what is not kept any more could not be removed.
     """
 
     def __init__(self, folder: Path, address: str, settings: TrainConfig):
         self.folder, self.address, self.settings = folder, address, settings
         self.best_step = None
-        self.uploaded, self.failed, self.problem = 0, 0, ""
+        self.uploaded, self.failed, self.problem, self.not_removed = 0, 0, "", ""
         self.busy, self.sent, self.total = None, 0, 0  # the checkpoint that is being uploaded, and its bytes
         self.there = {}  # step -> seal of the marker that is known to be there
+        self.known = None  # the steps that were there when this run began
         self.said, self.guard = [], threading.Lock()
         self.woken, self.is_ending, self.is_idle = threading.Event(), threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._run, name="uploads", daemon=True)
@@ -79,6 +80,10 @@ class Uploads:
             "behind": int(bool(self.problem) or self.busy is not None),
         }
 
+    def record(self) -> dict[str, str]:
+        """What metrics.jsonl keeps of the end, for tools/status.py."""
+        return {"missing": self.problem, "not_removed": self.not_removed}
+
     def finish(self, say: Callable[[str], None]) -> bool:
         """Upload what is missing, and wait for it. Returns whether all is there; says so if not."""
         self.is_ending.set()
@@ -96,7 +101,12 @@ class Uploads:
         if self.problem:
             say(
                 f"NOT UPLOADED: {shown(self.address)} lacks checkpoints of {self.folder} ({self.problem.rstrip('.')});"
-                " start the run again once the storage can be reached, which uploads what is missing."
+                " start the run again when that is mended, which uploads what is missing."
+            )
+        elif self.not_removed:
+            say(
+                f"all is at {shown(self.address)}, but what is not kept any more could not be removed"
+                f" ({self.not_removed.rstrip('.')}): remove it there, or mend that for the next start."
             )
         return not self.problem
 
@@ -117,12 +127,12 @@ class Uploads:
         pause = PAUSE
         for attempt in range(TIMES):
             try:
-                self._copy_and_prune()
+                newest = self._copy_what_is_missing()
                 self.problem = ""
+                self._prune(newest)
                 return
             except Exception as error:  # whatever it is, training goes on
-                # The words of others may quote a request with its credentials.
-                self.problem = str(error) if isinstance(error, ConfigError | OSError) else f"{type(error).__name__}."
+                self.problem = _told(error)
                 self.failed += 1
                 self._say(f"upload to {shown(self.address)} failed ({self.failed} so far): {self.problem}")
             finally:
@@ -132,15 +142,28 @@ class Uploads:
             self.is_ending.wait(pause)
             pause *= 2
 
-    def _copy_and_prune(self) -> None:
-        there = {
-            step
-            for step, files in remote_checkpoints.listed(self.address).items()
-            if MARKER in files and checkpoint_dir.DAMAGED not in files
-        }
+    def _prune(self, newest: int | None) -> None:
+        """Remove what is not kept any more, now that the checkpoint of step `newest` is there."""
+        settings, before = self.settings, self.not_removed
+        try:
+            if newest is not None:
+                keep_last, keep_every = settings.keep_last, settings.keep_every
+                remote_checkpoints.prune(self.address, newest, keep_last, keep_every, self.best_step)
+            self.not_removed = ""
+        except Exception as error:  # the next save tries again
+            self.not_removed = _told(error)
+            if self.not_removed != before:
+                self._say(f"what is not kept any more at {shown(self.address)} is still there: {self.not_removed}")
+
+    def _copy_what_is_missing(self) -> int | None:
+        """Returns the step of the newest checkpoint on disk, which is there now; None: there is none."""
+        listed = remote_checkpoints.listed(self.address)
+        there = {step for step, files in listed.items() if MARKER in files and checkpoint_dir.DAMAGED not in files}
+        self.known = set(listed) if self.known is None else self.known
         settings, here = self.settings, self._whole_here()
+        self._refuse_another_run(there, there - self.known - here.keys() - self.there.keys())
         if not here:
-            return
+            return None
         newest = max(here)
         kept = {self.best_step, remote_checkpoints.best(self.address), self._best_here()}
         steps = sorted(step for step in there | here.keys() if step <= newest)
@@ -151,7 +174,23 @@ class Uploads:
         best = self._best_here()
         if best in self.there:
             self._copy_best(best)
-        remote_checkpoints.prune(self.address, newest, settings.keep_last, settings.keep_every, self.best_step)
+        return newest
+
+    def _refuse_another_run(self, there: set[int], strange: set[int]) -> None:
+        """ConfigError, where another run writes to the same address: each would remove checkpoints of the other.
+
+        there: steps of whole checkpoints; strange: those that this run has neither found nor put there.
+        """
+        newest = max(there & self.there.keys(), default=None)
+        if newest is not None and not strange:
+            marker = storage.read(join(self.address, step_name(newest), MARKER)).decode(errors="replace")
+            if checkpoint_dir.parse_marker(marker, shown(self.address)).get(checkpoint_dir.SEAL) != self.there[newest]:
+                strange = {newest}
+        if strange:
+            raise ConfigError(
+                f"another run has put {step_name(max(strange))} there, too: end one of them, and start it again with"
+                " a name (name=...) or train.upload_to of its own."
+            )
 
     def _whole_here(self) -> dict[int, Path]:
         """Those on disk by their step, the oldest first."""
@@ -201,3 +240,8 @@ class Uploads:
     def _say(self, line: str) -> None:
         with self.guard:
             self.said.append(line)
+
+
+def _told(error: Exception) -> str:
+    """The words of others may quote a request with its credentials."""
+    return str(error) if isinstance(error, ConfigError | OSError) else f"{type(error).__name__}."

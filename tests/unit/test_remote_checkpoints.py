@@ -138,7 +138,7 @@ def test_of_disk_and_storage_the_newest_whole_one_is_taken(saved, store, tmp_pat
 
     monkeypatch.setattr(storage, "list_files", refused)
     found = newest(here, RUNS)
-    assert found.here == here / step_name(3) and "which may have a newer checkpoint: cannot list" in found.ignored[0]
+    assert found.here == here / step_name(3) and "which may have a newer checkpoint: train.upload_to: cannot list" in found.ignored[0]
     with pytest.raises(ConfigError, match="cannot list"):
         newest(tmp_path / "nothing", RUNS)
 
@@ -251,10 +251,47 @@ def test_failing_uploads_are_tried_again_counted_and_told(saved, store, tmp_path
     assert (
         f"NOT UPLOADED: {RUNS} lacks checkpoints of" in lines[-1] and "no right to); start the run again" in lines[-1]
     )
+    assert copies.record() == {"missing": "cannot write x: no right to.", "not_removed": ""}
     assert steps(store) == [1]
     faults.clear()
     again = uploader(tmp_path)
     assert again.finish(lines.append) and remote_checkpoints.newest(RUNS)[0].step == 2
+
+
+@pytest.mark.parametrize("step", (2, 7))
+def test_two_runs_at_one_address_are_told_and_remove_nothing(saved, store, tmp_path, step):
+    copies, lines = uploader(tmp_path, keep_last=1), []
+    saved(2)
+    copies.wake()
+    copies.is_idle.wait(60)
+    # Of another run: a checkpoint of a step of its own, or one in the place of ours.
+    marker = json.loads((saved(step) / MARKER).read_text())
+    (tmp_path / "run" / "checkpoints" / step_name(step)).rename(tmp_path / step_name(step))
+    (tmp_path / step_name(step) / MARKER).write_text(json.dumps(checkpoint_dir.sealed(marker | {"seed": 5})))
+    up(tmp_path / step_name(step))
+    saved(8)
+    assert not copies.finish(lines.append) and steps(store) == sorted({2, step})
+    assert f"another run has put {step_name(step)} there, too: end one of them" in lines[-1]
+
+
+def test_copies_that_cannot_be_removed_are_not_called_missing(saved, store, tmp_path, monkeypatch):
+    def refused(folder, first=()):
+        raise storage.StorageError(f"cannot delete {folder}/complete.json: no right to.")
+
+    monkeypatch.setattr(storage, "delete_folder", refused)
+    copies, lines = uploader(tmp_path, keep_last=1), []
+    for step in (1, 2, 3):
+        saved(step)
+        copies.wake()
+        copies.is_idle.wait(60)
+    assert copies.failed == 0 and copies.note() == "" and copies.uploaded == 3
+    assert sum("is still there: cannot delete" in line for line in copies.lines()) == 1
+    assert copies.finish(lines.append) and steps(store) == [1, 2, 3]
+    assert lines == [
+        f"all is at {RUNS}, but what is not kept any more could not be removed (cannot delete {RUNS}/step_00000001/"
+        "complete.json: no right to): remove it there, or mend that for the next start."
+    ]
+    assert copies.record()["missing"] == "" and "no right to" in copies.record()["not_removed"]
 
 
 def test_a_checkpoint_is_not_removed_while_it_is_uploaded(saved, store, tmp_path, monkeypatch):
@@ -295,9 +332,11 @@ def test_a_folder_is_refused_where_an_address_is_and_the_other_way_round(tmp_pat
     )
     assert said(run_dir=str(tmp_path), upload_to="msc://store/runs") is None  # the advice
     assert "train.upload_to=runs is no address" in said(upload_to="runs")
-    assert "secret" not in said(upload_to="s3://me:secret@bucket/x") and "credentials belong" in said(
+    assert "secret" not in said(upload_to="s3://me:secret@bucket/x") and "credentials and the server" in said(
         upload_to="s3://me:secret@bucket/x"
     )
+    assert said(run_dir="file:///x") == "run_dir=file:///x is a local path with a scheme: write it without file://."
+    assert "train.init_from=file:/x is a local path" in said(init_from="file:/x")
     assert "train.init_from=ftp://x/y has an unknown scheme" in said(init_from="ftp://x/y")
 
 

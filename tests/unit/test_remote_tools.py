@@ -55,10 +55,16 @@ def test_a_model_goes_through_addresses_unchanged(export, disk, tmp_path, monkey
         (("export_hf", "msc://disk/none", tmp_path / "x"), "there is no checkpoint at msc://disk/none"),
         (("export_hf", "msc://disk/start", tmp_path / "x", "--best"), "msc://disk/start has no best checkpoint"),
         (("import_hf", "msc://disk/none", tmp_path / "x"), "there is no checkpoint at msc://disk/none, no run and no"),
+        (("export_hf", "msc://disk/start", tmp_path / "x", "--scratch", "/none"), "--scratch /none is no folder: make it"),
+        (("import_hf", "msc://disk/hf", tmp_path / "x", "--scratch", "/none"), "--scratch /none is no folder: make it"),
         (("export_hf", "ftp://x/y", tmp_path / "x"), "CKPT=ftp://x/y has an unknown scheme"),
     ):
         with pytest.raises(SystemExit, match=sentence):
             run(monkeypatch, *words)
+
+
+def no_right(folder):
+    raise storage.StorageError("cannot list it: no right to.")
 
 
 def test_the_preflight_tries_the_address(disk, tmp_path, monkeypatch):
@@ -71,7 +77,10 @@ def test_the_preflight_tries_the_address(disk, tmp_path, monkeypatch):
 
     assert fault(None) is None and fault("msc://disk/runs") is None
     assert not [path for path in disk.rglob("*") if path.is_file()]
-    assert "train.upload_to=msc://nope/runs: cannot write" in fault("msc://nope/runs")
+    assert "train.upload_to=msc://nope/runs: cannot list" in fault("msc://nope/runs")
+    with monkeypatch.context() as changed:
+        changed.setattr(storage, "list_files", no_right)
+        assert fault("msc://disk/runs") == "train.upload_to=msc://disk/runs: cannot list it: no right to"
     disk.rename(tmp_path / "gone")
     disk.write_text("a file where the folder was")
     assert "train.upload_to=msc://disk/runs: cannot write msc://disk/runs/n/stage2/checkpoints/.probe" in fault(

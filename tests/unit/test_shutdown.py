@@ -7,8 +7,10 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset
 
-from molmo2_nemo.data.loader import WorkerDied
+from molmo2_nemo.data.loader import DataLost, ValidationLoader, WorkerDied
+from molmo2_nemo.storage import StorageError, Unreachable
 from molmo2_nemo.training.shutdown import cause_of, describe, lost_contact, write_ended
 
 
@@ -49,6 +51,24 @@ def test_who_can_fix_an_error(error, cause):
             raise RuntimeError("the writer failed") from first
     except RuntimeError as second:
         assert cause_of(second) == ("user" if cause == "user" else "node" if "Input" in str(error) else "transient")
+
+
+@pytest.mark.parametrize(("kind", "cause"), {Unreachable: "transient", StorageError: "user"}.items())
+def test_storage_that_fails_in_a_worker_is_told_in_its_sentence(kind, cause):
+    """Held-out batches come from a worker process, too."""
+    loader = DataLoader(Unreadable(kind), batch_size=None, num_workers=1, worker_init_fn=lambda worker: None)
+    with pytest.raises(kind) as raised:
+        list(ValidationLoader(loader))
+    lost = DataLost(raised.value)
+    assert describe(lost) == "cannot read x: gone" and cause_of(lost) == cause
+
+
+class Unreadable(IterableDataset):
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __iter__(self):
+        raise self.kind("cannot read x: gone.")
 
 
 def test_the_end_of_a_run_names_the_job_and_the_cause(monkeypatch, tmp_path):

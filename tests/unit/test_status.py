@@ -109,3 +109,21 @@ def test_a_changed_record_of_starts_is_named(run, tmp_path):
     record(run / "stage1" / "slurm", event="end", action="stop", kind="failed", message=7, failed_nodes=3)
     with pytest.raises(ValueError, match="stage1/ended.json or slurm/starts.jsonl was changed"):
         status.status(run)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"kind": "uploads", "missing": "cannot write x: no right to.", "not_removed": ""}, "NOT UPLOADED: cannot write"),
+        ({"kind": "uploads", "missing": "", "not_removed": "cannot delete x."}, "is still there: cannot delete x."),
+        ({"kind": "train", "uploads": {"failed": 2, "behind": 1}}, "2 failed upload(s), and what is in object storage"),
+        ({"kind": "train", "uploads": {"failed": 2, "behind": 0}}, None),
+        ({"kind": "uploads", "missing": "", "not_removed": ""}, None),
+    ],
+)
+def test_copies_in_object_storage_that_are_missing_are_told(run, record, said):
+    with (run / "stage2" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 7, **record}) + "\n")
+    found = status.status(run)
+    told = [line for line in status.table(found).splitlines() if line.startswith("stage2: ")]
+    assert len(told) == (said is not None) and all(said in line for line in told)

@@ -146,6 +146,8 @@ def test_a_profile_that_is_not_there_is_named(here):
 
 def test_a_damaged_configuration_is_not_quoted(here):
     (here / "msc.json").write_text('{"profiles": {"disk": {"storage_provider": "planted"}}}')
+    with pytest.raises(storage.StorageError, match="msc.json .MSC_CONFIG. is no valid file of multi-storage-client"):
+        storage.read("s3://b/x")
     with pytest.raises(storage.StorageError, match="no valid profile disk") as raised:
         storage.read("msc://disk/x")
     assert "planted" not in str(raised.value)
