@@ -116,8 +116,8 @@ def finetune_words(words: list[str]) -> list[str]:
         return [*found, "tune=full" if rank == "0" else "tune=lora"]
     refuse(
         (tune == "lora") == (rank == "0"),
-        f"tune={tune} lora.rank={rank}: {'LoRA has a rank' if rank == '0' else 'only tune=lora has adapters'}; leave one"
-        " of the two out.",
+        f"tune={tune} lora.rank={rank}: {'LoRA has a rank' if rank == '0' else 'only tune=lora has adapters'};"
+        " leave one of the two out.",
     )
     return found
 
