@@ -66,16 +66,14 @@ def least(config: Config, gpus: int) -> Config:
 
 
 def quickest(config: Config, gpus: int) -> list[Config]:
-    """The configurations without `auto` of which one takes the least time; nothing that `resolve` chooses takes less."""
+    """Configurations without `auto`, of which one takes the least time; nothing that `resolve` chooses takes less."""
     train, fields = config.train, config.transformer
     crops, tower = train.vision_chunk_crops, train.vision_recompute
     fields = fields | ({"recompute": "none"} if fields.get("recompute") == AUTO else {})
     crops = CHUNKS[0] if crops == AUTO else crops
     return [
         resolve(
-            replace(
-                config, train=replace(train, vision_chunk_crops=crops, vision_recompute=one), transformer=fields
-            ),
+            replace(config, train=replace(train, vision_chunk_crops=crops, vision_recompute=one), transformer=fields),
             gpus,
         )[0]
         for one in ((True, LAYERS) if tower == AUTO else (tower,))

@@ -116,7 +116,7 @@ def finetune_words(words: list[str]) -> list[str]:
         return [*found, "tune=full" if rank == "0" else "tune=lora"]
     refuse(
         (tune == "lora") == (rank == "0"),
-        f"tune={tune} lora.rank={rank}: {'LoRA has adapters of a rank' if rank == '0' else 'only tune=lora has adapters'};"
+        f"tune={tune} lora.rank={rank}: {'LoRA has a rank' if rank == '0' else 'only tune=lora has adapters'};"
         " leave one of the two out.",
     )
     return found
@@ -141,8 +141,8 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
     """
     refuse(
         HARDWARE_AUTO in arguments,
-        f"{HARDWARE_AUTO} is for recipes/finetune.py, and for tools/plan.py and tools/rehearse.py --config-name finetune:"
-        " name a preset, such as hardware=h100_8, or see tools/plan.py --search.",
+        f"{HARDWARE_AUTO} is for recipes/finetune.py, and for tools/plan.py and tools/rehearse.py --config-name"
+        " finetune: name a preset, such as hardware=h100_8, or see tools/plan.py --search.",
     )
     sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
     refuse(sweep, "--multirun: a process trains once; start one recipe for each setting.")

@@ -174,9 +174,7 @@ def by_first_rank(work: Callable):
     return found[0]
 
 
-def ask(
-    args: argparse.Namespace, samples, folder: Path, out: Path, settings: dict, rank: int, ranks: int
-) -> None:
+def ask(args: argparse.Namespace, samples, folder: Path, out: Path, settings: dict, rank: int, ranks: int) -> None:
     """Each rank asks about its share of the samples; the first one then makes table and page."""
     import torch.distributed as dist
     from tqdm import tqdm

@@ -288,6 +288,8 @@ def _try(read: Callable[[bytes], object], file: Path, other: Callable[[bytes], o
 
     other: reads the other kind of media; instead: what the file is if that works.
     """
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder: name a file of it, or take --web, which shows them all")
     try:
         if file.stat().st_size > limits.MAX_MEDIA:
             raise ValueError(f"{file} has more than {limits.MAX_MEDIA:,} bytes: cut it")

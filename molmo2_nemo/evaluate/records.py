@@ -63,7 +63,9 @@ def held(out: Path) -> Iterator[None]:
             with tempfile.TemporaryFile(dir=out) as file:
                 file.write(bytes(ROOM))
         except LockHeld:
-            raise ValueError(f"another tools/evaluate.py works in {out}: wait for its end, or name another --out") from None
+            raise ValueError(
+                f"another tools/evaluate.py works in {out}: wait for its end, or name another --out"
+            ) from None
         except OSError as error:
             raise ValueError(f"--out {out} cannot be written to ({error.strerror}): name another folder") from error
         yield

@@ -148,7 +148,7 @@ def test_two_models_are_compared(files, export, said, capsys):
 # Arguments after the model -> the sentence. {files} is the folder above.
 WRONG = {
     "no such picture": (["--image", "{files}/none.png", "q"], "none.png cannot be read: No such file or directory"),
-    "a folder": (["--image", "{files}", "q"], "cannot be read: Is a directory"),
+    "a folder": (["--image", "{files}", "q"], "is a folder: name a file of it, or take --web"),
     "no picture": (["--image", "{files}/text.png", "q"], "text.png: The image cannot be decoded"),
     "nothing in it": (["--image", "{files}/empty.png", "q"], "empty.png: The image cannot be decoded"),
     "floating-point": (["--image", "{files}/float.tiff", "q"], "of which none is said to be white"),

@@ -242,6 +242,29 @@ def test_what_can_be_refused_is_before_anything_is_exported(shards, export, said
     assert exported and (tmp_path / "other" / "scores.json").is_file()
 
 
+def test_what_the_first_rank_does_ends_the_others_where_it_fails(monkeypatch):
+    """Two ranks one after the other, in one process."""
+    sent, dist = [], torch.distributed
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+
+    def on_both(work):
+        monkeypatch.setattr(dist, "get_rank", lambda: 0)
+        monkeypatch.setattr(dist, "broadcast_object_list", lambda found: sent.append(list(found)))
+        try:
+            yield evaluate.by_first_rank(work)
+        except ValueError as error:
+            yield str(error)
+        monkeypatch.setattr(dist, "get_rank", lambda: 1)
+        monkeypatch.setattr(dist, "broadcast_object_list", lambda found: found.__setitem__(slice(None), sent.pop()))
+        yield evaluate.by_first_rank(lambda: pytest.fail("it is of the first rank alone"))
+
+    assert list(on_both(lambda: ("a", 3))) == [("a", 3)] * 2
+    ranks = on_both(lambda: records.check_settings(Path("/nowhere"), {}) or json.loads("{"))
+    assert "Expecting property name" in next(ranks)
+    with pytest.raises(SystemExit, match="^1$"):
+        next(ranks)
+
+
 def test_a_disk_that_gets_full_ends_it_in_one_sentence_and_it_goes_on(
     shards, export, said, tmp_path, capsys, monkeypatch
 ):
