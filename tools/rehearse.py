@@ -18,13 +18,13 @@ import os
 import sys
 import time
 import traceback
-from pathlib import Path
 
 from molmo2_nemo.auto import resolve
 from molmo2_nemo.command_line import compose, take_gpus
 from molmo2_nemo.config.checks import check_settings
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.environment import quiet_libraries
+from molmo2_nemo.option_types import local_path
 from molmo2_nemo.planner.memory import Job
 from molmo2_nemo.rehearsal.plan import NotRehearsed, Plan, beside, plan, roofline
 
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--ranks", metavar="N,N", help="the ranks to rehearse, or all (default: one of each kind)")
     parser.add_argument("--micro-batches", type=int, metavar="N", help="of a step (default: as many as are in flight)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="ranks at a time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="write all figures here")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="gpus=N and overrides of the recipe")
     args, unknown = parser.parse_known_args()
     quiet_libraries()
