@@ -178,7 +178,9 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
                 known = (
                     f"did you mean {'.'.join([*path[:depth], close[0]])}" if close else f"known are {', '.join(types)}"
                 )
-                raise ConfigError(f"{key}={storage.shown(value)}: {where or 'the configuration'} has no key {name}; {known}.")
+                raise ConfigError(
+                    f"{key}={storage.shown(value)}: {where or 'the configuration'} has no key {name}; {known}."
+                )
             cls = next((kind for kind in typing.get_args(types[name]) if dataclasses.is_dataclass(kind)), types[name])
         else:
             if not match[1] and not dataclasses.is_dataclass(cls):

@@ -13,8 +13,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,16 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from molmo2_nemo import checkpoint_dir, storage
+from molmo2_nemo.byte_progress import ByteProgress
 from molmo2_nemo.checkpoint_dir import BEST, DAMAGED, MARKER, step_name
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config
-from molmo2_nemo.files import disk_errors_told, missing_room, readable_size, sha256_of, write_json
+from molmo2_nemo.files import disk_errors_told, missing_room, sha256_of, write_json
 from molmo2_nemo.storage import StorageError, join, shown
 
 # Files that are transferred at a time.
 AT_ONCE = 8
-# Seconds between two lines on the progress of a transfer.
-SECONDS_BETWEEN_LINES = 10
 # What a Hugging Face folder has, of a model or of adapters.
 HUGGING_FACE = ("config.json", "adapter_config.json")
 # In a folder that was fetched: sizes and versions of the objects that it is a copy of.
@@ -177,33 +174,27 @@ def upload(path: Path, address: str, compare: bool = True, sent: Callable[[int],
         sha256 = (sums.get(name) or sha256_of(path / name)) if compare else None
         if compare and name in there and there[name].size == size and storage.sha256_there(target, size) == sha256:
             return sent(size)
-        storage.upload_file(path / name, target)
-        arrived = storage.info(target).size
-        if arrived != size:
-            raise StorageError(f"{shown(target)} has {arrived} bytes after its upload, and {size} were sent.")
-        if compare and storage.sha256_there(target, size) != sha256:
-            raise StorageError(f"{shown(target)} does not have the SHA-256 of the file that was sent.")
+        storage.send(path / name, target, sha256, read_back=compare)
         sent(size)
 
     _at_once(copy, list(marker["files"]))
     target = join(address, MARKER)
-    storage.write(target, text)
-    if storage.read(target) != text:
-        storage.delete(target)
-        raise StorageError(f"{shown(target)} is not as it was sent.")
+    try:
+        storage.send(text, target)
+    except StorageError:
+        with contextlib.suppress(StorageError), storage.patience(0.0):
+            storage.delete(target)
+        raise
 
 
 def upload_folder(folder: Path, address: str, last: str, say: Callable[[str], None]) -> None:
     """Copy all files of a folder to an address, `last` at the end, and compare each there. StorageError, OSError."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    progress = Progress(f"uploading to {shown(address)}", sum(sizes.values()), say)
+    progress = ByteProgress(sum(sizes.values()), say, f"uploading to {shown(address)}")
 
     def copy(name: str) -> None:
-        target = join(address, name)
-        storage.upload_file(files[name], target)
-        if storage.sha256_there(target, storage.info(target).size) != sha256_of(files[name]):
-            raise StorageError(f"{shown(target)} does not have the SHA-256 of the file that was sent.")
+        storage.send(files[name], join(address, name))
         progress.add(sizes[name])
 
     _at_once(copy, [name for name in files if name != last])
@@ -266,22 +257,25 @@ def fetch(remote: Remote, target: Path, say: Callable[[str], None] = lambda line
         missing = missing_room(target.parent, remote.size - there, f"the copy of {said}")
         if missing is not None:
             raise ConfigError(missing)
-        progress = Progress(f"fetching {said} to {target.parent}", remote.size, say)
+        progress = ByteProgress(remote.size, say, f"fetching {said} to {target.parent}")
 
-        def is_right(file: Path, size: int, sha256: str | None) -> bool:
-            return file.is_file() and file.stat().st_size == size and sha256_of(file) == sha256
+        def is_right(file: Path, name: str) -> bool:
+            has_size = name in sums and file.is_file() and file.stat().st_size == remote.marker["files"][name]
+            return has_size and sha256_of(file) == sums[name]
 
         def copy(name: str) -> None:
             file, size = partial / name, remote.marker["files"][name]
             file.parent.mkdir(parents=True, exist_ok=True)
-            if not is_right(file, size, sums.get(name)) and is_right(target / name, size, sums.get(name)):
+            if is_right(file, name):
+                return progress.add(size)
+            if is_right(target / name, name):
                 file.unlink(missing_ok=True)
                 shutil.copy2(target / name, file)
-            elif not is_right(file, size, sums.get(name)):
-                storage.download_file(join(remote.address, name), file)
-                if name in sums and sha256_of(file) != sums[name]:
-                    file.unlink()
-                    raise Damaged(f"checkpoint {said} is damaged: {name} does not have the SHA-256 it was saved with.")
+                return progress.add(size)
+            storage.download_file(join(remote.address, name), file)
+            if name in sums and sha256_of(file) != sums[name]:
+                file.unlink()
+                raise Damaged(f"checkpoint {said} is damaged: {name} does not have the SHA-256 it was saved with.")
             progress.add(size)
 
         _at_once(copy, list(remote.marker["files"]))
@@ -313,7 +307,7 @@ def fetch_folder(
         missing = missing_room(target, size, f"the copy of {shown(address)}")
         if missing is not None:
             raise ConfigError(missing)
-        progress = Progress(f"fetching {shown(address)}", size, say)
+        progress = ByteProgress(size, say, f"fetching {shown(address)}")
 
         def copy(name: str) -> None:
             storage.download_file(join(address, name), target / name)
@@ -352,25 +346,6 @@ def local_copy(address: str, folder: Path, say: Callable[[str], None] = lambda l
 
 
 # -- transfers --------------------------------------------------------------------------------------------------------
-
-
-class Progress:
-    """Lines on a transfer of `total` bytes, not more often than every SECONDS_BETWEEN_LINES."""
-
-    def __init__(self, what: str, total: int, say: Callable[[str], None]):
-        self.what, self.total, self.say, self.done = what, total, say, 0
-        self.begun = self.said = time.monotonic()
-        self.guard = threading.Lock()  # several threads add
-        say(f"{what}: {readable_size(total)}")
-
-    def add(self, size: int) -> None:
-        with self.guard:
-            self.done, now = self.done + size, time.monotonic()
-            if now < self.said + SECONDS_BETWEEN_LINES:
-                return
-            self.said, rate = now, max(1.0, self.done / (now - self.begun))
-            far = f"{readable_size(self.done)} of {readable_size(self.total)}, {readable_size(int(rate))}/s"
-            self.say(f"{self.what}: {far}, {(self.total - self.done) / rate:,.0f} s left")
 
 
 def _at_once(do: Callable[[str], None], names: list[str]) -> None:

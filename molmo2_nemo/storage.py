@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo2_nemo.config.errors import ConfigError
-from molmo2_nemo.files import disk_error_behind
+from molmo2_nemo.files import disk_error_behind, sha256_of
 
 SCHEMES = ("msc", "s3", "gs")
 LOCAL = "__filesystem__"  # multi-storage-client's own name of a profile for local paths
@@ -47,6 +47,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30
 # Bytes that are in memory at once while an object is read for its checksum.
 READ_AT_ONCE = 64 * 2**20
+# How often an object is written again that came back with other bytes.
+TRIES = 3
 # What has to be installed for a kind of storage: the extra of this project (pyproject.toml).
 EXTRAS = {"boto3": "s3", "botocore": "s3", "google": "gcs", "azure": "azure"}
 # Providers of multi-storage-client that take the options of boto3.
@@ -244,6 +246,28 @@ def write(address: str, data: bytes) -> None:
         client.write(path, data)
 
     _tried("write", address, ask)
+
+
+def send(content: Path | bytes, address: str, sha256: str | None = None, read_back: bool = True) -> None:
+    """Write an object, of a local file or of bytes, and see that it is there as it was sent; else write it again.
+
+    read_back: read it for its SHA-256, else its size is compared alone. sha256: that it must have, by default that of
+    `content`. StorageError: it cannot be written, or is not as it was sent after TRIES times.
+    """
+    is_file = isinstance(content, Path)
+    size = content.stat().st_size if is_file else len(content)
+    if read_back and sha256 is None:
+        sha256 = sha256_of(content) if is_file else hashlib.sha256(content).hexdigest()
+    for _ in range(TRIES):
+        if is_file:
+            upload_file(content, address)
+        else:
+            write(address, content)
+        if info(address).size == size and (not read_back or sha256_there(address, size) == sha256):
+            return
+    raise StorageError(
+        f"{shown(address)} was written {TRIES} times and came back with other bytes: look at the storage."
+    )
 
 
 def sha256_there(address: str, size: int) -> str:

@@ -33,6 +33,7 @@ from molmo2_nemo.option_types import local_path, positive, side, size
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
+        options.root = (options.root or default_root()).expanduser()
         catalogue = load_catalogue(options.catalogue)
         entries = chosen(catalogue, options)
         return {"list": show, "plan": show_plan, "fetch": fetch, "how": show_how, "doctor": diagnose, "verify": verify}[
@@ -98,7 +99,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     checking = commands.add_parser("doctor", parents=both, help="what is broken or missing, and how to fix it")
     checking.add_argument("--deep", action="store_true", help="read every byte")
     options = parser.parse_args(arguments)
-    options.root = (options.root or default_root()).expanduser()
     if options.command in ("fetch", "how", "verify") and not (options.names or options.stage or options.category):
         parser.error(f"{options.command} needs names, --stage or --category")
     return options

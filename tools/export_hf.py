@@ -33,6 +33,7 @@ from molmo2_nemo.hf.convert import export_hf
 from molmo2_nemo.hf.layouts import LAYOUTS
 from molmo2_nemo.hf.peft import export_adapter
 from molmo2_nemo.hf.push import push, refuse_push
+from molmo2_nemo.option_types import local_path
 
 # Without it, nobody takes the folder for a model: it is uploaded when all else is there.
 LAST = "config.json"
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--license", help="of the exported model, for its card, by the Hub's names: apache-2.0, ...")
     parser.add_argument(
         "--scores",
-        type=Path,
+        type=local_path,
         nargs="+",
         metavar="DIR",
         help="folders of tools/evaluate.py, for the card (default: all of runs/evaluate that are of these weights)",
@@ -66,7 +67,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder of the tokenizer; default: the checkpoint's model")
     parser.add_argument("--max-crops", type=int, help="tiles of an image; default: as in training, else 8")
     parser.add_argument("--max-frames", type=int, help="frames of a video; default: as in training, else 384")
-    parser.add_argument("--scratch", help="folder for copies of what is at addresses; default: the temporary one")
+    parser.add_argument(
+        "--scratch", type=local_path, help="folder for copies of what is at addresses; default: the temporary one"
+    )
     parser.add_argument("--push", metavar="ORG/NAME", help="put the export into this new repository of the Hub, too")
     parser.add_argument("--public", action="store_true", help="with --push: for everybody to see")
     args = parser.parse_args()

@@ -22,6 +22,7 @@ from molmo2_nemo.hf.base_models import import_base_models
 from molmo2_nemo.hf.convert import import_hf
 from molmo2_nemo.hf.folder import is_there
 from molmo2_nemo.hf.peft import import_adapter
+from molmo2_nemo.option_types import local_path
 
 
 def say(line: str) -> None:
@@ -40,7 +41,9 @@ def main() -> None:
     parser.add_argument("--adapter", metavar="DIR", help="adapters of LoRA that PEFT has saved")
     parser.add_argument("--base", metavar="CKPT", help="the checkpoint of the weights that they belong to")
     parser.add_argument("--seed", type=int, default=6198, help="seed of what is drawn at random (train.seed)")
-    parser.add_argument("--scratch", help="folder for copies of what is at addresses; default: the temporary one")
+    parser.add_argument(
+        "--scratch", type=local_path, help="folder for copies of what is at addresses; default: the temporary one"
+    )
     args = parser.parse_args()
     pairs = [(args.llm, args.vision), (args.adapter, args.base)]
     given = [args.hf_dir is not None, *(all(part is not None for part in pair) for pair in pairs)]

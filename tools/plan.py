@@ -18,7 +18,6 @@ import json
 import math
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 from molmo2_nemo.auto import resolve
 from molmo2_nemo.command_line import HARDWARE_AUTO, compose, finetune_words, take_gpus
@@ -31,6 +30,7 @@ from molmo2_nemo.data.blend import check_held_out, check_present, load_blend
 from molmo2_nemo.data.node_metadata import is_cached
 from molmo2_nemo.environment import quiet_libraries
 from molmo2_nemo.finetune import Machine, choose
+from molmo2_nemo.option_types import local_path
 from molmo2_nemo.planner.efficiency import FAST, GPUS_PER_NODE, SLOW
 from molmo2_nemo.planner.flops import PEAK_TFLOPS
 from molmo2_nemo.planner.measured import with_measured
@@ -84,7 +84,7 @@ def main() -> int:
         "--scale", action="store_true", help="the fastest layout that fits at 8 to 4,096 GPUs, and what limits it"
     )
     parser.add_argument(
-        "--measured", type=Path, metavar="FILE", help="figures of tools/bench/gpu.py instead of assumed ones"
+        "--measured", type=local_path, metavar="FILE", help="figures of tools/bench/gpu.py instead of assumed ones"
     )
     parser.add_argument("--json", action="store_true", help="one JSON line instead of tables")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="gpus=N and overrides of the recipe")

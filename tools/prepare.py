@@ -94,7 +94,7 @@ def main_own_annotations(arguments: list[str]) -> None:
         metavar="DIR",
         help="folder of the images and videos (default: that of the annotations)",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="folder to make")
+    parser.add_argument("--out", type=local_path, required=True, metavar="SHARDS", help="folder to make")
     parser.add_argument("--name", help="of the source in the blend (default: the folder's)")
     parser.add_argument(
         "--format", choices=FORMATS, help="of the annotations, listed below (default: recognised line by line)"
@@ -191,8 +191,6 @@ def check_options(arguments: argparse.Namespace) -> None:
             f"--split {arguments.split} has a part for the test, and so has --test {arguments.test[0]}: leave out the"
             " file, or the last number"
         )
-    if storage.is_remote(arguments.out):
-        raise ValueError(f"--out {arguments.out} is an address: own annotations are prepared in a folder, name one")
     for name in ("repeat", "shard_size", "workers"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is below 1")
@@ -393,7 +391,7 @@ def main_stage(arguments: list[str]) -> None:
 
 def add_scratch_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("fetch, prepare and upload one set after the other, in parts if it must be")
-    group.add_argument("--scratch", type=Path, metavar="DIR", help="a folder of a local disk for what is at work")
+    group.add_argument("--scratch", type=local_path, metavar="DIR", help="a folder of a local disk for what is at work")
     group.add_argument(
         "--max-scratch", type=size, metavar="BYTES", help="at most so much of it, as 200GB (default: 90 %% of the room)"
     )
@@ -416,8 +414,6 @@ def scratch_of(given: argparse.Namespace) -> Scratch | None:
         if given.max_scratch or given.limit or given.max_side or given.allow_private:
             raise ValueError("--max-scratch, --limit, --max-side and --allow-private go with --scratch DIR: add it")
         return None
-    if storage.is_remote(given.scratch):
-        raise ValueError(f"--scratch {given.scratch} is an address: name a folder of a local disk")
     return Scratch(given.scratch, given.max_scratch, given.limit, given.max_side, given.allow_private)
 
 

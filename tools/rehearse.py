@@ -19,7 +19,6 @@ import os
 import sys
 import time
 import traceback
-from pathlib import Path
 
 from molmo2_nemo.auto import resolve
 from molmo2_nemo.command_line import HARDWARE_AUTO, compose, finetune_words, take_gpus
@@ -29,6 +28,7 @@ from molmo2_nemo.config.schema import STAGES, Config
 from molmo2_nemo.data import epochs
 from molmo2_nemo.environment import quiet_libraries
 from molmo2_nemo.finetune import Machine, choose
+from molmo2_nemo.option_types import local_path
 from molmo2_nemo.planner.memory import H100_GIB, Job
 from molmo2_nemo.rehearsal.plan import NotRehearsed, Plan, beside, plan, roofline
 
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--ranks", metavar="N,N", help="the ranks to rehearse, or all (default: one of each kind)")
     parser.add_argument("--micro-batches", type=int, metavar="N", help="of a step (default: as many as are in flight)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="ranks at a time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="write all figures here")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="gpus=N and overrides of the recipe")
     args, unknown = parser.parse_known_args()
     quiet_libraries()

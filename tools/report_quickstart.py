@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from molmo2_nemo.option_types import local_path
 from molmo2_nemo.report import Run, read_run, write_report
 
 STAGES = {"stage1": "pre-training", "stage2": "SFT", "stage3": "long context"}
@@ -66,8 +67,10 @@ def plot(runs: dict[str, Run], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="folder of the quickstart, runs/quickstart")
-    parser.add_argument("--data", type=Path, default=Path("data/sample"), help="the sample data (default data/sample)")
+    parser.add_argument("runs", type=local_path, help="folder of the quickstart, runs/quickstart")
+    parser.add_argument(
+        "--data", type=local_path, default=Path("data/sample"), help="the sample data (default data/sample)"
+    )
     given = parser.parse_args()
     folder, quiz = given.runs, given.data / "quiz"
     runs = {stage: read_run(folder / stage) for stage in STAGES}

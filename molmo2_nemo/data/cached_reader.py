@@ -78,13 +78,14 @@ class PlainTar:
         return self.indexes[self.path]
 
     def open(self, mode: str = "rb") -> "SampleFile":
-        file = open(self.path, mode, buffering=0)  # noqa: SIM115 - SampleFile closes it
+        file = open(self.path, mode, buffering=0)
 
         def read(number: int, index: np.ndarray) -> bytes:
             begin = int(index[number])
             return os.pread(file.fileno(), int(index[number + 1]) - begin, begin)
 
         return SampleFile(self.index, read, file)
+
 
 class SampleFile:
     """A file open for reading, with what tarfile asks of one. It holds one sample in memory.

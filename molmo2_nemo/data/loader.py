@@ -444,9 +444,7 @@ def validation_loader(
         return ValidationLoader(get_loader(dataset, watchdog_timeout_seconds=None))
 
 
-def stored_samples(
-    data: DataConfig, encoder: Encoder, sources: list[Source], part: str
-) -> Iterator[RawSample]:
+def stored_samples(data: DataConfig, encoder: Encoder, sources: list[Source], part: str) -> Iterator[RawSample]:
     """The undecoded samples of a split part (train, val), each once, the sources in turn; read in this process.
 
     Each has its source's name in __subflavors__["source"]."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from molmo2_nemo.fetch.web import OutOfBytes
 from molmo2_nemo.files import readable_size
 
 # Bytes of a block of most file systems. All files are looked at again once so much of the room was written since.
@@ -81,12 +82,9 @@ class Room:
         return self.add
 
     def add(self, count: int) -> None:
-        """Count bytes that come out of an archive. NoScratch: they do not fit."""
+        """Count bytes that come out of an archive, which may be more than it has. OutOfBytes: they do not fit now."""
         if not self.takes(-(-count // BLOCK) * BLOCK):
-            raise NoScratch(
-                f"what comes out of its archives needs more than --max-scratch {as_option(self.most)}: give "
-                f"--max-scratch {as_option(2 * self.most)}"
-            )
+            raise OutOfBytes("the scratch is full")
 
 
 def blocks_below(folder: Path) -> int:

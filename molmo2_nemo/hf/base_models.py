@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from molmo2_nemo.byte_progress import ByteProgress
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import ConnectorConfig, ModelConfig, VisionConfig, VitConfig
 from molmo2_nemo.hf.architecture import check_rope
-from molmo2_nemo.hf.convert import Progress, head_is_tied, report_types, write_checkpoint
+from molmo2_nemo.hf.convert import head_is_tied, report_types, write_checkpoint
 from molmo2_nemo.hf.folder import CONFIG_FILE, HuggingFaceWeights, is_there, parsed, read_config
 from molmo2_nemo.hf.names import EMBEDDING_PARTS, WrongShape, base_parts, tensor_table
 
@@ -227,7 +228,7 @@ def import_base_models(
         make[entry.key] = build
     source = {"step": 0, "stage": "imported", "source": f"{llm} + {vision}"}
     report_types(state, progress)
-    told = Progress(sum(tensor.nbytes for tensor in state.values()), progress)
+    told = ByteProgress(sum(tensor.nbytes for tensor in state.values()), progress)
     write_checkpoint(checkpoint, model, state, make, source | (info or {}), told)
     return model
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from molmo2_nemo import checkpoint_dir, lora_base
+from molmo2_nemo.byte_progress import ByteProgress
 from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.lora import scale
 from molmo2_nemo.config.schema import ModelConfig
@@ -41,29 +41,6 @@ READ_AT_ONCE = 2**30
 BYTES_OF_A_FILE = 2**29
 # Bytes of two tables that are compared at a time.
 _COMPARED_AT_ONCE = 2**26
-SECONDS_BETWEEN_LINES = 5.0
-
-
-class Progress:
-    """Says how far a conversion is: bytes, rate and time left, at most every `seconds`, and at the end.
-
-    total: bytes; say: gets the lines.
-    """
-
-    def __init__(self, total: int, say: Callable[[str], None], seconds: float = SECONDS_BETWEEN_LINES):
-        self.total, self.say, self.seconds, self.done = total, say, seconds, 0
-        self.started = self.last = time.monotonic()
-
-    def add(self, size: int, what: str) -> None:
-        """`size` more bytes are written; what: a word on the last of them."""
-        self.done += size
-        now = time.monotonic()
-        if now - self.last < self.seconds and self.done < self.total:
-            return
-        self.last, rate = now, self.done / max(now - self.started, 1e-3)
-        far = f"{readable_size(self.done)} of {readable_size(self.total)}"
-        left = max(0, self.total - self.done) / max(rate, 1)
-        self.say(f"{far}, {readable_size(int(rate))}/s, {left:.0f} s left ({what})")
 
 
 class _WriterOfSeveralFiles(dcp.FileSystemWriter):
@@ -83,7 +60,7 @@ class _WriterOfSeveralFiles(dcp.FileSystemWriter):
 class _LazyPlanner(DefaultSavePlanner):
     """Writes tensors that are made when their turn comes; the state dict holds meta tensors of their shapes."""
 
-    def __init__(self, state: dict, make: dict[str, Callable[[], Tensor]], progress: Progress):
+    def __init__(self, state: dict, make: dict[str, Callable[[], Tensor]], progress: ByteProgress):
         super().__init__(flatten_state_dict=False)
         self.make, self.progress = make, progress
         self.order = {key: number for number, key in enumerate(state)}
@@ -186,7 +163,7 @@ def import_hf(
     state = {key: state[key] for key in make}
     report_types(state, progress)
     source = {"step": 0, "stage": "imported", "source": str(folder)}
-    write_checkpoint(checkpoint, model, state, make, source | (info or {}), Progress(_bytes(state), progress))
+    write_checkpoint(checkpoint, model, state, make, source | (info or {}), ByteProgress(_bytes(state), progress))
     return model
 
 
@@ -229,7 +206,7 @@ def new_folder(folder: Path, needed: int, what: str) -> Iterator[Path]:
 
 
 def write_checkpoint(
-    checkpoint: Path, model: ModelConfig, state: dict, make: dict, info: dict, progress: Progress | None = None
+    checkpoint: Path, model: ModelConfig, state: dict, make: dict, info: dict, progress: ByteProgress | None = None
 ) -> None:
     """A weights-only checkpoint that Megatron's dist_checkpointing.load reads, written by one process.
 
@@ -250,7 +227,7 @@ def write_checkpoint(
                 contents,
                 # Nothing is copied ahead: that is for tensors on a GPU.
                 storage_writer=_WriterOfSeveralFiles(temporary, thread_count=1, per_thread_copy_ahead=0),
-                planner=_LazyPlanner(contents, make, progress or Progress(needed, lambda line: None)),
+                planner=_LazyPlanner(contents, make, progress or ByteProgress(needed, lambda line: None)),
                 no_dist=True,
             )
         except CheckpointException as error:
@@ -415,7 +392,7 @@ def export_hf(
     weights, merged = merged_reader(checkpoint, base)
     size = _export_bytes(weights, model, dtype)
     with new_folder(folder, size, "an export") as temporary:
-        written = Progress(size, progress)
+        written = ByteProgress(size, progress)
         tensors = released_tensors(weights, model, dtype, merged)
         stored = _write_weights(tensors, temporary, max_shard_bytes, written)
         tokens = None if processor is None else processor.tokenizer
@@ -437,7 +414,7 @@ def _export_bytes(checkpoint: Path, model: ModelConfig, dtype: torch.dtype | Non
 
 
 def _write_weights(
-    tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int, progress: Progress
+    tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int, progress: ByteProgress
 ) -> torch.dtype:
     """Write safetensors, and their index if there are several. Returns the type that most bytes have."""
     shard, size, shards, total, types = {}, 0, [], 0, Counter()

@@ -33,7 +33,7 @@ from molmo2_nemo.files import free_bytes, readable_size, sha256_of, sha256_of_te
 from molmo2_nemo.prepare.converters import converter_of
 from molmo2_nemo.prepare.dataset_shards import PROVENANCE, finish, read_provenance, write_shard
 from molmo2_nemo.prepare.needs import needs_of
-from molmo2_nemo.prepare.parking import from_heads, keep_heads, park, upload
+from molmo2_nemo.prepare.parking import from_heads, keep_heads, park
 from molmo2_nemo.prepare.place import MARKER, META, Place
 from molmo2_nemo.prepare.records import Provenance, RowCounts, ShardRecord
 from molmo2_nemo.prepare.shard_plan import VAL, ShardPlan, make_plan
@@ -373,7 +373,8 @@ class _Run:
 
     def _write_group(self, plan: ShardPlan, folder: Path, todo: list[str]) -> None:
         """In several processes, as many as there is room for."""
-        sizes = {shard: _expected_size(plan, folder, shard) + self._held(plan) for shard in todo}
+        held = self._held(plan)
+        sizes = {shard: size + held for shard, size in _expected_sizes(plan, folder, todo).items()}
         waiting, futures = list(todo), {}
         fork = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(self.options.jobs, fork, end_with_parent, (os.getpid(),)) as pool:
@@ -469,7 +470,7 @@ class _Run:
         report = self.shards / f"stage{options.stage}.report.json"
         write_json(report, [result_of(state) for state in states])
         for file in (*files, report):
-            upload(file, self.place.of(file.name))
+            storage.send(file, self.place.of(file.name))
         return [self.place.of(file.name) for file in files]
 
 
@@ -483,20 +484,23 @@ class _Beat:
         self._place.beat()
 
 
-def _expected_size(plan: ShardPlan, folder: Path, shard: str) -> int:
-    """About the bytes of a shard: its share of the raw data by its drafts, or more if pictures in the drafts are."""
+def _expected_sizes(plan: ShardPlan, folder: Path, shards: list[str]) -> dict[str, int]:
+    """About the bytes of each shard: its share of the raw data by its drafts, or more if pictures in the drafts are."""
     raw = RawSource(plan.root, plan.name)
     total = raw.info.get("bytes") or size_on_disk(raw.folder)
-    drafts = inside = 0
-    for bucket in plan.buckets(shard):
-        for file in folder.glob(f"{bucket}.*"):
-            inside += file.stat().st_size
-            if file.suffix == ".jsonl":
-                with file.open("rb") as lines:
-                    drafts += sum(1 for _ in lines)
-    of_all = RowCounts.read(plan.work / "rows.json").drafts
-    share = plan.num_val if shard.startswith(VAL) else 1
-    return int(SHARD_SPREAD * max(total * drafts / max(1, of_all), inside) / share)
+    of_all = max(1, RowCounts.read(plan.work / "rows.json").drafts)
+    sizes = {}
+    for shard in shards:
+        drafts = inside = 0
+        for bucket in plan.buckets(shard):
+            for file in folder.glob(f"{bucket}.*"):
+                inside += file.stat().st_size
+                if file.suffix == ".jsonl":
+                    with file.open("rb") as lines:
+                        drafts += sum(1 for _ in lines)
+        share = plan.num_val if shard.startswith(VAL) else 1
+        sizes[shard] = int(SHARD_SPREAD * max(total * drafts / of_all, inside) / share)
+    return sizes
 
 
 def write_and_upload(plan: ShardPlan, folder: Path, shard: str, target: str) -> ShardRecord:
@@ -513,7 +517,7 @@ def write_and_upload(plan: ShardPlan, folder: Path, shard: str, target: str) -> 
     ):
         record = write_shard(plan, folder, shard)
     if record.samples:
-        upload(file, storage.join(target, record.shard), record.sha256)
+        storage.send(file, storage.join(target, record.shard), record.sha256)
         keep_heads(file, plan.work / "uploaded" / f"{shard}.heads")
     record.write(plan.work / "uploaded" / f"{shard}.json")
     file.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ brings them back. Of a parquet file its end stays, where its columns and the num
 uploaded the heads of its members stay, which is all that Energon's index is made of.
 """
 
-import hashlib
 import json
 import os
 import struct
@@ -18,39 +17,13 @@ from molmo2_nemo import storage
 from molmo2_nemo.catalogue.parked import Parked, ParkedFile, crc_of
 from molmo2_nemo.catalogue.raw import MEDIA_SUFFIXES
 from molmo2_nemo.fetch.journal import Journal
-from molmo2_nemo.files import sha256_of, sync, write_atomically
+from molmo2_nemo.files import sync, write_atomically
 from molmo2_nemo.limits import VIDEO_SUFFIXES
 
 # Suffixes of files that are read through `RawSource.content` alone. Others, such as annotations, stay on the disk.
 SUFFIXES = {*MEDIA_SUFFIXES, *VIDEO_SUFFIXES, ".jpeg", ".tif", ".ppm", ".jp2", ".avif"}
 # Bytes of an object of small files at most, and of what is brought back at once; less where the room is small.
 PACK, WINDOW = 64 * 2**20, 8 * 2**20
-# How often an object is written again that came back with other bytes.
-TRIES = 3
-
-
-# -- uploads ----------------------------------------------------------------------------------------------------------
-
-
-def upload(local: Path | bytes, address: str, digest: str | None = None) -> None:
-    """Write an object and read it back. StorageError: it cannot be written, or other bytes come back each time.
-
-    digest: the SHA-256 that it must have; None: that of `local`.
-    """
-    if isinstance(local, Path):
-        size, digest = local.stat().st_size, digest or sha256_of(local)
-    else:
-        size, digest = len(local), digest or hashlib.sha256(local).hexdigest()
-    for _ in range(TRIES):
-        if isinstance(local, Path):
-            storage.upload_file(local, address)
-        else:
-            storage.write(address, local)
-        if storage.info(address).size == size and storage.sha256_there(address, size) == digest:
-            return
-    raise storage.StorageError(
-        f"{storage.shown(address)} was written {TRIES} times and came back with other bytes: look at the storage."
-    )
 
 
 # -- holes ------------------------------------------------------------------------------------------------------------
@@ -124,7 +97,7 @@ def park(folder: Path, address: str, room: int, parquet: bool, report: Callable[
         number = parked.next_pack()
         one = pack[0] if len(pack) == 1 else None
         data = b"".join(path.read_bytes() for path in pack) if one is None else one
-        upload(data, parked.address_of(number))
+        storage.send(data, parked.address_of(number))
         files, offset = [], 0
         for path in pack:
             length = path.stat().st_size

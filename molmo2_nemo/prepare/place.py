@@ -22,7 +22,6 @@ from pathlib import Path
 from molmo2_nemo import storage
 from molmo2_nemo.files import LockHeld, locked
 from molmo2_nemo.prepare.dataset_shards import PROVENANCE
-from molmo2_nemo.prepare.parking import upload
 from molmo2_nemo.prepare.records import Document, Provenance, ShardCounts
 
 META = ".nv-meta"
@@ -169,7 +168,7 @@ class Place:
             if OURS.fullmatch(file):
                 storage.delete(self.of(name, file))
         for file in sorted(beside, key=lambda file: (file == MARKER, file.startswith(META), file)):
-            upload(folder / file, self.of(name, file))
+            storage.send(folder / file, self.of(name, file))
         there = storage.list_files(self.of(name))
         for file in files:
             if file not in there or there[file].size != (folder / file).stat().st_size:

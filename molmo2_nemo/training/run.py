@@ -25,7 +25,15 @@ from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, LoraConfig
 from molmo2_nemo.data import blend, epochs
 from molmo2_nemo.data.blend import Source
-from molmo2_nemo.data.loader import DataLost, Loader, TrainLoader, ValidationLoader, WorkerDied, train_loader, validation_loader
+from molmo2_nemo.data.loader import (
+    DataLost,
+    Loader,
+    TrainLoader,
+    ValidationLoader,
+    WorkerDied,
+    train_loader,
+    validation_loader,
+)
 from molmo2_nemo.environment import rank_from_environment, world_size_from_environment
 from molmo2_nemo.storage import StorageError, Unreachable
 from molmo2_nemo.training import agreement, answers, checkpoint, loop, owner, shutdown, slow_rank, step_times
@@ -103,7 +111,9 @@ def refuse(cfg: DictConfig, rank: int, before: dict, error: ConfigError) -> None
         is_ours = dist.is_initialized() or not (storage.is_remote(cfg.run_dir) or owner.in_use(run_dir))
         if is_ours and not checkpoint_dir.is_complete(run_dir):
             later = isinstance(error, Unreachable)
-            shutdown.write_ended(run_dir, "error" if later else "config error", 0, message, "transient" if later else None)
+            shutdown.write_ended(
+                run_dir, "error" if later else "config error", 0, message, "transient" if later else None
+            )
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 

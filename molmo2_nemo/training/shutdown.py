@@ -252,7 +252,8 @@ def lost_contact(error: BaseException) -> bool:
 def cause_of(error: BaseException) -> str:
     """Who can fix an error of one rank; slurm/starts.py decides by it what becomes of the job.
 
-    user        data in object storage are refused or were replaced, the disk is full or may not be written, or a folder lies where a file belongs: the same on any node
+    user        data in object storage are refused or were replaced, the disk is full or may not be written, or a folder
+                lies where a file belongs: the same on any node
     memory      of the GPU or of the host: settings, unless the run got far with them
     node        the GPU, its driver or the node's disk failed
     lost contact    another rank is gone or silent: what Slurm says about that one decides

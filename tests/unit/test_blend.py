@@ -22,8 +22,8 @@ from molmo2_nemo.data.blend import (
     check_shards,
     describe_rounds,
     load_blend,
-    missing_sources,
     metadataset,
+    missing_sources,
 )
 from molmo2_nemo.data.shard_index import DATASET
 from molmo2_nemo.paths import CONF_DIR

@@ -351,8 +351,14 @@ def test_impossible_settings_are_refused(stage, overrides, world_size, expected)
         ("train.report=maybe", "train.report=maybe: Value 'maybe' is not a valid bool"),
         ("optim.llm.lr=low", "optim.llm.lr=low: Value 'low' of type 'str' could not be converted to Float"),
         ("train.precision=[", "train.precision=[: no viable alternative"),
-        ("train.profile_steps=20", "train.profile_steps=20: it is no list, such as [1,2]; docs/settings.md has its type."),
-        ("data.root=s3://b/x?sig=planted", "data.root=s3://b/x: mismatched input '=' expecting <EOF>; docs/settings.md"),
+        (
+            "train.profile_steps=20",
+            "train.profile_steps=20: it is no list, such as [1,2]; docs/settings.md has its type.",
+        ),
+        (
+            "data.root=s3://b/x?sig=planted",
+            "data.root=s3://b/x: mismatched input '=' expecting <EOF>; docs/settings.md",
+        ),
         ("train.upload_to='s3://u:planted@b", "train.upload_to=s3://b: "),
         ("=3", "=3 has no key: settings are written KEY=VALUE."),
         ("~model", "~model takes away a part that every run needs: choose another with model=NAME."),

@@ -18,6 +18,7 @@ from programs import python, succeeded
 from safetensors.torch import load_file, save_file
 
 from molmo2_nemo import checkpoint_dir
+from molmo2_nemo.byte_progress import ByteProgress
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, ModelConfig
 from molmo2_nemo.files import sha256_of
@@ -65,7 +66,7 @@ def test_memory_of_an_import_does_not_grow_with_the_model(tmp_path, monkeypatch)
         return tensor
 
     state = {f"layers.{i}.weight": torch.empty(512, device="meta") for i in range(40)}
-    progress = convert.Progress(40 * 2048, lines.append, seconds=0)
+    progress = ByteProgress(40 * 2048, lines.append, seconds=0)
     model = ModelConfig(name="m")
     convert.write_checkpoint(tmp_path / "ckpt", model, state, dict.fromkeys(state, make), {"step": 0}, progress)
     files = sorted((tmp_path / "ckpt").glob("*.distcp"))

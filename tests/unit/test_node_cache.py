@@ -190,7 +190,9 @@ def test_a_cache_folder_of_somebody_else_is_refused(here):
     with pytest.raises(ConfigError, match="data.cache_size=much: much is not a size like 500GB"):
         cached(here, "much")
     (here / "file").touch()
-    with pytest.raises(ConfigError, match="^data.cache_dir=.*/file: .*/file cannot be written .File exists.; name another"):
+    with pytest.raises(
+        ConfigError, match="^data.cache_dir=.*/file: .*/file cannot be written .File exists.; name another"
+    ):
         node_cache.open_cache(str(here / "file"), None)
 
 

@@ -79,15 +79,25 @@ def test_a_checkpoint_comes_back_as_it_was_saved(saved, store, tmp_path):
         p.name: p.read_bytes() for p in path.iterdir() if p.name != MARKER
     }
     assert [p.name for p in target.parent.iterdir()] == [target.name]
-    # Of a folder that is not whole, what is right is not fetched again.
-    fetched = []
-    download = storage.download_file
+    # Of a folder that is not whole, what is right is not fetched again, and each file is read once for its checksum.
+    fetched, summed = [], []
+    download, sum_of = storage.download_file, remote_checkpoints.sha256_of
     file = next(target.glob("*.distcp"))
     file.write_bytes(b"x")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "download_file", lambda a, to: (fetched.append(to.name), download(a, to)))
+        patch.setattr(remote_checkpoints, "sha256_of", lambda file: (summed.append(file.name), sum_of(file))[1])
         remote_checkpoints.fetch(found, target)
     assert fetched == [file.name] and checkpoint_dir.is_complete(target)
+    assert sorted(summed) == sorted(found.marker["files"])
+    # So it is where an interrupted copy has left all of them.
+    target.rename(target.with_name(f".{target.name}.fetched"))
+    summed.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "download_file", None)
+        patch.setattr(remote_checkpoints, "sha256_of", lambda file: (summed.append(file.name), sum_of(file))[1])
+        remote_checkpoints.fetch(found, target)
+    assert sorted(summed) == sorted(found.marker["files"])
 
 
 def test_half_an_upload_and_damage_are_never_taken(saved, store, tmp_path):
@@ -138,7 +148,10 @@ def test_of_disk_and_storage_the_newest_whole_one_is_taken(saved, store, tmp_pat
 
     monkeypatch.setattr(storage, "list_files", refused)
     found = newest(here, RUNS)
-    assert found.here == here / step_name(3) and "which may have a newer checkpoint: train.upload_to: cannot list" in found.ignored[0]
+    assert (
+        found.here == here / step_name(3)
+        and "which may have a newer checkpoint: train.upload_to: cannot list" in found.ignored[0]
+    )
     with pytest.raises(ConfigError, match="cannot list"):
         newest(tmp_path / "nothing", RUNS)
 
@@ -181,7 +194,7 @@ def test_what_arrives_is_compared(saved, store, monkeypatch):
             storage.write(address, local.read_bytes()[::-1])
 
     monkeypatch.setattr(storage, "upload_file", spoiled)
-    with pytest.raises(storage.StorageError, match="distcp does not have the SHA-256 of the file that was sent"):
+    with pytest.raises(storage.StorageError, match="distcp was written 3 times and came back with other bytes"):
         up(path)
     assert remote_checkpoints.newest(RUNS)[0] is None
 

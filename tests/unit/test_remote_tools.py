@@ -55,7 +55,10 @@ def test_a_model_goes_through_addresses_unchanged(export, disk, tmp_path, monkey
         (("export_hf", "msc://disk/none", tmp_path / "x"), "there is no checkpoint at msc://disk/none"),
         (("export_hf", "msc://disk/start", tmp_path / "x", "--best"), "msc://disk/start has no best checkpoint"),
         (("import_hf", "msc://disk/none", tmp_path / "x"), "there is no checkpoint at msc://disk/none, no run and no"),
-        (("export_hf", "msc://disk/start", tmp_path / "x", "--scratch", "/none"), "--scratch /none is no folder: make it"),
+        (
+            ("export_hf", "msc://disk/start", tmp_path / "x", "--scratch", "/none"),
+            "--scratch /none is no folder: make it",
+        ),
         (("import_hf", "msc://disk/hf", tmp_path / "x", "--scratch", "/none"), "--scratch /none is no folder: make it"),
         (("export_hf", "ftp://x/y", tmp_path / "x"), "CKPT=ftp://x/y has an unknown scheme"),
     ):

@@ -114,7 +114,10 @@ def test_a_changed_record_of_starts_is_named(run, tmp_path):
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({"kind": "uploads", "missing": "cannot write x: no right to.", "not_removed": ""}, "NOT UPLOADED: cannot write"),
+        (
+            {"kind": "uploads", "missing": "cannot write x: no right to.", "not_removed": ""},
+            "NOT UPLOADED: cannot write",
+        ),
         ({"kind": "uploads", "missing": "", "not_removed": "cannot delete x."}, "is still there: cannot delete x."),
         ({"kind": "train", "uploads": {"failed": 2, "behind": 1}}, "2 failed upload(s), and what is in object storage"),
         ({"kind": "train", "uploads": {"failed": 2, "behind": 0}}, None),
