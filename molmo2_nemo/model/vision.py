@@ -48,7 +48,7 @@ class VisionTransformer(MegatronModule):
             waves = cosine_waves(vision.patch_size)[: vit.hidden_size]
             self.patch_embedding.weight[: len(waves)] = waves * model.init_std * vision.patch_dim**0.5
             side = vision.image_size // vision.patch_size
-            self.position_embedding.copy_(sines_of_places(side, vit.hidden_size) * 4 * model.init_std)
+            self.position_embedding.copy_(sines_of_places(side, vit.hidden_size) * 8 * model.init_std)
         self.encoder = TransformerBlock(
             config, vit_block_spec(vit.num_layers, config), post_layer_norm=False, pg_collection=pg_collection
         )
@@ -209,26 +209,26 @@ def cosine_waves(side: int) -> Tensor:
     """First weights of a patch embedding, float32 [3 x side^2, 3 x side^2] for pixels in the order (row, column, RGB).
 
     The two-dimensional discrete cosine transform (type II) of each colour, the lowest frequencies first. A wave has the
-    norm 0.7, the mean 0.7 / 3, for most of what a picture varies in is its brightness. With random weights, which are
-    sums over hundreds of pixels that are much alike, a small model takes twice the steps to learn shapes
-    (docs/tried.md).
+    norm 0.7, the mean 0.7 / 6, for most of what a picture varies in is its brightness and colour: with more of it, a
+    small model finds things by their colours alone. With random weights, which are sums over hundreds of pixels that
+    are much alike, it takes twice the steps to learn shapes (docs/tried.md).
     """
     places = torch.arange(side)
     basis = torch.cos(math.pi * (places + 0.5) * places.unsqueeze(1) / side) * (2 / side) ** 0.5  # [frequency, place]
     basis[0] /= 2**0.5
     waves = torch.einsum("uy,vx,cd->uvcyxd", basis, basis, torch.eye(3)).reshape(side**2, 3, -1)
     frequencies = (places.unsqueeze(1) ** 2 + places**2).flatten()
-    waves[0] /= 3
+    waves[0] /= 6
     return 0.7 * waves[frequencies.argsort(stable=True)].flatten(0, 1)
 
 
 def sines_of_places(side: int, width: int) -> Tensor:
     """First position embeddings of a square of patches in row-major order, float32 [side^2, width] in [-1, 1].
 
-    Sines and cosines of the row, then of the column, at wavelengths from 4 to 84 patches; columns beyond the last
+    Sines and cosines of the row, then of the column, at wavelengths from 4 to 25 patches; columns beyond the last
     multiple of 4 are 0. As in arXiv 2205.01580, with wavelengths for the few patches of a small picture.
     """
-    frequencies = 1.5 / 20 ** (torch.arange(width // 4) / max(1, width // 4))
+    frequencies = 1.5 / 6 ** (torch.arange(width // 4) / max(1, width // 4))
     angles = torch.arange(side).unsqueeze(1) * frequencies  # [side, width / 4]
     rows, columns = angles.repeat_interleave(side, 0), angles.repeat(side, 1)
     sines = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=1)

@@ -171,7 +171,7 @@ def test_answers_about_images():
     for index in range(150):
         sample = make_sample("image_qa", "train", index)
         things = sample.images[0].things
-        assert 3 <= len(sample.branches) <= 5
+        assert 3 <= len(sample.branches) <= 10
         for question, answer in turns(sample):
             colour = re.search("|".join(COLOURS), question)
             shape = re.search("|".join(SHAPES), question)
@@ -231,6 +231,26 @@ def test_direction_is_what_the_pixels_do():
         assert DIRECTIONS[answers[0]] == sign
         directions.add(answers[0])
     assert directions == set(DIRECTIONS)
+
+
+def test_places_in_a_video_are_what_the_pixels_show():
+    found = set()
+    for index in range(24):
+        sample = make_sample("video_qa", "train", index)
+        colours = [thing.colour for thing in sample.video.things]
+        frames = {"at first": render(sample.video, 0), "in the end": render(sample.video, sample.video.num_frames - 1)}
+        for question, answer in turns(sample):
+            asked = re.fullmatch(r"Where is the (.*) (at first|in the end)\?", question)
+            things = [thing for thing in sample.video.things if asked and thing.name.endswith(asked[1])]
+            if not asked or len(set(colours)) < len(colours):
+                continue
+            (thing,) = things
+            pixels = np.abs(frames[asked[2]].astype(int) - COLOURS[thing.colour]).sum(2) < 60
+            y, x = np.argwhere(pixels).mean(0) / len(pixels)
+            if min(abs(x - 0.5), abs(y - 0.5)) > 0.03:
+                assert answer == f"{'upper' if y < 0.5 else 'lower'} {'left' if x < 0.5 else 'right'}"
+                found.add(answer)
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize("name", [name for name in SETS if name != "text"])

@@ -68,7 +68,7 @@ def test_the_first_patch_embedding_is_the_cosine_transform_of_each_colour():
     patch = np.random.default_rng(0).uniform(-1, 1, (side, side, 3))
     numbers = cosine_waves(side) @ torch.tensor(patch.reshape(-1)).float()
     expected = 0.7 * np.stack([scipy.fft.dctn(patch[..., colour], norm="ortho") for colour in range(3)], -1)
-    expected[0, 0] /= 3
+    expected[0, 0] /= 6
     rows = [(u, v) for u in range(side) for v in range(side)]
     rows.sort(key=lambda row: row[0] ** 2 + row[1] ** 2)  # a stable sort: u decides among equals
     assert numbers.view(-1, 3).numpy() == pytest.approx(np.stack([expected[row] for row in rows]), abs=1e-5)
@@ -77,7 +77,7 @@ def test_the_first_patch_embedding_is_the_cosine_transform_of_each_colour():
 def test_the_first_position_embeddings_tell_every_place_apart():
     places = sines_of_places(6, 66)
     assert places.shape == (36, 66) and places.abs().max() <= 1 and not places[:, 64:].any()
-    angle = 1.5 / 20 ** (3 / 16)  # the fourth wavelength
+    angle = 1.5 / 6 ** (3 / 16)  # the fourth wavelength
     assert places[2 * 6 + 5, [3, 19, 35, 51]].numpy() == pytest.approx(
         [np.sin(2 * angle), np.cos(2 * angle), np.sin(5 * angle), np.cos(5 * angle)], abs=1e-6
     )

@@ -123,9 +123,9 @@ def image_questions(rng: np.random.Generator, scene: Scene) -> dict[str, list[tu
 def make_image_qa(rng: np.random.Generator, split: str) -> WorldSample:
     scene = image_scene(rng, split)
     kinds = image_questions(rng, scene)
-    chosen = [pick(rng, kinds[kind]) for kind in ("colour", "shape", "count") if kinds[kind]]
-    rest = [kind for kind in ("exists", "side", "background", "colour", "shape") if kinds[kind]]
-    chosen += [pick(rng, kinds[kind]) for kind in some(rng, rest, int(rng.integers(1, 3)))]
+    chosen = [*kinds["colour"], *kinds["shape"], pick(rng, kinds["count"])]
+    rest = [kind for kind in ("exists", "side", "background") if kinds[kind]]
+    chosen += [pick(rng, kinds[kind]) for kind in some(rng, rest, 1)]
     answers = dict(chosen)
     while len(answers) < 3:
         answers |= [pick(rng, kinds["exists"])]
@@ -191,8 +191,21 @@ def make_video_qa(rng: np.random.Generator, split: str) -> WorldSample:
     scene = video_scene(rng, split)
     # Half without the style prefix of video_short_answer, so that a plain question works too.
     style = pick(rng, ["user_qa", "video_short_answer"])
-    branches = [turn(*pair) for pair in video_questions(rng, scene)]
+    branches = [turn(*pair) for pair in [*video_questions(rng, scene), *_place_questions(rng, scene)]]
     return WorldSample(style, branches, video=scene)
+
+
+def _place_questions(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
+    """(question, answer) pairs: in which quarter of the picture each thing is at first and in the end."""
+    shapes = [thing.shape for thing in scene.things]
+    questions = []
+    for thing in scene.things:
+        name = pick(rng, [thing.shape, thing.name]) if shapes.count(thing.shape) == 1 else thing.name
+        for when, frame in (("at first", 0), ("in the end", scene.num_frames - 1)):
+            x, y = scene.fraction(thing, frame)
+            quarter = f"{'upper' if y < 0.5 else 'lower'} {'left' if x < 0.5 else 'right'}"
+            questions.append((f"Where is the {name} {when}?", quarter))
+    return questions
 
 
 def make_video_points(rng: np.random.Generator, split: str) -> WorldSample:

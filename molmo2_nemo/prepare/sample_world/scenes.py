@@ -11,7 +11,7 @@ SIDE = 84  # pixels: side of most images and of all videos
 # Pixels: what an image token of the tiny model sees (2 x 2 patches of 14). A still thing is inside one, so that few
 # steps are enough to learn what it is.
 CELL = 28
-FPS = 8  # of videos
+FPS = 4  # of videos
 HELD_OUT_EVERY = 20  # one combination of objects in so many is held out
 
 COLOURS = {
@@ -138,7 +138,7 @@ def video_scene(rng: np.random.Generator, split: str) -> Scene:
         return [*different_names(rng, number), (pick(rng, list(DIRECTIONS)),)]
 
     *names, (direction,) = allowed_combination(split, draw)
-    num_frames = int(rng.integers(4, 9)) * FPS // 2
+    num_frames = int(rng.integers(4, 7)) * FPS // 2
     half = SIDE / 2
     flipped, horizontal = rng.random() < 0.5, direction in ("left", "right")
 
@@ -148,7 +148,8 @@ def video_scene(rng: np.random.Generator, split: str) -> Scene:
         return Thing(*name, float(x), float(y), float(size))
 
     # The moving thing keeps to one half of the picture, the still one to the other.
-    size, travel = rng.uniform(22, 28), rng.uniform(36, 50)
+    size = rng.uniform(22, 28)
+    travel = (SIDE - size - 4) * rng.uniform(0.85, 1)
     start = rng.uniform(size / 2 + 2, SIDE - size / 2 - 2 - travel) + travel * (direction in ("left", "up"))
     across = rng.uniform(size / 2 + 2, half - size / 2 - 2)
     things = [place(names[0], size, start, SIDE - across if flipped else across)]

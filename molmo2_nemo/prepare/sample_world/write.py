@@ -1,8 +1,10 @@
 """The data sets of the sample world, written as shards, and a quiz about held-out pictures and videos."""
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +36,7 @@ from molmo2_nemo.prepare.sample_world.tasks import make_task_image, make_task_po
 from molmo2_nemo.prepare.webdataset import write_shards
 
 # Of the sample data: a change of what is drawn needs another number, so that older folders are refused.
-VERSION = 4
+VERSION = 5
 SPLITS = ("train", "val")
 
 
@@ -52,16 +54,16 @@ class SampleSet:
 
 SETS = {
     "captions": SampleSet(make_captions, 3000),
-    "points": SampleSet(make_points, 2000),
-    "count": SampleSet(make_count, 1000),
-    "points_dense": SampleSet(make_points_dense, 1000),
-    "text": SampleSet(make_text, 600),
-    "image_qa": SampleSet(make_image_qa, 4000),
-    "multi_image": SampleSet(make_multi_image, 800),
+    "points": SampleSet(make_points, 600),
+    "count": SampleSet(make_count, 500),
+    "points_dense": SampleSet(make_points_dense, 200),
+    "text": SampleSet(make_text, 400),
+    "image_qa": SampleSet(make_image_qa, 3000),
+    "multi_image": SampleSet(make_multi_image, 300),
     "video_caption": SampleSet(make_video_caption, 500),
-    "video_qa": SampleSet(make_video_qa, 500),
-    "video_points": SampleSet(make_video_points, 500),
-    "video_tracks": SampleSet(make_video_tracks, 500),
+    "video_qa": SampleSet(make_video_qa, 1000),
+    "video_points": SampleSet(make_video_points, 200),
+    "video_tracks": SampleSet(make_video_tracks, 200),
     # Few, so that they take little of the short training of a small model.
     "task_image": SampleSet(make_task_image, 160),
     "task_points": SampleSet(make_task_points, 160),
@@ -118,9 +120,11 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0, progress: Callable[[s
         if complete():
             return manifest
         with published(out) as folder:
-            for name in SETS:
-                write_set(folder / name, name, seed, counts[name])
-                progress(f"{name}: {counts[name]['train']} samples, {counts[name]['val']} held out")
+            with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as processes:
+                written = [processes.submit(write_set, folder / name, name, seed, counts[name]) for name in SETS]
+                for name, done in zip(SETS, written):
+                    done.result()
+                    progress(f"{name}: {counts[name]['train']} samples, {counts[name]['val']} held out")
             _write_quiz(folder / "quiz", seed)
             (folder / "sample.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
