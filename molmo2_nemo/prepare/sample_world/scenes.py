@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 SIDE = 84  # pixels: side of most images and of all videos
-# Pixels: what an image token of the tiny model sees (2 x 2 patches of 14). A still thing is inside one, so that few
-# steps are enough to learn what it is.
-CELL = 28
+# Pixels: what a token of the tiny model sees of a picture (2 x 2 patches of 14) and of a video's frame (3 x 3). A still
+# thing is inside one, so that few steps are enough to learn what it is.
+CELL, VIDEO_CELL = 28, 42
 FPS = 4  # of videos
 HELD_OUT_EVERY = 20  # one combination of objects in so many is held out
 
@@ -139,25 +139,25 @@ def video_scene(rng: np.random.Generator, split: str) -> Scene:
 
     *names, (direction,) = allowed_combination(split, draw)
     num_frames = int(rng.integers(4, 7)) * FPS // 2
-    half = SIDE / 2
-    flipped, horizontal = rng.random() < 0.5, direction in ("left", "right")
+    horizontal = direction in ("left", "right")
 
-    def place(name: tuple[str, str], size: float, along: float, across: float) -> Thing:
-        """The thing with its centre at these pixels along and across the axis of the motion."""
-        x, y = (along, across) if horizontal else (across, along)
-        return Thing(*name, float(x), float(y), float(size))
+    def within(cell: int, size: float) -> float:
+        """Where in a row of two cells the centre of a thing is that is inside of cell 0 or 1; in pixels."""
+        jitter = (VIDEO_CELL - size) / 2
+        return float((cell + 0.5) * VIDEO_CELL + rng.uniform(-jitter, jitter))
 
-    # The moving thing keeps to one half of the picture, the still one to the other.
-    size = rng.uniform(22, 28)
-    travel = (SIDE - size - 4) * rng.uniform(0.85, 1)
-    start = rng.uniform(size / 2 + 2, SIDE - size / 2 - 2 - travel) + travel * (direction in ("left", "up"))
-    across = rng.uniform(size / 2 + 2, half - size / 2 - 2)
-    things = [place(names[0], size, start, SIDE - across if flipped else across)]
-    things[0].direction = direction
-    for name in names[1:]:
-        size = rng.uniform(22, 28)
-        along, across = rng.uniform(size / 2 + 2, SIDE - size / 2 - 2), rng.uniform(size / 2 + 2, half - size / 2 - 2)
-        things.append(place(name, size, along, across if flipped else SIDE - across))
+    def place(name: tuple[str, str], along: int, across: int) -> Thing:
+        """The thing in a cell, by its number along the axis of the motion and across it."""
+        size = float(rng.uniform(32, VIDEO_CELL - 4))
+        x, y = within(along, size), within(across, size)
+        return Thing(*name, *((x, y) if horizontal else (y, x)), size)
+
+    # The moving thing goes from one cell to the next, in one half of the picture; the still one is in the other half.
+    first, half = int(direction in ("left", "up")), int(rng.integers(2))
+    moving = place(names[0], first, half)
+    moving.direction = direction
+    travel = abs(within(1 - first, moving.size) - (moving.x if horizontal else moving.y))
+    things = [moving, *(place(name, int(rng.integers(2)), 1 - half) for name in names[1:])]
     return Scene(things, *_background(rng), num_frames=num_frames, speed=float(travel / (num_frames - 1)))
 
 
