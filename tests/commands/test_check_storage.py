@@ -49,7 +49,7 @@ def test_a_storage_that_loses_something_fails(disk, monkeypatch, capsys):
 
 
 def test_what_is_missing_is_one_sentence(disk, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="error: cannot write msc://nope/x/.probe.*no valid profile nope"):
+    with pytest.raises(SystemExit, match="error: cannot list msc://nope/x: .*no valid profile nope"):
         run(monkeypatch, "--at", "msc://nope/x")
     monkeypatch.setattr(swift_server.shutil, "which", lambda name: None)
     with pytest.raises(SystemExit) as ended:
