@@ -191,21 +191,19 @@ def make_video_qa(rng: np.random.Generator, split: str) -> WorldSample:
     scene = video_scene(rng, split)
     # Half without the style prefix of video_short_answer, so that a plain question works too.
     style = pick(rng, ["user_qa", "video_short_answer"])
-    branches = [turn(*pair) for pair in [*video_questions(rng, scene), *_place_questions(rng, scene)]]
+    branches = [turn(*pair) for pair in [*video_questions(rng, scene), _place_question(rng, scene)]]
     return WorldSample(style, branches, video=scene)
 
 
-def _place_questions(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
-    """(question, answer) pairs: in which quarter of the picture each thing is at first and in the end."""
-    shapes = [thing.shape for thing in scene.things]
-    questions = []
-    for thing in scene.things:
-        name = pick(rng, [thing.shape, thing.name]) if shapes.count(thing.shape) == 1 else thing.name
-        for when, frame in (("at first", 0), ("in the end", scene.num_frames - 1)):
-            x, y = scene.fraction(thing, frame)
-            quarter = f"{'upper' if y < 0.5 else 'lower'} {'left' if x < 0.5 else 'right'}"
-            questions.append((f"Where is the {name} {when}?", quarter))
-    return questions
+def _place_question(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    """(question, answer): in which third of the picture a thing is at first or in the end, by both axes."""
+    thing = pick(rng, scene.things)
+    alike = [other.shape for other in scene.things].count(thing.shape)
+    name = thing.name if alike > 1 else pick(rng, [thing.shape, thing.name])
+    when, frame = pick(rng, [("at first", 0), ("in the end", scene.num_frames - 1)])
+    x, y = (int(3 * part) for part in scene.fraction(thing, frame))
+    place = f"{('up', 'middle', 'down')[y]} {('left', 'middle', 'right')[x]}"
+    return f"Where is the {name} {when}?", place
 
 
 def make_video_points(rng: np.random.Generator, split: str) -> WorldSample:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 SIDE = 84  # pixels: side of most images and of all videos
-# Pixels: what a token of the tiny model sees of a picture (2 x 2 patches of 14) and of a video's frame (3 x 3). A still
-# thing is inside one, so that few steps are enough to learn what it is.
-CELL, VIDEO_CELL = 28, 42
+# Pixels: what a visual token of the tiny model sees (2 x 2 patches of 14). A still thing is inside one, so that few
+# steps are enough to learn what it is.
+CELL = 28
 FPS = 4  # of videos
 HELD_OUT_EVERY = 20  # one combination of objects in so many is held out
 
@@ -142,22 +142,24 @@ def video_scene(rng: np.random.Generator, split: str) -> Scene:
     horizontal = direction in ("left", "right")
 
     def within(cell: int, size: float) -> float:
-        """Where in a row of two cells the centre of a thing is that is inside of cell 0 or 1; in pixels."""
-        jitter = (VIDEO_CELL - size) / 2
-        return float((cell + 0.5) * VIDEO_CELL + rng.uniform(-jitter, jitter))
+        """Where along a side the centre of a thing is that is inside of the cell of this number; in pixels."""
+        jitter = (CELL - size) / 2
+        return float((cell + 0.5) * CELL + rng.uniform(-jitter, jitter))
 
     def place(name: tuple[str, str], along: int, across: int) -> Thing:
         """The thing in a cell, by its number along the axis of the motion and across it."""
-        size = float(rng.uniform(32, VIDEO_CELL - 4))
+        size = float(rng.uniform(22, CELL - 2))
         x, y = within(along, size), within(across, size)
         return Thing(*name, *((x, y) if horizontal else (y, x)), size)
 
-    # The moving thing goes from one cell to the next, in one half of the picture; the still one is in the other half.
-    first, half = int(direction in ("left", "up")), int(rng.integers(2))
-    moving = place(names[0], first, half)
+    # The moving thing goes from the first cell of a row or column to the last; the still one is in another one.
+    last = SIDE // CELL - 1
+    first = last if direction in ("left", "up") else 0
+    row, other = (int(number) for number in rng.permutation(last + 1)[:2])
+    moving = place(names[0], first, row)
     moving.direction = direction
-    travel = abs(within(1 - first, moving.size) - (moving.x if horizontal else moving.y))
-    things = [moving, *(place(name, int(rng.integers(2)), 1 - half) for name in names[1:])]
+    travel = abs(within(last - first, moving.size) - (moving.x if horizontal else moving.y))
+    things = [moving, *(place(name, int(rng.integers(last + 1)), other) for name in names[1:])]
     return Scene(things, *_background(rng), num_frames=num_frames, speed=float(travel / (num_frames - 1)))
 
 
