@@ -79,7 +79,7 @@ def answered(config, hf_dir: Path, scratch: Path, eos_id: int) -> list[dict]:
     for chunk in model:
         chunk.train()
     group = parallel.model_replica_group(timeout_minutes=5)
-    exam = answers.prepare(config, blend.load_blend(config.data), group, scratch)
+    exam = answers.prepare(config, blend.load_blend(config.data), group)
     exam.eos_id = eos_id
     state = torch.random.get_rng_state()
     tokens = answers.answer(model, exam, group, "cpu", MAX_TOKENS)

@@ -10,7 +10,6 @@ those of the fastest as a JSON line. --set takes any setting of recipes/stage2_s
 
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -44,7 +43,7 @@ def main() -> None:
                 *args.set,
             ],
         )
-        seconds, tokens, micro_batches = measure(config, Path(temporary), args.times)
+        seconds, tokens, micro_batches = measure(config, args.times)
     if dist.get_rank() == 0:
         print(f"{args.questions} questions in {micro_batches} micro-batches of rows of {args.seq_length} tokens")
         rows = [{"seconds": one, "tokens": tokens, "tokens_per_second": tokens / one} for one in seconds]
@@ -53,7 +52,7 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def measure(config, folder: Path, times: int) -> tuple[list[float], int, int]:
+def measure(config, times: int) -> tuple[list[float], int, int]:
     """Seconds of each time, tokens of all answers, and micro-batches of this rank."""
     check(config, world_size_from_environment())
     device = parallel.resolve_device(config.train)
@@ -61,7 +60,7 @@ def measure(config, folder: Path, times: int) -> tuple[list[float], int, int]:
     precision = parallel.resolve_precision(config.train, device)
     model = build_model(config.model, config.parallel, device, precision)
     group = parallel.model_replica_group(timeout_minutes=5)
-    exam = answers.prepare(config, blend.load_blend(config.data), group, folder)
+    exam = answers.prepare(config, blend.load_blend(config.data), group)
     exam.eos_id = answers.NO_TOKEN  # which no answer says
     seconds = []
     for _ in range(times):
