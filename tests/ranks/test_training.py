@@ -205,18 +205,18 @@ def test_an_interrupted_save_is_not_taken_for_a_checkpoint(uninterrupted, sample
 def test_a_broken_source_stops_all_ranks_and_another_number_of_them_goes_on(sample, tmp_path):
     folder, run_dir = tmp_path / "broken", tmp_path / "run"
     shutil.copytree(sample, folder)
-    for shard in (folder / "count").glob("train-*.tar"):
+    for shard in (folder / "captions").glob("train-*.tar"):
         shard.write_bytes(bytes(range(256)) * 4)
     every = ["train.save_every=3", "train.log_every=1"]
     result = train(2, 2, run_dir, folder, "train.max_steps=100", *every)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode != 0 and len(errors) == 1, result.stderr
     assert re.search(
-        r"source count: 2\d of 2\d samples are broken, more than data.max_error_rate=0.01 allows \(the last one: "
+        r"source captions: 2\d of 2\d samples are broken, more than data.max_error_rate=0.01 allows \(the last one: "
         r"train-00000.tar\[\d+\]: .+\); fix",
         errors[0],
     )
-    assert result.stdout.count("broken sample: count: train-00000.tar[") == 5
+    assert result.stdout.count("broken sample: captions: train-00000.tar[") == 5
     step = max(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
     before = losses(run_dir)[step]["data"]
 
@@ -226,10 +226,10 @@ def test_a_broken_source_stops_all_ranks_and_another_number_of_them_goes_on(samp
     result = succeeded(go_on(step + 3))
     assert f"resumed step {step} " in result.stdout and result.stdout.count("training data dealt anew") == 1
     after = losses(run_dir)[step + 3]["data"]
-    assert after["count"]["dropped_unreadable"] > before["count"]["dropped_unreadable"]
-    assert after["captions"]["examples"] >= before["captions"]["examples"] and "examples" not in after["count"]
-    assert re.search(rf"step {step + 3}/{step + 3} .*\| dropped \d+ of \d+ \(count \d+", result.stdout)
-    assert f"data of count: {after['count']['dropped_unreadable']} dropped_unreadable" in result.stdout
+    assert after["captions"]["dropped_unreadable"] > before["captions"]["dropped_unreadable"]
+    assert after["image_qa"]["examples"] >= before["image_qa"]["examples"] and "examples" not in after["captions"]
+    assert re.search(rf"step {step + 3}/{step + 3} .*\| dropped \d+ of \d+ \(captions \d+", result.stdout)
+    assert f"data of captions: {after['captions']['dropped_unreadable']} dropped_unreadable" in result.stdout
 
     result = succeeded(go_on(step + 4))
     assert f"resumed step {step + 3} " in result.stdout and "dealt anew" not in result.stdout
