@@ -138,6 +138,8 @@ def main(overrides: list[str]) -> None:
     make = ["tools/make_sample_data.py", "--out", DATA, "--scale", SCALE]
     print("+ python", shlex.join(make), flush=True)
     with subprocess.Popen([sys.executable, *make]) as data:
+        # All of it is on the CPU, also beside GPUs: no forked process could use one that this process has asked for.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         quiet_libraries()
         set_cpu_environment()
         for module in IMPORTED:

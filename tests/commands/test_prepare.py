@@ -357,7 +357,9 @@ def test_commands_of_the_document(sample, tmp_path):
         assert program == "python"
         output = succeeded(python(*arguments)).stdout
     listed = (tmp_path / "runs" / "inspect" / "samples.js").read_text()
-    where = re.findall(r'"where": "own_data.jsonl, line (\d+)(?:, (?!held)[^",]*)?(, held out for validation)?"', listed)
+    where = re.findall(
+        r'"where": "own_data.jsonl, line (\d+)(?:, (?!held)[^",]*)?(, held out for validation)?"', listed
+    )
     assert listed.count('"page": "samples/') == 20 and sorted(int(line) for line, _ in where) == list(range(1, 21))
     assert where == sorted(where, key=lambda entry: (entry[1], int(entry[0]))) and where[-1][1]
     [points] = parse(output)
