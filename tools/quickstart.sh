@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a Hugging Face model on a CPU: sample data, three chained stages, export, questions; see quickstart.py.
+# From nothing to a Hugging Face model on a CPU: sample data, three chained stages, export, questions (quickstart.py).
 # Arguments are overrides for all three stages:
 #
 #     tools/quickstart.sh

@@ -112,6 +112,13 @@ CASES = {
         {"exit_code": 1, "errors": "srun: error: node2: task 1: Exited with exit code 1"},
         {},
     ],
+    "object storage with the data or the checkpoint to go on from does not answer for two minutes": [
+        ended(cause="transient") | {"exit_code": 1},
+    ],
+    "object storage refuses, or a shard was replaced": [
+        ended(cause="user") | {"exit_code": 1},
+        ended("config error") | {"exit_code": 1},
+    ],
     "the pre-flight gives no verdict, or takes too long": [
         PREFLIGHT | {"exit_code": 124},
         PREFLIGHT | {"exit_code": 1},
