@@ -99,3 +99,17 @@ def sample(made_once) -> Path:
         succeeded(python("tools/make_sample_data.py", "--out", folder / "sample", "--scale", 0.01))
 
     return made_once("data", make) / "sample"
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """The folder behind msc://disk."""
+    import object_store
+
+    from molmo2_nemo import storage
+
+    for name, value in object_store.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    storage.forget_clients()
+    yield tmp_path / "disk"
+    storage.forget_clients()

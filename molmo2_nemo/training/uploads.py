@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from molmo2_nemo import checkpoint_dir, remote_checkpoints, storage
+from molmo2_nemo.byte_progress import SECONDS_BETWEEN_LINES
 from molmo2_nemo.checkpoint_dir import BEST, MARKER, step_name
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import TrainConfig
@@ -24,8 +25,6 @@ from molmo2_nemo.storage import StorageError, join, shown
 TIMES = 3
 # Seconds before the second time, doubled for the third.
 PAUSE = 15.0
-# Seconds between two lines on the progress at the end of a run.
-SECONDS_BETWEEN_LINES = 10
 
 
 class Uploads:

@@ -4,21 +4,11 @@ import json
 import sys
 
 import object_storage
-import object_store
 import pytest
 import swift_server
 
 from molmo2_nemo import storage
 from molmo2_nemo.config.errors import ConfigError
-
-
-@pytest.fixture
-def disk(tmp_path, monkeypatch):
-    for name, value in object_store.environment(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    storage.forget_clients()
-    yield tmp_path / "disk"
-    storage.forget_clients()
 
 
 def run(monkeypatch, *words):

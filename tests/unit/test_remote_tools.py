@@ -2,7 +2,6 @@
 
 import sys
 
-import object_store
 import pytest
 import torch
 from programs import load
@@ -10,16 +9,6 @@ from safetensors.torch import load_file
 
 from molmo2_nemo import checkpoint_dir, storage
 from molmo2_nemo.config.schema import Config, TrainConfig
-
-
-@pytest.fixture
-def disk(tmp_path, monkeypatch):
-    """The folder behind msc://disk."""
-    for name, value in object_store.environment(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    storage.forget_clients()
-    yield tmp_path / "disk"
-    storage.forget_clients()
 
 
 def run(monkeypatch, tool, *arguments):
