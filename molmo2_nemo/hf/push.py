@@ -6,6 +6,7 @@ Checked against huggingface_hub 2.4.
 from collections.abc import Callable
 from pathlib import Path
 
+from molmo2_nemo import compat
 from molmo2_nemo.config.errors import ConfigError, refuse
 
 # In a repository that was just made.
@@ -36,9 +37,7 @@ def push(folder: Path, repo: str, public: bool) -> str:
 
     huggingface_hub shows the progress. All files are there when this returns. Raises ConfigError in one sentence.
     """
-    from huggingface_hub import HfApi
-
-    api, again = HfApi(), f"`hf upload {repo} {folder} .{'' if public else ' --private'}` tries again"
+    api, again = _api(), f"`hf upload {repo} {folder} .{'' if public else ' --private'}` tries again"
     is_made = _refuse_existing(repo)
     if not is_made:
         _asked(repo, again, lambda: api.create_repo(repo, private=not public))
@@ -54,11 +53,11 @@ def push(folder: Path, repo: str, public: bool) -> str:
 
 def _refuse_existing(repo: str) -> bool:
     """Whether there is a repository of this name, an empty one. ConfigError: it holds something, or cannot be asked."""
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    api = _api()
     try:
-        info = _asked(repo, "try again later", lambda: HfApi().model_info(repo))
+        info = _asked(repo, "try again later", lambda: api.model_info(repo))
     except RepositoryNotFoundError:
         return False
     files = {sibling.rfilename for sibling in info.siblings or []} - _MADE_BY_THE_HUB
@@ -66,6 +65,17 @@ def _refuse_existing(repo: str) -> bool:
         bool(files), f"--push {repo}: it is on the Hub already and holds {min(files, default='')}: name another one."
     )
     return True
+
+
+def _api():
+    """The Hub, asked by a client without the limits of downloads, which fetch/hub.py sets for the whole process.
+
+    They refuse private addresses, where a Hub of one's own may be.
+    """
+    from huggingface_hub import HfApi, set_client_factory
+
+    set_client_factory(compat.hub_client)
+    return HfApi()
 
 
 def _asked[T](repo: str, advice: str, ask: Callable[[], T]) -> T:

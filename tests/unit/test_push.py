@@ -2,11 +2,16 @@
 
 import shlex
 
+import httpx2
 import pytest
 from fetch_servers import Uploads
 from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 
+from molmo2_nemo.catalogue.datasets import HubFiles
 from molmo2_nemo.config.errors import ConfigError
+from molmo2_nemo.fetch import hub as downloads
+from molmo2_nemo.fetch.rules import Rules
 from molmo2_nemo.hf.push import push, refuse_push
 
 
@@ -47,6 +52,17 @@ def test_all_files_arrive_in_a_private_repository_unless_told_otherwise(hub, fol
     push(folder, "org/open", public=True)
     assert not hub.repos["org/open"]["private"]
     assert "on the Hub already and holds README.md: name another" in told(refuse_push, "org/model")
+
+
+def test_a_download_in_the_same_process_leaves_no_limits(hub, folder, tmp_path, monkeypatch):
+    """Downloads refuse private addresses, such as this server's where HF_ENDPOINT does not name it."""
+    with monkeypatch.context() as named, pytest.raises(ValueError, match="cannot be downloaded"):
+        named.setenv("HF_ENDPOINT", hub.url)
+        downloads.open_repository(HubFiles(repo="org/data"), tmp_path, Rules(tries=1))
+    with pytest.raises(httpx2.UnsupportedProtocol, match="private"):
+        get_session().get(hub.url)
+    push(folder, "org/model", public=False)
+    assert "config.json" in hub.repos["org/model"]["files"]
 
 
 def test_what_cannot_be_pushed_is_told_in_one_sentence(hub, folder, monkeypatch):

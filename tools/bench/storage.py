@@ -1,15 +1,17 @@
 """The training loader on object storage that is far away, beside a local disk: speed, bytes, and the first batch.
 
-    python tools/bench/storage.py [--samples 300] [--latency 0.05] [--bandwidth 1e8] [--sources 100]
+    python tools/bench/storage.py [--samples 1600] [--latency 0.05] [--bandwidth 1e8] [--sources 100]
 
 A server of this machine holds the shards of pictures; it answers after `--latency` seconds and sends `--bandwidth`
 bytes/s at most (tools/bench/slow_proxy.py). Server and loader share the machine's cores, with whatever else runs there,
 so that wall time says little on a busy machine: the CPU time of the loader's own process is beside it.
 
-    ratio         samples/s of the storage over those of the local disk: of the first pass without its first tenth, in
-                  which the samples are fetched, and then, when all of them are in the cache. Both are read in turns, so
-                  that both meet the same other work, and the median of the turns' ratios is taken
-    CPU ratio     the same of samples per CPU second of the loader's worker
+    ratio         samples/s of the storage over those of the local disk: of the first pass without its first turn, in
+                  which the samples are fetched, and then, when all of them are in the cache. They are read in turns of
+                  40 samples, so that all meet the same other work, and the median of the turns' ratios is taken
+    of noise      the same of a second loader of the local disk over the first: as far as this is from 1, the machine
+                  tells two loaders that do the same apart
+    CPU ratio     samples per CPU second of the loader's worker, in the same way
     amplified     bytes of shards fetched over the shards' own, until every sample has come
     round trips   of the first batch of --sources sources, from the first look at their metadata on: how often all that
                   was asked for had to be answered before more was asked (slow_proxy.py, quiet)
@@ -38,7 +40,8 @@ from molmo2_nemo.prepare.webdataset import write_shards
 TOKENIZER = CONF_DIR.parent / "molmo2_nemo" / "data" / "tokenizer"
 SHARD_SAMPLES = 100
 SIZE = (640, 480)  # of the pictures
-TURNS = 11  # at least, of each phase
+TURN = 40  # samples
+TURNS = 40  # at least, of each phase
 
 
 def main() -> None:
@@ -58,7 +61,7 @@ def main() -> None:
 
 def arguments():
     options = parser(__doc__)
-    options.add_argument("--samples", type=int, default=300, help="of the source that is read (default %(default)s)")
+    options.add_argument("--samples", type=int, default=1600, help="of the source that is read (default %(default)s)")
     options.add_argument("--latency", type=float, default=0.05, help="seconds (default %(default)s)")
     options.add_argument("--bandwidth", type=float, default=1e8, help="bytes/s (default %(default)s)")
     options.add_argument("--sources", type=int, default=100, help="of the blend whose first batch is awaited")
@@ -67,30 +70,35 @@ def arguments():
 
 
 def speed(folder: Path, args) -> dict:
-    """Two passes over a source of pictures, from the local disk and from the storage in turns of some samples."""
+    """Two passes over a source of pictures: from the local disk, from the storage, and from the local disk again."""
     make(folder / "one" / "source0", args.samples)
     size = sum(path.stat().st_size for path in (folder / "one").rglob("*.tar"))
     with SlowProxy(folder, args.latency, args.bandwidth) as proxy:
         point_to(proxy.address)
-        local, far = (Meter(opened(folder, root, 1)) for root in (str(folder / "one"), "s3://bench/one"))
-        found, turn = {}, max(1, args.samples // 10)
-        for meter in (local, far):
-            meter.draw(turn)
+        roots = {"local": str(folder / "one"), "storage": "s3://bench/one", "noise": str(folder / "one")}
+        meters = {name: Meter(opened(folder, root, 1)) for name, root in roots.items()}
+        for meter in meters.values():
+            meter.draw(TURN)
+        found, names = {}, list(meters)
         for phase in ("fetching", "cached"):
-            local.turns, far.turns = [], []
-            while len(far.turns) < TURNS or (phase == "fetching" and len(far.seen) < args.samples):
-                for meter in (local, far):
-                    meter.draw(turn)
+            for meter in meters.values():
+                meter.turns = []
+            while len(meters["storage"].turns) < TURNS or len(meters["storage"].seen) < args.samples:
+                names = [*names[1:], names[0]]  # none is always behind the same other one
+                for name in names:
+                    meters[name].draw(TURN)
             if phase == "fetching":
                 found["amplified"] = round(proxy.bytes_of(".tar") / size, 3)
-            for name, meter in (("local", local), ("storage", far)):
-                found[f"{name} samples/s, {phase}"] = round(1 / median(wall for wall, _ in meter.turns), 1)
-                found[f"{name} CPU ms a sample, {phase}"] = round(1e3 * median(cpu for _, cpu in meter.turns), 1)
-            pairs = list(zip(local.turns, far.turns))
-            found[f"ratio, {phase}"] = round(median(near[0] / far[0] for near, far in pairs), 3)
-            found[f"CPU ratio, {phase}"] = round(median(near[1] / far[1] for near, far in pairs), 3)
-        local.stream.close()
-        far.stream.close()
+            for name in ("local", "storage"):
+                turns = meters[name].turns
+                found[f"{name} samples/s, {phase}"] = round(1 / median(wall for wall, _ in turns), 1)
+                found[f"{name} CPU ms a sample, {phase}"] = round(1e3 * median(cpu for _, cpu in turns), 1)
+            for name, what in (("storage", ""), ("noise", " of noise")):
+                pairs = list(zip(meters["local"].turns, meters[name].turns))
+                found[f"ratio{what}, {phase}"] = round(median(near[0] / far[0] for near, far in pairs), 3)
+                found[f"CPU ratio{what}, {phase}"] = round(median(near[1] / far[1] for near, far in pairs), 3)
+        for meter in meters.values():
+            meter.stream.close()
     return found
 
 
