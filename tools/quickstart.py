@@ -110,6 +110,8 @@ def stage(number: int, recipe: str, ranks: int, *overrides: str) -> None:
             *["model=tiny", "data=sample", f"data.root={DATA}", "schedule=quickstart", "optim=from_scratch"],
             # A token of a video sees what one of a picture sees, so that what pictures taught holds for videos.
             "model.vision.video_pooling=2",
+            # Attention is a fifth of a step with four heads, and two tell as much here.
+            "model.num_attention_heads=2",
             *["name=quickstart", f"run_dir={folder}", "train.vision_recompute=false", "train.generate_every=1000"],
             *["train.generate_examples=15", "train.generate_max_tokens=32"],
             *overrides,

@@ -45,10 +45,14 @@ class VisionTransformer(MegatronModule):
         nn.init.normal_(self.patch_embedding.weight, std=model.init_std)
         nn.init.zeros_(self.patch_embedding.bias)
         with torch.no_grad():
-            waves = cosine_waves(vision.patch_size)[: vit.hidden_size]
+            # Places have dimensions of their own, so that what is seen and where it is do not hide each other.
+            of_places = vit.hidden_size * 3 // 16
+            waves = cosine_waves(vision.patch_size)[: vit.hidden_size - of_places]
             self.patch_embedding.weight[: len(waves)] = waves * model.init_std * vision.patch_dim**0.5
+            self.patch_embedding.weight[vit.hidden_size - of_places :] = 0
             side = vision.image_size // vision.patch_size
-            self.position_embedding.copy_(sines_of_places(side, vit.hidden_size) * 8 * model.init_std)
+            places = F.pad(sines_of_places(side, of_places), (vit.hidden_size - of_places, 0))
+            self.position_embedding.copy_(places * 16 * model.init_std)
         self.encoder = TransformerBlock(
             config, vit_block_spec(vit.num_layers, config), post_layer_norm=False, pg_collection=pg_collection
         )
