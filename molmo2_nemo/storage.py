@@ -22,6 +22,7 @@ import posixpath
 import random
 import re
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ PATIENCE = 120.0
 _PATIENCE: ContextVar[float] = ContextVar("patience")
 # Seconds before the second attempt, doubled for each one after it up to LONGEST_PAUSE, each by half more or less.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
+# Seconds of vain attempts after which it is said, once, that there will be more.
+SILENT_FOR = 5.0
 # Seconds without a byte or an answer after which an attempt has failed. Only where the profile sets nothing itself.
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30
 # Bytes that are in memory at once while an object is read for its checksum.
@@ -483,8 +486,18 @@ def _tried[T](verb: str, address: str, ask: Callable[[], T], to_disk: bool = Fal
                 kind = Missing if is_missing else StorageError if lasting else Unreachable
                 tried = "" if lasting else f" for {now - first:.0f} s"
                 raise kind(f"cannot {verb} {shown(address)}{tried}: {cause}.") from None
+            if now > first + SILENT_FOR:
+                store, what = "/".join(address.split("/")[:3]), cause.rpartition(": ")[0]
+                _say_once(f"{shown(store)}: {what}; it is tried again for up to {patience:.0f} s")
         time.sleep(pause * random.uniform(0.5, 1.5))
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    """Print it, but not from every rank of a job and for every object."""
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

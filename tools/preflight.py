@@ -9,7 +9,8 @@ a run directory that can be written, train.upload_to that can be written, read a
 all-reduce over all ranks, timed, and on GPUs the memory plan of tools/plan.py.
 
 Exit status: 0 go on; 2 a setting cannot work or something is missing everywhere; 3 a node is at fault.
-RUN_DIR/slurm/preflight.json has the verdict: {"kind": "ok" | "config" | "node", "message": ..., "nodes": [...]}.
+RUN_DIR/slurm/preflight.json has the verdict: {"kind": "ok" | "config" | "node" | "error", "message": ...,
+"nodes": [...]}; with "error", which is object storage that does not answer, a job is queued again.
 
 From the environment: PREFLIGHT_SECONDS (60) for all of it, MIN_BANDWIDTH in GB/s (see `floor`), MAX_CLOCK_SKEW in
 seconds (5), FREE_CHECKPOINTS (train.keep_last + 1) that must fit on the disk.
@@ -62,11 +63,14 @@ BUSY_GIB = 2.0  # of a GPU's memory in use before the job starts
 
 
 class Fault(Exception):
-    """One sentence, and the nodes at fault; none: it is the settings, or the same everywhere."""
+    """One sentence, and the nodes at fault; none: it is the settings, or the same everywhere.
 
-    def __init__(self, message: str, nodes: list[str]):
+    kind: of the verdict. "error": object storage does not answer now, and may do so at another start.
+    """
+
+    def __init__(self, message: str, nodes: list[str], kind: str | None = None):
         super().__init__(message)
-        self.nodes = nodes
+        self.nodes, self.kind = nodes, kind or ("node" if nodes else "config")
 
 
 def node_name() -> str:
@@ -127,6 +131,7 @@ def commit(checkout: Path) -> str:
 
 
 def data_fault(config: Config) -> str | None:
+    """What is wrong with the data. Unreachable: nothing may be; they do not answer now."""
     from molmo2_nemo.data import blend
 
     try:
@@ -134,6 +139,8 @@ def data_fault(config: Config) -> str | None:
             sources = blend.load_blend(config.data)
             blend.check_shards(sources, config.data.max_error_rate)
             read_one_sample(sources)
+    except storage.Unreachable:
+        raise
     except (ValueError, OSError) as error:
         return str(error).rstrip(".")
     return None
@@ -167,14 +174,19 @@ def run_dir_fault(config: Config) -> str | None:
 
 
 def upload_fault(config: Config) -> str | None:
-    """What is wrong with the address that checkpoints are copied to; written, read and removed there is a few bytes."""
-    from molmo2_nemo import remote_checkpoints, storage
+    """What is wrong with the address that checkpoints are copied to, where a few bytes are written, read and removed.
+
+    Unreachable: it does not answer now.
+    """
+    from molmo2_nemo import remote_checkpoints
 
     address = remote_checkpoints.folder_of(config)
     try:
         if address is not None:
             with storage.patience(STORAGE_SECONDS):
                 remote_checkpoints.try_address(address)
+    except storage.Unreachable as error:
+        raise storage.Unreachable(f"train.upload_to={config.train.upload_to}: {error}") from None
     except ConfigError as error:
         return f"train.upload_to={config.train.upload_to}: {str(error).rstrip('.')}"
     return None
@@ -195,8 +207,18 @@ def warnings() -> list[str]:
 
 
 def look(config: Config) -> dict:
-    """Facts of this node, with the faults that can be seen without the other nodes."""
-    facts = {"node": node_name(), "faults": [], "gpus": [], "versions": versions(), "warnings": warnings()}
+    """Facts of this node, with the faults that can be seen without the other nodes.
+
+    unreachable: a sentence on object storage that does not answer, or None.
+    """
+    facts = {
+        "node": node_name(),
+        "faults": [],
+        "unreachable": None,
+        "gpus": [],
+        "versions": versions(),
+        "warnings": warnings(),
+    }
     facts["slurm_gpus"] = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     facts["pci"] = 0 if config.train.device == "cpu" else nvidia_devices()
     if facts["pci"]:
@@ -204,7 +226,11 @@ def look(config: Config) -> dict:
             facts["gpus"] = gpus()
         except ValueError as error:
             facts["faults"].append(str(error))
-    facts["faults"] += [fault for fault in (data_fault(config), run_dir_fault(config), upload_fault(config)) if fault]
+    for find in (data_fault, run_dir_fault, upload_fault):
+        try:
+            facts["faults"] += [fault for fault in [find(config)] if fault]
+        except storage.Unreachable as error:
+            facts["unreachable"] = str(error).rstrip(".")
     return facts
 
 
@@ -233,6 +259,10 @@ def judge(nodes: list[dict]) -> None:
             raise Fault(f"{'all nodes' if len(nodes) > 1 else names[0]}: {first}", [])
         more = f" ({len(faulty)} nodes have faults: {', '.join(names)})" if len(faulty) > 1 else ""
         raise Fault(f"{names[0]}: {first}{more}", names)
+    away = [node for node in nodes if node["unreachable"]]
+    if away:
+        names = "all nodes" if len(away) == len(nodes) > 1 else ", ".join(node["node"] for node in away)
+        raise Fault(f"{names}: {away[0]['unreachable']}", [], "error")
     kinds = {node["node"]: sorted({f"{gpu['name']} {gpu['gib']:.0f} GiB" for gpu in node["gpus"]}) for node in nodes}
     for name, kind in kinds.items():
         if len(kind) > 1:
@@ -444,7 +474,7 @@ def preflight(stage: str, overrides: list[str], config: Config, rank: int, ranks
         store.set(f"heard/{rank}", "yes")
         if rank == 0:
             wait_quietly(store, [f"heard/{other}" for other in range(ranks)])
-        raise Fault(verdict["fault"], verdict["nodes"])
+        raise Fault(verdict["fault"], verdict["nodes"], verdict["kind"])
     lines = verdict["lines"]
     if ranks == 1:
         return [*lines, "all-reduce: one rank, nothing to measure"]
@@ -501,9 +531,9 @@ def first_verdict(store, stage: str, overrides: list[str], config: Config, names
             lines.append("memory plan: no GPU, not judged")
         return {"lines": lines, "device": "cuda" if on_gpus else "cpu"}
     except ConfigError as error:
-        return {"fault": str(error), "nodes": []}
+        return {"fault": str(error), "nodes": [], "kind": "config"}
     except Fault as fault:
-        return {"fault": str(fault), "nodes": fault.nodes}
+        return {"fault": str(fault), "nodes": fault.nodes, "kind": fault.kind}
 
 
 def clocks(store, nodes: list[str]) -> dict[str, tuple[float, float]]:
@@ -573,7 +603,7 @@ def main() -> None:
         if rank == 0 or alone:
             nodes = getattr(error, "nodes", [])
             if config is not None and args.settings is None:
-                leave_verdict(config, "node" if nodes else "config", str(error), nodes)
+                leave_verdict(config, getattr(error, "kind", "config"), str(error), nodes)
             print(f"error: {'' if args.settings is not None else 'pre-flight: '}{error}", file=sys.stderr, flush=True)
         sys.stderr.flush()
         os._exit(3 if getattr(error, "nodes", []) else 2)  # not through the destructors of a broken process group

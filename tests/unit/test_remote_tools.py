@@ -1,14 +1,16 @@
 """tools/import_hf.py, tools/export_hf.py and the pre-flight's look at addresses."""
 
+import socket
 import sys
 
 import pytest
 import torch
+from object_store import environment
 from programs import load
 from safetensors.torch import load_file
 
 from molmo2_nemo import checkpoint_dir, storage
-from molmo2_nemo.config.schema import Config, TrainConfig
+from molmo2_nemo.config.schema import Config, DataConfig, TrainConfig
 
 
 def run(monkeypatch, tool, *arguments):
@@ -75,6 +77,30 @@ def test_the_preflight_tries_the_address(disk, tmp_path, monkeypatch):
         assert fault("msc://disk/runs") == "train.upload_to=msc://disk/runs: cannot list it: no right to"
     disk.rename(tmp_path / "gone")
     disk.write_text("a file where the folder was")
-    assert "train.upload_to=msc://disk/runs: cannot write msc://disk/runs/n/stage2/checkpoints/.probe" in fault(
-        "msc://disk/runs"
-    )
+    with pytest.raises(storage.Unreachable, match=r"train.upload_to=msc://disk/runs: cannot write msc://disk/runs/n"):
+        fault("msc://disk/runs")
+
+
+def test_a_job_whose_storage_does_not_answer_at_first_is_queued_again(tmp_path, monkeypatch):
+    preflight, starts = load("tools/preflight.py"), load("slurm/starts.py")
+    monkeypatch.setattr(preflight, "STORAGE_SECONDS", 0.0)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and nobody listens
+        for key, value in environment(tmp_path, f"http://127.0.0.1:{closed.getsockname()[1]}").items():
+            monkeypatch.setenv(key, value)
+        storage.forget_clients()
+        for train, root in (
+            (TrainConfig(upload_to="s3://bucket/runs", device="cpu"), str(tmp_path)),
+            (TrainConfig(device="cpu"), "s3://bucket/shards"),
+        ):
+            data = DataConfig(root=root, blend="sample_stage1", cache_dir=str(tmp_path / "cache"))
+            facts = preflight.look(Config(name="n", stage="stage2", run_dir=str(tmp_path), train=train, data=data))
+            assert facts["unreachable"] and ("s3://" in facts["unreachable"])
+            facts["faults"] = []  # there are no shards in the folder
+            with pytest.raises(preflight.Fault, match=facts["unreachable"][:40]) as raised:
+                preflight.judge([facts])
+            assert (raised.value.kind, raised.value.nodes) == ("error", [])
+    storage.forget_clients()
+    verdict = {"kind": raised.value.kind, "message": str(raised.value), "nodes": []}
+    ended = starts.classify(2, "preflight", {}, verdict, "", False, False, None, None, False)
+    assert ended[0] == "error" and starts.CLASSES[ended[0]] == "transient"

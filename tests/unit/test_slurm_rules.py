@@ -112,7 +112,9 @@ CASES = {
         {"exit_code": 1, "errors": "srun: error: node2: task 1: Exited with exit code 1"},
         {},
     ],
-    "object storage with the data or the checkpoint to go on from does not answer for two minutes": [
+    "object storage with the data or the checkpoint to go on from does not answer for two minutes, or ten seconds of"
+    " the pre-flight": [
+        dict(exit_code=2, phase="preflight", preflight={"kind": "error", "message": "n1: cannot list s3://b/a"}),
         ended(cause="transient") | {"exit_code": 1},
     ],
     "object storage refuses, or a shard was replaced": [
@@ -190,6 +192,7 @@ def facts(name, **changes):
     return {
         "node": name,
         "faults": [],
+        "unreachable": None,
         "gpus": [dict(gpu) for _ in range(8)],
         "pci": 8,
         "slurm_gpus": 8,

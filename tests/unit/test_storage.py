@@ -153,7 +153,7 @@ def test_a_damaged_configuration_is_not_quoted(here):
     assert "planted" not in str(raised.value)
 
 
-def test_what_may_go_away_is_tried_again_and_not_for_ever(here, monkeypatch):
+def test_what_may_go_away_is_tried_again_and_not_for_ever(here, monkeypatch, capsys):
     pauses, failures = [], []
 
     def failing(client, path):
@@ -167,5 +167,6 @@ def test_what_may_go_away_is_tried_again_and_not_for_ever(here, monkeypatch):
     monkeypatch.setattr(type(client), "read", failing)
     with pytest.raises(storage.StorageError, match=r"cannot read msc://disk/x for \d+ s: RuntimeError"):
         storage.read("msc://disk/x")
+    assert capsys.readouterr().err == "msc://disk: RuntimeError; it is tried again for up to 120 s\n"
     assert 8 <= len(failures) <= 30 and sum(pauses) <= storage.PATIENCE + storage.LONGEST_PAUSE
     assert pauses[0] < pauses[-1] <= 1.5 * storage.LONGEST_PAUSE
