@@ -27,7 +27,10 @@ DATA = os.environ.get("QUICKSTART_DATA", "data/sample")
 RUNS = Path(os.environ.get("QUICKSTART_RUNS", "runs/quickstart"))
 SCALE = os.environ.get("QUICKSTART_SCALE", "1.0")
 # A change of one of these starts the stages over, as other overrides do.
-SETTINGS = ["schedule/quickstart.yaml", "model/tiny.yaml", "optim/from_scratch.yaml", "blend/sample_stage*.yaml"]
+SETTINGS = [
+    *("schedule/quickstart.yaml", "model/tiny.yaml", "model/quickstart.yaml", "optim/from_scratch.yaml"),
+    "blend/sample_stage*.yaml",
+]
 IMPORTED = [
     "molmo2_nemo.training.run",
     "molmo2_nemo.report",
@@ -107,11 +110,7 @@ def stage(number: int, recipe: str, ranks: int, *overrides: str) -> None:
     with subprocess.Popen(["tee", "-i", str(errors)], stdin=subprocess.PIPE, stdout=sys.stderr) as tee:
         well = run(
             f"recipes/{recipe}.py",
-            *["model=tiny", "data=sample", f"data.root={DATA}", "schedule=quickstart", "optim=from_scratch"],
-            # A token of a video sees what one of a picture sees, so that what pictures taught holds for videos.
-            "model.vision.video_pooling=2",
-            # Attention is a fifth of a step with four heads, and two tell as much here.
-            "model.num_attention_heads=2",
+            *["model=quickstart", "data=sample", f"data.root={DATA}", "schedule=quickstart", "optim=from_scratch"],
             *["name=quickstart", f"run_dir={folder}", "train.vision_recompute=false", "train.generate_every=1000"],
             *["train.generate_examples=15", "train.generate_max_tokens=32"],
             *overrides,
