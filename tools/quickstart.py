@@ -111,7 +111,9 @@ def stage(number: int, recipe: str, ranks: int, *overrides: str) -> None:
         well = run(
             f"recipes/{recipe}.py",
             *["model=quickstart", "data=sample", f"data.root={DATA}", "schedule=quickstart", "optim=from_scratch"],
-            *["name=quickstart", f"run_dir={folder}", "train.vision_recompute=false", "train.generate_every=1000"],
+            *["name=quickstart", f"run_dir={folder}", "train.vision_recompute=false"],
+            # Once, in the end.
+            *["train.save_every=5000", "train.validate_every=5000", "train.generate_every=5000"],
             *["train.generate_examples=15", "train.generate_max_tokens=32"],
             *overrides,
             ranks=ranks,

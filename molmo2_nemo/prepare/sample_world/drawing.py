@@ -1,5 +1,6 @@
 """Scenes of the sample world as pictures and videos."""
 
+import functools
 import io
 
 import av
@@ -17,8 +18,14 @@ def render(scene: Scene, frame: int = 0) -> np.ndarray:
     for thing in scene.things:
         x, y = scene.position(thing, frame)
         _draw_shape(draw, thing, x * scale, y * scale, thing.size / 2 * scale)
-    noise = np.random.default_rng(scene.noise_seed).integers(-2, 3, (scene.height, scene.width, 1), dtype=np.int8)
-    return np.asarray(canvas.reduce(scale)) + noise.view(np.uint8)  # no colour is near 0 or 255: nothing wraps around
+    # No colour is near 0 or 255: nothing wraps around.
+    return np.asarray(canvas.reduce(scale)) + _noise(scene.noise_seed, scene.height, scene.width)
+
+
+@functools.lru_cache(maxsize=1)
+def _noise(seed: int, height: int, width: int) -> np.ndarray:
+    """From -2 to 2, as [height, width, 1] uint8 that wraps around; the same in all frames of a video."""
+    return np.random.default_rng(seed).integers(-2, 3, (height, width, 1), dtype=np.int8).view(np.uint8)
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float) -> None:
@@ -39,7 +46,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, rad
 
 def encode_png(scene: Scene) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(render(scene)).save(file, "PNG", compress_level=3)
+    Image.fromarray(render(scene)).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
