@@ -110,6 +110,24 @@ def has_entry(host):
     return False
 
 
+def mount_faults(kind, places):
+    """A sentence for each of {what: path} that a container would not see, or lose at its end."""
+    if kind not in ("pyxis", "apptainer"):
+        return
+    inside = [(mount + ":" + mount).split(":")[1] for mount in os.environ.get("MOUNTS", "").split(",") if mount]
+    inside.append(os.getcwd())
+    if kind == "apptainer":  # which mounts these by itself
+        inside += ["/tmp", os.path.expanduser("~")]
+    for what, path in places.items():
+        if path and not any((os.path.expanduser(path) + "/").startswith(seen.rstrip("/") + "/") for seen in inside):
+            yield "%s=%s is in no folder of MOUNTS, so that the container does not see it: add %s to MOUNTS in %s" % (
+                what,
+                path,
+                "%s:%s" % ((os.path.dirname(path) if what == "MSC_CONFIG" else path,) * 2),
+                "slurm/site.env",
+            )
+
+
 def faults(stage, run, arguments, facts):
     """All mistakes that can be seen, a sentence each."""
     script = Path("slurm", stage + ".sbatch").read_text()
@@ -129,6 +147,8 @@ def faults(stage, run, arguments, facts):
         "--output=%s" % log: os.path.dirname(os.path.abspath(log)) if log else None,
     }
     found = list(local_faults(places))
+    cache = value_of("data.cache_dir", arguments)
+    found += mount_faults(kind, {"data.cache_dir": cache, "MSC_CONFIG": os.environ.get("MSC_CONFIG")})
     if data and not os.path.isdir(data):
         found.append(
             "data.root=%s does not exist: correct DATA_ROOT in slurm/site.env, or data.root=FOLDER, the folder of the"

@@ -229,7 +229,7 @@ stop_mark() { stat -c '%i %Y' "$state/stop" 2> /dev/null || true; }
 read_arguments "$@"
 load_site
 if [[ -v NODE_LOCAL ]]; then export NODE_LOCAL; fi
-export RUNTIME
+export RUNTIME MOUNTS=${MOUNTS:-}
 run=$RUN_ROOT/$name
 [[ $run == /* ]] || run=$PWD/$run
 state=$run/slurm

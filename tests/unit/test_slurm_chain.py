@@ -68,6 +68,20 @@ def site(tmp_path, monkeypatch):
         ([], {"RUNTIME": "pyxis:/no/where.sqsh"}, "there is no such image: make it"),
         ([], {"RUNTIME": "apptainer:/node_local/x.sif"}, "the image /node_local/x.sif of RUNTIME is in /node_local"),
         ([], {"RUNTIME": "pyxis:nvcr.io#nvidia/pytorch:26.04-py3"}, None),
+        (
+            ["data.cache_dir=/local/cache"],
+            {"RUNTIME": "pyxis:x#y", "MOUNTS": "/data:/data,/locals:/local2"},
+            "data.cache_dir=/local/cache is in no folder of MOUNTS.*: add /local/cache:/local/cache to MOUNTS",
+        ),
+        (["data.cache_dir=/local/cache"], {"RUNTIME": "pyxis:x#y", "MOUNTS": "/data:/data,/nvme:/local"}, None),
+        (["data.cache_dir=/local/cache"], {"RUNTIME": "pyxis:x#y", "MOUNTS": "/local/cache:/local/cache"}, None),
+        (["data.cache_dir=/local/cache"], {}, None),
+        (["data.cache_dir=/tmp/cache"], {"RUNTIME": "apptainer:docker://x"}, None),
+        (
+            [],
+            {"RUNTIME": "pyxis:x#y", "MSC_CONFIG": "/keys/msc.yaml"},
+            "MSC_CONFIG=/keys/msc.yaml .*: add /keys:/keys to",
+        ),
         (["train.init_from=/node_local/start"], {}, "train.init_from=/node_local/start is in /node_local"),
     ],
 )
