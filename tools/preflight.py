@@ -18,7 +18,6 @@ seconds (5), FREE_CHECKPOINTS (train.keep_last + 1) that must fit on the disk.
 
 import argparse
 import datetime
-import glob
 import importlib.metadata
 import json
 import math
@@ -33,7 +32,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from molmo2_nemo import storage
+from molmo2_nemo import nvidia, storage
 from molmo2_nemo.command_line import compose, prepare
 from molmo2_nemo.config.checks import check
 from molmo2_nemo.config.errors import ConfigError
@@ -78,35 +77,6 @@ def node_name() -> str:
 
 
 # The facts of a node. All of this runs on the first rank of each node and imports no torch.
-
-
-def nvidia_devices() -> int:
-    """NVIDIA GPUs on the PCI bus, whether or not a driver is loaded."""
-    found = 0
-    for device in glob.glob("/sys/bus/pci/devices/*"):
-        try:
-            vendor, kind = Path(device, "vendor").read_text().strip(), Path(device, "class").read_text().strip()
-        except OSError:
-            continue
-        found += vendor == "0x10de" and kind[:6] in ("0x0300", "0x0302")  # display and 3D controllers
-    return found
-
-
-def gpus() -> list[dict]:
-    """nvidia-smi's GPUs: name, driver, GiB of memory, GiB in use. ValueError: it is missing or fails."""
-    query = "name,driver_version,memory.total,memory.used"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except OSError as error:
-        raise ValueError("it has NVIDIA devices and no nvidia-smi") from error
-    except subprocess.TimeoutExpired as error:
-        raise ValueError("nvidia-smi did not answer within 20 s") from error
-    if result.returncode:
-        text = (result.stdout + result.stderr).strip().splitlines()
-        raise ValueError(f"nvidia-smi failed: {text[-1] if text else result.returncode}")
-    rows = [[cell.strip() for cell in line.split(",")] for line in result.stdout.splitlines() if line.strip()]
-    return [{"name": r[0], "driver": r[1], "gib": float(r[2]) / 1024, "used_gib": float(r[3]) / 1024} for r in rows]
 
 
 def versions() -> dict[str, str]:
@@ -220,10 +190,10 @@ def look(config: Config) -> dict:
         "warnings": warnings(),
     }
     facts["slurm_gpus"] = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
-    facts["pci"] = 0 if config.train.device == "cpu" else nvidia_devices()
+    facts["pci"] = 0 if config.train.device == "cpu" else nvidia.devices()
     if facts["pci"]:
         try:
-            facts["gpus"] = gpus()
+            facts["gpus"] = nvidia.gpus()
         except ValueError as error:
             facts["faults"].append(str(error))
     for find in (data_fault, run_dir_fault, upload_fault):
