@@ -159,7 +159,8 @@ class Batch(EnergonBatch):
     # video begins, 0 without a video.
     outcomes: list[tuple[dict[str, int], float]] = field(default_factory=list)
 
-    # A loader worker hands a tensor over as shared memory, by a connection of its own that takes about a millisecond.
+    # A loader worker hands a tensor over as shared memory, by a connection of its own that takes about a millisecond:
+    # small ones go with the batch.
     def __getstate__(self) -> dict:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         small = {n: v for n, v in values.items() if isinstance(v, torch.Tensor) and v.nbytes <= SENT_BY_PIPE}

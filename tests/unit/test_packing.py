@@ -1,6 +1,9 @@
 import importlib.util
 import itertools
+import pickle
 from collections import Counter
+from dataclasses import fields
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -251,6 +254,26 @@ def test_types_and_shapes_without_pictures():
         "vision_units": (torch.int64, (0, 2)),
     }
     assert {name: (getattr(batch, name).dtype, tuple(getattr(batch, name).shape)) for name in expected} == expected
+
+
+def test_a_batch_goes_to_another_process_as_it_is_and_without_a_connection_for_each_small_tensor(monkeypatch):
+    batch = collate([row_of([make_plan([(1, 2)], 3)], 16)], np.array([PATCH]))
+    shared = []
+    register = ForkingPickler._extra_reducers[torch.Tensor]
+    monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, lambda t: shared.append(t) or register(t))
+    for most, number in ((packing.SENT_BY_PIPE, 0), (0, sum(f.numel() > 0 for f in tensors_of(batch).values()))):
+        monkeypatch.setattr(packing, "SENT_BY_PIPE", most)
+        shared.clear()
+        again = pickle.loads(ForkingPickler.dumps(batch))
+        assert len(shared) == number
+        assert all(torch.equal(tensor, getattr(again, name)) for name, tensor in tensors_of(batch).items())
+        assert (again.counters, again.errors, again.outcomes) == (batch.counters, batch.errors, batch.outcomes)
+        again.labels += 1  # may be written to
+
+
+def tensors_of(batch):
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def test_a_padding_token_that_is_a_visual_one_is_not_visual():
