@@ -120,12 +120,11 @@ def mount_faults(kind, places):
         inside += ["/tmp", os.path.expanduser("~")]
     for what, path in places.items():
         if path and not any((os.path.expanduser(path) + "/").startswith(seen.rstrip("/") + "/") for seen in inside):
-            yield "%s=%s is in no folder of MOUNTS, so that the container does not see it: add %s to MOUNTS in %s" % (
-                what,
-                path,
-                "%s:%s" % ((os.path.dirname(path) if what == "MSC_CONFIG" else path,) * 2),
-                "slurm/site.env",
-            )
+            folder = os.path.dirname(path) if what == "MSC_CONFIG" else path
+            yield (
+                "%s=%s is in no folder of MOUNTS, so that the container does not see it: add %s:%s to MOUNTS in"
+                " slurm/site.env"
+            ) % (what, path, folder, folder)
 
 
 def faults(stage, run, arguments, facts):
