@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from molmo2_nemo.config.schema import FP8_MULTIPLES, LAYERS, ModelConfig
+from molmo2_nemo.config.schema import FP8_MULTIPLES, LAYERS, ModelConfig, VisionConfig
 from molmo2_nemo.model.collectives import all_gather
 from molmo2_nemo.model.fused_vit import run_layers
 from molmo2_nemo.model.layers import gated_mlp, gives_weights, vit_block_spec
@@ -44,15 +44,7 @@ class VisionTransformer(MegatronModule):
         )
         nn.init.normal_(self.patch_embedding.weight, std=model.init_std)
         nn.init.zeros_(self.patch_embedding.bias)
-        with torch.no_grad():
-            # Places have dimensions of their own, so that what is seen and where it is do not hide each other.
-            of_places = vit.hidden_size * 3 // 16
-            waves = cosine_waves(vision.patch_size)[: vit.hidden_size - of_places]
-            self.patch_embedding.weight[: len(waves)] = waves * model.init_std * vision.patch_dim**0.5
-            self.patch_embedding.weight[vit.hidden_size - of_places :] = 0
-            side = vision.image_size // vision.patch_size
-            places = F.pad(sines_of_places(side, of_places), (vit.hidden_size - of_places, 0))
-            self.position_embedding.copy_(places * 16 * model.init_std)
+        first_embeddings(self.patch_embedding.weight, self.position_embedding, vision, model.init_std)
         self.encoder = TransformerBlock(
             config, vit_block_spec(vit.num_layers, config), post_layer_norm=False, pg_collection=pg_collection
         )
@@ -207,6 +199,23 @@ class VisionTower(MegatronModule):
 
             return checkpoint_fp8(function, *tensors, use_reentrant=False)
         return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=has_dropout(self))
+
+
+@torch.no_grad()
+def first_embeddings(weight: Tensor, positions: Tensor, vision: VisionConfig, init_std: float) -> None:
+    """Set the first patch embedding [width, patch_dim], random so far, and the first positions [patches, width].
+
+    Places have three of sixteen dimensions of their own, so that what is seen and where it is do not hide each other;
+    the others have waves, and stay random where there are more dimensions than waves. The amplitude of places is a
+    compromise for the tiny model: with less it cannot tell places, with more it loses shapes (docs/tried.md).
+    """
+    of_places = len(weight) * 3 // 16
+    of_pictures = len(weight) - of_places
+    waves = cosine_waves(vision.patch_size)[:of_pictures]
+    weight[: len(waves)] = waves * init_std * vision.patch_dim**0.5
+    weight[of_pictures:] = 0
+    places = F.pad(sines_of_places(vision.image_size // vision.patch_size, of_places), (of_pictures, 0))
+    positions.copy_(places * 26 * init_std)
 
 
 def cosine_waves(side: int) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molmo2_nemo.model.vision import chunks_of, cosine_waves, sines_of_places, split_units
+from molmo2_nemo.config.schema import VisionConfig
+from molmo2_nemo.model.vision import chunks_of, cosine_waves, first_embeddings, sines_of_places, split_units
 from molmo2_nemo.planner.work import most_crops
 
 units = st.lists(st.tuples(st.integers(1, 25), st.integers(1, 300)).map(list), max_size=40)
@@ -82,3 +83,13 @@ def test_the_first_position_embeddings_tell_every_place_apart():
         [np.sin(2 * angle), np.cos(2 * angle), np.sin(5 * angle), np.cos(5 * angle)], abs=1e-6
     )
     assert torch.cdist(places, places).fill_diagonal_(9).min() > 1
+
+
+@pytest.mark.parametrize("width", [64, 1152])
+def test_what_is_seen_and_where_it_is_have_dimensions_of_their_own(width):
+    vision = VisionConfig(image_size=84, patch_size=14)
+    weight, positions = torch.randn(width, vision.patch_dim), torch.randn(36, width)
+    first_embeddings(weight, positions, vision, 0.1)
+    seen, places = weight.any(1), positions.any(0)
+    assert torch.equal(seen, ~places) and places.sum() == width * 3 // 16
+    assert len(positions[:, places].unique(dim=0)) == 36  # no two places are alike
