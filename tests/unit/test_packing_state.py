@@ -14,7 +14,7 @@ def rows_of(loader, batches=3):
 def test_how_long_samples_have_waited_is_carried_over(sample, tmp_path, monkeypatch):
     """A state of an earlier version, which does not say it, goes on, too, and packs other rows."""
     monkeypatch.setattr(packing, "MOST_ROWS", 3)
-    data, state = config(sample), tmp_path / "state"
+    data, state = config(sample, blend="sample_stage3"), tmp_path / "state"
 
     def loader(**saved):
         return train_loader(data, VISION, load_blend(data), 0, 1, None, 2, **saved)

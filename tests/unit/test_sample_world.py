@@ -112,7 +112,7 @@ def test_video_entries_are_true(data):
         rate, frames = decode(parts["video.mp4"])
         assert (rate, len(frames)) == (video["fps"], video["num_frames"])
         assert frames[0].shape == (video["height"], video["width"], 3)
-        assert video["duration"] == len(frames) / rate and 2 <= video["duration"] <= 4
+        assert video["duration"] == len(frames) / rate and 1 <= video["duration"] <= 2
 
 
 @pytest.mark.parametrize("name", ["points", "count", "points_dense", "multi_image"])
@@ -238,18 +238,19 @@ def test_places_in_a_video_are_what_the_pixels_show():
     for index in range(80):
         sample = make_sample("video_qa", "train", index)
         colours = [thing.colour for thing in sample.video.things]
-        frames = {"at first": render(sample.video, 0), "in the end": render(sample.video, sample.video.num_frames - 1)}
+        frame = render(sample.video, sample.video.num_frames - 1)
         for question, answer in turns(sample):
-            asked = re.fullmatch(r"Where is the (.*) (at first|in the end)\?", question)
+            asked = re.fullmatch(r"Where is the (.*) in the end\?", question)
             things = [thing for thing in sample.video.things if asked and thing.name.endswith(asked[1])]
             if not asked or len(set(colours)) < len(colours):
                 continue
             (thing,) = things
-            pixels = np.abs(frames[asked[2]].astype(int) - COLOURS[thing.colour]).sum(2) < 60
+            pixels = np.abs(frame.astype(int) - COLOURS[thing.colour]).sum(2) < 60
             y, x = (3 * np.argwhere(pixels).mean(0) / len(pixels)).astype(int)
-            assert answer == f"{['up', 'middle', 'down'][y]} {['left', 'middle', 'right'][x]}"
+            words = [["up", "", "down"][y], ["left", "", "right"][x]]
+            assert answer == " ".join(word for word in words if word)
             found.add(answer)
-    assert len(found) == 9
+    assert len(found) == 8  # nothing ends in the middle
 
 
 @pytest.mark.parametrize("name", [name for name in SETS if name != "text"])
@@ -414,7 +415,7 @@ def test_quiz(data):
             assert entry["answer"] in SHAPES
     for entry in videos:
         _, frames = decode((data / "quiz" / entry["video"]).read_bytes())
-        assert len(frames) >= 2 * FPS
+        assert len(frames) >= FPS
         assert entry["answer"] in [*DIRECTIONS, *COLOURS]
 
 

@@ -196,14 +196,13 @@ def make_video_qa(rng: np.random.Generator, split: str) -> WorldSample:
 
 
 def _place_question(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    """(question, answer): in which third of the picture a thing is at first or in the end, by both axes."""
+    """(question, answer): in which third of the picture a thing is in the end, along both axes."""
     thing = pick(rng, scene.things)
     alike = [other.shape for other in scene.things].count(thing.shape)
     name = thing.name if alike > 1 else pick(rng, [thing.shape, thing.name])
-    when, frame = pick(rng, [("at first", 0), ("in the end", scene.num_frames - 1)])
-    x, y = (int(3 * part) for part in scene.fraction(thing, frame))
-    place = f"{('up', 'middle', 'down')[y]} {('left', 'middle', 'right')[x]}"
-    return f"Where is the {name} {when}?", place
+    x, y = (int(3 * part) for part in scene.fraction(thing, scene.num_frames - 1))
+    place = " ".join(word for word in (("up", "", "down")[y], ("left", "", "right")[x]) if word)
+    return f"Where is the {name} in the end?", place
 
 
 def make_video_points(rng: np.random.Generator, split: str) -> WorldSample:

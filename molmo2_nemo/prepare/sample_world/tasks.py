@@ -134,7 +134,8 @@ def make_task_video(rng: np.random.Generator, split: str) -> WorldSample:
     ]
     if rng.random() < 0.5:
         says = f"The {mover.name} goes {mover.direction}."
-        keys["subtitles"] = [[0.0, 0.5, "Look."], [0.5, end - start, says]]
+        half = (end - start) / 2
+        keys["subtitles"] = [[0.0, half, "Look."], [half, end - start, says]]
         branches.append({"task": "question", "question": "What do the subtitles say last?", "answers": [says]})
     return WorldSample(None, some(rng, branches, 3), video=scene, video_keys=keys, multi_turn=0.2)
 

@@ -36,7 +36,7 @@ from molmo2_nemo.prepare.sample_world.tasks import make_task_image, make_task_po
 from molmo2_nemo.prepare.webdataset import write_shards
 
 # Of the sample data: a change of what is drawn needs another number, so that older folders are refused.
-VERSION = 5
+VERSION = 6
 SPLITS = ("train", "val")
 
 
