@@ -96,3 +96,13 @@ def build_and_install(folder: Path, site: Path) -> None:
     succeeded(run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source]))
     [wheel] = folder.glob("*.whl")
     succeeded(run([*pip, "install", "--no-deps", "--no-compile", "--target", site, wheel]))
+
+
+def other_tokenizer(folder: Path) -> Path:
+    """A new folder with the shipped tokenizer, in which two words have each other's ids."""
+    shutil.copytree(REPOSITORY / "molmo2_nemo" / "data" / "tokenizer", folder)
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    words = stored["model"]["vocab"]
+    words["red"], words["blue"] = words["blue"], words["red"]
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    return folder

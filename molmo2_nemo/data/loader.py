@@ -46,7 +46,7 @@ from megatron.energon.wrappers.base import BaseWrapperDataset
 from molmo2_nemo import compat
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig, VisionConfig
-from molmo2_nemo.data import progress
+from molmo2_nemo.data import progress, vocabulary
 from molmo2_nemo.data.blend import Source, metadataset
 from molmo2_nemo.data.cached_reader import Ahead, Stream, read_samples_whole
 from molmo2_nemo.data.encode import Encoder, dropped
@@ -508,7 +508,7 @@ def _manifest(
         **{f"source {source.name}": progress.source_entry(source) for source in sources},
         progress.ORDER: [source.name for source in sources],
         progress.VISION: asdict(vision),
-        progress.TOKENIZER: _digest(sorted(encoder.tokenizer.get_vocab().items())).hex()[:16],
+        vocabulary.TOKENIZER: vocabulary.digest(encoder.tokenizer),
         progress.RANKS: world_size,
         progress.RANK: rank,
         "train.micro_batch_size": micro_batch_size,

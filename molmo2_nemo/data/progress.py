@@ -29,14 +29,13 @@ from megatron.energon.savable_loader import SavableDataLoaderState
 from molmo2_nemo import compat
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.data.blend import Source
+from molmo2_nemo.data.vocabulary import MAX_HEADER, TOKENIZER
 
-# Keys of a manifest. Of the last two, another value is refused: the model has learned what they decide.
+# Keys of a manifest. Another value of VISION or TOKENIZER is refused: the model has learned what they decide.
 RANK, RANKS, ORDER, RESTART = "data-parallel rank", "data-parallel size", "sources in order", "train.restart_data"
-TOKENIZER, VISION = "tokenizer", "model.vision"
+VISION = "model.vision"
 # Counts stop here: differences between samples seen more often than this are forgotten.
 MAX_COUNT = 60_000
-# Bytes; a manifest has a few hundred for each source.
-MAX_HEADER = 2**24
 
 
 @dataclass

@@ -23,6 +23,7 @@ from molmo2_nemo.byte_progress import ByteProgress
 from molmo2_nemo.config.errors import ConfigError, refuse
 from molmo2_nemo.config.lora import scale
 from molmo2_nemo.config.schema import ModelConfig
+from molmo2_nemo.data import vocabulary
 from molmo2_nemo.files import disk_errors_told, missing_room, readable_size
 from molmo2_nemo.hf.adapters import Adapted, adapted, merge
 from molmo2_nemo.hf.architecture import model_config_from_hf
@@ -371,8 +372,8 @@ def export_hf(
     names config.json has. license: the Hub's name of one, for the model card. dtype: None keeps the checkpoint's.
     tokenizer: folder whose tokenizer and chat template are written along with the
     processor; None writes weights and configuration only. Memory stays near `max_shard_bytes` plus READ_AT_ONCE, or one
-    tensor that is larger. Raises ConfigError when `folder` exists, for a folder without a tokenizer, and when the disk
-    lacks room or fails; then nothing is left of it.
+    tensor that is larger. Raises ConfigError when `folder` exists, for a folder without a tokenizer or with another
+    one than the checkpoint was trained with, and when the disk lacks room or fails; then nothing is left of it.
     """
     if is_there(folder):
         raise ConfigError(f"{folder} exists: remove it or export to another folder.")
@@ -382,6 +383,13 @@ def export_hf(
         from molmo2_nemo.data.processor import build_processor
 
         processor = build_processor(tokenizer, model.vision, max_crops, setting="--tokenizer")
+        trained_with = vocabulary.trained_with(checkpoint)
+        if trained_with not in (None, vocabulary.digest(processor.tokenizer)):
+            raise ConfigError(
+                f"--tokenizer={tokenizer} is not what {checkpoint} was trained with, "
+                "so that its answers would be read as other words: export it with tools/export_hf.py and "
+                "--tokenizer=FOLDER, a folder with the old tokenizer."
+            )
         processor.video_processor.num_frames = max_frames
         processor.video_processor.max_fps = max_fps
         # What vLLM asks it; transformers does not.

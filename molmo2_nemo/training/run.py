@@ -23,7 +23,7 @@ from molmo2_nemo.config.checks import check, check_profile
 from molmo2_nemo.config.components import COMPONENTS, is_frozen
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import Config, LoraConfig
-from molmo2_nemo.data import blend, epochs
+from molmo2_nemo.data import blend, epochs, vocabulary
 from molmo2_nemo.data.blend import Source
 from molmo2_nemo.data.loader import (
     DataLost,
@@ -219,8 +219,9 @@ def set_up(
     times = step_times.of(model, optimizer, device, log.say)
     replica = parallel.model_replica_group(settings.timeout_minutes)
     loader, validation = make_loaders(config, sources, replica, loader_states)
-    for note in () if loader is None else filter(None, (loader.note, loader.position.note)):
-        log.say(note)
+    for note in () if loader is None else (loader.note, loader.position.note, another_tokenizer(start, config, loader)):
+        if note:
+            log.say(note)
     exam = answers.prepare(config, sources, replica) if settings.generate_every else None
     log.begin(position.step + 1, config.name, config_yaml, settings.wandb_project)
     if start.resume is not None:
@@ -343,6 +344,19 @@ def weights_to_start_from(config: Config, start: Start, log: RunLog) -> Path | N
         message = f"the weights of {' and '.join(map(str, start.hugging_face))} cannot be used: {failure}"
         shutdown.end_all_ranks(Path(config.run_dir), message, 0, reason="config error")
     return converted_to
+
+
+def another_tokenizer(start: Start, config: Config, loader: TrainLoader) -> str:
+    """On rank 0, a warning where a new run's weights were trained with another tokenizer than data.tokenizer."""
+    weights = start.adapters or start.init_from or (start.hugging_face[0] if len(start.hugging_face) == 1 else None)
+    if dist.get_rank() or start.resume is not None or weights is None:
+        return ""
+    if vocabulary.trained_with(weights) in (None, loader.manifest[vocabulary.TOKENIZER]):
+        return ""
+    return (
+        f"warning: {weights} was trained with another tokenizer than {config.data.tokenizer}, so that each word means "
+        "another one to it: set model.tokenizer to the old one."
+    )
 
 
 def build(config: Config, device: str, precision: str) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from programs import TINY_SETTINGS, python, run_ranks, start_ranks, succeeded
+from programs import TINY_SETTINGS, other_tokenizer, python, run_ranks, start_ranks, succeeded
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -190,6 +190,20 @@ def test_damaged_and_foreign_checkpoints_are_refused(uninterrupted, sample, tmp_
         "model.hidden_size=64",
     )
     assert other.returncode != 0 and re.search(r"has model\.hidden_size=\d+, this run has 64", other.stderr)
+
+
+def test_another_tokenizer_of_the_same_size_is_noticed(uninterrupted, sample, tmp_path):
+    other = other_tokenizer(tmp_path / "other")
+    start = [f"train.init_from={uninterrupted}", "train.max_steps=1", "train.validation_batches=0"]
+    result = succeeded(train(1, 2, tmp_path / "run", sample, *start, f"model.tokenizer={other}"))
+    assert f"was trained with another tokenizer than {other}" in result.stdout
+    # The advice: the one that the weights came with.
+    result = succeeded(train(1, 2, tmp_path / "again", sample, *start))
+    assert "another tokenizer" not in result.stdout
+
+    export = python("tools/export_hf.py", uninterrupted, tmp_path / "hf", "--tokenizer", other)
+    assert export.returncode != 0 and "Traceback" not in export.stderr
+    assert f"--tokenizer={other} is not what" in export.stderr and not (tmp_path / "hf").exists()
 
 
 def test_an_interrupted_save_is_not_taken_for_a_checkpoint(uninterrupted, sample, tmp_path):

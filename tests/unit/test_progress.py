@@ -6,6 +6,7 @@ import pytest
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.data import progress
 from molmo2_nemo.data.blend import Source, SourceOptions
+from molmo2_nemo.data.vocabulary import TOKENIZER
 
 
 def source(name, samples, weight=0.5, **options):
@@ -20,7 +21,7 @@ def manifest(sources, rank=0, ranks=1, **settings):
         **{f"source {one.name}": progress.source_entry(one) for one in sources},
         progress.ORDER: [one.name for one in sources],
         progress.VISION: {"image_size": 84},
-        progress.TOKENIZER: "abc",
+        TOKENIZER: "abc",
         progress.RANKS: ranks,
         progress.RANK: rank,
         progress.RESTART: False,
@@ -108,7 +109,7 @@ def test_a_state_of_an_older_version_goes_on_exactly(tmp_path):
     assert found.note == "" and found.consumed.tolist() == list(range(7))
 
 
-@pytest.mark.parametrize("key, name", [(progress.TOKENIZER, "data.tokenizer"), (progress.VISION, "model.vision")])
+@pytest.mark.parametrize("key, name", [(TOKENIZER, "data.tokenizer"), (progress.VISION, "model.vision")])
 def test_what_the_model_has_learned_is_kept(saved, key, name):
     with pytest.raises(ConfigError, match=f"{name} is not what the checkpoint was trained with"):
         progress.read(saved, manifest(OLD, 0, 2) | {key: "other"}, OLD)
