@@ -171,19 +171,22 @@ def publish(partial: Path, path: Path, durable: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def published(folder: Path) -> Iterator[Path]:
+def published(folder: Path, replace: bool = False) -> Iterator[Path]:
     """A new folder to write to, which gets the name `folder` when all went well and is removed otherwise.
 
-    ValueError: `folder` holds something already, or another process was faster.
+    replace: a folder of this name is removed then. ValueError: without it, `folder` holds something already, or another
+    process was faster.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if not replace and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists already: remove it or choose another folder.")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
         try:
             partial.rename(folder)
         except OSError as error:

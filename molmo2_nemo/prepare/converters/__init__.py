@@ -8,6 +8,7 @@ nothing else; other files need a reader.
 from molmo2_nemo.prepare.converters import (
     captions,
     evaluation,
+    evaluation_video,
     image_qa,
     pointing,
     text,
@@ -20,7 +21,7 @@ from molmo2_nemo.prepare.converters.forms import converter_by_form
 
 CONVERTERS: dict[str, Converter] = {
     name: converter
-    for module in (captions, evaluation, image_qa, pointing, text, tracking, video_clips, video_qa)
+    for module in (captions, evaluation, evaluation_video, image_qa, pointing, text, tracking, video_clips, video_qa)
     for name, converter in module.CONVERTERS.items()
 }
 

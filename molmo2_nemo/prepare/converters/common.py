@@ -9,6 +9,8 @@ import csv
 import json
 import math
 import random
+import re
+import string
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,8 @@ from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.files import sha256_of_text
 from molmo2_nemo.limits import VIDEO_SUFFIXES
 
+LETTERS = string.ascii_uppercase
+OPTION = re.compile(r"\(?([A-Z])[.):]\s*(.*)", re.DOTALL)  # with its letter: "A. a cat", "(A) a cat", "A: a cat"
 MAX_POINTS = 60  # of a pointing answer (molmo2: olmo/data, "max_points")
 
 
@@ -122,6 +126,18 @@ def choice(text: str, options: list, answer: int, style: str) -> dict:
         "answer": answer,
         "style": style,
     }
+
+
+def lettered_choice(text: str, options: list, letter: str, style: str) -> dict:
+    """A choice whose answer is a letter, as "B" or "(B)". Letters that all options begin with, as "B. a cat", are left
+    out: they are written with the question. ValueError: as of choice, or the answer is no letter."""
+    found = [OPTION.match(_text(option)) for option in options]
+    if all(found) and [match[1] for match in found] == list(LETTERS[: len(found)]):
+        options = [match[2] for match in found]
+    name = str(letter).strip().strip("().")
+    if len(name) != 1 or name not in LETTERS:
+        raise ValueError("the right answer is no letter")
+    return choice(text, options, LETTERS.index(name), style)
 
 
 def shuffled_choice(text: str, right: str, wrong: Iterable[str], style: str, *seed) -> dict:

@@ -1,8 +1,11 @@
 """The evaluation sets of conf/evaluations.yaml. Columns and rules: allenai/molmo2 at f3cb108, olmo/data, and cards."""
 
+import ast
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 
 import numpy as np
 from PIL import Image
@@ -12,14 +15,15 @@ from molmo2_nemo.catalogue.raw import RawSource, read_rows
 from molmo2_nemo.data import prompts
 from molmo2_nemo.prepare.converters import image_qa
 from molmo2_nemo.prepare.converters.common import (
+    OPTION,
     Converter,
     Draft,
     Drop,
     array_rows,
-    choice,
     clip,
     find,
     image_of,
+    lettered_choice,
     pointing,
     question,
     read_json,
@@ -30,33 +34,10 @@ from molmo2_nemo.prepare.converters.pointing import video_point_names
 
 # In the place of one that is drawn, so that every model is asked the same.
 COUNT_BY_POINTING = prompts.POINT_COUNT[2]
-MC = "video_eval_multiple_choice"
 VIDEO_POINT_FPS = 2  # of the frames that masks of Molmo2-VideoPointEval belong to
+IMAGE_NUMBER = re.compile(r"<image\s*(\d+)>")
+IMAGES_OF_MMMU = [f"image_{number}" for number in range(1, 8)]
 TRACK_FPS = 1  # of the report's tracking evaluation
-# MVBench's files of questions, and where below video/ their clips are.
-MVBENCH = {
-    "action_sequence": "star/Charades_v1_480",
-    "action_prediction": "star/Charades_v1_480",
-    "action_antonym": "ssv2_video",
-    "fine_grained_action": "Moments_in_Time_Raw/videos",
-    "unexpected_action": "FunQA_test/test",
-    "object_existence": "clevrer/video_validation",
-    "object_interaction": "star/Charades_v1_480",
-    "object_shuffle": "perception/videos",
-    "moving_direction": "clevrer/video_validation",
-    "action_localization": "sta/sta_video",
-    "scene_transition": "scene_qa/video",
-    "action_count": "perception/videos",
-    "moving_count": "clevrer/video_validation",
-    "moving_attribute": "clevrer/video_validation",
-    "state_change": "perception/videos",
-    "fine_grained_pose": "nturgbd",
-    "character_order": "perception/videos",
-    "egocentric_navigation": "vlnqa",
-    "episodic_reasoning": "tvqa/frames_fps3_hq",
-    "counterfactual_inference": "clevrer/video_validation",
-}
-FRAMES_OF = ("episodic_reasoning", 3)  # folders of pictures, so many a second
 
 
 def region(masks: list, name: int | str | None = None) -> dict:
@@ -158,28 +139,66 @@ def video_track(row: dict) -> Iterator[Draft | Drop]:
     yield Draft([task], video=clip(row["clip"], annotation_fps=float(TRACK_FPS)), tree=None)
 
 
-def nextqa(row: dict) -> Iterator[Draft]:
-    options = [row[f"a{number}"] for number in range(5)]
-    video = clip([f"NExTVideo/{row['video']}", str(row["video"])])
-    yield Draft([choice(row["question"], options, row["answer"], MC)], video=video, tree=None)
+def mmmu(row: dict) -> Iterator[Draft | Drop]:
+    """A text may name its pictures, `<image 2>`. All are shown, as by the public code's mmmu_test_v2."""
+    if row["question_type"] != "multiple-choice":
+        yield Drop("an open question")
+        return
+    text, *options = (IMAGE_NUMBER.sub(r"Image \1", text) for text in (row["question"], *_listed(row["options"])))
+    images = [image_of(row[name]) for name in IMAGES_OF_MMMU if row.get(name) is not None]
+    yield _about_images(images, lambda style: lettered_choice(text, options, row["answer"], style), "a_okvqa_mc")
 
 
-def mvbench_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
-    for name, folder in MVBENCH.items():
-        for row in read_json(find(raw, f"json/{name}.json")):
-            yield row | {"part": name, "folder": folder}
+def _listed(text: str) -> list[str]:
+    """The texts of a list as Python writes it. ValueError: it is none."""
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError("options that cannot be read") from error
+    if not isinstance(found, list) or not all(isinstance(option, str) for option in found):
+        raise ValueError("options that cannot be read")
+    return found
 
 
-def mvbench(row: dict) -> Iterator[Draft]:
-    """Of some parts, `start` and `end` of a clip in seconds."""
-    task = choice(row["question"], row["candidates"], row["candidates"].index(row["answer"]), MC)
-    name = f"{row['folder']}/{row['video']}"
-    span = (row.get("start"), row.get("end"))
-    if row["part"] == FRAMES_OF[0]:
-        video = clip([f"{name}/video"], *span, frames=[name], fps=FRAMES_OF[1])
+def realworldqa(row: dict) -> Iterator[Draft]:
+    """The text holds the options, a line each, and in the last line how to answer."""
+    *lines, how = (line for line in str(row["question"]).splitlines() if line.strip())
+    if "letter of the correct option" in how:
+        first = next((number for number, line in enumerate(lines) if OPTION.fullmatch(line)), len(lines))
+        task = lettered_choice("\n".join(lines[:first]), lines[first:], row["answer"], "eval_multiple_choice")
     else:
-        video = clip([name, f"data0613/{name}"], *span)
-    yield Draft([task], video=video, tree=None)
+        task = question("\n".join(lines), row["answer"], "vqa2")
+    yield Draft([task], [image_of(row["image"])], tree=None)
+
+
+def muirbench(row: dict) -> Iterator[Draft]:
+    """Question and options name the pictures in their order, each as <image>."""
+    numbers = count(1)
+    text, *options = (
+        re.sub("<image>", lambda _: f"Image {next(numbers)}", text) for text in (row["question"], *row["options"])
+    )
+    task = lettered_choice(text, options, row["answer"], "mantis_instruct_mc")
+    yield Draft([task], [image_of(image) for image in row["image_list"]], tree=None)
+
+
+def blink(row: dict) -> Iterator[Draft]:
+    """The prompt is a longer form of the question, with the options as (A), (B), ... at its end."""
+    images = [image_of(row[f"image_{n}"]) for n in range(1, 5) if row.get(f"image_{n}") is not None]
+    text = str(row["prompt"]).partition("\n(A)")[0]
+    yield _about_images(images, lambda style: lettered_choice(text, row["choices"], row["answer"], style))
+
+
+def _about_images(images: list, task: Callable[[str], dict], style_of_one: str = "eval_multiple_choice") -> Draft:
+    return Draft([task("mantis_instruct_mc" if len(images) > 1 else style_of_one)], images, tree=None)
+
+
+def mmiu(row: dict) -> Iterator[Draft]:
+    """Options are lines of one text. Of some rows the answer is none of them."""
+    options = [match[0] for match in re.finditer(r"^[A-Z]:.+$", row["options"], re.MULTILINE)]
+    images = [path.removeprefix("./") for path in row["input_image_path"]]
+    # An archive may have the folder that it is named after, or not.
+    names = [[path, path.partition("/")[2]] for path in images]
+    yield _about_images(names, lambda style: lettered_choice(row["question"], options, row["output"], style))
 
 
 CONVERTERS = {
@@ -201,7 +220,10 @@ CONVERTERS = {
         partial(image_qa.document_question, style="info_qa", column="image_local_name", split="val"),
         array_rows("*info*_val_v1.0*.json", "data"),
     ),
+    "mmmu-val": Converter(mmmu),
+    "realworldqa": Converter(realworldqa),
+    "muirbench": Converter(muirbench),
+    "blink-val": Converter(blink),
+    "mmiu": Converter(mmiu),
     "ai2d-test": Converter(image_qa.ai2d, partial(image_qa.ai2d_rows, is_test=True)),
-    "nextqa-test": Converter(nextqa),
-    "mvbench": Converter(mvbench, mvbench_rows),
 }
