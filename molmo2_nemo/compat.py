@@ -12,6 +12,7 @@ functions of torch and Megatron at run time, takes their names from here.
 import contextlib
 import copy
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 # --- torch 2.14.1 ---------------------------------------------------------------------------------------------------
@@ -524,6 +525,28 @@ def function_config(function) -> str:
 def set_worker_sample_counters(loader, counters: list[int]) -> None:
     """Say for each worker process of a SavableDataLoader which batch of its own was handed out last."""
     loader._worker_sample_counters = counters
+
+
+def answer_before_the_start(loader) -> None:
+    """Have each worker of a SavableDataLoader that has not begun say what it will begin with, when a state is saved.
+
+    A worker's thread for such questions runs before the worker has restored its state. Energon answers then that it
+    begins the data anew, behind as many batches as it had handed out, so that a run saved right after its start goes on
+    with other data. To be called before the workers are forked.
+    """
+    from megatron.energon.savable_loader import SavableDatasetCheckpoint, SavableDatasetWrapper
+
+    wrapper = loader.dataset
+    here, [nothing_yet] = weakref.proxy(wrapper), wrapper._last_checkpoints
+
+    def get_checkpoint(last_sample_indexes: list[int]) -> SavableDatasetCheckpoint:
+        if here._last_checkpoints[-1] is nothing_yet:
+            worker = here._worker_id
+            state, offset = here._workers_restore_from[worker], here._workers_skip_samples[worker]
+            return SavableDatasetCheckpoint(state=state, offset=offset)
+        return SavableDatasetWrapper.get_checkpoint(here, last_sample_indexes)
+
+    wrapper.get_checkpoint = get_checkpoint
 
 
 # --- huggingface_hub 2.4.0 ------------------------------------------------------------------------------------------

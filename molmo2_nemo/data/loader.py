@@ -407,6 +407,8 @@ def train_loader(
         watched = {"watchdog_timeout_seconds": None} if any(source.cached for source in sources) else {}
         loader = get_savable_loader(dataset, checkpoint_every_sec=SNAPSHOT_SECONDS, prefetch_factor=ahead, **watched)
     _restore(loader, position.energon)
+    if data.num_workers:
+        compat.answer_before_the_start(loader)
     return TrainLoader(loader, manifest, position, encoder.frames_note())
 
 

@@ -357,6 +357,23 @@ def test_set_worker_sample_counters():
     assert name in inspect.getsource(SavableDataLoader.save_state_rank)
 
 
+def test_answer_before_the_start():
+    """test_loader.py has it in real workers: here that a worker which has begun answers as Energon does."""
+    from megatron.energon.savable_loader import SavableCheckpoint, SavableDatasetCheckpoint, SavableDatasetWrapper
+
+    wrapper = SavableDatasetWrapper(
+        None, SimpleNamespace(num_workers=1), 1, 1, cmd_queues=[], result_queues=[], cache_pool=None
+    )
+    wrapper.restore_checkpoint([SavableDatasetCheckpoint(state="restored", offset=3)], 0)
+    wrapper._worker_id = 0
+    compat.answer_before_the_start(SimpleNamespace(dataset=wrapper))
+    answer = wrapper.get_checkpoint([7])
+    assert (answer.state, answer.offset) == ("restored", 3)
+    wrapper._last_checkpoints = [SavableCheckpoint(state="newer", checkpoint_time=0.0, sample_index=6)]
+    answer = wrapper.get_checkpoint([7])
+    assert (answer.state, answer.offset) == ("newer", 2)
+
+
 def test_hub_client():
     with compat.hub_client() as client:
         assert set(client.event_hooks) == {"request", "response"}

@@ -4,6 +4,8 @@ import os
 import pickle
 import shutil
 import signal
+import threading
+import time
 import zlib
 from collections import Counter
 from dataclasses import asdict, fields, replace
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from megatron.energon import WorkerConfig
+from megatron.energon import WorkerConfig, savable_loader
 from programs import python
 from sources import VISION, chat, config, write_blend, write_source
 
@@ -272,12 +274,12 @@ def test_a_run_dealt_out_anew_continues_exactly(texts, tmp_path):
 
 @pytest.mark.slow
 def test_a_state_saved_before_each_worker_had_its_turn(texts, tmp_path):
-    data = text_config(texts, num_workers=4)
+    data = text_config(texts, num_workers=3)
     run = Run(data, tmp_path, 1)
     run.read(Counter(), 13)
     saved = run.save()
     run.close()
-    for batches in range(4):
+    for batches in range(3):
         run = Run(data, tmp_path, 1, saved)
         run.read(Counter(), batches)
         saved = run.save()
@@ -286,6 +288,44 @@ def test_a_state_saved_before_each_worker_had_its_turn(texts, tmp_path):
         run = Run(data, tmp_path, 1, saved)
         assert run.read(Counter(), 6) == expected, batches
         run.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batches", [0, 13])
+def test_a_state_saved_before_each_worker_has_begun(texts, tmp_path, monkeypatch, batches):
+    """Workers that need a while to begin are asked before they have."""
+
+    class Lock:
+        """Of the worker and of its thread that is asked."""
+
+        def __init__(self):
+            self.lock = threading.RLock()
+            self.acquire, self.release = self.lock.acquire, self.lock.release
+
+        def __enter__(self):
+            if threading.current_thread() is threading.main_thread() and torch.utils.data.get_worker_info().id:
+                time.sleep(1)
+            return self.lock.__enter__()
+
+        def __exit__(self, *error):
+            self.lock.release()
+
+    data, saved = text_config(texts, num_workers=2), ()
+    if batches:
+        run = Run(data, tmp_path, 1)
+        run.read(Counter(), batches)
+        saved = run.save()
+        run.close()
+    with monkeypatch.context() as slow:
+        slow.setattr(savable_loader, "threading", SimpleNamespace(RLock=Lock, Thread=threading.Thread))
+        run = Run(data, tmp_path, 1, saved)
+        run.read(Counter(), 1)
+        saved = run.save()
+        expected = run.read(Counter(), 5)
+        run.close()
+    run = Run(data, tmp_path, 1, saved)
+    assert run.read(Counter(), 5) == expected
+    run.close()
 
 
 @pytest.mark.slow
