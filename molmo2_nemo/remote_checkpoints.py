@@ -349,7 +349,7 @@ def local_copy(address: str, folder: Path, say: Callable[[str], None] = lambda l
 
 
 def _at_once(do: Callable[[str], None], names: list[str]) -> None:
-    """`do` each of these, AT_ONCE at a time; after an error no other one is begun."""
+    """`do` each of these, AT_ONCE at a time; after an error those that have not begun are left out."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         waiting = [pool.submit(do, name) for name in names]
         try:

@@ -234,11 +234,13 @@ def test_copies_are_kept_and_removed_as_on_disk(saved, store, tmp_path, monkeypa
 
 
 def test_failing_uploads_are_tried_again_counted_and_told(saved, store, tmp_path, monkeypatch):
-    send, faults = storage.upload_file, [storage.StorageError("cannot write x for 120 s: 503."), RuntimeError("secret")]
+    send = storage.upload_file
+    # By attempt, not by file: another file may have begun before the first one has failed.
+    faults = {0: storage.StorageError("cannot write x for 120 s: 503."), 1: RuntimeError("secret")}
 
     def failing(local, address):
-        if faults:
-            raise faults.pop(0)
+        if fault := faults.get(copies.failed):
+            raise fault
         send(local, address)
 
     monkeypatch.setattr(uploads, "PAUSE", 0.01)
@@ -254,7 +256,7 @@ def test_failing_uploads_are_tried_again_counted_and_told(saved, store, tmp_path
     assert "failed (1 so far): cannot write x for 120 s: 503." in first and "(2 so far): RuntimeError." in second
     assert third.startswith("uploaded ")
     # For good: the run's end says so, and the next start uploads it.
-    faults += [storage.StorageError("cannot write x: no right to.")] * 20
+    faults |= {2 + attempt: storage.StorageError("cannot write x: no right to.") for attempt in range(20)}
     saved(2)
     copies.wake()
     copies.is_idle.wait(60)
