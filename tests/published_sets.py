@@ -134,10 +134,24 @@ def files_of(tree: dict) -> Iterator[tuple[str, bytes]]:
             yield path, file_of(content, path)
 
 
+def mask_file(content: dict) -> bytes:
+    """content: {mask: [width, height], boxes: [[left, top, right, bottom, number], ...]}: a PNG of numbers, 0 outside
+    of the boxes. With `palette`, the numbers are those of colours."""
+    image, file = Image.new("P" if content.get("palette") else "L", tuple(content["mask"])), io.BytesIO()
+    if content.get("palette"):
+        image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    for *corners, number in content["boxes"]:
+        ImageDraw.Draw(image).rectangle(corners, number)
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 def file_of(content: dict, name: str) -> bytes:
     """Bytes of one file. Its kind is a key of `content`; of rows, the suffix of its name decides."""
     if "picture" in content:
         return picture_file(content, name)
+    if "mask" in content:
+        return mask_file(content)
     if "video" in content:
         return video_file(content, name)
     if "zip" in content or "tar" in content:

@@ -228,10 +228,11 @@ def _by_name(repo: str, names: list[str], config: str | None, split: str) -> lis
 
 
 def _words(name: str) -> list[str]:
-    """Parts of a path, and the words of each part: data/train-0.parquet -> data, train-0.parquet, train, 0, parquet."""
+    """Parts of a path, the words of each part, and its beginning, which may have an underscore, last:
+    track/valid_u-0.parquet -> track, track, track, valid_u-0.parquet, valid, u, 0, parquet, valid_u."""
     words = []
     for part in PurePosixPath(name.lower()).parts:
-        words += [part, *part.replace("_", "-").replace(".", "-").split("-")]
+        words += [part, *part.replace("_", "-").replace(".", "-").split("-"), part.partition("-")[0]]
     return words
 
 

@@ -25,7 +25,13 @@ from molmo2_nemo.data.schema import read_example
 from molmo2_nemo.evaluate import generate, public_sets, records, tasks, vllm_backend
 from molmo2_nemo.evaluate.samples import Samples, see
 from molmo2_nemo.hf.convert import write_checkpoint
-from molmo2_nemo.prepare.converters import converter_of, evaluation
+from molmo2_nemo.prepare.converters import (
+    CONVERTERS,
+    converter_of,
+    evaluation,
+    evaluation_tracking,
+    evaluation_video,
+)
 from molmo2_nemo.prepare.media import image_facts, video_facts
 from molmo2_nemo.prepare.spool import checked
 from molmo2_nemo.prepare.webdataset import write_shards
@@ -346,7 +352,8 @@ def test_batches_are_of_one_kind_and_keep_broken_samples_alone(shards, asker):
 
 def test_no_evaluation_set_is_trained_on():
     trained, evaluated = load_catalogue(), load_catalogue(public_sets.CATALOGUE)
-    assert len(evaluated.datasets) == len(evaluation.CONVERTERS)
+    modules = (evaluation, evaluation_tracking, evaluation_video)
+    assert {entry.name for entry in evaluated.datasets} == {name for module in modules for name in module.CONVERTERS}
     for entry in evaluated.datasets:
         assert not entry.stages and entry.ratio is None and entry.sft is None
         assert entry.name not in {other.name for other in trained.datasets}
@@ -405,7 +412,7 @@ ROWS = {
 
 
 def test_rows_as_loaders_and_cards_describe_them_become_tasks():
-    found = {name: list(evaluation.CONVERTERS[name].convert(row)) for name, row in ROWS.items()}
+    found = {name: list(CONVERTERS[name].convert(row)) for name, row in ROWS.items()}
     drafts = {name: checked(draft) for name, (draft,) in found.items()}
     tasks_of = {name: draft.branches[0] for name, draft in drafts.items()}
     assert tasks_of["pixmo-points-eval"]["regions"] == [RLE] and drafts["pixmo-points-eval"].unit == "percent"
@@ -420,7 +427,7 @@ def test_rows_as_loaders_and_cards_describe_them_become_tasks():
     assert tasks_of["nextqa-test"]["answer"] == 2 and "NExTVideo/5.mp4" in drafts["nextqa-test"].video.names
     assert drafts["mvbench"].video.frames == ["tvqa/frames_fps3_hq/e1"] and tasks_of["mvbench"]["answer"] == 1
     assert tasks_of["docvqa-val"]["answers"] == ["3", "three"]
-    (left_out,) = evaluation.CONVERTERS["docvqa-val"].convert(ROWS["docvqa-val"] | {"data_split": "train"})
+    (left_out,) = CONVERTERS["docvqa-val"].convert(ROWS["docvqa-val"] | {"data_split": "train"})
     assert left_out.reason == "not of the split val"
 
 

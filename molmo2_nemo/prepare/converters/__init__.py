@@ -8,6 +8,7 @@ nothing else; other files need a reader.
 from molmo2_nemo.prepare.converters import (
     captions,
     evaluation,
+    evaluation_tracking,
     evaluation_video,
     image_qa,
     pointing,
@@ -21,7 +22,18 @@ from molmo2_nemo.prepare.converters.forms import converter_by_form
 
 CONVERTERS: dict[str, Converter] = {
     name: converter
-    for module in (captions, evaluation, evaluation_video, image_qa, pointing, text, tracking, video_clips, video_qa)
+    for module in (
+        captions,
+        evaluation,
+        evaluation_tracking,
+        evaluation_video,
+        image_qa,
+        pointing,
+        text,
+        tracking,
+        video_clips,
+        video_qa,
+    )
     for name, converter in module.CONVERTERS.items()
 }
 
