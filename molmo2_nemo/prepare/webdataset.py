@@ -23,6 +23,7 @@ def write_shards(
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, int]:
     """Write (key, parts by name) of each split ("train", "val") and the index; returns the splits' numbers of samples.
+    Without a sample there is no index.
 
     The same samples give the same bytes. `folder` exists. ValueError: a key is not a KEY.
     """
@@ -40,7 +41,8 @@ def write_shards(
                     count += 1
                     sample = next(remaining, None)
             counts[split] += count
-    write_index(folder, shards, list(splits))
+    if shards:
+        write_index(folder, shards, list(splits))
     return counts
 
 

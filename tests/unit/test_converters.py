@@ -10,7 +10,8 @@ from pydantic import TypeAdapter
 from molmo2_nemo.catalogue.datasets import load_catalogue
 from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.data.schema import Branch
-from molmo2_nemo.prepare.converters import CONVERTERS, converter_of, evaluation
+from molmo2_nemo.evaluate import public_sets
+from molmo2_nemo.prepare.converters import CONVERTERS, converter_of
 from molmo2_nemo.prepare.converters.common import Draft, Drop, json_items
 from molmo2_nemo.prepare.converters.pointing import normal_label
 
@@ -318,7 +319,8 @@ def answer(branch):
 
 
 def test_every_data_set_is_converted_and_one_without_columns_is_refused():
-    assert len(ENTRIES) == 108 and set(CONVERTERS) == {*ENTRIES, *evaluation.CONVERTERS}
+    evaluated = {entry.name for entry in load_catalogue(public_sets.CATALOGUE).datasets}
+    assert len(ENTRIES) == 108 and set(CONVERTERS) == {*ENTRIES, *evaluated}
     with pytest.raises(ValueError, match="mine cannot be converted: its columns are not known"):
         converter_of({"name": "mine", "fields": None})
 

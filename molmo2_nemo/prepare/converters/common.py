@@ -112,6 +112,8 @@ def question(text: str, answers: str | list[str], style: str, explanation: str |
 
 def choice(text: str, options: list, answer: int, style: str) -> dict:
     """A multiple choice task. answer: index from 0. ValueError: fewer than two options, or answer is none."""
+    if isinstance(options, str) or int(answer) != float(answer):
+        raise ValueError("options that are no list, or an answer that is no whole number")
     options, answer = [_text(option) for option in options], int(answer)
     if not text or not str(text).strip():
         raise ValueError("no question")
@@ -131,7 +133,7 @@ def choice(text: str, options: list, answer: int, style: str) -> dict:
 def lettered_choice(text: str, options: list, letter: str, style: str) -> dict:
     """A choice whose answer is a letter, as "B" or "(B)". Letters that all options begin with, as "B. a cat", are left
     out: they are written with the question. ValueError: as of choice, or the answer is no letter."""
-    found = [OPTION.match(_text(option)) for option in options]
+    found = [OPTION.fullmatch(_text(option)) for option in options]
     if all(found) and [match[1] for match in found] == list(LETTERS[: len(found)]):
         options = [match[2] for match in found]
     name = str(letter).strip().strip("().")
@@ -140,12 +142,39 @@ def lettered_choice(text: str, options: list, letter: str, style: str) -> dict:
     return choice(text, options, LETTERS.index(name), style)
 
 
+def options_of(text: str) -> tuple[str, list[str]]:
+    """A text whose last lines are options with the letters A, B, C, ...: what is before them, and the options.
+
+    A line without a letter goes on with the option before it. Letters before A belong to the text: I. and II. may be
+    part of a question. ValueError: a letter is missing, or is not in its place.
+    """
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    letters = [match[1] if (match := OPTION.fullmatch(line)) else "" for line in lines]
+    first = letters.index("A") if "A" in letters else len(lines)
+    options: list[str] = []
+    for line, letter in zip(lines[first:], letters[first:]):
+        if letter == LETTERS[len(options)]:
+            options.append(line)
+        elif letter:
+            raise ValueError("options whose letters are not A, B, C, ...")
+        else:
+            options[-1] += f" {line}"
+    return "\n".join(lines[:first]), options
+
+
 def shuffled_choice(text: str, right: str, wrong: Iterable[str], style: str, *seed) -> dict:
     """A choice whose order of options depends on the seed alone."""
     options = list(dict.fromkeys(map(_text, [right, *wrong])))
     right = options[0]
     fixed_random(text, *seed).shuffle(options)
     return choice(text, options, options.index(right), style)
+
+
+def said(value) -> str:
+    """A text of a row. ValueError: there is none."""
+    if value is None or not str(value).strip():
+        raise ValueError("an empty text")
+    return str(value).strip()
 
 
 def _text(option) -> str:
@@ -203,7 +232,7 @@ def xy(points) -> list[list[float]]:
 def usable(make: Callable[..., dict | Drop], items: Iterable) -> list[dict | Drop]:
     """`make(item)` of each item: a task, or a Drop by a rule.
 
-    An item for which it raises ValueError is not as expected: it becomes a Drop, too, and takes no other along.
+    An item that is not as expected becomes a Drop, too, and takes no other along.
     """
     tasks: list[dict | Drop] = []
     for item in items:
@@ -211,6 +240,10 @@ def usable(make: Callable[..., dict | Drop], items: Iterable) -> list[dict | Dro
             tasks.append(make(item))
         except ValueError as error:
             tasks.append(Drop(str(error), unfit=True))
+        except KeyError as error:
+            tasks.append(Drop(f"no column {error}", unfit=True))
+        except (TypeError, LookupError, AttributeError):
+            tasks.append(Drop("a value of another type than expected", unfit=True))
     return tasks
 
 
@@ -231,6 +264,26 @@ def image_of(value) -> bytes | str:
     if not value or not isinstance(value, bytes | str):
         raise ValueError("no image in the row")
     return value
+
+
+def more(row, **columns):
+    """A row with more columns. What is no row stays as it is: it is counted as unfit when it is converted."""
+    return row | columns if isinstance(row, dict) else row
+
+
+def whole_number(value) -> int:
+    """A count. ValueError: it is none."""
+    if int(value) != float(value) or int(value) < 0:
+        raise ValueError("a count that is no whole number")
+    return int(value)
+
+
+def spoken(lines: Iterable[tuple]) -> list[tuple[float, float, str]]:
+    """Subtitles (start, end, text) in seconds. ValueError: one has no time or no text."""
+    found = [(float(start), float(end), text) for start, end, text in lines]
+    if not all(isinstance(text, str) and math.isfinite(start) and math.isfinite(end) for start, end, text in found):
+        raise ValueError("a subtitle without a time or a text")
+    return found
 
 
 def together(*lists) -> Iterator[tuple]:

@@ -3,7 +3,7 @@
 import ast
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count
 
@@ -13,9 +13,9 @@ from pycocotools import mask as coco
 
 from molmo2_nemo.catalogue.raw import RawSource, read_rows
 from molmo2_nemo.data import prompts
+from molmo2_nemo.limits import MAX_IMAGE_PIXELS
 from molmo2_nemo.prepare.converters import image_qa
 from molmo2_nemo.prepare.converters.common import (
-    OPTION,
     Converter,
     Draft,
     Drop,
@@ -24,10 +24,14 @@ from molmo2_nemo.prepare.converters.common import (
     find,
     image_of,
     lettered_choice,
+    more,
+    options_of,
     pointing,
     question,
     read_json,
+    said,
     together,
+    whole_number,
     xy,
 )
 from molmo2_nemo.prepare.converters.pointing import video_point_names
@@ -41,21 +45,27 @@ TRACK_FPS = 1  # of the report's tracking evaluation
 
 
 def region(masks: list, name: int | str | None = None) -> dict:
-    """masks: (image from 1 or seconds, a run-length mask of COCO: {size, counts}, or bool [H, W]). ValueError: none."""
+    """masks: (image from 1 or seconds, a run-length mask of COCO: {size, counts}, or bool [H, W]). ValueError: there is
+    none, none has a pixel, or one is broken."""
     encoded = []
     for where, mask in masks:
-        if isinstance(mask, dict) and isinstance(mask["counts"], str | bytes):
-            encoded.append((where, mask["size"], mask["counts"]))
-            continue
         if isinstance(mask, dict):
-            rle = coco.frPyObjects(mask, *mask["size"])
+            height, width = (int(side) for side in mask["size"])
+            if not (height > 0 and width > 0 and height * width <= MAX_IMAGE_PIXELS):
+                raise ValueError("a mask of a size that no picture has")
+            if not isinstance(mask["counts"], str | bytes):
+                mask = coco.frPyObjects(mask, height, width)
+            rle = {"size": [height, width], "counts": mask["counts"]}
+            mask = coco.decode(rle)  # ValueError: more pixels than it has
         else:
             rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-        encoded.append((where, rle["size"], rle["counts"]))
-    sizes = {tuple(map(int, size)) for _, size, _ in encoded}
+        encoded.append((where, tuple(rle["size"]), rle["counts"], np.any(mask)))
+    sizes = {size for _, size, *_ in encoded}
     if len(sizes) != 1:
         raise ValueError("no mask" if not sizes else "masks of different sizes")
-    texts = [(float(where), rle.decode() if isinstance(rle, bytes) else rle) for where, _, rle in encoded]
+    if not any(has_pixels for *_, has_pixels in encoded):
+        raise ValueError("masks without a pixel")
+    texts = [(float(where), rle.decode() if isinstance(rle, bytes) else rle) for where, _, rle, _ in encoded]
     return {"size": list(sizes.pop()), "masks": texts} | ({} if name is None else {"object": name})
 
 
@@ -68,8 +78,8 @@ def pixmo_points(row: dict) -> Iterator[Draft | Drop]:
 
 
 def pixmo_count(row: dict) -> Iterator[Draft]:
-    asked = prompts.fill(COUNT_BY_POINTING, str(row["label"]).lower())
-    yield Draft([question(asked, str(int(row["count"])), "point_count")], [row["image_url"]], tree=None)
+    asked = prompts.fill(COUNT_BY_POINTING, said(row["label"]).lower())
+    yield Draft([question(asked, str(whole_number(row["count"])), "point_count")], [row["image_url"]], tree=None)
 
 
 def countbench_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
@@ -77,7 +87,7 @@ def countbench_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
     questions = read_json(find(raw, "countbench_paired_questions.json"))
     rows = read_rows(find(raw, "*.parquet"))
     for row, asked in together(rows, questions):
-        yield row | {"question": asked["question"]}
+        yield more(row, asked=asked)
 
 
 def countbench(row: dict) -> Iterator[Draft | Drop]:
@@ -89,7 +99,9 @@ def countbench(row: dict) -> Iterator[Draft | Drop]:
         if image.mode in ("1", "L", "P", "I", "I;16", "F"):  # one number a pixel: the public code leaves these out
             yield Drop("a picture without colours")
             return
-    yield Draft([question(row["question"], str(int(row["number"])), "point_count")], [data], tree=None)
+    yield Draft(
+        [question(row["asked"]["question"], str(whole_number(row["number"])), "point_count")], [data], tree=None
+    )
 
 
 def video_point(row: dict) -> Iterator[Draft | Drop]:
@@ -100,13 +112,13 @@ def video_point(row: dict) -> Iterator[Draft | Drop]:
         region([(mask["frame_id"] / VIDEO_POINT_FPS, mask["rle"]) for mask in masks]) for masks in row["masks"] or []
     ]
     groups = [[float(time), [point]] for time, point, _ in together(times or [], points, things)]
-    asked = f'How many "{row["label"]}" are there in the video?'
+    asked = f'How many "{said(row["label"])}" are there in the video?'
     task = pointing(row["label"], groups, "video_point_count", asked, regions=things)
     yield Draft([task], video=clip(video_point_names(row["video_id"])), tree=None)
 
 
 def video_count(row: dict) -> Iterator[Draft]:
-    task = question(row["question"], str(int(row["count"])), "video_count")
+    task = question(row["question"], str(whole_number(row["count"])), "video_count")
     video = clip(video_point_names(row["video_id"]), row.get("clip_start"), row.get("clip_end"))
     yield Draft([task], video=video, tree=None)
 
@@ -130,7 +142,7 @@ def video_track(row: dict) -> Iterator[Draft | Drop]:
             regions.append(region(masks, str(thing["object_id"])))
     task = {
         "task": "tracking",
-        "label": str(row["exp"]).strip(),
+        "label": said(row["exp"]),
         "frames": [[number / fps, objects] for number, objects in sorted(frames.items())],
         "fps": float(TRACK_FPS),
         "style": "video_point_track_per_frame",
@@ -144,8 +156,11 @@ def mmmu(row: dict) -> Iterator[Draft | Drop]:
     if row["question_type"] != "multiple-choice":
         yield Drop("an open question")
         return
-    text, *options = (IMAGE_NUMBER.sub(r"Image \1", text) for text in (row["question"], *_listed(row["options"])))
-    images = [image_of(row[name]) for name in IMAGES_OF_MMMU if row.get(name) is not None]
+    texts = [row["question"], *_listed(row["options"])]
+    images = _in_order(row, IMAGES_OF_MMMU)
+    if any(not 1 <= int(number) <= len(images) for text in texts for number in IMAGE_NUMBER.findall(text)):
+        raise ValueError("a picture is missing")
+    text, *options = (IMAGE_NUMBER.sub(r"Image \1", text) for text in texts)
     yield _about_images(images, lambda style: lettered_choice(text, options, row["answer"], style), "a_okvqa_mc")
 
 
@@ -160,14 +175,25 @@ def _listed(text: str) -> list[str]:
     return found
 
 
+def _in_order(row: dict, columns: Iterable[str]) -> list:
+    """The pictures of these columns, of which the last ones may be empty. ValueError: another one is."""
+    found = [row.get(name) for name in columns]
+    images = [image_of(image) for image in found if image is not None]
+    if any(image is None for image in found[: len(images)]):
+        raise ValueError("a picture is missing")
+    return images
+
+
 def realworldqa(row: dict) -> Iterator[Draft]:
     """The text holds the options, a line each, and in the last line how to answer."""
-    *lines, how = (line for line in str(row["question"]).splitlines() if line.strip())
-    if "letter of the correct option" in how:
-        first = next((number for number, line in enumerate(lines) if OPTION.fullmatch(line)), len(lines))
-        task = lettered_choice("\n".join(lines[:first]), lines[first:], row["answer"], "eval_multiple_choice")
+    text, _, how = str(row["question"]).strip().rpartition("\n")
+    if "only the letter of the correct option" in how:
+        asked, options = options_of(text)
+        task = lettered_choice(asked, options, row["answer"], "eval_multiple_choice")
+    elif "single word or number" in how:
+        task = question(text, row["answer"], "vqa2")
     else:
-        task = question("\n".join(lines), row["answer"], "vqa2")
+        raise ValueError("a question that does not say how to answer")
     yield Draft([task], [image_of(row["image"])], tree=None)
 
 
@@ -177,24 +203,30 @@ def muirbench(row: dict) -> Iterator[Draft]:
     text, *options = (
         re.sub("<image>", lambda _: f"Image {next(numbers)}", text) for text in (row["question"], *row["options"])
     )
-    task = lettered_choice(text, options, row["answer"], "mantis_instruct_mc")
-    yield Draft([task], [image_of(image) for image in row["image_list"]], tree=None)
+    images = [image_of(image) for image in row["image_list"]]
+    if next(numbers) - 1 > len(images):
+        raise ValueError("a picture is missing")
+    yield _about_images(images, lambda style: lettered_choice(text, options, row["answer"], style))
 
 
 def blink(row: dict) -> Iterator[Draft]:
     """The prompt is a longer form of the question, with the options as (A), (B), ... at its end."""
-    images = [image_of(row[f"image_{n}"]) for n in range(1, 5) if row.get(f"image_{n}") is not None]
-    text = str(row["prompt"]).partition("\n(A)")[0]
+    text = said(row["prompt"]).partition("\n(A)")[0]
+    images = _in_order(row, [f"image_{number}" for number in range(1, 5)])
     yield _about_images(images, lambda style: lettered_choice(text, row["choices"], row["answer"], style))
 
 
 def _about_images(images: list, task: Callable[[str], dict], style_of_one: str = "eval_multiple_choice") -> Draft:
+    if not images:
+        raise ValueError("no image in the row")
     return Draft([task("mantis_instruct_mc" if len(images) > 1 else style_of_one)], images, tree=None)
 
 
 def mmiu(row: dict) -> Iterator[Draft]:
     """Options are lines of one text. Of some rows the answer is none of them."""
-    options = [match[0] for match in re.finditer(r"^[A-Z]:.+$", row["options"], re.MULTILINE)]
+    before, options = options_of(row["options"])
+    if before:
+        raise ValueError("options whose letters are not A, B, C, ...")
     images = [path.removeprefix("./") for path in row["input_image_path"]]
     # An archive may have the folder that it is named after, or not.
     names = [[path, path.partition("/")[2]] for path in images]

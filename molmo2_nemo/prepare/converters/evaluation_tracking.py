@@ -16,7 +16,7 @@ from PIL import Image
 from molmo2_nemo.catalogue.raw import RawSource
 from molmo2_nemo.data.pictures import read_image
 from molmo2_nemo.prepare.converters import tracking
-from molmo2_nemo.prepare.converters.common import Converter, Draft, Drop, find, find_all, read_json, together
+from molmo2_nemo.prepare.converters.common import Converter, Draft, Drop, find, find_all, more, read_json, together
 from molmo2_nemo.prepare.converters.evaluation import TRACK_FPS, region
 
 # (row, frame number) -> the masks of the objects in the row's mask_id, in their order; None: no mask.
@@ -26,7 +26,7 @@ Masks = Callable[[dict, int], list]
 def rows(raw: RawSource, split: str | None, masks: Callable[[RawSource], Masks]) -> Iterator[dict]:
     masks_of = masks(raw)
     for row in tracking.rows("track")(raw, split):
-        yield row | {"masks_of": masks_of}
+        yield more(row, masks_of=masks_of)
 
 
 def tracks(row: dict) -> Iterator[Draft | Drop]:
@@ -64,7 +64,7 @@ def white(raw: RawSource, folder: Callable[[dict], str]) -> Masks:
 
     def masks_of(row: dict, number: int) -> list:
         file = _at(_of_folder(pictures, folder(row)), number)
-        return [None if file is None else read_image(file.read_bytes()).min(2) >= 255]
+        return [None if file is None else _opened(file, "RGB").min(2) >= 255]
 
     return masks_of
 
@@ -75,7 +75,7 @@ def numbered(raw: RawSource) -> Masks:
 
     def masks_of(row: dict, number: int) -> list:
         file = _at(_of_folder(pictures, f"Annotations/480p/{row['video']}"), number)
-        seen = None if file is None else _palette_of(file)
+        seen = None if file is None else _opened(file)
         return [None if seen is None else seen == int(name) for name in row["obj_id"]]
 
     return masks_of
@@ -97,13 +97,14 @@ def _of_folder(pictures: dict[str, list[Path]], name: str) -> list[Path]:
     return found[0]
 
 
-def _palette_of(file: Path) -> np.ndarray:
-    """Numbers of colours, [H, W]. ValueError: the picture has none."""
-    read_image(file.read_bytes())  # for its limits and its sentences
-    with Image.open(io.BytesIO(file.read_bytes()), formats=["PNG"]) as image:
-        if image.mode not in ("P", "L"):
+def _opened(file: Path, mode: str | None = None) -> np.ndarray:
+    """Pixels of a mask, in a mode of Pillow, without regard to transparency; None: numbers of colours. ValueError."""
+    data = file.read_bytes()
+    read_image(data)  # for its limits and its sentences
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        if mode is None and image.mode not in ("P", "L"):
             raise ValueError("a mask without numbers of objects")
-        return np.array(image)
+        return np.array(image.convert(mode) if mode else image)
 
 
 def _at(items: list, number: int):

@@ -7,12 +7,11 @@ written (olmo/preprocessing/data_formatter.py, get_system_prompt).
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import repeat
 from pathlib import PurePosixPath
 
 from molmo2_nemo.catalogue.raw import RawSource, read_rows
 from molmo2_nemo.prepare.converters.common import (
-    OPTION,
+    Clip,
     Converter,
     Draft,
     Drop,
@@ -20,7 +19,12 @@ from molmo2_nemo.prepare.converters.common import (
     clip,
     find,
     lettered_choice,
+    more,
+    options_of,
     read_json,
+    said,
+    spoken,
+    usable,
 )
 
 MC = "video_multiple_choice"
@@ -63,7 +67,7 @@ def nextqa(row: dict) -> Iterator[Draft]:
 def mvbench_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
     for name, folder in MVBENCH.items():
         for row in read_json(find(raw, f"json/{name}.json")):
-            yield row | {"part": name, "folder": folder}
+            yield more(row, part=name, folder=folder)
 
 
 def mvbench(row: dict) -> Iterator[Draft]:
@@ -71,6 +75,8 @@ def mvbench(row: dict) -> Iterator[Draft]:
     task = choice(row["question"], row["candidates"], row["candidates"].index(row["answer"]), MC)
     name = f"{row['folder']}/{row['video']}"
     span = (row.get("start"), row.get("end"))
+    if span.count(None) == 1:
+        raise ValueError("a clip without its start or its end")
     if row["part"] == FRAMES_OF[0]:
         video = clip([f"{name}/video"], *span, frames=[name], fps=FRAMES_OF[1])
     else:
@@ -91,22 +97,25 @@ def tomato(row: dict) -> Iterator[Draft]:
 def motionbench(row: dict) -> Iterator[Draft | Drop]:
     """Videos with questions that hold their options; those of the test split have no answer."""
     video = clip([f"{folder}/{row['video_path']}" for folder in ("self-collected", "public-dataset")])
-    answered = [asked for asked in row["qa"] if asked["answer"] != "NA"]
-    yield from repeat(Drop("a question without an answer"), len(row["qa"]) - len(answered))
-    for asked in answered:
-        yield Draft([_with_options(asked["question"], asked["answer"])], video=video, tree=None)
+    yield from _about(video, row["qa"])
 
 
-def _with_options(text: str, letter: str) -> dict:
-    """The task of a question whose last lines are its options, each with its letter."""
-    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    first = next((number for number, line in enumerate(lines) if number and OPTION.fullmatch(line)), len(lines))
-    return lettered_choice("\n".join(lines[:first]), lines[first:], letter, MC)
+def _about(video: Clip, items: list) -> Iterator[Draft | Drop]:
+    """A sample of each question, whose last lines are its options with their letters."""
+
+    def task(item: dict) -> dict | Drop:
+        if item["answer"] == "NA":
+            return Drop("a question without an answer")
+        text, options = options_of(item["question"])
+        return lettered_choice(text, options, item["answer"], MC)
+
+    for one in usable(task, items):
+        yield one if isinstance(one, Drop) else Draft([one], video=video, tree=None)
 
 
 def perception_test(row: dict) -> Iterator[Draft]:
     task = choice(row["question"], row["options"], row["answer_id"], MC)
-    yield Draft([task], video=clip(str(row["video_name"])), tree=None)
+    yield Draft([task], video=clip(said(row["video_name"])), tree=None)
 
 
 def egoschema(row: dict) -> Iterator[Draft | Drop]:
@@ -114,22 +123,20 @@ def egoschema(row: dict) -> Iterator[Draft | Drop]:
         yield Drop("a question without an answer")
         return
     options = lettered_choice(row["question"], row["option"], "A", MC)["options"]
-    yield Draft([choice(row["question"], options, row["answer"], MC)], video=clip(str(row["video_idx"])), tree=None)
+    yield Draft([choice(row["question"], options, row["answer"], MC)], video=clip(said(row["video_idx"])), tree=None)
 
 
 def video_mme_rows(raw: RawSource, split: str | None, subtitled: bool) -> Iterator[dict]:
-    spoken = read_json(find(raw, "subtitles.json")) if subtitled else {}
+    spoken_in = read_json(find(raw, "subtitles.json")) if subtitled else {}
     for row in read_rows(find(raw, "test-*.parquet")):
-        lines = spoken.get(row["videoID"], {}).values()
-        yield row | {"subtitles": [(line["start"], line["end"], line["text"]) for line in lines]}
+        yield more(row, spoken_in=spoken_in)
 
 
 def video_mme(row: dict) -> Iterator[Draft]:
-    task = lettered_choice(row["question"], row["options"], row["answer"], _style(row["subtitles"]))
-    video = clip(
-        str(row["videoID"]), subtitles=[(float(start), float(end), text) for start, end, text in row["subtitles"]]
-    )
-    yield Draft([task], video=video, tree=None)
+    lines = row["spoken_in"].get(row["videoID"], {}).values()
+    subtitles = spoken((line["start"], line["end"], line["text"]) for line in lines)
+    task = lettered_choice(row["question"], row["options"], row["answer"], _style(subtitles))
+    yield Draft([task], video=clip(said(row["videoID"]), subtitles=subtitles), tree=None)
 
 
 def _style(subtitles: list) -> str:
@@ -139,24 +146,25 @@ def _style(subtitles: list) -> str:
 def long_video_bench_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
     path = find(raw, "lvb_val.json")
     for row in read_json(path):
-        yield row | {"lines": read_json(path.parent / "subtitles" / PurePosixPath(row["subtitle_path"]).name)}
+        yield more(row, folder=path.parent / "subtitles")
 
 
 def long_video_bench(row: dict) -> Iterator[Draft]:
     """The videos are cut from longer ones, whose time the subtitles have."""
-    start = float(row["starting_timestamp_for_subtitles"])
-    subtitles = []
-    for line in row["lines"]:
+    file = row["folder"] / PurePosixPath(row["subtitle_path"]).name
+    if not file.is_file():
+        raise ValueError("its subtitles are not on disk")
+    begin, length, lines = float(row["starting_timestamp_for_subtitles"]), float(row["duration"]), []
+    for line in read_json(file):
         if "timestamp" in line:
-            begin, end, text = *line["timestamp"], line["text"]
+            start, end, text = *line["timestamp"], line["text"]
         else:
-            begin, end, text = _seconds(line["start"]), _seconds(line["end"]), line["line"]
+            start, end, text = _seconds(line["start"]), _seconds(line["end"]), line["line"]
         # Some last lines have no end.
-        end = float(row["duration"]) if end is None else float(end) - start
-        subtitles.append((float(begin) - start, end, text))
-    subtitles = [(begin, end, text) for begin, end, text in subtitles if end >= 0 and begin <= row["duration"]]
+        lines.append((start - begin, length if end is None else end - begin, text))
+    subtitles = [line for line in spoken(lines) if line[1] >= 0 and line[0] <= length]
     task = choice(row["question"], row["candidates"], row["correct_choice"], _style(subtitles))
-    yield Draft([task], video=clip(row["video_path"], subtitles=subtitles), tree=None)
+    yield Draft([task], video=clip(said(row["video_path"]), subtitles=subtitles), tree=None)
 
 
 def _seconds(text: str) -> float:
@@ -165,15 +173,14 @@ def _seconds(text: str) -> float:
     return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
-def lvbench(row: dict) -> Iterator[Draft]:
-    for asked in row["qa"]:
-        yield Draft([_with_options(asked["question"], asked["answer"])], video=clip(row["key"]), tree=None)
+def lvbench(row: dict) -> Iterator[Draft | Drop]:
+    yield from _about(clip(said(row["key"])), row["qa"])
 
 
 def mlvu_rows(raw: RawSource, split: str | None) -> Iterator[dict]:
     for name in MLVU:
         for row in read_json(find(raw, f"json/{name}.json")):
-            yield row | {"folder": name}
+            yield more(row, folder=name)
 
 
 def mlvu(row: dict) -> Iterator[Draft]:

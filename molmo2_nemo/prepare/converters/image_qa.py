@@ -80,7 +80,8 @@ def answers_of(message: dict) -> list[str]:
         if isinstance(values, str | int | float):
             return [str(values)]
         if values:
-            return [str(v.get("answer", v.get("raw_answer"))) if isinstance(v, dict) else str(v) for v in values]
+            found = [v.get("answer", v.get("raw_answer")) if isinstance(v, dict) else v for v in values]
+            return [str(value) for value in found if value is not None]
     raise ValueError(f"a question without answers among the keys {', '.join(sorted(message))}")
 
 
@@ -215,18 +216,14 @@ def multi_image_qa(row: dict) -> Iterator[Draft | Drop]:
 
 
 def ai2d_rows(raw: RawSource, split: str | None, is_test: bool = False) -> Iterator[dict]:
-    """A row for each diagram: {image, questions, text}, without those of the test set, or of these alone."""
+    """A row for each diagram: {image, file, boxes}, without those of the test set, or of these alone."""
     tested = {row["id"].strip() for path in find_all(raw, "ai2d_test_ids.csv") for row in table(path, names=["id"])}
     for path in find(raw, "questions/0.png.json", "questions/*.json").parent.glob("*.json"):
         name = path.name.removesuffix(".json")
         if (name.removesuffix(".png") in tested) == is_test:
             boxes = path.parent.parent / "annotations" / path.name
             image = f"./{(path.parent.parent / 'images' / name).relative_to(raw.folder)}"
-            yield {
-                "image": image,
-                "questions": read_json(path)["questions"],
-                "text": read_json(boxes).get("text", {}) if boxes.is_file() else {},
-            }
+            yield {"image": image, "file": path, "boxes": boxes}
 
 
 def ai2d(row: dict) -> Iterator[Draft | Drop]:
@@ -235,19 +232,25 @@ def ai2d(row: dict) -> Iterator[Draft | Drop]:
     As in the public code (allenai/molmo2: olmo/data/dataset_builders/ai2d.py and academic_image_datasets.py), options
     that are none or are there twice go, and options that are letters in the picture get no letters of their own.
     """
+    words = read_json(row["boxes"]).get("text", {}) if row["boxes"].is_file() else {}
     boxes = [
         [*item["rectangle"][0], *item["rectangle"][1], str(item["replacementText"])]
-        for _, item in sorted(row["text"].items())
+        for _, item in sorted(words.items())
         if item.get("replacementText") and item["rectangle"][0][1] != item["rectangle"][1][1]
     ]
     letters = {box[-1] for box in boxes}
-    for text, item in sorted(row["questions"].items(), key=lambda pair: pair[1]["questionId"]):
+    for text, item in sorted(read_json(row["file"])["questions"].items(), key=_id_of):
         [task] = usable(lambda item, text=text: _ai2d_task(text, item, letters), [item])
         images = [row["image"]]
-        if item.get("abcLabel"):
+        if isinstance(task, dict) and item.get("abcLabel"):
             images = [{"name": row["image"], "boxes": boxes, "opacity": opacity} for opacity in (255, 128)]
         for image in images if isinstance(task, dict) else images[:1]:
             yield from drafts_of([task], [image], about=row["image"], tree=None)
+
+
+def _id_of(asked: tuple[str, dict]) -> str:
+    """The order of a diagram's questions, also of those that are not as expected."""
+    return str(asked[1].get("questionId", "")) if isinstance(asked[1], dict) else ""
 
 
 def _ai2d_task(text: str, item: dict, letters: set[str]) -> dict | Drop:

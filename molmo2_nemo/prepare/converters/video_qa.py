@@ -24,6 +24,7 @@ from molmo2_nemo.prepare.converters.common import (
     question,
     read_json,
     shuffled_choice,
+    spoken,
     table,
     together,
     usable,
@@ -69,7 +70,7 @@ def human_qa(row: dict) -> Iterator[Draft | Drop]:
 def caption_qa(row: dict) -> Iterator[Draft]:
     """The right option among wrong ones; with the video's subtitles, if it has a column of them."""
     task = shuffled_choice(row["Question"], row["Answer"], row["NegativeAnswers"], MC, row["video_id"])
-    subtitles = [(float(s["start"]), float(s["end"]), s["text"]) for s in row.get("subtitle") or []]
+    subtitles = spoken((s["start"], s["end"], s["text"]) for s in row.get("subtitle") or [])
     yield Draft([task], video=clip(of_youtube(row["video_id"]), subtitles=subtitles))
 
 
@@ -156,7 +157,7 @@ def tvqa(row: dict) -> Iterator[Draft]:
     }.get(row.get("show_name"), row.get("show_name"))
     video.frames = [f"{folder}{row['vid_name']}" for folder in ("", f"{show}_frames/", f"frames_hq/{show}_frames/")]
     video.fps = TVQA_FPS
-    video.subtitles = [(float(s["start"]), float(s["end"]), s["text"]) for s in row["sub"]]
+    video.subtitles = spoken((s["start"], s["end"], s["text"]) for s in row["sub"])
     yield Draft([task], video=video)
 
 
