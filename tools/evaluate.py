@@ -258,8 +258,11 @@ def summarise(args: argparse.Namespace, samples, asker, out: Path, settings: dic
     if about_masks:
         print(about_masks)
     if args.card:
-        added = card.add_to_card(args.model, card.evaluations_of(args.model, [out]))
-        print(f"{args.model / card.CARD} has {added:,} means of this evaluation")
+        evaluations = card.evaluations_of(args.model, [out])
+        added = card.add_to_card(args.model, evaluations)
+        stay = sum(len(card.results_of(one)) for one in evaluations) - added
+        of_more = f"; {stay:,} of more samples stay" if stay else ""
+        print(f"{args.model / card.CARD} has {added:,} means of this evaluation{of_more}")
     if args.sam2:
         number = segmentation.write_prompts(out, samples, found)
         print(f"{out / segmentation.PROMPTS}: the points of {number:,} answers about tracks with masks")
@@ -267,7 +270,10 @@ def summarise(args: argparse.Namespace, samples, asker, out: Path, settings: dic
     if counts.failed:
         for reason, times in list(counts.errors.items())[:SHOWN_ERRORS]:
             print(f"{times:,} times: {reason}", file=sys.stderr)
-        sys.exit(f"{counts.failed:,} of {counts.questions:,} questions have no answer, and count for no mean")
+        sys.exit(
+            f"{counts.failed:,} of {counts.questions:,} questions have no answer, and count for no mean: the same "
+            "command asks them again, and with other limits it needs another --out"
+        )
 
 
 def prepare_sets(args: argparse.Namespace) -> list[Path]:

@@ -155,8 +155,11 @@ def write(args: argparse.Namespace, checkpoint: Path, out: Path, scratch: Path) 
 
 
 def add_scores(out: Path, evaluations: list[Path] | None) -> None:
-    """Write the means of evaluations of exactly this model into its card; say those that are of another one."""
+    """Write the means of evaluations of exactly this model into its card; say those that are of another one. Those of a
+    split `train` have to be named."""
     scored = {folder: card.evaluations_of(out, [folder]) for folder in evaluations or sorted(EVALUATIONS.glob("*"))}
+    if not evaluations:
+        scored = {folder: [one for one in found if not card.is_of_training(one)] for folder, found in scored.items()}
     means = card.add_to_card(out, [one for found in scored.values() for one in found])
     for folder in evaluations or ():
         if not scored[folder]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from molmo2_nemo.catalogue.datasets import load_catalogue
@@ -35,19 +36,28 @@ def evaluations_of(folder: Path, outs: Iterable[Path]) -> list[dict]:
     return found
 
 
+def is_of_training(scores: dict) -> bool:
+    """Whether an evaluation asked about what the model was trained with."""
+    return any(one["split"] == "train" for one in scores["sets"])
+
+
 def add_to_card(folder: Path, evaluations: Iterable[dict]) -> int:
     """Put the scores into the card of the model in `folder`; returns how many means.
 
-    A mean of the same set, split and metric takes the place of an older one; all other text stays as it is. ValueError,
-    one sentence: the folder has no card that can be read.
+    A mean of the same set, split and metric takes the place of an older one, but not of one of more samples; all other
+    text stays as it is. ValueError, one sentence: the folder has no card that can be read.
     """
     file = folder / CARD
     try:
         card = ModelCard.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file} is no model card ({error}): export the model again, or write one") from error
     new = [result for scores in evaluations for result in results_of(scores)]
-    kept = {_key(result): result for result in [*(card.data.eval_results or []), *new]}
+    kept = {_key(result): result for result in card.data.eval_results or []}
+    for result in new:
+        if _samples_of(result) >= _samples_of(kept.get(_key(result))):
+            kept[_key(result)] = result
+    new = [result for result in new if kept[_key(result)] is result]
     if new:
         card.data.model_name = card.data.model_name or folder.resolve().name
         card.data.eval_results = list(kept.values())
@@ -63,6 +73,12 @@ def add_to_card(folder: Path, evaluations: Iterable[dict]) -> int:
 
 def _key(result: EvalResult) -> tuple:
     return result.dataset_name, result.dataset_split, result.metric_type
+
+
+def _samples_of(result: EvalResult | None) -> int:
+    """How many samples a mean is of; 0 where that is not said."""
+    said = str(((result and result.metric_args) or {}).get("samples", "")).partition(" ")[0]
+    return int(said) if said.isdecimal() else 0
 
 
 def results_of(scores: dict) -> list[EvalResult]:

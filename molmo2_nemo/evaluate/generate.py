@@ -44,9 +44,10 @@ def most_tokens(style: str) -> int:
 
 
 def unanswered(out: Path, indices: Sequence[int]) -> list[int]:
-    """The samples of which a question has no answer yet."""
+    """The samples of which a question has no answer yet. What failed is asked again: memory may have been short, or a
+    file not there."""
     records = read_answers(out).values()
-    answers = Counter(record["index"] for record in records)
+    answers = Counter(record["index"] for record in records if "error" not in record)
     wanted = {record["index"]: record["questions"] for record in records}
     return [index for index in indices if index not in wanted or answers[index] < wanted[index]]
 
@@ -94,7 +95,8 @@ def answer_all(
     What is wrong with one question is written in the place of its answer.
     """
     cut_to_whole_lines(answers_file(out, rank))
-    made, begun = batches(pending(samples, indices, read_answers(out), asker), batch_size), set()
+    done = {name: record for name, record in read_answers(out).items() if "error" not in record}
+    made, begun = batches(pending(samples, indices, done, asker), batch_size), set()
     with answers_file(out, rank).open("a", encoding="utf-8") as file, ThreadPoolExecutor(1) as ahead:
         batch = ahead.submit(next, made, None)  # media are decoded while the model answers
         while (now := batch.result()) is not None:

@@ -21,6 +21,8 @@ TRACKING_METRICS = ("hota", "det_a", "ass_a")
 # Times and places of a video are compared on one scale, its length and sides being 100 (normalize_timestamps_and_points
 # of the public code, which rounds them to tenths as we do).
 SCALE = 100
+# Of floating-point numbers: 0.75 is written as 0.8, whose difference is a little more than SAME_TIME.
+ROUNDING = 1e-6
 
 
 def encode_mask(mask: np.ndarray) -> str:
@@ -37,8 +39,8 @@ class Masks:
     def holds(self, point: tuple[float, float, float]) -> bool:
         """Whether the nearest pixel of the mask at the point's image or time is set; no mask there: no."""
         where, x, y = point
-        counts = next((rle for time, rle in self.region.masks if abs(time - where) < SAME_TIME), None)
-        if counts is None:
+        time, counts = min(self.region.masks, key=lambda mask: abs(mask[0] - where), default=(np.inf, ""))
+        if abs(time - where) > SAME_TIME + ROUNDING:
             return False
         if counts not in self._decoded:
             self._decoded[counts] = coco.decode({"size": list(self.region.size), "counts": counts.encode()})
@@ -121,13 +123,13 @@ def hits_near(size: tuple[int, int]) -> Hits:
 
 
 def paired_frames(answered: Sequence[TrackFrame], labelled: Sequence[TrackFrame]) -> list[tuple[float, list, list]]:
-    """(seconds, answered, labelled points) of each frame that has some, ascending. Times less than SAME_TIME apart are
+    """(seconds, answered, labelled points) of each frame that has some, ascending. Times at most SAME_TIME apart are
     one frame; a point of an answer that is later than every label makes a frame, too."""
     frames: dict[float, tuple[list, list]] = {}
     for side, given in ((1, labelled), (0, answered)):
         for seconds, points in given:
             near = min(frames, key=lambda time: abs(time - seconds), default=None)
-            if near is None or abs(near - seconds) >= SAME_TIME:
+            if near is None or abs(near - seconds) > SAME_TIME + ROUNDING:
                 near = float(seconds)
             frames.setdefault(near, ([], []))[side].extend(points)
     return [(time, *frames[time]) for time in sorted(frames) if any(frames[time])]

@@ -169,8 +169,9 @@ def compare(first: Sequence[dict], second: Sequence[dict]) -> tuple[list[Differe
     if not one.keys() & other.keys():
         raise ValueError("the two evaluations have no question in common: they are of different data")
     for name in one.keys() & other.keys():
-        if one[name].get("question") != other[name].get("question") and "question" in one[name]:
-            raise ValueError(f"{name} is another question in the second evaluation: compare runs on the same data")
+        for what in ("question", "label"):
+            if one[name].get(what) != other[name].get(what) and what in one[name] and what in other[name]:
+                raise ValueError(f"{name} has another {what} in the second evaluation: compare runs on the same data")
     groups: dict[tuple[str, str], list[tuple[str, float, float]]] = {}
     unpaired = len(one.keys() ^ other.keys())
     for name in sorted(one.keys() & other.keys()):

@@ -33,6 +33,10 @@ CONTRACTIONS = {
 } | {"oclock": "o'clock", "maam": "ma'am", "twas": "'twas", "yall": "y'all", "whyre": "why're"}
 
 MAX_CHANGE = 0.05  # of a number in a chart, for a right answer
+# An answer that is a letter alone, with what other models write around it.
+LETTER = re.compile(
+    r"(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice) ?(?:is|:)? ?(?:option )?)?\W*([a-z])\W*"
+)
 ANLS_THRESHOLD = 0.5  # of the edit distance, as a share of the longer text
 
 
@@ -113,8 +117,8 @@ def chosen(answer: str, options: Sequence[str]) -> int | None:
     """The index of the option that an answer means; None: it is empty.
 
     options: as they were shown, with their letters. The first of these that only one option satisfies: they are equal;
-    the answer begins with the option; the option begins with the answer, or holds it. Otherwise the nearest by edit
-    distance, the first of several.
+    the answer is its letter, as "(B)", "**B**" or "The answer is B."; the answer begins with the option; the option
+    begins with the answer, or holds it. Otherwise the nearest by edit distance, the first of several.
     """
     said = shortened(answer).lower()
     if not said:
@@ -122,6 +126,10 @@ def chosen(answer: str, options: Sequence[str]) -> int | None:
     shown = [" ".join(option.lower().split()) for option in options]
     if said in shown:
         return shown.index(said)
+    if letter := LETTER.fullmatch(said):
+        named = [index for index, option in enumerate(shown) if option.startswith(f"{letter[1]}.")]
+        if len(named) == 1:
+            return named[0]
     for is_meant in (said.startswith, lambda option: option.startswith(said), lambda option: said in option):
         found = [index for index, option in enumerate(shown) if is_meant(option)]
         if len(found) == 1:

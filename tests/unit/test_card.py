@@ -65,6 +65,10 @@ def test_the_scores_of_a_checkpoint_are_in_the_card_of_its_export(
     assert result.metric_value == 0.5 and result.metric_args["samples"] == "4 of 4"
     text = (folder / "README.md").read_text()
     assert "My words." in text and text.count("## Evaluations") == 1 and "0.6667" not in text
+    # But a mean of fewer samples does not.
+    status, shown, error = run(capsys, folder, *command, "--out", "fewer", "--card")
+    assert status == 0 and "has 0 means of this evaluation; 1 of more samples stay" in shown, error
+    assert (folder / "README.md").read_text() == text
     # Other weights, no card, and what is no evaluation.
     weights = next(folder.glob("*.safetensors"))
     content = weights.read_bytes()

@@ -347,6 +347,13 @@ def test_batches_are_of_one_kind_and_keep_broken_samples_alone(shards, asker):
     assert all(len(batch) == 1 for batch in made if not batch[0].seen)
 
 
+def test_what_failed_is_asked_again(tmp_path):
+    lines = [{"id": f"s/{n}/0", "sample": f"s/{n}", "index": n, "questions": 1, "source": "s"} for n in range(2)]
+    lines = [lines[0] | {"error": "the GPU has too little memory"}, lines[1] | {"scores": {}, "said": "x"}]
+    (tmp_path / "answers-00000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert generate.unanswered(tmp_path, range(3)) == [0, 2]
+
+
 # -- public sets ------------------------------------------------------------------------------------------------------
 
 

@@ -90,6 +90,12 @@ def test_soft_score_of_vqa(said, right, score):
         ("green", 2),
         ("blu", 0),
         ("D. grean", 2),
+        ("(B)", 1),
+        ("**B**", 1),
+        ("B:", 1),
+        ("The answer is B.", 1),
+        ("Option C", 2),
+        ("a", 0),
         ("", None),
     ],
 )
@@ -204,6 +210,20 @@ def test_hota_is_that_of_trackeval(steps, expected):
     assert found == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("rate", [1, 2, 3, 4, 5, 6, 8])
+def test_times_of_an_answer_are_those_of_the_label_at_any_rate(rate):
+    """An answer has tenths of a second: 0.75 is written as 0.8."""
+    times = [number / rate for number in range(2 * rate)]
+    masks = [(time, point_metrics.encode_mask(np.ones((2, 4), dtype=bool))) for time in times]
+    there = point_metrics.Masks(Region((2, 4), masks))
+    written = [float(f"{time:.1f}") for time in times]
+    frames = point_metrics.paired_frames(
+        [(time, [("1", 0.1, 0.1)]) for time in written], [(time, [("1", 0.1, 0.1)]) for time in times]
+    )
+    assert len(frames) == len(times) and all(answered and labelled for _, answered, labelled in frames)
+    assert all(there.holds((time, 0.1, 0.1)) for time in written)
+
+
 def test_frames_of_tracks():
     example = {
         "video": {"part": "v.mp4", "width": 20, "height": 10, "duration": 4.0},
@@ -293,6 +313,8 @@ def test_paired_tests():
         table.compare(one, [record(99, 1.0)])
     with pytest.raises(ValueError, match="another question"):
         table.compare([record(1, 1.0, question="a")], [record(1, 1.0, question="b")])
+    with pytest.raises(ValueError, match="another label in the second evaluation"):
+        table.compare([record(1, 1.0, label="a")], [record(1, 1.0, label="b")])
 
 
 def test_nothing_is_dropped_in_silence():
