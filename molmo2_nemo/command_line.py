@@ -13,7 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from molmo2_nemo import storage
 from molmo2_nemo.config.errors import ConfigError, refuse
-from molmo2_nemo.config.flags import refuse_flags
+from molmo2_nemo.config.flags import HYDRA, refuse_flags
 from molmo2_nemo.config.schema import STAGES, Config, DataConfig
 from molmo2_nemo.environment import quiet_libraries, set_cpu_environment, set_gpu_environment
 from molmo2_nemo.paths import CONF_DIR, PACKAGE
@@ -21,17 +21,20 @@ from molmo2_nemo.paths import CONF_DIR, PACKAGE
 HARDWARE_AUTO = "hardware=auto"
 
 
-def prepare(arguments: list[str]) -> None:
-    """Set up the environment and register the schema. A mistyped override ends the program with one sentence."""
+def prepare(arguments: list[str]) -> list[str]:
+    """Set up the environment and register the schema; returns the words for Hydra. A mistyped override ends the program
+    with one sentence."""
     quiet_libraries()
     set_gpu_environment()
     set_cpu_environment()
     try:
         refuse_flags(arguments)
+        arguments = quoted(arguments)
         refuse_unknown_overrides(arguments)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     register()
+    return arguments
 
 
 def compose(config_name: str, overrides: list[str]) -> Config:
@@ -42,6 +45,7 @@ def compose(config_name: str, overrides: list[str]) -> Config:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    overrides = quoted(overrides)
     overrides = finetune_words(overrides) if config_name == "finetune" else overrides
     refuse_unknown_overrides(overrides)
     if not (CONF_DIR / f"{config_name}.yaml").is_file():
@@ -89,6 +93,27 @@ def register() -> None:
     ConfigStore.instance().store(name="molmo2_nemo_schema", node=schema)
 
 
+def quoted(words: list[str]) -> list[str]:
+    """The words, with quotes around values that Hydra's grammar does not read without them: paths with other letters
+    than those of English, with brackets, or with commas."""
+    return [_quoted(word) for word in words]
+
+
+def _quoted(word: str) -> str:
+    key, equal, value = word.partition("=")
+    if not equal or word.startswith("-") or re.fullmatch(r"[\w./:+\- ]*", value, re.ASCII) or value[0] in "'\"[{$":
+        return word
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    with contextlib.suppress(HydraException):
+        is_sweep = OverridesParser.create().parse_override(word).is_sweep_override()
+        if not is_sweep or "/" not in value:  # of a path with a comma
+            return word
+    inside = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{inside}'"
+
+
 def finetune_words(words: list[str]) -> list[str]:
     """data.NAME=FOLDER of recipes/finetune.py as data.own.NAME=FOLDER; the first NAME is that of the run unless one is
     given. lora.rank=N is of tune=lora, for the rates that go with it, and lora.rank=0 of tune=full.
@@ -99,7 +124,7 @@ def finetune_words(words: list[str]) -> list[str]:
     found, names = [], []
     keys = [field.name for field in dataclasses.fields(DataConfig)]
     for word in words:
-        match = re.fullmatch(r"data\.(own\.)?([A-Za-z_][\w-]*)=(.*)", word, re.DOTALL)
+        match = re.fullmatch(r"data\.(own\.)?([A-Za-z_][\w-]*)=(.*)", word, re.DOTALL | re.ASCII)
         if match and not match[1]:
             is_key = match[2] in keys
             is_folder = Path(match[3].strip("'\"")).expanduser().is_dir()
@@ -108,12 +133,13 @@ def finetune_words(words: list[str]) -> list[str]:
         names += [match[2]] if match else []
         found.append(f"data.own.{match[2]}={match[3]}" if match else word)
     given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
-    found += [f"name={names[0]}"] if names and "name" not in given else []
+    # At the beginning: Hydra takes no settings behind an option such as --cfg job.
+    found = [f"name={names[0]}", *found] if names and "name" not in given else found
     rank, tune = given.get("lora.rank"), given.get("tune")
     if rank is None:
         return found
     if tune is None:
-        return [*found, "tune=full" if rank == "0" else "tune=lora"]
+        return ["tune=full" if rank == "0" else "tune=lora", *found]
     refuse(
         (tune == "lora") == (rank == "0"),
         f"tune={tune} lora.rank={rank}: {'LoRA has a rank' if rank == '0' else 'only tune=lora has adapters'};"
@@ -146,15 +172,23 @@ def refuse_unknown_overrides(arguments: list[str]) -> None:
     )
     sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
     refuse(sweep, "--multirun: a process trains once; start one recipe for each setting.")
+    takes_value = False
     for argument in arguments:
+        if takes_value or argument.startswith("-"):
+            takes_value = not takes_value and HYDRA.get(argument, False)
+            continue
         refuse(argument.startswith("="), f"{argument} has no key: settings are written KEY=VALUE.")
+        refuse(
+            "=" not in argument and not argument.startswith("~"),
+            f"{argument} has no value: settings are written KEY=VALUE, without blanks around the =.",
+        )
         taken_away = argument.removeprefix("~")
         refuse(
             argument.startswith("~") and (CONF_DIR / taken_away).is_dir(),
             f"{argument} takes away a part that every run needs: choose another with {taken_away}=NAME.",
         )
         match = re.fullmatch(r"(\+{0,2}|~)([A-Za-z_][\w./]*)(?:@[\w.]+)?(?:=(.*))?", argument, re.DOTALL)
-        if argument.startswith("-") or match is None or match[3] is None:
+        if match is None or match[3] is None:
             continue
         key, value = match[2], match[3]
         if (CONF_DIR / key).is_dir():

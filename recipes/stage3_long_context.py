@@ -11,7 +11,7 @@ from molmo2_nemo.command_line import prepare
 from molmo2_nemo.paths import CONF_DIR
 from molmo2_nemo.recipe import hydra_runner_for, run_and_exit
 
-prepare(sys.argv[1:])
+sys.argv[1:] = prepare(sys.argv[1:])
 hydra_runner = hydra_runner_for(sys.argv[1:])
 
 

@@ -302,7 +302,7 @@ def print_own_report(
     blend = shlex.quote(f"data.blend={arguments.out / 'blend.yaml'}")
     print("\nLook at them, then train on them:")
     print(f"  python tools/inspect_data.py --config-name stage2 {blend} --each --samples 200 --html runs/inspect")
-    name = re.sub(r"[^\w-]", "_", arguments.name or arguments.out.resolve().name)
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", arguments.name or arguments.out.resolve().name)
     own = shlex.quote(f"data.{name if name[0].isalpha() else f'own_{name}'}={arguments.out}")
     unmeasured = "" if counts.get("val") else f" {' '.join(WITHOUT_HELD_OUT)}"
     print(f"  python recipes/finetune.py model=hf model.hf_path=MODEL {own} hardware=auto{unmeasured}")

@@ -10,7 +10,7 @@ from test_blend import make_source
 
 from molmo2_nemo import finetune
 from molmo2_nemo.auto import resolve
-from molmo2_nemo.command_line import compose, finetune_words, prepare
+from molmo2_nemo.command_line import compose, finetune_words, prepare, quoted
 from molmo2_nemo.config.checks import check_settings, epochs_of
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.config.schema import DataConfig
@@ -54,7 +54,7 @@ def test_own_data_have_any_name_and_give_the_run_theirs(root):
     words = ["model=tiny", f"data.my-cats={root / 'mine'}", "data.other=later", "data.num_workers=0"]
     found = finetune_words(words)
     own_words = [f"data.own.my-cats={root / 'mine'}", "data.own.other=later"]
-    assert found == ["model=tiny", *own_words, "data.num_workers=0", "name=my-cats"]
+    assert found == ["name=my-cats", "model=tiny", *own_words, "data.num_workers=0"]
     assert finetune_words(found) == found  # said once or twice, the same
     config = compose("finetune", [*TINY, *words])
     assert (config.run_dir, config.data.own["other"]) == ("runs/my-cats", "later")
@@ -62,7 +62,38 @@ def test_own_data_have_any_name_and_give_the_run_theirs(root):
     # A key with a slip is no data set, unless it is a folder.
     with pytest.raises(ConfigError, match="data has no key seq_lenght; did you mean data.seq_length"):
         compose("finetune", [*TINY, "data.seq_lenght=512"])
-    assert finetune_words([f"data.seq_lenght={root}"])[0] == f"data.own.seq_lenght={root}"
+    assert finetune_words([f"data.seq_lenght={root}"])[-1] == f"data.own.seq_lenght={root}"
+
+
+@pytest.mark.parametrize("name", ["schön (v1), neu", "a,b", "it's", "100 %", "[x]y", "日本", "a=b"])
+def test_folders_may_have_any_name(tmp_path, name):
+    """Hydra's grammar has a meaning for commas and brackets, and does not know other letters than those of English."""
+    folder = tmp_path / name
+    folder.mkdir()
+    words = ["model=tiny", f"data.mine={folder}", f"run_dir={folder}/run", "--cfg", "job"]
+    config = compose("finetune", [*TINY, *words[:-2]])
+    assert (config.data.own, config.run_dir, config.name) == ({"mine": str(folder)}, f"{folder}/run", "mine")
+    # As a recipe does it, also where a quoted word comes again.
+    once = quoted(finetune_words(words))
+    assert quoted(once) == once and once[-2:] == ["--cfg", "job"]
+
+
+@pytest.mark.parametrize("word", ["data.mine", "train", "data.mine shards/mine"])
+def test_a_word_without_a_value_is_one_sentence(word):
+    words = ["model=tiny", *word.split()]
+    with pytest.raises(ConfigError, match="has no value: settings are written KEY=VALUE"):
+        compose("finetune", words)
+    assert prepare(["model=tiny", "--cfg", "job", "--resolve"])[1:] == ["--cfg", "job", "--resolve"]
+
+
+@pytest.mark.parametrize("name, what", [("config.json", "a Hugging Face model"), (".nv-meta", "shards of data")])
+def test_a_run_is_not_put_into_the_folder_of_something_else(tmp_path, name, what):
+    (tmp_path / name).touch()
+    words = ["model=tiny", "data.mine=x"]
+    with pytest.raises(ConfigError, match=f"run_dir={tmp_path} holds {what}: leave run_dir out, or name a folder"):
+        check_settings(compose("finetune", [*words, f"run_dir={tmp_path}"]), 1)
+    for advised in ([], [f"run_dir={tmp_path / 'run'}"]):
+        check_settings(compose("finetune", [*words, *advised]), 1)
 
 
 def test_lora_by_its_rank_has_the_rates_of_lora():
@@ -210,7 +241,8 @@ def test_the_recipe_starts_a_rank_for_each_gpu(monkeypatch, capsys):
     assert "tune=lora" in finetune.ready(["recipes/finetune.py", "model=molmo2_4b", "tune=lora", *AUTO])
     monkeypatch.delenv("WORLD_SIZE")
     shown = finetune.ready(["recipes/finetune.py", "--cfg", "job", "model=molmo2_4b", "tune=lora", *AUTO])
-    assert shown[:3] == ["--cfg", "job", "model=molmo2_4b"] and "hardware=auto" not in shown and len(started) == 1
+    assert shown[:2] == ["--cfg", "job"] and "model=molmo2_4b" in shown
+    assert "hardware=auto" not in shown and len(started) == 1
     with pytest.raises(SystemExit, match="tools/plan.py --config-name finetune model=tiny gpus=8"):
         finetune.ready(["recipes/finetune.py", "model=tiny", "gpus=8"])
     with pytest.raises(SystemExit, match="hardware=auto is for recipes/finetune.py"):
@@ -315,11 +347,17 @@ def test_many_epochs_are_warned_of_and_too_few_samples_refused(config):
     long = replace(config, train=replace(config.train, epochs=None, max_steps=1000))
     _, warning = epochs.described(epochs.in_steps(long, epochs.measured(long, few)), epochs.measured(long, few), None)
     assert warning.startswith("warning: each sample comes 333 times, more than 20")
-    with pytest.raises(ConfigError, match="has 9 training samples, fewer than the 10 of one step") as refused:
-        epochs.measured(config, [Source("mine", "", 1.0, 9)])
-    rows = int(re.search(r"use train.global_batch_size=(\d+) or less", str(refused.value))[1])
-    smaller = replace(config, train=replace(config.train, global_batch_size=rows))
-    assert epochs.measured(smaller, [Source("mine", "", 1.0, 9)]).steps >= 1
+    # The advice fits the rows of a micro-batch, or changes these, too.
+    for micro in (1, 4, 8):
+        large = replace(config, train=replace(config.train, micro_batch_size=micro))
+        with pytest.raises(ConfigError, match="has 9 training samples, fewer than the 10 of one step") as refused:
+            epochs.measured(large, [Source("mine", "", 1.0, 9)])
+        advised = {
+            key: int(number) for key, number in re.findall(r"train.(\w+_batch_size)=(\d+)(?! rows)", str(refused.value))
+        }
+        smaller = replace(large, train=replace(large.train, **advised))
+        assert epochs.measured(smaller, [Source("mine", "", 1.0, 9)]).steps >= 1
+        check_settings(smaller, 1)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ RECIPES = sorted(path for path in (REPOSITORY / "recipes").glob("*.py") if path.
 # In a process of its own, since this one has imported torch.
 LOADED = """
 import runpy, sys
-recipe, sys.argv = runpy.run_path(sys.argv[1], run_name="recipe"), sys.argv[1:]
+recipe = runpy.run_path(sys.argv.pop(1), run_name="recipe")
 print(recipe["main"].__code__.co_filename)
 heavy = {"nemo.core", "nemo.lightning", "lightning", "torch", "megatron", "transformers"}
 print(" ".join(sorted(heavy & set(sys.modules))))
