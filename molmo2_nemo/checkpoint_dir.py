@@ -321,8 +321,8 @@ def resolve_best(path: str) -> Path:
     found = best(given / "checkpoints") or best(given)
     if found is None:
         raise ConfigError(
-            f"--best: {given} has no best checkpoint, which train.save_best=loss would keep: without --best the newest"
-            " is taken, and a checkpoint by its path."
+            f"--best: {given} has no best checkpoint: train.save_best was null, or what it names was never measured;"
+            " without --best the newest is taken, and a checkpoint by its path."
         )
     return found
 

@@ -175,14 +175,17 @@ def published(folder: Path, replace: bool = False) -> Iterator[Path]:
     """A new folder to write to, which gets the name `folder` when all went well and is removed otherwise.
 
     replace: a folder of this name is removed then. ValueError: without it, `folder` holds something already, or another
-    process was faster.
+    process was faster; or nothing can be written there.
     """
     folder = Path(folder).absolute()
     if not replace and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists already: remove it or choose another folder.")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made ({error.strerror}): choose another folder.") from error
     try:
         yield partial
         if replace:

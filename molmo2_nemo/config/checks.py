@@ -5,6 +5,7 @@ import itertools
 import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 from molmo2_nemo import storage
 from molmo2_nemo.config.components import COMPONENTS
@@ -42,6 +43,7 @@ def check_settings(cfg: Config, world_size: int) -> None:
     """The checks of `check` that do not import Megatron, and that other numbers of ranks have to pass in a search."""
     check_choice("stage", cfg.stage, STAGES)
     check_addresses(cfg)
+    check_run_dir(cfg)
     check_model(cfg.model)
     check_layout(cfg, world_size)
     train = cfg.train
@@ -146,6 +148,16 @@ def check_addresses(cfg: Config) -> None:
     for address in given if isinstance(given, list) else [given]:
         if isinstance(address, str) and storage.is_remote(address):
             storage.check(address, "train.init_from")
+
+
+def check_run_dir(cfg: Config) -> None:
+    """Refuse a run in the folder of something else, which then would be two things. Raises ConfigError."""
+    holds = {"config.json": "a Hugging Face model", ".nv-meta": "shards of data"}
+    other = next((what for name, what in holds.items() if (Path(cfg.run_dir) / name).exists()), None)
+    refuse(
+        other is not None,
+        f"run_dir={cfg.run_dir} holds {other}: leave run_dir out, or name a folder of its own for the run.",
+    )
 
 
 def check_layout(cfg: Config, world_size: int) -> None:

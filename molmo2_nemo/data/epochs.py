@@ -49,11 +49,13 @@ def measured(config: Config, sources: list[Source]) -> Epoch:
     number, rows = sum(source.num_samples for source in counted), config.train.global_batch_size
     in_a_step = rows * per_row * sum(source.weight for source in counted)
     if config.train.epochs is not None and number < in_a_step:
-        fitting = int(rows * number / in_a_step)
+        fitting, micro = int(rows * number / in_a_step), config.train.micro_batch_size
+        whole = f"train.global_batch_size={fitting - fitting % micro}"
+        smaller = whole if fitting >= micro else f"train.micro_batch_size=1 train.global_batch_size={fitting}"
         raise ConfigError(
             f"{config.data.said} has {number:,} training samples, fewer than the {in_a_step:.0f} of one step"
             f" (train.global_batch_size={rows} rows of about {per_row:.1f} samples): "
-            + (f"use train.global_batch_size={fitting} or less" if fitting else "use a smaller data.seq_length")
+            + (f"use {smaller} or less" if fitting else "use a smaller data.seq_length")
             + ", or train.epochs=null train.max_steps=STEPS."
         )
     return Epoch(frozenset(source.name for source in counted), number, per_row, number / in_a_step)

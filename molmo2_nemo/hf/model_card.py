@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 
 from molmo2_nemo import checkpoint_dir
 from molmo2_nemo.catalogue.datasets import DataSet, load_catalogue
+from molmo2_nemo.config.components import COMPONENTS
 from molmo2_nemo.config.errors import ConfigError
 from molmo2_nemo.report import Run, read_metrics
 from molmo2_nemo.text import dotted
@@ -36,7 +37,18 @@ _SETTINGS = (
     "optim.weight_decay",
     "train.seed",
     "lora.rank",
+    "lora.targets",
+    *(f"optim.{component}.freeze" for component in COMPONENTS),
 )
+
+
+def _told(settings: dict[str, object]) -> dict[str, object]:
+    """Those of _SETTINGS that are known and mean something: no rate of what was frozen, no targets without adapters."""
+    frozen = {component for component in COMPONENTS if settings.get(f"optim.{component}.freeze")}
+    left_out = {f"optim.{component}.{'lr' if component in frozen else 'freeze'}" for component in COMPONENTS}
+    left_out |= set() if settings.get("lora.rank") else {"lora.rank", "lora.targets"}
+    return {key: settings[key] for key in _SETTINGS if key in settings and key not in left_out}
+
 
 USAGE = "## How to use it"  # the last section
 
@@ -107,7 +119,7 @@ def trace(checkpoint: Path) -> Origin:
                 step=marker["step"],
                 tokens=marker.get("tokens_seen"),
                 data={name: counts for name, counts in (marker.get("data") or {}).items() if counts.get("examples")},
-                settings={key: settings[key] for key in _SETTINGS if key in settings},
+                settings=_told(settings),
             )
         )
         if "train.init_from" not in settings:

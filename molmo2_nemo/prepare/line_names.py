@@ -8,6 +8,7 @@ from molmo2_nemo.prepare.formats.line import Line
 # Formats of labelling tools and tables, in which a point has no name of its own.
 UNIT_ADVICE = re.compile(r'write "unit": "(\w+)"')
 WITHOUT_NAMES = frozenset(["coco", "cvat", "label_studio", "table"])
+POINT_AGAIN = re.compile(r"is point (\d+) again")
 
 
 def with_groups(branch: dict, pictures: int) -> tuple[dict, bool]:
@@ -39,6 +40,8 @@ class LineNames:
         name, problem = self._name(mistake.place), mistake.problem
         if self.line.form in WITHOUT_NAMES:  # which have no such key
             problem = UNIT_ADVICE.sub(self._unit_advice, problem)
+            # People count from 1, as the point that is named before.
+            problem = POINT_AGAIN.sub(lambda point: f"is point {int(point[1]) + 1} again", problem)
         return said_of(name or "it", problem) if not problem[:1].isupper() else said_of(name, problem)
 
     def _unit_advice(self, unit: re.Match) -> str:

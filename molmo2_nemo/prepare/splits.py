@@ -77,7 +77,8 @@ def deal(lines: list[OwnSample], shares: Shares) -> dict[str, str]:
     if shares.asked and (empty := [name for name in wanted if name not in split.values()]):
         raise ValueError(
             f"--split leaves nothing for {' and '.join(empty)}, since the {len(lines)} samples are about {len(groups)} "
-            "picture(s) or video(s), and none may be in two splits: give more of them, or a --split with fewer parts"
+            "picture(s) or video(s), and none may be in two splits: give more of them, or "
+            + ("a --split with fewer parts" if len(groups) > 1 else "leave --split out")
         )
     return {key: split[id(group)] for group in groups for key in group.keys}
 

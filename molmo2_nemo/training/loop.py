@@ -137,7 +137,7 @@ def train(run: Run) -> tuple[str, str]:
             if settings.validation_batches > 0 and (is_last or step % settings.validate_every == 0):
                 is_best |= is_better(run, {"loss": run_validation(run)})
             if run.exam is not None and (is_last or step % settings.generate_every == 0):
-                is_best |= is_better(run, answer_questions(run))
+                is_best |= is_better(run, with_save_best(run, answer_questions(run)))
             why = no_better(run)
         if is_last or why or is_best or step % settings.save_every == 0:
             save(run, bool(is_last or why), is_best)
@@ -166,6 +166,18 @@ def check_finished(run: Run) -> None:
     damage = verified(path) if settings.verify_checkpoints else None
     if damage is not None:
         end(run, f"step {step}: the last checkpoint was not written right: {damage}")
+
+
+def with_save_best(run: Run, scores: dict[str, float]) -> dict[str, float | None]:
+    """The scores of answers, with None for train.save_best where no question gives it, which is said."""
+    metric = run.config.train.save_best
+    if metric in (None, "loss") or metric in scores or not scores:
+        return scores
+    run.log.say(
+        f"step {run.position.step}: train.save_best={metric} is not measured by the held-out questions, which give "
+        f"{', '.join(sorted(scores))}: no best checkpoint is kept until it is one of these."
+    )
+    return {**scores, metric: None}
 
 
 def is_better(run: Run, figures: dict[str, float | None]) -> bool:

@@ -40,6 +40,8 @@ class Owner:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._take()
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ConfigError(f"run_dir={run_dir} is a file, or below one: name a folder.") from error
         except OSError as error:
             raise ConfigError(
                 f"run_dir={run_dir} cannot be written to ({error}): make it writable, make room, or choose another "

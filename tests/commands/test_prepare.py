@@ -261,6 +261,8 @@ def test_few_pictures_leave_no_split_empty_that_was_asked_for():
     with pytest.raises(ValueError, match="nothing for (val|test), since the 3 samples are about 2 picture"):
         splits.deal(two, splits.Shares.read("90/5/5"))
     assert sorted(splits.deal(two, splits.Shares.read("67/33")).values())[0] == "train"
+    with pytest.raises(ValueError, match="about 1 picture.* give more of them, or leave --split out"):
+        splits.deal(two[:2], splits.Shares.read("67/33"))
     # Neither chance nor a large group takes the data away from training.
     for number in range(6, 40):
         lines = [sample(f"k{n}", max(0, n - number // 2)) for n in range(number)]

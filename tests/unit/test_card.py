@@ -11,7 +11,7 @@ from sources import chat
 from test_evaluate import asker, run, said  # noqa: F401
 
 from molmo2_nemo.evaluate import card
-from molmo2_nemo.hf import convert
+from molmo2_nemo.hf import convert, model_card
 from molmo2_nemo.prepare.webdataset import write_shards
 
 
@@ -85,3 +85,14 @@ def test_a_card_is_asked_for_where_there_can_be_one(shards, tmp_path, capsys):
     assert status == 2 and "--card is for an export" in error
     status, _, error = run(capsys, "--compare", "a", "b", "--card")
     assert status == 2 and "leave out --compare" in error
+
+
+def test_no_rate_of_what_was_frozen_is_in_the_card():
+    settings = {f"optim.{name}.lr": 1e-3 for name in ("vit", "connector", "llm")} | {
+        "lora.rank": 0,
+        "lora.targets": ["x"],
+    }
+    freeze = {"optim.vit.freeze": True, "optim.connector.freeze": False, "optim.llm.freeze": True}
+    told = model_card._told(settings | freeze)
+    assert told == {"optim.connector.lr": 1e-3, "optim.vit.freeze": True, "optim.llm.freeze": True}
+    assert model_card._told({"lora.rank": 8, "lora.targets": ["x"]}) == {"lora.rank": 8, "lora.targets": ["x"]}

@@ -21,6 +21,7 @@ from molmo2_nemo.files import (
     locked,
     missing_room,
     publish,
+    published,
     readable_size,
     sha256_of,
     sha256_of_text,
@@ -226,3 +227,10 @@ def test_other_errors_stay_what_they_are(error, tmp_path):
     with pytest.raises(type(error)) as same, disk_errors_told(tmp_path, 1, "it"):
         raise error
     assert same.value is error
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/below cannot be made .Not a directory.: choose another folder"):
+        with published(tmp_path / "file" / "below"):
+            pass

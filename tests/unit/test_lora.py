@@ -137,7 +137,7 @@ def test_the_tools_say_what_they_did_and_their_advice_is_followed(imported, base
     for given, said in (
         (tmp_path / "run" / "step_00000000", "chooses a checkpoint of a run, and .*step_00000000 is one: leave out --"),
         (tmp_path / "nowhere", "nowhere is no folder: name a run, such as runs/mine"),
-        (tmp_path / "run", "run has no best checkpoint, which train.save_best=loss would keep"),
+        (tmp_path / "run", "run has no best checkpoint: train.save_best was null, or what it names"),
     ):
         monkeypatch.setattr("sys.argv", ["export_hf.py", str(given), str(tmp_path / "more"), "--best"])
         with pytest.raises(SystemExit, match=said):

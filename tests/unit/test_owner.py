@@ -150,7 +150,7 @@ def test_of_many_at_once_one_gets_it(number, quick_switches, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
-def test_a_folder_that_cannot_be_written_to_is_named(place, tmp_path):
+def test_a_file_in_the_place_of_a_folder_is_named(place, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="run_dir=.* cannot be written to"):
+    with pytest.raises(ConfigError, match="run_dir=.* is a file, or below one: name a folder"):
         owner.Owner(tmp_path / place)

@@ -167,6 +167,13 @@ def test_the_unit_of_a_table_is_an_option(pictures, tmp_path):
     assert read_file(pictures, file)[0][0].mistakes[0].endswith("write pixels into the column unit")
 
 
+def test_points_of_a_table_are_counted_from_one(pictures, tmp_path):
+    file = tmp_path / "points.csv"
+    file.write_text("image,label,x,y\ncat.jpg,eye,0.2,0.5\ncat.jpg,eye,0.2,0.5\n")
+    [mistake] = read_file(pictures, file)[0][0].mistakes
+    assert mistake.startswith('point 2 of "eye" = [0.2, 0.5] is point 1 again')
+
+
 @pytest.mark.parametrize("path, said", [("mine.jpg", "mine.jpg"), (None, "picture in the column image.jpg")])
 def test_a_picture_inside_of_a_table_is_named_as_its_writer_does(pictures, tmp_path, path, said):
     data = (pictures / "cut.jpg").read_bytes()

@@ -80,6 +80,26 @@ def test_the_best_by_another_measurement_begins_anew():
         assert best_so_far(strange, "loss") == loop.Best("loss")
 
 
+def test_a_score_that_no_question_gives_is_said_and_ends_the_run_as_no_better(tmp_path):
+    said, train = [], TrainConfig(save_best="point_f1", stop_when_no_better=2)
+    run = SimpleNamespace(
+        config=SimpleNamespace(train=train),
+        best=loop.Best("point_f1"),
+        position=loop.Position(4),
+        run_dir=tmp_path,
+        log=SimpleNamespace(say=said.append),
+        skipped_in_a_row=0,
+    )
+    for _ in range(2):
+        assert not loop.is_better(run, loop.with_save_best(run, {"exact_match": 0.5, "count_exact": 1.0}))
+    assert (
+        len(said) == 2 and "is not measured by the held-out questions, which give count_exact, exact_match" in said[0]
+    )
+    assert "has never been a number" in loop.no_better(run)
+    assert loop.with_save_best(run, {}) == {}  # a round that was stopped
+    assert loop.is_better(run, loop.with_save_best(run, {"point_f1": 0.5})) and len(said) == 2
+
+
 def test_a_measurement_that_was_never_a_number_ends_in_a_sentence(tmp_path):
     train = TrainConfig(save_best="loss", stop_when_no_better=2)
     run = SimpleNamespace(
