@@ -331,7 +331,7 @@ def test_a_checkpoint_is_not_removed_while_it_is_uploaded(saved, store, tmp_path
 
 
 def test_a_folder_is_refused_where_an_address_is_and_the_other_way_round(tmp_path):
-    from molmo2_nemo.config.checks import check_addresses
+    from molmo2_nemo.config.places import check_addresses
 
     def said(**keys):
         train = TrainConfig(**{key: value for key, value in keys.items() if key != "run_dir"})
