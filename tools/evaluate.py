@@ -251,6 +251,7 @@ def summarise(args: argparse.Namespace, samples, asker, out: Path, settings: dic
     for amount, what in (
         (counts.without_metric, "have no metric: captions, or answers too long for an exact match"),
         (counts.empty, "have an empty answer, which is scored as it is"),
+        (counts.names_no_option, "have an answer that names no option: that of the nearest letters is taken"),
         (counts.cut, "have an answer that was cut at the most tokens: allow more with --max-new-tokens"),
     ):
         if amount:

@@ -11,7 +11,7 @@ from pathlib import Path
 from molmo2_nemo.ask.model import Asker, Reply, Seen
 from molmo2_nemo.evaluate.records import answers_file, cut_to_whole_lines, read_answers
 from molmo2_nemo.evaluate.samples import Read, Samples, see
-from molmo2_nemo.evaluate.tasks import Asked, questions, score_of
+from molmo2_nemo.evaluate.tasks import Asked, names_no_option, questions, score_of
 
 # Tokens of an answer at most, by the beginning of its style (allenai/molmo2 at f3cb108: olmo/eval/eval_utils.py,
 # get_default_max_tokens). Of other styles MAX_NEW_TOKENS.
@@ -138,4 +138,5 @@ def record_of(one: Pending, reply: Reply | str) -> dict:
     if isinstance(reply, str):
         return record | {"error": reply}
     record |= {"said": reply.text, "tokens": reply.num_tokens} | ({"cut": True} if reply.is_cut else {})
+    record |= {"names_no_option": True} if names_no_option(one.asked, reply.text) else {}
     return record | {"scores": score_of(one.asked, one.read.example, reply.text)}

@@ -36,6 +36,7 @@ class Counts:
     without_metric: int
     empty: int  # of the answered ones
     cut: int  # of the answered ones, at the most tokens
+    names_no_option: int  # of the answered ones: scored by the option that is nearest in its letters
     errors: dict[str, int]  # why there is no answer -> questions, the commonest first
 
     @property
@@ -51,6 +52,7 @@ def counts(records: Sequence[dict]) -> Counts:
         sum(not record["scores"] for record in answered),
         sum(not record["said"] for record in answered),
         sum(record.get("cut", False) for record in answered),
+        sum(record.get("names_no_option", False) for record in answered),
         dict(Counter(record["error"] for record in records if "error" in record).most_common()),
     )
 

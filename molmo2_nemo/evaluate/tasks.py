@@ -91,6 +91,13 @@ def score_of(asked: Asked, example: Example, answer: str) -> dict[str, float]:
     return found
 
 
+def names_no_option(asked: Asked, answer: str) -> bool:
+    """Whether an answer about options is scored by the option that it is nearest to in its letters."""
+    if not isinstance(asked.branch, MultipleChoice) or not text_metrics.shortened(answer):
+        return False
+    return text_metrics.named(answer, option_lines(asked.branch.options, asked.style)) is None
+
+
 def _question_score(style: str, task: Question, answer: str) -> dict[str, float]:
     if style in score.COUNTING and task.answers[0].isdecimal():
         said, right = score.count_of(answer, style), int(task.answers[0])

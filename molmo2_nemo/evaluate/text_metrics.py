@@ -113,25 +113,38 @@ def _number(text: str) -> float | None:
         return None
 
 
-def chosen(answer: str, options: Sequence[str]) -> int | None:
-    """The index of the option that an answer means; None: it is empty.
+def named(answer: str, options: Sequence[str]) -> int | None:
+    """The index of the option that an answer names; None: it names none, or several.
 
     options: as they were shown, with their letters. The first of these that only one option satisfies: they are equal;
     the answer is its letter, as "(B)", "**B**" or "The answer is B."; the answer begins with the option; the option
-    begins with the answer, or holds it. Otherwise the nearest by edit distance, the first of several.
+    begins with the answer, or holds it.
     """
     said = shortened(answer).lower()
     if not said:
         return None
-    shown = [" ".join(option.lower().split()) for option in options]
+    shown = _shown(options)
     if said in shown:
         return shown.index(said)
     if letter := LETTER.fullmatch(said):
-        named = [index for index, option in enumerate(shown) if option.startswith(f"{letter[1]}.")]
-        if len(named) == 1:
-            return named[0]
+        found = [index for index, option in enumerate(shown) if option.startswith(f"{letter[1]}.")]
+        if len(found) == 1:
+            return found[0]
     for is_meant in (said.startswith, lambda option: option.startswith(said), lambda option: said in option):
         found = [index for index, option in enumerate(shown) if is_meant(option)]
         if len(found) == 1:
             return found[0]
-    return min(range(len(shown)), key=lambda index: edit_distance(shown[index], said))
+    return None
+
+
+def chosen(answer: str, options: Sequence[str]) -> int | None:
+    """The option that an answer names, else the nearest by edit distance, the first of several; None: it is empty."""
+    said = shortened(answer).lower()
+    if not said:
+        return None
+    index, shown = named(answer, options), _shown(options)
+    return min(range(len(shown)), key=lambda k: edit_distance(shown[k], said)) if index is None else index
+
+
+def _shown(options: Sequence[str]) -> list[str]:
+    return [" ".join(option.lower().split()) for option in options]

@@ -100,7 +100,20 @@ def test_soft_score_of_vqa(said, right, score):
     ],
 )
 def test_the_option_that_an_answer_means(said, index):
-    assert text_metrics.chosen(said, ["A. blue", "B. red", "C. green"]) == index
+    options = ["A. blue", "B. red", "C. green"]
+    assert text_metrics.chosen(said, options) == index
+    assert text_metrics.named(said, options) == (None if said == "D. grean" else index)
+
+
+def test_an_answer_that_names_no_option_is_marked():
+    branch = {"task": "multiple_choice", "question": "Which?", "options": ["blue", "red"], "answer": 1}
+    [asked] = tasks.questions(read_example(json.dumps({"branches": [branch]})), "s/0")
+    said = {"B": False, "red": False, "B. red": False, "rod": True, "": False}
+    assert {answer: tasks.names_no_option(asked, answer) for answer in said} == said
+    [question] = tasks.questions(
+        read_example(json.dumps({"branches": [{"task": "question", "question": "?", "answers": ["a"]}]})), "s/0"
+    )
+    assert not tasks.names_no_option(question, "rod")
 
 
 # -- points -----------------------------------------------------------------------------------------------------------
@@ -319,7 +332,8 @@ def test_paired_tests():
 
 def test_nothing_is_dropped_in_silence():
     records = [record(1, 1.0), record(2, 0.0, cut=True) | {"said": ""}, record(3, 0.0) | {"scores": {}}]
+    records[0]["names_no_option"] = True
     records.append({"id": "s/4", "sample": "s/4", "source": "s", "error": "broken"})
     counts = table.counts(records)
     assert (counts.questions, counts.scored, counts.without_metric, counts.empty, counts.cut) == (4, 2, 1, 1, 1)
-    assert counts.failed == 1 and counts.errors == {"broken": 1}
+    assert counts.names_no_option == 1 and counts.failed == 1 and counts.errors == {"broken": 1}
