@@ -259,9 +259,7 @@ def summarise(args: argparse.Namespace, samples, asker, out: Path, settings: dic
     if about_masks:
         print(about_masks)
     if args.card:
-        evaluations = card.evaluations_of(args.model, [out])
-        added = card.add_to_card(args.model, evaluations)
-        stay = sum(len(card.results_of(one)) for one in evaluations) - added
+        added, stay = card.add_to_card(args.model, card.evaluations_of(args.model, [out]))
         of_more = f"; {stay:,} of more samples stay" if stay else ""
         print(f"{args.model / card.CARD} has {added:,} means of this evaluation{of_more}")
     if args.sam2:

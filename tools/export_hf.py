@@ -160,7 +160,7 @@ def add_scores(out: Path, evaluations: list[Path] | None) -> None:
     scored = {folder: card.evaluations_of(out, [folder]) for folder in evaluations or sorted(EVALUATIONS.glob("*"))}
     if not evaluations:
         scored = {folder: [one for one in found if not card.is_of_training(one)] for folder, found in scored.items()}
-    means = card.add_to_card(out, [one for found in scored.values() for one in found])
+    means, _ = card.add_to_card(out, [one for found in scored.values() for one in found])
     for folder in evaluations or ():
         if not scored[folder]:
             print(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from molmo2_nemo.data.points import POINT_FPS, SAME_TIME, Points, from_json, point_time
+from molmo2_nemo.data.points import POINT_FPS, SAME_TIME, Points, from_json, is_same_time, point_time
 from molmo2_nemo.data.schema import Chat, Example, Message, Pointing, Tracking, Video
 from molmo2_nemo.data.video import annotation_rate, frame_times, is_multiple
 
@@ -40,7 +40,7 @@ class Shown:
     def stamp(self, seconds: float) -> float | None:
         """The stamp of the frame that was annotated at `seconds`; None: it is not shown."""
         near = self.nearest(seconds)
-        return near if abs(near - (seconds - self.start)) <= SAME_TIME + 1e-9 else None
+        return near if is_same_time(near, seconds - self.start) else None
 
     def nearest(self, seconds: float) -> float:
         """The stamp that is nearest to the time."""

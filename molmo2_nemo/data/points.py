@@ -33,6 +33,12 @@ _ALT = re.compile(r'\salt="([^"<>]*)"')
 _TRIPLET = re.compile(r"(?<=\s)([0-9]{1,6}) +([0-9]{3,4}) +([0-9]{3,4})(?=\s|$)")
 
 
+def is_same_time(first: float, second: float) -> bool:
+    """Whether two times, in seconds, are of one frame. 0.75 is written as 0.8, which in floating point is a little more
+    than SAME_TIME away."""
+    return abs(first - second) <= SAME_TIME + 1e-9
+
+
 @dataclass
 class Points:
     """Points with one label.

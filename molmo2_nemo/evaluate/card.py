@@ -41,8 +41,8 @@ def is_of_training(scores: dict) -> bool:
     return any(one["split"] == "train" for one in scores["sets"])
 
 
-def add_to_card(folder: Path, evaluations: Iterable[dict]) -> int:
-    """Put the scores into the card of the model in `folder`; returns how many means.
+def add_to_card(folder: Path, evaluations: Iterable[dict]) -> tuple[int, int]:
+    """Put the scores into the card of the model in `folder`: how many means, and how many gave way to more samples.
 
     A mean of the same set, split and metric takes the place of an older one, but not of one of more samples; all other
     text stays as it is. ValueError, one sentence: the folder has no card that can be read.
@@ -57,8 +57,8 @@ def add_to_card(folder: Path, evaluations: Iterable[dict]) -> int:
     for result in new:
         if _samples_of(result) >= _samples_of(kept.get(_key(result))):
             kept[_key(result)] = result
-    new = [result for result in new if kept[_key(result)] is result]
-    if new:
+    added = sum(kept[_key(result)] is result for result in new)
+    if added:
         card.data.model_name = card.data.model_name or folder.resolve().name
         card.data.eval_results = list(kept.values())
         text = card.text
@@ -68,7 +68,7 @@ def add_to_card(folder: Path, evaluations: Iterable[dict]) -> int:
         section = f"{BEGIN}\n{table_of(card.data.eval_results)}\n{END}"
         text = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: section, text, flags=re.DOTALL)
         write_atomically(file, f"---\n{card.data.to_yaml()}\n---\n{text}")
-    return len(new)
+    return added, len(new) - added
 
 
 def _key(result: EvalResult) -> tuple:

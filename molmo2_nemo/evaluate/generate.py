@@ -43,11 +43,15 @@ def most_tokens(style: str) -> int:
     return next((most for begin, most in MOST_TOKENS.items() if style.startswith(begin)), MAX_NEW_TOKENS)
 
 
+def given_answers(out: Path) -> dict[str, dict]:
+    """Id -> record. What failed is none, and is asked again: memory may have been short, or a file not there."""
+    return {name: record for name, record in read_answers(out).items() if "error" not in record}
+
+
 def unanswered(out: Path, indices: Sequence[int]) -> list[int]:
-    """The samples of which a question has no answer yet. What failed is asked again: memory may have been short, or a
-    file not there."""
-    records = read_answers(out).values()
-    answers = Counter(record["index"] for record in records if "error" not in record)
+    """The samples of which a question has no answer yet."""
+    records = given_answers(out).values()
+    answers = Counter(record["index"] for record in records)
     wanted = {record["index"]: record["questions"] for record in records}
     return [index for index in indices if index not in wanted or answers[index] < wanted[index]]
 
@@ -95,8 +99,7 @@ def answer_all(
     What is wrong with one question is written in the place of its answer.
     """
     cut_to_whole_lines(answers_file(out, rank))
-    done = {name: record for name, record in read_answers(out).items() if "error" not in record}
-    made, begun = batches(pending(samples, indices, done, asker), batch_size), set()
+    made, begun = batches(pending(samples, indices, given_answers(out), asker), batch_size), set()
     with answers_file(out, rank).open("a", encoding="utf-8") as file, ThreadPoolExecutor(1) as ahead:
         batch = ahead.submit(next, made, None)  # media are decoded while the model answers
         while (now := batch.result()) is not None:

@@ -12,7 +12,7 @@ from pycocotools import mask as coco
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from molmo2_nemo.data.points import SAME_TIME, Points, Tracks
+from molmo2_nemo.data.points import Points, Tracks, is_same_time
 from molmo2_nemo.data.schema import Region, TrackFrame
 from molmo2_nemo.training.score import HIT_DISTANCE
 
@@ -21,8 +21,6 @@ TRACKING_METRICS = ("hota", "det_a", "ass_a")
 # Times and places of a video are compared on one scale, its length and sides being 100 (normalize_timestamps_and_points
 # of the public code, which rounds them to tenths as we do).
 SCALE = 100
-# Of floating-point numbers: 0.75 is written as 0.8, whose difference is a little more than SAME_TIME.
-ROUNDING = 1e-6
 
 
 def encode_mask(mask: np.ndarray) -> str:
@@ -40,7 +38,7 @@ class Masks:
         """Whether the nearest pixel of the mask at the point's image or time is set; no mask there: no."""
         where, x, y = point
         time, counts = min(self.region.masks, key=lambda mask: abs(mask[0] - where), default=(np.inf, ""))
-        if abs(time - where) > SAME_TIME + ROUNDING:
+        if not is_same_time(time, where):
             return False
         if counts not in self._decoded:
             self._decoded[counts] = coco.decode({"size": list(self.region.size), "counts": counts.encode()})
@@ -129,7 +127,7 @@ def paired_frames(answered: Sequence[TrackFrame], labelled: Sequence[TrackFrame]
     for side, given in ((1, labelled), (0, answered)):
         for seconds, points in given:
             near = min(frames, key=lambda time: abs(time - seconds), default=None)
-            if near is None or abs(near - seconds) > SAME_TIME + ROUNDING:
+            if near is None or not is_same_time(near, seconds):
                 near = float(seconds)
             frames.setdefault(near, ([], []))[side].extend(points)
     return [(time, *frames[time]) for time in sorted(frames) if any(frames[time])]

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from molmo2_nemo.catalogue.raw import RawSource, read_rows
 from molmo2_nemo.prepare.converters.common import (
+    LETTERS,
     Clip,
     Converter,
     Draft,
@@ -25,6 +26,7 @@ from molmo2_nemo.prepare.converters.common import (
     said,
     spoken,
     usable,
+    whole_number,
 )
 
 MC = "video_multiple_choice"
@@ -122,8 +124,8 @@ def egoschema(row: dict) -> Iterator[Draft | Drop]:
     if row["answer"] is None:
         yield Drop("a question without an answer")
         return
-    options = lettered_choice(row["question"], row["option"], "A", MC)["options"]
-    yield Draft([choice(row["question"], options, row["answer"], MC)], video=clip(said(row["video_idx"])), tree=None)
+    task = lettered_choice(row["question"], row["option"], LETTERS[whole_number(row["answer"])], MC)
+    yield Draft([task], video=clip(said(row["video_idx"])), tree=None)
 
 
 def video_mme_rows(raw: RawSource, split: str | None, subtitled: bool) -> Iterator[dict]:
